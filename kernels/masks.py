@@ -1,0 +1,57 @@
+"""Reading an attention mask: who sees whom, at which position. Pure torch, any device.
+
+A mask is bool (True = attend) or additive float, 4-d, broadcastable to [B, Hq, S, T], and its columns are positions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def threshold(mask: Tensor) -> float:
+    """An additive mask hides a key when it is not above half of its dtype's smallest number."""
+    return torch.finfo(mask.dtype).min / 2
+
+
+def visible(mask: Tensor) -> Tensor:
+    """The mask as bool, True = may be seen; same shape."""
+    return mask if mask.dtype == torch.bool else mask > threshold(mask)
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask as a bias to add to logits: 0 or -inf for a bool mask, the values themselves for a float one."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+
+
+def by_kv_head(mask: Tensor, kv_heads: int) -> Tensor:
+    """[b, 1 or Hq, S, T] -> [b, 1 or Hkv, 1 or G, S, T], a view."""
+    heads = mask.shape[1]
+    return mask.unsqueeze(1) if heads == 1 else mask.unflatten(1, (kv_heads, heads // kv_heads))
+
+
+def at_positions(mask: Tensor, pos: Tensor) -> Tensor:
+    """Look a mask up at the position of each key.
+
+    mask [b, 1 or Hkv, 1 or G, s, T] (from `by_kv_head`), pos int [B, Hkv, L], -1 = empty (looked up anywhere: the
+    caller hides empties). Returns [B, Hkv, 1 or G, s, L], or the mask itself if it is one column wide.
+    """
+    if mask.shape[-1] == 1:
+        return mask
+    batch, heads, length = pos.shape
+    index = pos.clamp(min=0).long().view(batch, heads, 1, 1, length)
+    wide = mask.expand(batch, heads, *mask.shape[2:])
+    return wide.gather(-1, index.expand(batch, heads, *mask.shape[2:4], length))
+
+
+def arrivals(mask: Tensor | None, batch: int, queries: int, start: int, device: torch.device) -> Tensor:
+    """Which of the call's own tokens are valid: [B, S] bool.
+
+    Token s sits at column start + s and is valid if some query of the call, in some head, may see it.
+    """
+    if mask is None:
+        return torch.ones(batch, queries, dtype=torch.bool, device=device)
+    own = mask if mask.shape[-1] == 1 else mask[..., start : start + queries]
+    return visible(own).any(2).any(1).expand(batch, queries)

@@ -1,0 +1,185 @@
+"""Reference of prefill_attend in torch: the meaning, and the CPU path.
+
+A call is cut into pieces (batch rows x query rows x key columns) that are either causal squares, full rectangles, or
+rectangles with a bias. The flash kernel of torch attends piece by piece and gives the log-sum-exp, from which
+`observe` computes the statistics in a second pass over the queries that the rule watches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..masks import additive, arrivals, at_positions, by_kv_head, threshold, visible
+from ..rule import Rule
+from .observe import observe
+
+BLOCK = 256
+"""Query rows per piece with a bias: the bias of a piece stays small, hidden key columns are skipped per piece."""
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Query rows rows[0]:rows[1] and key columns cols[0]:cols[1] of batch rows batch."""
+
+    batch: slice
+    rows: tuple[int, int]
+    cols: tuple[int, int]
+    kind: str
+    """causal: row i sees columns up to i (rows and cols are the same span). full: everything. bias: see the mask."""
+
+
+def prefill_attend_reference(
+    q: Tensor, k: Tensor, v: Tensor, pos: Tensor | None, mask: Tensor | None, scale: float, causal: bool, rule: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `kvpass.kernels.prefill_attend.prefill_attend`."""
+    plan = Rule.parse(rule)
+    batch, _, queries, _ = q.shape
+    start = 0 if pos is None else int(pos[0, 0, k.shape[2] - queries])
+    pieces, valid = _cut(q, k, pos, mask, causal)
+    if valid is None:
+        valid = arrivals(mask, batch, queries, start, q.device)
+    watched = _watched(valid, start, plan)
+    stats = q.new_zeros(len(plan.stats), batch, *k.shape[1:3], dtype=torch.float32)
+    out = q.new_zeros(*q.shape[:3], v.shape[3])
+    for piece in pieces:
+        bias = _bias(piece, q, k, pos, mask, causal) if piece.kind == "bias" else None
+        lse = _attend(piece, q, k, v, bias, scale, out)
+        if watched is not None:
+            observe(piece, q, k, lse, bias, scale, watched, plan, stats)
+    return out, stats, valid
+
+
+def _watched(valid: Tensor, start: int, plan: Rule) -> Tensor | None:
+    """Query rows that the rule observes, bool [B, S]; None if it observes nothing."""
+    if not plan.stats or plan.queries == 0:
+        return None
+    if plan.queries < 0:
+        return valid
+    where = torch.arange(valid.shape[1], device=valid.device)
+    last = torch.where(valid, where, -1).amax(-1, keepdim=True)
+    return valid & (where > last - plan.queries)
+
+
+def _cut(
+    q: Tensor, k: Tensor, pos: Tensor | None, mask: Tensor | None, causal: bool
+) -> tuple[list[Piece], Tensor | None]:
+    """Cut a call into pieces; gives `valid` too where the cut already knows it."""
+    batch, _, queries, _ = q.shape
+    keys = k.shape[2]
+    whole = slice(0, batch)
+    if pos is None and mask is None:
+        return [Piece(whole, (0, queries), (0, keys), "causal" if causal else "full")], None
+    spans = None
+    if pos is None and mask is not None and mask.dtype == torch.bool and mask.shape[1:] == (1, queries, keys):
+        spans = [_span(m[0]) for m in mask]
+    if spans is not None and all(s is not None for s in spans):
+        return _triangles(spans, batch, queries, q.device)
+    return [
+        Piece(whole, (i, min(i + BLOCK, queries)), (0, keys), "bias") for i in range(0, queries, BLOCK)
+    ], None
+
+
+def _span(mask: Tensor) -> tuple[int, int] | None:
+    """(first, end) if the mask [S, S] is exactly "row i sees columns first .. min(i, end - 1)", else None."""
+    length = mask.shape[-1]
+    seen = mask[-1].nonzero()
+    if not len(seen):
+        return None
+    first, end = int(seen[0]), int(seen[-1]) + 1
+    index = torch.arange(length, device=mask.device)
+    expected = (index <= index[:, None]) & (index >= first) & (index < end)
+    return (first, end) if torch.equal(mask, expected) else None
+
+
+def _triangles(
+    spans: list[tuple[int, int]], batch: int, queries: int, device: torch.device
+) -> tuple[list[Piece], Tensor]:
+    """Pieces of causal masks with padding: a causal square per row, and a full rectangle for queries after its end."""
+    if len(set(spans)) == 1:
+        groups = [(slice(0, batch), spans[0])]
+    else:
+        groups = [(slice(b, b + 1), span) for b, span in enumerate(spans)]
+    pieces = []
+    for rows, (first, end) in groups:
+        pieces.append(Piece(rows, (first, end), (first, end), "causal"))
+        if end < queries:
+            pieces.append(Piece(rows, (end, queries), (first, end), "full"))
+    index = torch.arange(queries, device=device)
+    bounds = torch.tensor(spans, device=device)
+    valid = (index >= bounds[:, :1]) & (index < bounds[:, 1:])
+    return pieces, valid.expand(batch, queries).contiguous()
+
+
+def _bias(piece: Piece, q: Tensor, k: Tensor, pos: Tensor | None, mask: Tensor | None, causal: bool) -> Tensor:
+    """What to add to the logits of a piece: float32 [1|B, 1|Hkv, 1|G, rows, cols], -inf = hidden."""
+    heads, (top, bottom) = k.shape[1], piece.rows
+    where = torch.arange(k.shape[2], device=q.device)[None, None] if pos is None else pos
+    where = where[:, :, None, None, :]
+    hidden = where < 0
+    if causal:
+        hidden = hidden | (where > torch.arange(top, bottom, device=q.device)[:, None])
+    if mask is None:
+        return additive(~hidden, torch.float32)
+    rows = by_kv_head(mask if mask.shape[2] == 1 else mask[:, :, top:bottom], heads)
+    here = at_positions(rows, pos) if pos is not None else rows[..., : k.shape[2]]
+    return additive(here, torch.float32).masked_fill(hidden | ~visible(here), float("-inf"))
+
+
+def _attend(piece: Piece, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, out: Tensor) -> Tensor:
+    """Attention of one piece, written into its rows of out; returns the log-sum-exp float32 [b, Hq, rows].
+
+    Rows that see no key give zeros, and a log-sum-exp of +inf so that they observe nothing.
+    """
+    rows, cols = slice(*piece.rows), slice(*piece.cols)
+    q, k, v = q[piece.batch, :, rows], k[piece.batch, :, cols], v[piece.batch, :, cols]
+    run = _flash_attend if q.device.type == "cpu" else _plain_attend
+    result, lse = run(q, k, v, bias, scale, piece.kind == "causal")
+    out[piece.batch, :, rows] = result
+    if bias is None:
+        return lse
+    blind = (bias == float("-inf")).all(-1)
+    blind = blind.expand(q.shape[0], k.shape[1], q.shape[1] // k.shape[1], -1).reshape(q.shape[:2] + blind.shape[-1:])
+    return lse.masked_fill(blind, float("inf")) if blind.shape[-1] == q.shape[2] else lse
+
+
+def _flash_attend(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """torch's CPU kernel; it wants one head size for k and v, and a mask of the query's dtype per query head."""
+    batch, heads, rows, _ = q.shape
+    kv_heads, wide = k.shape[1], v.shape[3]
+    dim = max(q.shape[3], wide)
+    q, k, v = (x if x.shape[3] == dim else F.pad(x, (0, dim - x.shape[3])) for x in (q, k, v))
+    if bias is not None:
+        full = bias.to(q.dtype)
+        if full.shape[1] != 1 or full.shape[2] != 1:
+            full = full.expand(-1, kv_heads, heads // kv_heads, -1, -1)
+        bias = full.flatten(1, 2)
+    out, lse = _flash(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
+    return out[..., :wide], lse
+
+
+def _plain_attend(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """The same without the CPU kernel, for the reference on other devices: block by block of query rows."""
+    outs, sums = [], []
+    group = q.shape[1] // k.shape[1]
+    kf, vf = (x.float().repeat_interleave(group, 1) for x in (k, v))
+    for top in range(0, q.shape[2], BLOCK):
+        logits = (q[:, :, top : top + BLOCK].float() * scale) @ kf.transpose(-1, -2)
+        if causal:
+            logits.masked_fill_(torch.ones_like(logits[0, 0], dtype=torch.bool).triu(top + 1), float("-inf"))
+        if bias is not None:
+            part = bias if bias.shape[3] == 1 else bias[:, :, :, top : top + BLOCK]
+            logits = (logits.unflatten(1, (k.shape[1], group)) + part).flatten(1, 2)
+        lse = logits.logsumexp(-1)
+        outs.append((logits - lse[..., None].nan_to_num(neginf=0.0)).exp() @ vf)
+        sums.append(lse.nan_to_num(neginf=0.0))
+    return torch.cat(outs, 2).to(q.dtype), torch.cat(sums, 2)

@@ -1,0 +1,70 @@
+"""`kvpass.compile`: a model of the same class that shares every parameter and runs under a kvpass backend."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from kvpass.compiler import backend
+from kvpass.errors import KVPassError
+from kvpass.policy.spec import Policy
+
+M = TypeVar("M", bound=torch.nn.Module)
+
+RECOMPILE_LIMIT = 64
+"""Graphs per model before kvpass raises. Dynamo's own answer, running the model uncompiled, would drop the compressed cache silently."""
+
+
+def compile(
+    model: M,
+    policy: str | Policy | dict[str, Any],
+    budget: int | float | None = None,
+    *,
+    inner: str = "inductor",
+    debug: bool | str | None = None,
+    strict: bool = True,
+    verify: bool = False,
+) -> M:
+    """A model whose KV cache keeps only what the policy wants; `generate()` and calls with `past_key_values` work as before.
+
+    Args:
+        model: any nn.Module in eval mode. It is left alone; the result is of the same class and shares every parameter.
+        policy: a built-in name (`kvpass.Policy.names()`), a path to a YAML file, a dict or a Policy.
+        budget: float: fraction of the tokens seen so far that each KV head keeps (never fewer than the policy's `min_slots`);
+            int: slots per KV head. Sinks, recent and observation windows count inside it.
+        inner: `inductor`, `aot_eager` or `eager`.
+        debug: True or a folder: write the stages of every graph there (docs/debugging.md); None: the variable KVPASS_DEBUG decides.
+        strict: raise if a site with a KV cache cannot be rewritten; else it stays dense and is reported.
+        verify: on the first real inputs, compare each site at full budget with the unmodified subgraph.
+
+    Raises:
+        PolicyError: at once, for a bad policy or budget.
+        DeclinedError, TrainingError, CacheError: when the model is called.
+    """
+    chosen = backend(policy, budget, inner=inner, strict=strict, debug=debug, verify=verify)
+    result = copy.copy(model)
+    result.compile(backend=chosen)
+    result._compiled_call_impl = _never_uncompiled(result._compiled_call_impl)  # type: ignore[assignment]
+    object.__setattr__(result, "kvpass", chosen)
+    return result
+
+
+def _never_uncompiled(call: Any) -> Callable[..., Any]:
+    """Turn Dynamo's silent fall-back to the uncompiled model into an error."""
+    import torch._dynamo
+
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        try:
+            with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, fail_on_recompile_limit_hit=True):
+                return call(*args, **kwargs)
+        except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+            raise KVPassError(
+                f"the model was recompiled more than {RECOMPILE_LIMIT} times",
+                where=str(error).splitlines()[0],
+                hint="pad batches and prompts to fewer shapes, or call torch._dynamo.reset()",
+            ) from error
+
+    return guarded

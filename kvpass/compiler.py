@@ -1,0 +1,211 @@
+"""Composition root: scan -> plan -> lower -> verify -> inner compiler -> bind. The only importer of `patterns.DEFAULT`."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from kvpass.errors import DeclinedError, KVPassError, TrainingError
+from kvpass.inner import INNER, compile_inner
+from kvpass.match.calls import example
+from kvpass.plan import Plan
+from kvpass.policy.spec import Policy
+from kvpass.site import SiteTable
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class GraphRecord:
+    """What happened to one captured graph; `Backend.graphs` lists them in order."""
+
+    table: SiteTable
+    plan: Plan | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A `torch.compile` backend with a policy baked in. Equal options give equal, hash-equal backends, so Dynamo does not recompile.
+
+    Attributes:
+        policy: checked, with its budget.
+        inner: `inductor`, `aot_eager` or `eager`: who compiles the rewritten graph.
+        strict: a declined site is an error; else it stays dense, correct and reported.
+        debug: folder for the debug report, or None.
+        verify: check each site at full budget against the unmodified subgraph on the first real inputs.
+        patterns: recognisers; None for `kvpass.patterns.DEFAULT`.
+        graphs: records of the graphs compiled so far (not part of equality).
+    """
+
+    policy: Policy
+    inner: str = "inductor"
+    strict: bool = True
+    debug: str | None = None
+    verify: bool = False
+    patterns: Any = None
+    graphs: list[GraphRecord] = field(default_factory=list, compare=False, repr=False)
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        """Compile one captured graph. Errors of kvpass are raised, unwrapped, when the result is called."""
+        try:
+            return self._compile(gm, example_inputs)
+        except KVPassError as error:
+            log.info("refused: %s", error)
+            return _Refusal(error)
+
+    def _compile(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        from kvpass.patterns import DEFAULT
+        from kvpass.scan import scan
+
+        start = time.perf_counter()
+        table = scan(gm, self.patterns or DEFAULT)
+        record = GraphRecord(table, seconds={"scan": time.perf_counter() - start})
+        self.graphs.append(record)
+        log.info("graph %d: %s", len(self.graphs), table)
+        if self.strict and table.declined:
+            raise _strict_error(table)
+        if not table.sites:
+            with record.timed("inner"):
+                return compile_inner(self.inner, gm, example_inputs)
+        _refuse_training(table)
+        return self._rewrite(gm, example_inputs, record)
+
+    def _rewrite(self, gm: fx.GraphModule, example_inputs: list[Any], record: GraphRecord) -> Callable[..., Any]:
+        from kvpass.debug import stages
+        from kvpass.lower import lower
+        from kvpass.plan import plan
+        from kvpass.runtime.bind import Bound
+        from kvpass.runtime.store import Origin
+        from kvpass.verify import verify
+
+        with record.timed("plan"):
+            record.plan = plan(self.policy, record.table)
+        with record.timed("lower"):
+            lowered = lower(gm, record.plan)
+        with record.timed("verify"):
+            verify(gm, lowered, record.plan)
+        log.info("graph %d: %s", len(self.graphs), record.plan)
+        dump = stages(self.debug, len(self.graphs), gm, record, lowered)
+        inputs = [example(n) for n in lowered.gm.graph.nodes if n.op == "placeholder"]
+        with record.timed("inner"), dump:
+            inner = compile_inner(self.inner, lowered.gm, inputs)
+        declined = tuple(d.to_dict() for d in record.table.declined)
+        origin = Origin(self.policy.name, self.policy.budget, declined)
+        if self.verify:
+            from kvpass.check_sites import checked_once
+
+            inner = checked_once(inner, gm, lowered, record.plan)
+        return Bound(inner, lowered.bindings, lowered.outputs, origin)
+
+    @property
+    def timings(self) -> dict[str, float]:
+        """Seconds spent, by stage, over all graphs; `capture` is Dynamo's own time for the same graphs."""
+        total: dict[str, float] = {"capture": _capture_seconds() if self.graphs else 0.0}
+        for record in self.graphs:
+            for stage, seconds in record.seconds.items():
+                total[stage] = total.get(stage, 0.0) + seconds
+        return total
+
+
+class _Refusal:
+    """Stands in for a compiled graph and raises the reason: Dynamo would wrap an exception of a backend."""
+
+    def __init__(self, error: KVPassError) -> None:
+        self.error = error
+
+    def __call__(self, *args: Any) -> Any:
+        raise self.error
+
+
+def _strict_error(table: SiteTable) -> DeclinedError:
+    first = table.declined[0]
+    listed = "\n".join(f"  {d}" for d in table.declined[:8])
+    more = f"\n  ... and {len(table.declined) - 8} more" if len(table.declined) > 8 else ""
+    return DeclinedError(
+        f"{len(table.declined)} attention site(s) with a KV cache cannot be rewritten:\n{listed}{more}",
+        where=f"{first.site}, {first.source}",
+        hint=f"{first.reason.hint}; or pass strict=False to leave such sites dense",
+    )
+
+
+def _refuse_training(table: SiteTable) -> None:
+    for site in table:
+        halves = (site.key.update.new, site.value.update.new)
+        if torch.is_grad_enabled() and any(example(node).requires_grad for node in halves):
+            raise TrainingError(
+                "K and V require grad: an evicting cache has no gradients",
+                where=f"{site.name}, {site.source}",
+                hint="call the model under torch.no_grad() or torch.inference_mode(), as generate() does",
+            )
+
+
+def _capture_seconds() -> float:
+    """Dynamo's time for tracing so far in this process, the backend's own share taken out."""
+    from torch._dynamo.utils import compilation_time_metrics as metrics
+
+    return sum(metrics.get("_compile.compile_inner", [])) - sum(metrics.get("OutputGraph.call_user_compiler", []))
+
+
+def backend(
+    policy: str | Policy | dict[str, Any],
+    budget: int | float | None = None,
+    *,
+    inner: str = "inductor",
+    strict: bool = True,
+    debug: bool | str | None = None,
+    verify: bool = False,
+    patterns: Any = None,
+) -> Backend:
+    """A backend object for `torch.compile(model, backend=kvpass.backend("h2o", 0.2))`. Arguments as for `kvpass.compile`.
+
+    Raises:
+        PolicyError: bad policy, budget or option.
+    """
+    from kvpass.debug import debug_folder
+    from kvpass.errors import PolicyError
+
+    if inner not in INNER:
+        raise PolicyError(f"no inner compiler {inner!r}", hint=f"one of {', '.join(INNER)}")
+    return Backend(Policy.load(policy).with_budget(budget), inner, strict, debug_folder(debug), verify, patterns)
+
+
+_FROM_OPTIONS: dict[str, Backend] = {}
+
+
+def from_options(gm: fx.GraphModule, example_inputs: list[Any], *, mode: str | None = None, options: dict[str, Any] | None = None) -> Any:
+    """Entry point of `torch.compile(model, backend="kvpass", options={"policy": ..., "budget": ...})`.
+
+    Raises:
+        PolicyError: unknown option, with the valid ones (when the compiled model is called).
+    """
+    from kvpass.errors import PolicyError
+
+    valid = ("policy", "budget", "inner", "strict", "debug", "verify")
+    try:
+        if mode is not None:
+            raise PolicyError("the backend 'kvpass' knows no mode", hint='use options={"policy": "h2o", "budget": 0.2}')
+        unknown = sorted(set(options or {}) - set(valid))
+        if unknown or "policy" not in (options or {}):
+            raise PolicyError(f"unknown option {unknown[0]!r}" if unknown else "no policy", hint=f"options are {', '.join(valid)}")
+        key = repr(sorted((options or {}).items()))
+        if key not in _FROM_OPTIONS:
+            _FROM_OPTIONS[key] = backend(**options)  # type: ignore[arg-type]
+        return _FROM_OPTIONS[key](gm, example_inputs)
+    except KVPassError as error:
+        return _Refusal(error)

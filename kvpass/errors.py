@@ -1,0 +1,106 @@
+"""Every error that kvpass raises, and the reason codes of sites that it declines.
+
+    KVPassError                  what, where (site and source line), what to do
+    ├── PolicyError              a policy file, name or budget that makes no sense; raised before any compilation
+    ├── DeclinedError            strict=True and a site cannot be rewritten
+    ├── TrainingError            K or V requires grad
+    ├── CacheError               a cache was used in a way that compressed state cannot follow
+    │   ├── ForeignCacheError    keys and values that kvpass did not make
+    │   ├── ShellDataError       the NaN stand-in of a compressed cache was read as data
+    │   └── StaleCacheError      a cache that another branch has advanced, or that was cropped
+    └── VerificationError        verify=True found a site whose rewrite disagrees with the model
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class KVPassError(RuntimeError):
+    """Base of all errors of kvpass: one line what, one line where, one line what to do."""
+
+    def __init__(self, what: str, *, where: str = "", hint: str = "") -> None:
+        self.what, self.where, self.hint = what, where, hint
+        lines = [what] + ([f"  where: {where}"] if where else []) + ([f"  what to do: {hint}"] if hint else [])
+        super().__init__("\n".join(lines))
+
+
+class PolicyError(KVPassError):
+    pass
+
+
+class DeclinedError(KVPassError):
+    pass
+
+
+class TrainingError(KVPassError):
+    pass
+
+
+class CacheError(KVPassError):
+    pass
+
+
+class ForeignCacheError(CacheError):
+    pass
+
+
+class ShellDataError(CacheError):
+    pass
+
+
+class StaleCacheError(CacheError):
+    pass
+
+
+class VerificationError(KVPassError):
+    pass
+
+
+class Reason(str, Enum):
+    """Stable codes for why a site stays dense; the value is the code, `.hint` says what a user can do."""
+
+    UNSUPPORTED_ATTENTION = "UNSUPPORTED_ATTENTION"
+    UNSUPPORTED_UPDATE = "UNSUPPORTED_UPDATE"
+    NO_ATTENTION = "NO_ATTENTION"
+    KEY_ESCAPES = "KEY_ESCAPES"
+    VALUE_ESCAPES = "VALUE_ESCAPES"
+    LAYOUT = "LAYOUT"
+    GROUP_ORDER = "GROUP_ORDER"
+    CAT_AXIS = "CAT_AXIS"
+    NEW_FIRST = "NEW_FIRST"
+    PAST_NOT_INPUT = "PAST_NOT_INPUT"
+    DROPOUT = "DROPOUT"
+    MASK_SHAPE = "MASK_SHAPE"
+    CAUSAL_WITH_PAST = "CAUSAL_WITH_PAST"
+    CROSS_ATTENTION = "CROSS_ATTENTION"
+    SHARED_CACHE = "SHARED_CACHE"
+    KEY_VALUE_MISMATCH = "KEY_VALUE_MISMATCH"
+    DTYPE = "DTYPE"
+
+    @property
+    def hint(self) -> str:
+        return HINTS[self]
+
+
+HINTS = {
+    Reason.UNSUPPORTED_ATTENTION: "attention must be F.scaled_dot_product_attention; for transformers models load with "
+    'attn_implementation="sdpa"',
+    Reason.UNSUPPORTED_UPDATE: "the cache must grow by torch.cat([past, new], dim); for transformers use the default DynamicCache "
+    "(no cache_implementation)",
+    Reason.NO_ATTENTION: "the cache is updated in this graph but read in another; look for a graph break between the two",
+    Reason.KEY_ESCAPES: "only the attention and the returned cache may read the cached keys",
+    Reason.VALUE_ESCAPES: "only the attention and the returned cache may read the cached values",
+    Reason.LAYOUT: "the cache must be 4-d, [B, Hkv, T, D] or [B, T, Hkv, D]",
+    Reason.GROUP_ORDER: "query head h must read KV head h // group (repeat_interleave order, not repeat order)",
+    Reason.CAT_AXIS: "the cache must be concatenated along its token axis",
+    Reason.NEW_FIRST: "the past must come first in torch.cat([past, new])",
+    Reason.PAST_NOT_INPUT: "the past must be an input of the graph itself, not a value computed from one",
+    Reason.DROPOUT: "call model.eval(): attention dropout is not supported",
+    Reason.MASK_SHAPE: "the mask must broadcast to [B, Hq, S, T]",
+    Reason.CAUSAL_WITH_PAST: "is_causal=True with one query and a past hides all but the first key in torch; pass no mask instead",
+    Reason.CROSS_ATTENTION: "keys and values come from another sequence; cross-attention caches stay dense",
+    Reason.SHARED_CACHE: "several attentions read one cache",
+    Reason.KEY_VALUE_MISMATCH: "keys and values must be cached in the same way",
+    Reason.DTYPE: "keys, values and queries must share float32, bfloat16 or float16",
+}

@@ -1,0 +1,29 @@
+"""Handing a graph to the inner compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+
+INNER = ("inductor", "aot_eager", "eager")
+
+
+def compile_inner(name: str, gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    """Compile a traced graph.
+
+    Args:
+        name: one of `INNER`.
+        inputs: fake inputs with symbolic sizes, one for each placeholder. Real ones would freeze the sizes.
+    """
+    if name == "eager":
+        forward: Callable[..., Any] = gm.forward
+        return forward
+    if name == "aot_eager":
+        from torch._dynamo.backends.debugging import aot_eager
+
+        return aot_eager(gm, inputs)  # type: ignore[no-any-return]
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(gm, inputs)  # type: ignore[return-value]

@@ -1,0 +1,1 @@
+"""Reading traced graphs: canonical calls, view chains, shapes, dataflow. Knows no policy and edits nothing."""

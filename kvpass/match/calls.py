@@ -1,0 +1,73 @@
+"""One name per operation, however it is spelled: function, method, builtin or nn function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+_SAME = {
+    "scaled_dot_product_attention": "sdpa",
+    "concat": "cat",
+    "concatenate": "cat",
+    "swapaxes": "transpose",
+    "swapdims": "transpose",
+    "view": "reshape",
+    "expand_as": "expand",
+}
+
+METADATA = frozenset({"size", "numel", "dim", "nelement", "ndimension", "sym_size", "is_contiguous", "stride", "get_device", "element_size"})
+_METADATA_ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim", "is_cuda", "requires_grad", "layout"})
+
+
+def call_name(node: fx.Node) -> str:
+    """Canonical name of what a node calls: `cat`, `sdpa`, `reshape`, `transpose`, ...; '' for nodes that call nothing."""
+    if node.op == "call_method":
+        name = str(node.target)
+    elif node.op == "call_function":
+        name = getattr(node.target, "__name__", "")
+    else:
+        return ""
+    return _SAME.get(name, name)
+
+
+def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
+    """An argument by position or keyword."""
+    return node.args[index] if index < len(node.args) else node.kwargs.get(name, default)
+
+
+def is_metadata(node: fx.Node) -> bool:
+    """True if the node reads only sizes, strides, dtype or device of its tensor, so a shell can answer it."""
+    if node.op not in ("call_method", "call_function"):
+        return False
+    if call_name(node) == "getattr":
+        return node.args[1] in _METADATA_ATTRIBUTES
+    return call_name(node) in METADATA
+
+
+def example(node: fx.Node) -> Any:
+    """The fake tensor (or SymInt) that the tracer stored for a node, or None."""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def source_line(node: fx.Node) -> str:
+    """`file.py:123 in forward: code` of the user's line that made the node; '' if the trace has none."""
+    frames = str(node.meta.get("stack_trace") or "").strip().splitlines()
+    for at in range(len(frames) - 1, -1, -1):
+        line = frames[at].strip()
+        if line.startswith("File "):
+            path, number, function = (part.strip() for part in line[5:].split(",", 2))
+            code = frames[at + 1].strip() if at + 1 < len(frames) else ""
+            return f"{path.strip(chr(34))}:{number.removeprefix('line ')} {function}: {code}"
+    return ""
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the innermost nn.Module that made the node (`model.layers.0.self_attn`), '' if unknown."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = str(next(reversed(stack.values()))[0])
+    for noise in ("L['self'].", "L['fn'].", "L['self']", "_modules['", "_modules.", "']"):
+        path = path.replace(noise, "")
+    return path.strip(".")

@@ -1,0 +1,74 @@
+"""Dataflow questions about a traced graph, asked of networkx: what escapes, what lies between, is a region convex."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import networkx as nx
+from torch import fx
+
+from kvpass.match.calls import call_name, is_metadata
+
+
+class Flow:
+    """The graph of values of one fx.Graph, built once per scan.
+
+    Attributes:
+        graph: DiGraph of fx nodes, an edge from each value to each reader.
+        outputs: nodes returned by the graph, with their places in the output tuple.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = nx.DiGraph()
+        self.nodes = list(graph.nodes)
+        self.order = {node: at for at, node in enumerate(self.nodes)}
+        self.graph.add_nodes_from(self.order)
+        self.graph.add_edges_from((node, user) for node in self.order for user in node.users)
+        self.output = self.nodes[-1]
+        self.outputs: dict[fx.Node, list[int]] = {}
+        for at, value in enumerate(flat_outputs(self.output)):
+            if isinstance(value, fx.Node):
+                self.outputs.setdefault(value, []).append(at)
+
+    def between(self, start: fx.Node, end: fx.Node) -> set[fx.Node]:
+        """Nodes on some path from start to end, both included; empty if there is none."""
+        near = self._window(start, end)
+        if start not in near or end not in near:
+            return set()
+        down = nx.descendants(near, start) | {start}
+        return down & (nx.ancestors(near, end) | {end}) if end in down else set()
+
+    def escapes(self, region: Iterable[fx.Node], allowed: Iterable[fx.Node]) -> list[fx.Node]:
+        """Readers of the region's values that are neither in it, nor allowed, nor the output, nor metadata reads."""
+        inside = set(region) | set(allowed) | {self.output}
+        readers = {user for node in region for user in self.graph.successors(node)}
+        return sorted((r for r in readers - inside if not is_metadata(r)), key=self.order.__getitem__)
+
+    def convex(self, region: Iterable[fx.Node]) -> bool:
+        """True if no path leaves the region and comes back."""
+        inside = set(region)
+        if len(inside) < 2:
+            return True
+        span = sorted(self.order[node] for node in inside)
+        near = self.graph.subgraph(self.nodes[span[0] : span[-1] + 1])
+        leaving = {s for node in inside for s in near.successors(node)} - inside
+        return not any(nx.descendants(near, node) & inside for node in leaving)
+
+    def reaches(self, start: fx.Node, names: frozenset[str], limit: int = 60) -> fx.Node | None:
+        """First node below `start` (breadth first, at most `limit` visits) whose call is one of `names`."""
+        for visits, (_, node) in enumerate(nx.bfs_edges(self.graph, start)):
+            if call_name(node) in names:
+                return node
+            if visits >= limit:
+                break
+        return None
+
+    def _window(self, start: fx.Node, end: fx.Node) -> nx.DiGraph:
+        """The stretch of the graph between two nodes: all that a path between them can touch."""
+        return self.graph.subgraph(self.nodes[self.order[start] : self.order[end] + 1])
+
+
+def flat_outputs(output: fx.Node) -> list[object]:
+    """The output tuple of a graph as a list."""
+    values = output.args[0]
+    return list(values) if isinstance(values, (tuple, list)) else [values]

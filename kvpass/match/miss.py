@@ -1,0 +1,21 @@
+"""A non-match is a value with a reason and a node, so that `explain` can show it."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from kvpass.errors import Reason
+
+
+class Miss(Exception):
+    """Raised deep inside a pattern to say why it does not fire.
+
+    Attributes:
+        reason: stable code.
+        node: the blocking node.
+        detail: one phrase for people.
+    """
+
+    def __init__(self, reason: Reason, node: fx.Node, detail: str = "") -> None:
+        super().__init__(f"{reason.value} at {node.name}: {detail}")
+        self.reason, self.node, self.detail = reason, node, detail

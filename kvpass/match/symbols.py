@@ -1,0 +1,72 @@
+"""Symbolic sizes: reading their values from a call's inputs, and fake state tensors with a capacity symbol of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import count
+from typing import Any
+
+import torch
+from torch import fx
+
+from kvpass.match.calls import example
+
+_NUMBER = count()
+
+
+class SizeReader:
+    """Turns ints and SymInts of a traced graph into functions of the call's inputs."""
+
+    def __init__(self, inputs: Sequence[fx.Node]) -> None:
+        self.known: dict[Any, tuple[int, int | None]] = {}
+        for at, node in enumerate(inputs):
+            value = example(node)
+            if isinstance(value, torch.SymInt):
+                self.known.setdefault(value.node.expr, (at, None))
+            elif isinstance(value, torch.Tensor):
+                for dim, size in enumerate(value.shape):
+                    if isinstance(size, torch.SymInt):
+                        self.known.setdefault(size.node.expr, (at, dim))
+
+    def read(self, size: Any) -> Callable[[Sequence[Any]], int]:
+        """A function from the graph's inputs to the value of `size` in that call."""
+        if isinstance(size, int):
+            return lambda args: size
+        expr = size.node.expr
+        if expr in self.known:
+            return self._at(*self.known[expr])
+        import sympy
+
+        symbols = sorted(expr.free_symbols, key=str)
+        parts = [self._at(*self.known[symbol]) for symbol in symbols]
+        formula = sympy.lambdify(symbols, expr, modules=[{"FloorDiv": lambda a, b: a // b, "Mod": lambda a, b: a % b}, "math"])
+        return lambda args: int(formula(*(part(args) for part in parts)))
+
+    def _at(self, place: int, dim: int | None) -> Callable[[Sequence[Any]], int]:
+        return (lambda args: int(args[place])) if dim is None else (lambda args: int(args[place].shape[dim]))
+
+
+def state_examples(planned: Any) -> list[Any]:
+    """Fake k, v, pos, stats and cursor of a planned site under the tracer's fake mode, capacity symbolic."""
+    dims, fake_q = planned.site.dims, example(planned.site.core.q)
+    b, hkv, d, dv = (dims[letter] for letter in ("B", "Hkv", "D", "Dv"))
+    with fake_q.fake_mode:
+        c = _capacity_symbol(fake_q.fake_mode.shape_env)
+        int32 = {"dtype": torch.int32, "device": fake_q.device}
+        return [
+            fake_q.new_empty((b, hkv, c, d)),
+            fake_q.new_empty((b, hkv, c, dv)),
+            torch.empty((b, hkv, c), **int32),
+            torch.empty((len(planned.rule.stats), b, hkv, c), dtype=torch.float32, device=fake_q.device),
+            torch.empty((b, hkv, 4), **int32),
+        ]
+
+
+def _capacity_symbol(shape_env: Any, hint: int = 4093) -> Any:
+    """A size that changes from call to call without a guard: it only ever reaches opaque ops."""
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+    source = ConstantSource(f"kvpass_capacity_{next(_NUMBER)}")
+    symbol = shape_env.create_symbol(hint, source=source, dynamic_dim=DimDynamic.DYNAMIC)
+    return shape_env.create_symintnode(symbol, hint=hint, source=source)

@@ -1,0 +1,86 @@
+"""Strict dict / YAML -> Policy, with errors that name the key and the nearest valid one."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import fields, is_dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from kvpass.errors import PolicyError
+from kvpass.policy.check import check_policy
+from kvpass.policy.spec import Observe, Policy, Pool, Protect, Statistic
+
+PRESETS = Path(__file__).parent / "presets"
+_PARTS = {"observe": Observe, "statistic": Statistic, "pool": Pool, "protect": Protect}
+
+
+def names() -> list[str]:
+    """Built-in policies."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def load(policy: str | Path | Policy | dict[str, Any]) -> Policy:
+    """See `Policy.load`."""
+    if isinstance(policy, Policy):
+        check_policy(policy, where="Policy object")
+        return policy
+    if isinstance(policy, dict):
+        return _from_dict(policy, where="policy given as a dict")
+    if isinstance(policy, str) and not policy.endswith((".yaml", ".yml")):
+        return _preset(policy)
+    return _file(Path(policy))
+
+
+@lru_cache(maxsize=64)
+def _preset(name: str) -> Policy:
+    if name not in names():
+        near = difflib.get_close_matches(name, names(), n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise PolicyError(f"no policy named {name!r}", hint=f"{hint}built in: {', '.join(names())}; or give a path ending in .yaml")
+    return _file(PRESETS / f"{name}.yaml")
+
+
+def _file(path: Path) -> Policy:
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PolicyError(f"cannot read the policy file: {error.strerror}", where=str(path), hint="give an existing YAML file") from None
+    except yaml.YAMLError as error:
+        raise PolicyError(f"not valid YAML: {error}", where=str(path), hint="see docs/policies.md for an example") from None
+    if not isinstance(data, dict):
+        raise PolicyError("a policy file holds a mapping", where=str(path), hint="start with `name: my_policy`")
+    return _from_dict(data, where=str(path))
+
+
+def _from_dict(data: dict[str, Any], where: str) -> Policy:
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        policy = TypeAdapter(Policy).validate_json(json.dumps(data, default=str), strict=True)
+    except ValidationError as error:
+        raise _readable(error.errors()[0], where) from None
+    check_policy(policy, where)
+    return policy
+
+
+def _readable(error: Any, where: str) -> PolicyError:
+    path = [str(part) for part in error["loc"] if str(part) not in ("int", "float") and not str(part).startswith("literal")]
+    key = ".".join(path)
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        valid = _keys_at(path[:-1])
+        near = difflib.get_close_matches(path[-1], valid, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        return PolicyError(f"unknown key {key!r}", where=where, hint=f"{hint}valid here: {', '.join(valid)}")
+    if error["type"] in ("missing", "missing_argument"):
+        return PolicyError(f"key {key!r} is missing", where=where, hint=f"add `{path[-1]}:`")
+    return PolicyError(f"bad value {error['input']!r} in {key!r}", where=where, hint=str(error["msg"]))
+
+
+def _keys_at(path: list[str]) -> list[str]:
+    part = _PARTS.get(path[0], Policy) if path else Policy
+    return [f.name for f in fields(part)] if is_dataclass(part) else []

@@ -1,0 +1,164 @@
+"""What a cache holds and why: `report`, `inspect` and `explain`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from kvpass.errors import CacheError
+from kvpass.runtime.shell import find
+from kvpass.runtime.store import SlotStore
+
+
+def stores(cache: Any) -> list[SlotStore]:
+    """Every store that rides in a cache object: HF caches, nested tuples, lists and dicts, or modules with cache attributes."""
+    found: dict[int, SlotStore] = {}
+    for tensor in _tensors(cache, set()):
+        store = find(tensor)
+        if store is not None:
+            found.setdefault(id(store), store)
+    return sorted(found.values(), key=lambda s: s.layer)
+
+
+def _tensors(value: Any, seen: set[int], depth: int = 0) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+        return
+    if id(value) in seen or depth > 8 or isinstance(value, (str, bytes, int, float, type, type(None))):
+        return
+    seen.add(id(value))
+    if isinstance(value, dict):
+        parts: Any = list(value.values())
+    elif isinstance(value, (list, tuple, set)):
+        parts = list(value)
+    else:
+        parts = list(getattr(value, "__dict__", {}).values())
+    for part in parts:
+        yield from _tensors(part, seen, depth + 1)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a cache holds. `str()` is a table, `to_dict()` plain data."""
+
+    data: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """`{"policy", "budget", "bytes", "dense_bytes", "overhead_bytes", "tokens", "sites": [...], "declined": [...]}`; bytes of K and V."""
+        return self.data
+
+    def __str__(self) -> str:
+        d = self.data
+        share = d["bytes"] / d["dense_bytes"] if d["dense_bytes"] else 0.0
+        lines = [
+            f"policy {d['policy']}, budget {d['budget']}: {_size(d['bytes'])} of {_size(d['dense_bytes'])} dense KV ({share:.1%}), "
+            f"plus {_size(d['overhead_bytes'])} of positions and statistics, after {d['tokens']} tokens",
+            f"  {'layer':>5} {'site':40} {'slots':>7} {'live':>11} {'KV':>10} {'dense':>10}",
+        ]
+        for s in d["sites"]:
+            live = f"{s['live_min']}..{s['live_max']}" if s["live_min"] != s["live_max"] else str(s["live_max"])
+            lines.append(f"  {s['layer']:>5} {s['site']:40} {s['slots']:>7} {live:>11} {_size(s['bytes']):>10} {_size(s['dense_bytes']):>10}")
+        lines += [f"  dense {x['site']}: {x['reason']} at {x['node']} ({x['source']}); {x['hint']}" for x in d["declined"]]
+        return "\n".join(lines)
+
+
+def report(cache: Any) -> Report:
+    """Bytes, slots and declined sites of a cache that a kvpass-compiled model returned.
+
+    Args:
+        cache: `past_key_values`, a tuple cache, or a module that holds its cache in attributes.
+
+    Raises:
+        CacheError: no compressed cache in it.
+    """
+    found = _some(cache)
+    sites = [_site_row(store) for store in found]
+    origin = found[0].origin
+    total = {key: sum(row[key] for row in sites) for key in ("bytes", "dense_bytes", "overhead_bytes")}
+    declined = list({d["site"]: d for store in found for d in store.origin.declined}.values())
+    tokens = max(store.tokens for store in found)
+    return Report({"policy": origin.policy, "budget": origin.budget, "tokens": tokens, **total, "sites": sites, "declined": declined})
+
+
+def _some(cache: Any) -> list[SlotStore]:
+    found = stores(cache)
+    if not found:
+        raise CacheError(
+            f"no compressed cache in this {type(cache).__name__}",
+            hint="pass the past_key_values that a kvpass-compiled model returned (generate with return_dict_in_generate=True)",
+        )
+    return found
+
+
+def _site_row(store: SlotStore) -> dict[str, Any]:
+    live = store.live()
+    return {
+        "site": store.name,
+        "layer": store.layer,
+        "slots": store.slots,
+        "live_min": int(live.min()),
+        "live_max": int(live.max()),
+        "bytes": store.bytes,
+        "dense_bytes": store.dense_bytes,
+        "overhead_bytes": store.overhead_bytes,
+    }
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """Live slots of one site. `C` here is the largest live count; shorter heads are filled up.
+
+    Attributes:
+        positions: `[B, Hkv, C]` int64, ascending, -1 = empty (at the end).
+        scores: `[B, Hkv, C]` float32, higher = keep, before protection; NaN where empty.
+        keys, values: `[B, Hkv, C, D]`, zero where empty.
+        bytes: bytes of allocated K and V slots.
+    """
+
+    name: str
+    positions: torch.Tensor
+    scores: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Copies of the live slots of a cache, by layer."""
+
+    layers: list[LayerView] = field(default_factory=list)
+
+
+def inspect(cache: Any) -> Inspection:
+    """Look into a compressed cache: positions, scores, keys and values of the live slots (copies).
+
+    Raises:
+        CacheError: no compressed cache in it.
+    """
+    return Inspection([_layer_view(store) for store in _some(cache)])
+
+
+def _layer_view(store: SlotStore) -> LayerView:
+    from kvpass.kernels.scores import slot_scores
+
+    k, v, pos, stats, _ = store.state
+    c = int(store.live().max())
+    far = torch.iinfo(torch.int64).max
+    order = torch.where(pos >= 0, pos.long(), far).argsort(dim=-1)[..., :c]
+    positions = pos.gather(-1, order).long()
+    empty = positions < 0
+    scores = slot_scores(stats, pos, store.rule).gather(-1, order).masked_fill(empty, float("nan"))
+    keys, values = (t.gather(2, order[..., None].expand(-1, -1, -1, t.shape[-1])).masked_fill(empty[..., None], 0) for t in (k, v))
+    return LayerView(store.name, positions, scores, keys, values, store.bytes)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"

@@ -1,0 +1,107 @@
+"""SlotStore: the compact cache of one site, its growth and its bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from kvpass.kernels.rule import LIVE, Rule
+from kvpass.terms import Layout
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a store comes from: shared by all sites of a graph, and by all copies of a store."""
+
+    policy: str
+    budget: int | float | None
+    declined: tuple[dict[str, str], ...] = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Origin:
+        return self
+
+
+@dataclass(eq=False)
+class SlotStore:
+    """State of one site: five tensors (docs/design/0001) and the logical length.
+
+    Attributes:
+        state: k `[B, Hkv, C, D]`, v `[B, Hkv, C, Dv]`, pos `[B, Hkv, C]` int32, stats `[N, B, Hkv, C]` float32, cursor `[B, Hkv, 4]` int32.
+        tokens: logical length, padding included; what the host believes its cache holds.
+        bases: one-element NaN tensors that the shells of K and V expand.
+    """
+
+    name: str
+    layer: int
+    rule: Rule
+    layouts: tuple[Layout, Layout]
+    origin: Origin
+    state: list[torch.Tensor]
+    tokens: int = 0
+    bases: tuple[torch.Tensor, torch.Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        k, v = self.state[0], self.state[1]
+        self.bases = (k.new_full((1,), float("nan")), v.new_full((1,), float("nan")))
+
+    @staticmethod
+    def empty_state(rule: Rule, tokens: int, like: torch.Tensor, b: int, hkv: int, d: int, dv: int) -> list[torch.Tensor]:
+        """State with no live slot and room for `tokens` tokens, on the device and with the dtype of `like`."""
+        c = capacity(rule, tokens)
+        int32 = {"dtype": torch.int32, "device": like.device}
+        return [
+            like.new_empty((b, hkv, c, d)),
+            like.new_empty((b, hkv, c, dv)),
+            torch.full((b, hkv, c), -1, **int32),
+            torch.zeros((len(rule.stats), b, hkv, c), dtype=torch.float32, device=like.device),
+            torch.tensor([0, 0, 0, -1], **int32).expand(b, hkv, 4).clone(),
+        ]
+
+    @property
+    def slots(self) -> int:
+        """Capacity C: slots allocated per KV head."""
+        return self.state[0].shape[2]
+
+    def live(self) -> torch.Tensor:
+        """Slots in use, `[B, Hkv]` int32."""
+        return self.state[4][..., LIVE]
+
+    def make_room(self, tokens: int) -> None:
+        """Grow the slots, if needed, for a logical length of `tokens`. Copies this one layer, once in about n/40 kept tokens."""
+        if self.slots > self.rule.kept(tokens):
+            return
+        extra = capacity(self.rule, tokens) - self.slots
+        k, v, pos, stats, cursor = self.state
+        self.state = [_longer(k, 2, extra), _longer(v, 2, extra), _longer(pos, 2, extra, -1), _longer(stats, 3, extra, 0), cursor]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of allocated K and V slots."""
+        return sum(t.numel() * t.element_size() for t in self.state[:2])
+
+    @property
+    def overhead_bytes(self) -> int:
+        """Bytes of positions, statistics and cursor."""
+        return sum(t.numel() * t.element_size() for t in self.state[2:])
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes that an unmodified cache of the same logical length holds."""
+        k, v = self.state[:2]
+        return sum(t.shape[0] * t.shape[1] * self.tokens * t.shape[3] * t.element_size() for t in (k, v))
+
+
+def capacity(rule: Rule, tokens: int) -> int:
+    """Slots to allocate: what the budget keeps, one for the incoming token, and up to 2.5 % to grow into."""
+    n = rule.kept(tokens)
+    return n + max(1, n // 40)
+
+
+def _longer(t: torch.Tensor, dim: int, extra: int, fill: int | None = None) -> torch.Tensor:
+    shape = list(t.shape)
+    shape[dim] += extra
+    result = t.new_empty(shape) if fill is None else t.new_full(shape, fill)
+    result.narrow(dim, 0, t.shape[dim]).copy_(t)
+    return result

@@ -1,0 +1,149 @@
+"""Frozen facts about one attention and its cache update in one captured graph, and about those that were declined."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from kvpass.errors import Reason
+from kvpass.terms import CacheForm, Layout, Phase
+
+
+@dataclass(frozen=True)
+class Core:
+    """An attention core in normal form: `softmax(q k^T * scale + mask) v` with q `[B, Hq, S, D]`.
+
+    `k` and `v` are the operands as the core reads them, before any view is looked through. `pattern` names who found it.
+    """
+
+    node: fx.Node
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+    mask: fx.Node | None
+    scale: float
+    causal: bool
+    pattern: str
+
+
+@dataclass(frozen=True)
+class Update:
+    """A cache update: `node` is the value that becomes the cache, `new` this call's keys or values, `past` the graph input it grows."""
+
+    node: fx.Node
+    new: fx.Node
+    past: fx.Node | None
+    axis: int | None
+    form: CacheForm
+    pattern: str
+
+
+@dataclass(frozen=True)
+class Half:
+    """One of the two cached tensors of a site: its update, the axis order it is cached in, the views down to the core, its output places."""
+
+    update: Update
+    layout: Layout
+    chain: tuple[fx.Node, ...]
+    places: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention core joined with the updates of its K and V.
+
+    Attributes:
+        name: module path of the core, or `site3`.
+        layer: running number of the core among all cores with a cache in its graph.
+        phase: prefill, extend or decode.
+        dims: sizes by letter, `B Hq Hkv S D Dv`; ints or SymInts.
+        source: the user's line that calls the attention.
+    """
+
+    name: str
+    layer: int
+    phase: Phase
+    core: Core
+    key: Half
+    value: Half
+    dims: dict[str, Any]
+    dtype: torch.dtype
+    source: str
+
+    @property
+    def group(self) -> int:
+        return int(self.dims["Hq"]) // int(self.dims["Hkv"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON and tables."""
+        return {
+            "site": self.name,
+            "layer": self.layer,
+            "phase": self.phase.value,
+            "core": f"{self.core.pattern}: {self.core.node.name}",
+            "update": self.key.update.form.value,
+            "layout": self.key.layout.value,
+            "dims": {letter: str(size) for letter, size in self.dims.items()},
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "mask": self.core.mask.name if self.core.mask is not None else "causal" if self.core.causal else "none",
+            "scale": self.core.scale,
+            "source": self.source,
+        }
+
+
+@dataclass(frozen=True)
+class Decline:
+    """A site that stays dense, and why."""
+
+    site: str
+    reason: Reason
+    node: str
+    source: str
+    detail: str
+
+    def to_dict(self) -> dict[str, str]:
+        return {
+            "site": self.site,
+            "reason": self.reason.value,
+            "node": self.node,
+            "source": self.source,
+            "detail": self.detail,
+            "hint": self.reason.hint,
+        }
+
+    def __str__(self) -> str:
+        return f"{self.site}: {self.reason.value} at {self.node}: {self.detail}\n    {self.source}\n    hint: {self.reason.hint}"
+
+
+@dataclass(frozen=True)
+class SiteTable:
+    """What a scan found in one graph."""
+
+    sites: tuple[Site, ...] = ()
+    declined: tuple[Decline, ...] = field(default=())
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.sites)
+
+    def __bool__(self) -> bool:
+        return bool(self.sites or self.declined)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"sites": [s.to_dict() for s in self.sites], "declined": [d.to_dict() for d in self.declined]}
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.sites)} site(s) matched, {len(self.declined)} declined"]
+        for s in self.sites:
+            row = s.to_dict()
+            dims = " ".join(f"{letter}={size}" for letter, size in row["dims"].items())
+            lines.append(
+                f"  {s.layer:3d} {s.name:36s} {row['phase']:8s} {row['update']:20s} {row['layout']} {dims} {row['dtype']} "
+                f"mask={row['mask']} scale={s.core.scale:.4g}"
+            )
+            lines.append(f"      {s.source}")
+        lines += ["  declined " + str(d) for d in self.declined]
+        return "\n".join(lines)

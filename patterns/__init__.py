@@ -1,0 +1,26 @@
+"""The pattern room: declarative recognisers of attention cores and cache updates. Knows no policy and no kernel.
+
+A core pattern has `name` and `match(node) -> Core | None`, an update pattern `name` and `match(node, flow) -> Update | None`.
+None means "not mine"; a `Miss` means "mine, but not supported", with the reason. Installed as `kvpass.patterns`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from kvpass.patterns.cache_concat import ConcatUpdate
+from kvpass.patterns.cache_returned import ReturnedUpdate
+from kvpass.patterns.sdpa import SdpaCore
+
+
+@dataclass(frozen=True)
+class PatternSet:
+    """Cores are tried on every node; updates on every node, `returned` only on values that a core reads."""
+
+    cores: tuple[Any, ...]
+    updates: tuple[Any, ...]
+    returned: Any
+
+
+DEFAULT = PatternSet(cores=(SdpaCore(),), updates=(ConcatUpdate(),), returned=ReturnedUpdate())

@@ -1,0 +1,55 @@
+"""Core: `F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa)`, with every keyword.
+
+Refuses: dropout above zero, operands that are not 4-d, dtypes other than float32, bfloat16, float16.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import fx
+
+from kvpass.errors import Reason
+from kvpass.match.calls import argument, call_name, example
+from kvpass.match.miss import Miss
+from kvpass.match.shapes import shape_of
+from kvpass.site import Core
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class SdpaCore:
+    name = "sdpa"
+
+    def match(self, node: fx.Node) -> Core | None:
+        """The core at an SDPA call, in normal form.
+
+        Raises:
+            Miss: DROPOUT, LAYOUT or DTYPE.
+        """
+        if call_name(node) != "sdpa":
+            return None
+        q, k, v = (argument(node, at, name) for at, name in enumerate(("query", "key", "value")))
+        self._check(node, q, k, v)
+        scale = argument(node, 6, "scale")
+        return Core(
+            node=node,
+            q=q,
+            k=k,
+            v=v,
+            mask=argument(node, 3, "attn_mask"),
+            scale=float(scale) if scale is not None else 1.0 / math.sqrt(shape_of(q)[-1]),
+            causal=bool(argument(node, 5, "is_causal", False)),
+            pattern=self.name,
+        )
+
+    def _check(self, node: fx.Node, q: fx.Node, k: fx.Node, v: fx.Node) -> None:
+        if argument(node, 4, "dropout_p", 0.0) != 0.0:
+            raise Miss(Reason.DROPOUT, node, f"dropout_p={argument(node, 4, 'dropout_p')}")
+        for operand in (q, k, v):
+            if len(shape_of(operand)) != 4:
+                raise Miss(Reason.LAYOUT, operand, f"operand of shape {shape_of(operand)} is not 4-d")
+        dtypes = {example(operand).dtype for operand in (q, k, v)}
+        if len(dtypes) != 1 or not dtypes <= set(FLOATS):
+            raise Miss(Reason.DTYPE, node, f"q, k, v are {sorted(map(str, dtypes))}")
