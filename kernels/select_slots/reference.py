@@ -13,7 +13,7 @@ def select_slots_reference(score: Tensor, cursor: Tensor, capacity: int) -> Tens
     length = score.shape[-1]
     live = cursor[..., LIVE, None]
     # Stable and descending: equal scores stay in index order, so the older one comes first.
-    order = score.sort(-1, descending=True, stable=True).indices[..., :capacity]
+    order = score.sort(dim=-1, descending=True, stable=True).indices[..., :capacity]
     rank = torch.arange(order.shape[-1], device=score.device)
     chosen = order.masked_fill_(rank >= live, length).sort(-1).values.int()
     chosen = chosen.masked_fill_(chosen == length, -1)

@@ -27,13 +27,17 @@ class Choice:
 
     def in_scope(self) -> Array:
         """The `untouchable` slots: protected first, then the largest variance; ties go to the older."""
-        order = sorted(range(len(self.positions)), key=lambda i: (not self.protected[i], -self.variance[i], self.positions[i]))
+        first = [
+            (not p, -var, pos)
+            for p, var, pos in zip(self.protected, self.variance, self.positions, strict=True)
+        ]
+        order = sorted(range(len(first)), key=first.__getitem__)
         mark = np.zeros(len(self.positions), dtype=bool)
         mark[order[: self.untouchable]] = True
         return mark
 
     def kept(self) -> Array:
-        """Positions to keep, ascending: protected, then untouchable, then the best scores; ties keep the older."""
+        """Positions to keep, ascending: protected, untouchable, then the best scores; ties keep the older."""
         scope = self.in_scope()
         tier = np.where(self.protected, 0, np.where(scope, 1, 2))
         order = sorted(range(len(self.positions)), key=lambda i: (tier[i], -self.score[i], self.positions[i]))
@@ -43,9 +47,10 @@ class Choice:
 def objection(choice: Choice, theirs: Array, rtol: float) -> str | None:
     """Why keeping `theirs` cannot be float32's view of this choice, or None if it can.
 
-    Two scores may come out in the other order if they differ by less than `rtol` of their magnitude, each of them being a sum of probabilities
-    (all positive, so its rounding error is relative to itself), plus what float32 flushes to zero. A variance is a difference, so its error is relative to what it was
-    subtracted from: a relative error r of the probabilities gives 2r in sumsq and in mean^2 <= sumsq/count, together 4r of `power`.
+    A score is a sum of probabilities, all positive, so its error is relative to itself: two scores may come
+    out in the other order if each moves by at most `rtol` of itself, plus what float32 flushes to zero.
+    A variance is a difference, so its error is relative to what it was subtracted from: a relative error r
+    of the probabilities gives 2r in sumsq and in mean^2 <= sumsq/count, together 4r of `power`.
     """
     kept = np.isin(choice.positions, theirs)
     if kept.sum() != len(theirs) or len(np.unique(theirs)) != len(theirs):
@@ -75,35 +80,41 @@ def scope_bounds(choice: Choice, rtol: float) -> tuple[Array, Array]:
     slack = 4 * rtol * choice.power + FLOAT32_TINY
     lowest_in = (choice.variance - slack)[free].min()
     highest_out = (choice.variance + slack)[~scope].max()
-    return ~scope & (choice.variance + slack < lowest_in), choice.protected | (free & (choice.variance - slack > highest_out))
+    surely_out = ~scope & (choice.variance + slack < lowest_in)
+    surely_in = choice.protected | (free & (choice.variance - slack > highest_out))
+    return surely_out, surely_in
 
 
-def ranking_objection(choice: Choice, kept: Array, surely_in: Array, surely_out: Array, rtol: float) -> str | None:
+def ranking_objection(
+    choice: Choice, kept: Array, surely_in: Array, surely_out: Array, rtol: float
+) -> str | None:
     """No token that they kept may rank clearly below one that they evicted, unless it can be in the scope."""
     score, positions = choice.score, choice.positions
-    low, high = score * (1 - rtol) - choice.queries * FLOAT32_TINY, score * (1 + rtol) + choice.queries * FLOAT32_TINY
+    flushed = choice.queries * FLOAT32_TINY
+    low, high = score * (1 - rtol) - flushed, score * (1 + rtol) + flushed
     worst = np.flatnonzero(~kept)[low[~kept].argmax()]
     beaten = kept & ~choice.protected & (high < low[worst])
     if (beaten & surely_out).any():
         i = np.flatnonzero(beaten & surely_out)[score[beaten & surely_out].argmin()]
-        gap = score[worst] - score[i]
+        gap, explained = score[worst] - score[i], (score[worst] - low[worst]) + (high[i] - score[i])
         return (
-            f"it evicts {positions[worst]} (score {score[worst]:.9g}) and keeps {positions[i]} (score {score[i]:.9g}): "
-            f"gap {gap:.3g}, float32 explains {(score[worst] - low[worst]) + (high[i] - score[i]):.3g}"
+            f"it evicts {positions[worst]} (score {score[worst]:.9g}) and keeps {positions[i]} "
+            f"(score {score[i]:.9g}): gap {gap:.3g}, float32 explains {explained:.3g}"
         )
-    room = choice.untouchable - int((surely_in | (choice.protected & (choice.untouchable > 0))).sum())
-    if (beaten & ~surely_in).sum() > max(room, 0):
-        return f"more tokens rank below the evicted ones than the scope can hold: {positions[beaten & ~surely_in].tolist()}"
+    doubtful = beaten & ~surely_in
+    if doubtful.sum() > max(choice.untouchable - surely_in.sum(), 0):
+        return f"the scope cannot hold all tokens that rank below the evicted ones: {positions[doubtful]}"
     return tie_objection(choice, kept, surely_out)
 
 
 def tie_objection(choice: Choice, kept: Array, surely_out: Array) -> str | None:
-    """Exactly equal float64 scores are copies of one value (max-pooling) or position-less zeros: float32 sees the same tie."""
+    """Exactly equal float64 scores are copies of one value (max-pooling) or zeros: float32 sees the tie too."""
     open_ = surely_out & ~choice.protected
     oldest_lost: dict[float, int] = {}
     for i in np.flatnonzero(~kept & open_):
         oldest_lost.setdefault(choice.score[i], choice.positions[i])
     for i in np.flatnonzero(kept & open_):
         if choice.positions[i] > oldest_lost.get(choice.score[i], np.iinfo(np.int64).max):
-            return f"tie at {choice.score[i]:.9g}: it keeps {choice.positions[i]}, evicts the older {oldest_lost[choice.score[i]]}"
+            older = oldest_lost[choice.score[i]]
+            return f"tie at {choice.score[i]:.9g}: it keeps {choice.positions[i]}, evicts the older {older}"
     return None

@@ -1,4 +1,5 @@
-"""The simulator inside an unmodified transformers model: attn_implementation="oracle", a DynamicCache that keeps every token."""
+"""The simulator inside an unmodified transformers model: attn_implementation="oracle" and a DynamicCache that
+keeps every token."""
 
 from __future__ import annotations
 
@@ -14,9 +15,12 @@ ACTIVE: list[Simulator] = []
 """The simulator of the forward pass that is running. transformers gives an attention function no other way to find it."""
 
 
-def attention(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float | None = None, **_: Any) -> tuple[Any, None]:
+def attention(
+    module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float | None = None, **_: Any
+) -> tuple[Any, None]:
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return ACTIVE[-1].attend(module.layer_idx, query, key, value, mask, scale).transpose(1, 2).contiguous(), None
+    out = ACTIVE[-1].attend(module.layer_idx, query, key, value, mask, scale)
+    return out.transpose(1, 2).contiguous(), None
 
 
 def explicit_mask(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -51,7 +55,7 @@ class Oracle:
         ACTIVE.append(self.simulator)
         try:
             with torch.no_grad():
-                out = self.model(input_ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1, **kwargs)
+                out = self.model(input_ids, past_key_values=self.cache, logits_to_keep=1, **kwargs)
         finally:
             ACTIVE.pop()
         return out.logits[:, -1]

@@ -1,8 +1,9 @@
 """What each policy means, for one KV head of one row, in float64 and plain Python.
 
-Written from shared/policies.md (sections 0, 1.1, 1.2, 1.4, 1.5, 2.1) and from the definitions of docs/design/0001, never from kvpass' code.
-A policy looks at `rows`: for each query of a call the probabilities over all tokens of the sequence, already averaged over the query heads
-that share this KV head, exactly zero where the query may not look or the token was evicted.
+Written from shared/policies.md (sections 0, 1.1, 1.2, 1.4, 1.5, 2.1) and from the definitions of
+docs/design/0001, never from kvpass' code. A policy looks at `rows`: for each query of a call the
+probabilities over all tokens of the sequence, already averaged over the query heads that share this KV
+head, exactly zero where the query may not look or the token was evicted.
 """
 
 from __future__ import annotations
@@ -25,13 +26,15 @@ class Budget:
 
     @staticmethod
     def of(budget: float | int, floor: int = 64) -> Budget:
-        """The same two spellings as the library's `budget=`: int = slots, float = fraction of the tokens seen."""
+        """The two spellings of the library's `budget=`: int = slots, float = fraction of the tokens seen."""
         if isinstance(budget, int):
             return Budget(slots=budget)
         return Budget(fraction=Fraction(str(budget)), floor=floor)
 
     def __call__(self, seen: int) -> int:
-        return self.slots if self.slots is not None else max(self.floor, seen * self.fraction.numerator // self.fraction.denominator)
+        if self.slots is not None:
+            return self.slots
+        return max(self.floor, seen * self.fraction.numerator // self.fraction.denominator)
 
 
 @dataclass
@@ -51,7 +54,7 @@ class Row:
 
 
 class Memory:
-    """The statistics of one KV head, per token of the sequence (evicted tokens keep a stale entry that nobody reads)."""
+    """The statistics of one KV head, per token of the sequence (nobody reads those of evicted tokens)."""
 
     def __init__(self) -> None:
         self.sum = np.zeros(0)
@@ -79,7 +82,7 @@ class Policy:
     scoped = False  # True: the slots of largest standard deviation cannot be evicted
 
     def observe(self, memory: Memory, rows: Array, sees: Array, row: Row, candidates: Array) -> None:
-        """Update the statistics. rows, sees: [S, T]; candidates: positions of the tokens that compete, ascending."""
+        """Update the statistics. rows, sees: [S, T]; candidates: the tokens that compete, ascending."""
 
     def score(self, memory: Memory) -> Array:
         """[T], higher = keep."""
@@ -122,7 +125,7 @@ class H2O(Policy):
 
 
 class Tova(Policy):
-    """Probabilities of the newest query only, averaged over all heads of the layer. Nothing is protected, not even the newest."""
+    """The newest query's probabilities, averaged over all heads of the layer. Nothing is protected."""
 
     shared = True
 
@@ -135,7 +138,7 @@ class Tova(Policy):
 
 
 class SnapKV(Policy):
-    """The last 32 queries of a call vote, their votes max-pooled over 7 neighbours; later single tokens add their vote."""
+    """The last 32 queries of a call vote, max-pooled over 7 neighbours; later single tokens add their vote."""
 
     window = 32
     pool = 7
@@ -151,7 +154,7 @@ class SnapKV(Policy):
         memory.sum[candidates] = self.pooled(memory.sum[candidates], candidates < row.end - self.window)
 
     def pooled(self, values: Array, outside: Array) -> Array:
-        """Max over 7 neighbours for the tokens outside the window; tokens of the window keep theirs and lend nothing."""
+        """Max over 7 neighbours outside the window; tokens of the window keep theirs and lend nothing."""
         half, lent = self.pool // 2, np.where(outside, values, 0)
         padded = np.concatenate([np.zeros(half), lent, np.zeros(half)])
         best = [padded[i : i + self.pool].max() for i in range(len(values))]

@@ -1,0 +1,27 @@
+"""select_slots in Triton. Not yet run on a GPU: tested in the interpreter and compiled ahead of time."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..triton_launch import launch, power_of_two
+from .triton_kernel import select_kernel
+
+
+def select_slots_triton(score: Tensor, cursor: Tensor, capacity: int) -> Tensor:
+    """See `kvpass.kernels.select_slots.select_slots`."""
+    batch, heads, length = score.shape
+    idx = cursor.new_empty(batch, heads, capacity)
+    launch(
+        select_kernel,
+        (batch * heads,),
+        score.device,
+        p_score=score.contiguous(),
+        p_cursor=cursor.contiguous(),
+        p_idx=idx,
+        L=length,
+        capacity=capacity,
+        BLOCK=min(power_of_two(length, 128), 4096),
+        num_warps=8,
+    )
+    return idx

@@ -1,0 +1,76 @@
+"""The host side that the Triton launchers share: target, mask arguments, one place where kernels are launched."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a launcher may know of the device when it picks block sizes."""
+
+    kind: str
+    """cuda, hip, or interpret (CPU tensors under TRITON_INTERPRET=1)."""
+    arch: int
+    """Compute capability as in 80, 90; 0 elsewhere."""
+    cores: int
+    """Streaming multiprocessors or compute units."""
+
+
+@lru_cache
+def _target(kind: str, index: int | None) -> Target:
+    if kind == "cpu":
+        return Target("interpret", 0, 2)
+    properties = torch.cuda.get_device_properties(torch.device(kind, index))
+    if torch.version.hip is not None:
+        return Target("hip", 0, properties.multi_processor_count)
+    return Target("cuda", properties.major * 10 + properties.minor, properties.multi_processor_count)
+
+
+def target(device: torch.device) -> Target:
+    """The target of a device; asked once per device."""
+    return _target(device.type, device.index)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, **arguments: Any) -> None:
+    """Launch a kernel on a device's current stream. An empty grid is no launch."""
+    if 0 in grid:
+        return
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](**arguments)
+
+
+def power_of_two(n: int, least: int = 1) -> int:
+    """The next power of two, at least `least`."""
+    return max(least, 1 << max(n - 1, 0).bit_length())
+
+
+def blocks(n: int, size: int) -> int:
+    """How many blocks of `size` cover n."""
+    return -(-n // size)
+
+
+def rows_last(x: Tensor) -> Tensor:
+    """x itself if its last dimension is contiguous, as kernels need it, else a contiguous copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def mask_arguments(mask: Tensor | None) -> dict[str, Any]:
+    """Kernel arguments of a 4-d mask: pointer, strides (0 where it broadcasts), kind, and what counts as hidden."""
+    if mask is None:
+        return {"p_mask": None, "s_mb": 0, "s_mh": 0, "s_mq": 0, "s_mt": 0, "MASK": 0, "HIDDEN": 0.0}
+    if mask.dtype == torch.float64:
+        mask = mask.float()
+    names = ("s_mb", "s_mh", "s_mq", "s_mt")
+    arguments: dict[str, Any] = {
+        name: 0 if size == 1 else stride for name, size, stride in zip(names, mask.shape, mask.stride(), strict=True)
+    }
+    if mask.dtype == torch.bool:
+        return {**arguments, "p_mask": mask.view(torch.uint8), "MASK": 1, "HIDDEN": 0.0}
+    return {**arguments, "p_mask": mask, "MASK": 2, "HIDDEN": torch.finfo(mask.dtype).min / 2}

@@ -1,0 +1,122 @@
+"""torch.library registration of the kernels: schemas, what they mutate, fakes. Kernels are imported on first call.
+
+The schemas are docs/design/0001-state-and-kernels.md in torch's notation; `(a!)` marks the state that an op changes in place. Importing this
+module registers the ops once per process; it imports neither kernels nor triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "kvpass"
+
+SCHEMAS = {
+    "prefill_attend": "(Tensor q, Tensor k, Tensor v, Tensor? pos, Tensor? mask, float scale, bool causal, str rule) "
+    "-> (Tensor, Tensor, Tensor)",
+    "join_slots": "(Tensor k, Tensor v, Tensor pos, Tensor stats, Tensor cursor, Tensor k_new, Tensor v_new, "
+    "SymInt position) -> (Tensor, Tensor, Tensor, Tensor)",
+    "score_slots": "(Tensor stats, Tensor? past_stats, Tensor? pos, Tensor valid, Tensor cursor, SymInt position, "
+    "str rule) -> (Tensor, Tensor, Tensor)",
+    "select_slots": "(Tensor score, Tensor cursor, SymInt capacity) -> Tensor",
+    "compact_slots": "(Tensor k, Tensor v, Tensor? pos, Tensor stats, Tensor idx, Tensor cursor_new, Tensor(a!) k_out, "
+    "Tensor(b!) v_out, Tensor(c!) pos_out, Tensor(d!) stats_out, Tensor(e!) cursor_out) -> ()",
+    "decode_attend": "(Tensor q, Tensor k_new, Tensor v_new, Tensor? mask, Tensor(a!) k, Tensor(b!) v, Tensor(c!) pos, "
+    "Tensor(d!) stats, Tensor(e!) cursor, SymInt position, float scale, str rule) -> Tensor",
+}
+
+HOMES = {"join_slots": "join_slots", "score_slots": "scores"}
+"""Modules of kvpass.kernels whose name is not the op's."""
+
+
+def _deferred(name: str) -> Callable[..., Any]:
+    """The op's body: imports its kernel on the first call and is then one extra Python call."""
+    body: Callable[..., Any] | None = None
+
+    def call(*args: Any) -> Any:
+        nonlocal body
+        if body is None:
+            body = getattr(import_module(f"kvpass.kernels.{HOMES.get(name, name)}"), name)
+        return body(*args)
+
+    return call
+
+
+def _stat_count(rule: str) -> int:
+    from kvpass.kernels.rule import Rule
+
+    return len(Rule.parse(rule).stats)
+
+
+def _fake_prefill_attend(
+    q: Tensor, k: Tensor, v: Tensor, pos: Tensor | None, mask: Tensor | None, scale: float, causal: bool, rule: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    out = q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3])
+    stats = q.new_empty(_stat_count(rule), k.shape[0], k.shape[1], k.shape[2], dtype=torch.float32)
+    return out, stats, q.new_empty(q.shape[0], q.shape[2], dtype=torch.bool)
+
+
+def _fake_join_slots(
+    k: Tensor, v: Tensor, pos: Tensor, stats: Tensor, cursor: Tensor, k_new: Tensor, v_new: Tensor, position: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, heads, length = pos.shape[0], pos.shape[1], pos.shape[2] + k_new.shape[2]
+    return (
+        k.new_empty(batch, heads, length, k.shape[3]),
+        v.new_empty(batch, heads, length, v.shape[3]),
+        pos.new_empty(batch, heads, length),
+        stats.new_empty(stats.shape[0], batch, heads, length),
+    )
+
+
+def _fake_score_slots(
+    stats: Tensor, past_stats: Tensor | None, pos: Tensor | None, valid: Tensor, cursor: Tensor, position: int, rule: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return stats.new_empty(stats.shape[1:]), stats.new_empty(stats.shape), cursor.new_empty(cursor.shape)
+
+
+def _fake_select_slots(score: Tensor, cursor: Tensor, capacity: int) -> Tensor:
+    return score.new_empty(score.shape[0], score.shape[1], capacity, dtype=torch.int32)
+
+
+def _fake_compact_slots(*args: Tensor | None) -> None:
+    return None
+
+
+def _fake_decode_attend(q: Tensor, k_new: Tensor, v_new: Tensor, *rest: Any) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[1], q.shape[2], v_new.shape[3])
+
+
+FAKES: dict[str, Callable[..., Any]] = {
+    "prefill_attend": _fake_prefill_attend,
+    "join_slots": _fake_join_slots,
+    "score_slots": _fake_score_slots,
+    "select_slots": _fake_select_slots,
+    "compact_slots": _fake_compact_slots,
+    "decode_attend": _fake_decode_attend,
+}
+
+
+def _register() -> torch.library.Library | None:
+    """Define and implement the ops; None if this process already has them (a reload, a second import path)."""
+    if hasattr(torch.ops.kvpass, next(iter(SCHEMAS))):
+        return None
+    library = torch.library.Library(NAMESPACE, "DEF")
+    for name, schema in SCHEMAS.items():
+        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(name, _deferred(name), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", FAKES[name], lib=library)
+    return library
+
+
+_library = _register()
+
+decode_attend = torch.ops.kvpass.decode_attend.default
+prefill_attend = torch.ops.kvpass.prefill_attend.default
+join_slots = torch.ops.kvpass.join_slots.default
+score_slots = torch.ops.kvpass.score_slots.default
+select_slots = torch.ops.kvpass.select_slots.default
+compact_slots = torch.ops.kvpass.compact_slots.default
