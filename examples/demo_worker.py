@@ -1,7 +1,7 @@
 """One contender of the demo, in a process of its own, so that its peak memory is its own.
 
-Started by demo.py: `python -P examples/demo_worker.py '{"policy": null, ...}' FOLDER`. Says on stdout what it is doing, a line each, and writes
-FOLDER/<name>.json (figures) and FOLDER/<name>.pt (logits of every step).
+Started by demo.py: `python -P examples/demo_worker.py JOB FOLDER`. Says on stdout what it is doing, a line
+each, and writes FOLDER/<name>.json (figures) and FOLDER/<name>.pt (tokens, and the logits of every step).
 """
 
 from __future__ import annotations
@@ -19,20 +19,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import smollm2
 import torch
+from task import DEPTH, FACT, QUESTION
 from transformers import LogitsProcessor
 from transformers.utils import logging as transformers_logging
+from workers import say
 
-FACT = "The access code of the vault is 48213. Remember it."
-CODE = "48213"
-DEPTH = 0.6
-QUESTION = (
-    "What is the access code of the vault? Then explain in three sentences what the text above is about."
-)
 WARM_UP = 6  # tokens; by then prefill, the first decode and the decode of any length are compiled
 
 
 class Recorder(LogitsProcessor):
-    """Notes when each step's logits arrive and keeps them; with `forced`, makes generate follow those tokens."""
+    """Keeps each step's logits and the time they came; with `forced`, makes generate follow those tokens."""
 
     def __init__(self, forced: list[int] | None = None) -> None:
         self.forced, self.times, self.logits = forced, [], []  # type: ignore[var-annotated]
@@ -45,10 +41,6 @@ class Recorder(LogitsProcessor):
         only = torch.full_like(scores, -float("inf"))
         only[:, self.forced[len(self.times) - 1]] = 0.0
         return only
-
-
-def say(line: str) -> None:
-    print(line, flush=True)
 
 
 def make_inputs(tokenizer: Any, n_tokens: int) -> dict[str, torch.Tensor]:
@@ -72,7 +64,7 @@ def status_bytes(field: str) -> int | None:
 
 
 def reset_peak() -> bool:
-    """Gives freed memory back and starts the kernel's peak counter anew. False where the system cannot (then the peak is the process')."""
+    """Gives freed memory back and starts the kernel's peak counter anew; False where the system cannot."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
@@ -117,7 +109,7 @@ def held_bytes(cache: Any, policy: str | None) -> int:
 
 
 def agreement(reference: torch.Tensor, logits: torch.Tensor) -> dict[str, float]:
-    """Mean KL(full cache || policy) and top-1 agreement; step 0 comes out of prefill, before anything is evicted, and does not count."""
+    """Mean KL(full cache || policy) and top-1 agreement; step 0 comes before any eviction: left out."""
     p, q = reference[1:].log_softmax(-1), logits[1:].log_softmax(-1)
     kl = (p.exp() * (p - q)).sum(-1)
     top1 = p.argmax(-1) == q.argmax(-1)

@@ -23,7 +23,7 @@ def progress(console: Console) -> Progress:
 
 
 def run_worker(script: Path, job: dict[str, Any], folder: Path, shown: Progress) -> dict[str, Any]:
-    """Runs `python -P script JOB FOLDER`, shows the lines it says, and returns what it left in FOLDER/<name>.json.
+    """Runs `python -P script JOB FOLDER` and shows what it says; the figures in FOLDER/<name>.json.
 
     A worker that fails ends this process too, after its error output.
     """
@@ -41,7 +41,9 @@ def run_worker(script: Path, job: dict[str, Any], folder: Path, shown: Progress)
             errors.seek(0)
             shown.stop()
             print(errors.read(), file=sys.stderr)
-            raise SystemExit(f"'{job['name']}' failed at: {last} (exit {worker.returncode}; its words are above)")
+            raise SystemExit(
+                f"'{job['name']}' failed at: {last} (exit {worker.returncode}; its words are above)"
+            )
     shown.update(task, doing="done", total=1, completed=1)
     result: dict[str, Any] = json.loads((folder / f"{job['name']}.json").read_text())
     return result

@@ -28,6 +28,7 @@ class GraphRecord:
 
     table: SiteTable
     plan: Plan | None = None
+    frame: int = field(default_factory=lambda: _frames_compiled())
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -116,7 +117,7 @@ class Backend:
     @property
     def timings(self) -> dict[str, float]:
         """Seconds spent, by stage, over all graphs; `capture` is Dynamo's own time for the same graphs."""
-        total: dict[str, float] = {"capture": _capture_seconds() if self.graphs else 0.0}
+        total: dict[str, float] = {"capture": _capture_seconds(self.graphs)}
         for record in self.graphs:
             for stage, seconds in record.seconds.items():
                 total[stage] = total.get(stage, 0.0) + seconds
@@ -155,11 +156,19 @@ def _refuse_training(table: SiteTable) -> None:
             )
 
 
-def _capture_seconds() -> float:
-    """Dynamo's time for tracing so far in this process, the backend's own share taken out."""
+def _frames_compiled() -> int:
     from torch._dynamo.utils import compilation_time_metrics as metrics
 
-    return sum(metrics.get("_compile.compile_inner", [])) - sum(metrics.get("OutputGraph.call_user_compiler", []))
+    return len(metrics.get("_compile.compile_inner", []))
+
+
+def _capture_seconds(graphs: list[GraphRecord]) -> float:
+    """Dynamo's own time for tracing the frames of these graphs, the backend's share taken out."""
+    from torch._dynamo.utils import compilation_time_metrics as metrics
+
+    frames = metrics.get("_compile.compile_inner", [])
+    whole = sum(frames[at] for at in {record.frame for record in graphs} if at < len(frames))
+    return whole - sum(sum(record.seconds.values()) for record in graphs) if whole else 0.0
 
 
 def backend(

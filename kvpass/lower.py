@@ -8,6 +8,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ import kvpass.ops  # noqa: F401  (registers torch.ops.kvpass)
 from kvpass.match.calls import example, is_metadata
 from kvpass.match.dataflow import flat_outputs
 from kvpass.match.shapes import shape_of
-from kvpass.match.symbols import SizeReader, state_examples
+from kvpass.match.symbols import SizeReader, free_size
 from kvpass.plan import Plan, SitePlan
 from kvpass.runtime.bind import Binding
 from kvpass.site import Half
@@ -58,6 +59,8 @@ class _Lowering:
         self.inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
         self.last_input = self.copy[self.inputs[-1]]
         self.sizes = SizeReader(self.inputs)
+        self.capacity: dict[str, Any] = {}
+        self.values: dict[Any, Any] = {}
 
     def site(self, planned: SitePlan) -> Binding:
         """Replace one site by its ops."""
@@ -73,13 +76,30 @@ class _Lowering:
 
     def _state_inputs(self, planned: SitePlan) -> list[fx.Node]:
         nodes = []
-        for name, value in zip(STATE, state_examples(planned), strict=True):
+        for name, value in zip(STATE, self._state_examples(planned), strict=True):
             with self.graph.inserting_after(self.last_input):
                 node = self.graph.placeholder(f"kvpass_{planned.site.layer}_{name}")
             node.meta = {"example_value": value, "kvpass": {"site": planned.site.name, "state": name}}
             self.last_input = node
             nodes.append(node)
         return nodes
+
+    def _state_examples(self, planned: SitePlan) -> list[Any]:
+        """Fake state of a site under the tracer's fake mode. Sites with the same rule grow together, so they share a capacity symbol."""
+        dims, fake_q, rule = planned.site.dims, example(planned.site.core.q), planned.rule.encode()
+        b, hkv, d, dv = (dims[letter] for letter in ("B", "Hkv", "D", "Dv"))
+        with fake_q.fake_mode:
+            if rule not in self.capacity:
+                self.capacity[rule] = free_size(fake_q.fake_mode.shape_env, "kvpass_capacity")
+            c = self.capacity[rule]
+            int32 = {"dtype": torch.int32, "device": fake_q.device}
+            return [
+                fake_q.new_empty((b, hkv, c, d)),
+                fake_q.new_empty((b, hkv, c, dv)),
+                torch.empty((b, hkv, c), **int32),
+                torch.empty((len(planned.rule.stats), b, hkv, c), dtype=torch.float32, device=fake_q.device),
+                torch.empty((b, hkv, 4), **int32),
+            ]
 
     def _retire(self, core: fx.Node, *halves: Half) -> None:
         """Erase the core, the views that fed it and the cache updates; metadata reads of a cache go to a shell of its shape."""
@@ -147,6 +167,7 @@ class _Emitter:
         self.low, self.graph, self.planned, self.core = lowering, lowering.graph, planned, core
         self.k, self.v, self.pos, self.stats, self.cursor = state
         self.rule = planned.rule.encode()
+        self.number = count()
         site = planned.site
         self.q = lowering.copy[site.core.q]
         self.new_k, self.new_v = self._heads_first(site.key), self._heads_first(site.value)
@@ -205,9 +226,17 @@ class _Emitter:
         """Give a new node its source, its site and its fake value."""
         node.meta.update({key: self.core.meta[key] for key in ("stack_trace", "nn_module_stack") if key in self.core.meta})
         node.meta["kvpass"] = {"site": self.planned.site.name}
-        args = fx.map_arg(node.args, lambda n: example(n))
-        fake_mode = getattr(example(self.q), "fake_mode", None)
-        with fake_mode if fake_mode is not None else torch.no_grad():
-            value = getattr(args[0], node.target)(*args[1:]) if node.op == "call_method" else node.target(*args)  # type: ignore[arg-type, operator]
-        node.meta["example_value"] = value
+        node.meta["example_value"] = self._value(node)
         return node
+
+    def _value(self, node: fx.Node) -> Any:
+        """Fake value of a new node. Sites of equal shapes emit equal sequences, so each value is computed once per graph."""
+        site = self.planned.site
+        mask = shape_of(site.core.mask) if site.core.mask is not None else None
+        key = (self.rule, site.phase, str(site.dims), str(mask), site.key.layout, site.value.layout, next(self.number))
+        if key not in self.low.values:
+            args = fx.map_arg(node.args, lambda n: example(n))
+            with example(self.q).fake_mode:
+                call = getattr(args[0], node.target) if node.op == "call_method" else node.target  # type: ignore[arg-type]
+                self.low.values[key] = call(*(args[1:] if node.op == "call_method" else args))  # type: ignore[operator]
+        return self.low.values[key]

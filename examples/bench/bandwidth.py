@@ -1,4 +1,4 @@
-"""The machine's read bandwidth, which bounds a decode step: it must read every weight and every live key and value once."""
+"""The machine's read bandwidth: a decode step must read every weight and every live slot once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def last_level_cache() -> int:
 
 
 def read_bandwidth(repeats: int = 5) -> float:
-    """Bytes per second: the best of several sums and dot products over a buffer of twice the last-level cache, at least 1 GiB."""
+    """Bytes per second: the best of several reads of twice the last-level cache (1 to 3 GiB)."""
     buffer = torch.ones(min(max(GIB, 2 * last_level_cache()), 3 * GIB) // 4)
     best = float("inf")
     for read in (lambda: buffer.sum(), lambda: torch.dot(buffer, buffer)):

@@ -1,7 +1,8 @@
 """One case (context x batch) with all its contenders, in a process of its own.
 
-Started by run.py: `python -P examples/bench/case.py JOB FOLDER`; says what it is doing, a line each, and writes FOLDER/<name>.json.
-Contenders take turns, prefill by prefill and decode step by decode step, in a rotating order: the machine's drift hits all alike.
+Started by run.py: `python -P examples/bench/case.py JOB FOLDER`; says what it is doing, a line each, and
+writes FOLDER/<name>.json. Contenders take turns, prefill by prefill and decode step by decode step, in a
+rotating order: the machine's drift hits all alike.
 """
 
 from __future__ import annotations
@@ -18,17 +19,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import smollm2
 import torch
-from bench.bandwidth import read_bandwidth
-from bench.contenders import Contender, Spec, weight_bytes
 from torch._dynamo.utils import calculate_time_spent, counters
 from workers import say
+
+from bench.bandwidth import read_bandwidth
+from bench.contenders import Contender, Spec, weight_bytes
 
 WARM_UP = 4  # decode steps; by then the first decode (static lengths) and the general one are compiled
 
 
 def prompt(tokenizer: Any, context: int, batch: int) -> torch.Tensor:
     """Real text, [batch, context]: each row goes on where the one before ended."""
-    whole = tokenizer(smollm2.text(6 * context * batch), add_special_tokens=False, return_tensors="pt").input_ids
+    whole = tokenizer(
+        smollm2.text(6 * context * batch), add_special_tokens=False, return_tensors="pt"
+    ).input_ids
     return whole[0, : context * batch].reshape(batch, context).contiguous()
 
 
@@ -59,7 +63,9 @@ def first_prefill(contender: Contender, ids: torch.Tensor, result: dict[str, Any
     result["prefill_net_s"] = wall - result["compile_s"]
 
 
-def time_prefills(contenders: list[Contender], ids: torch.Tensor, job: dict[str, Any], found: dict[str, Any]) -> None:
+def time_prefills(
+    contenders: list[Contender], ids: torch.Tensor, job: dict[str, Any], found: dict[str, Any]
+) -> None:
     for contender in contenders:
         say(f"prefill, first call: {contender.spec.name}")
         first_prefill(contender, ids, found[contender.spec.name])

@@ -1,4 +1,4 @@
-"""Who competes: the model as Hugging Face runs it, and as kvpass rewrites it, each with the same inner compilers."""
+"""Who competes: the model with Hugging Face's caches and with kvpass', under the same inner compilers."""
 
 from __future__ import annotations
 
@@ -64,9 +64,7 @@ class Contender:
         """Reads the prompt into a new cache; the old one is dropped first."""
         self.cache = StaticCache(self.model.config, self.max_length) if self.spec.static else None
         self.said.clear()
-        self.advance(
-            self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        )
+        self.advance(self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1))
 
     def step(self) -> None:
         self.advance(self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True))
@@ -90,5 +88,5 @@ class Contender:
 
 
 def weight_bytes(model: Any) -> int:
-    """Bytes of weights that a decode step reads: all of them (the embedding is tied to the output layer, and read as such)."""
+    """Bytes of weights that a decode step reads: all (the tied embedding is read as the output layer)."""
     return sum(parameter.nbytes for parameter in {id(p): p for p in model.parameters()}.values())

@@ -1,6 +1,6 @@
 """`make bench`: SmolLM2 decoded by Hugging Face's caches and by kvpass', contenders interleaved.
 
-    python -P examples/bench/run.py [--cases 1024x1,4096x1,2048x8] [--rounds 30] [--only eager] [--quick] [--out FOLDER]
+    python -P examples/bench/run.py [--cases 1024x1,4096x1,2048x8] [--rounds 30] [--only eager] [--quick]
 
 Writes a table (Markdown), the figures (JSON) and a picture (PNG) to examples/bench/results/<date>-<machine>.*
 """
@@ -18,16 +18,18 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import machine, report
-from bench.contenders import SPECS
 from rich.console import Console
 from workers import progress, run_worker
 
-# Prefill of a large batch takes most of a minute per contender, so it is timed once, and with inductor only in the call
-# that compiles (its compile time, which Dynamo tells, taken off).
+from bench import machine, report
+from bench.contenders import SPECS
+
+HERE = Path(__file__).resolve().parent
+
+# Prefill of a large batch takes most of a minute per contender, so it is timed once, and with inductor
+# only in the call that compiles (less its compile time, which Dynamo tells).
 FEW_PREFILLS_FROM = 8192  # tokens in a batch
 IMPORT = "import time, torch; t = time.perf_counter(); import kvpass; print(time.perf_counter() - t)"
 
@@ -39,7 +41,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cases", default="1024x1,4096x1,2048x8", help="context x batch, with commas")
     parser.add_argument("--rounds", type=int, default=30, help="timed decode steps of each contender")
     parser.add_argument("--only", default="", help="only contenders whose name has this in it")
-    parser.add_argument("--quick", action="store_true", help="one small case, few rounds: does it run at all?")
+    parser.add_argument(
+        "--quick", action="store_true", help="one small case, few rounds: does it run at all?"
+    )
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for the results")
     args = parser.parse_args()
     if args.quick:

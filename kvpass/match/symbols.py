@@ -1,4 +1,4 @@
-"""Symbolic sizes: reading their values from a call's inputs, and fake state tensors with a capacity symbol of their own."""
+"""Symbolic sizes: reading their values from a call's inputs, and making new ones."""
 
 from __future__ import annotations
 
@@ -46,27 +46,11 @@ class SizeReader:
         return (lambda args: int(args[place])) if dim is None else (lambda args: int(args[place].shape[dim]))
 
 
-def state_examples(planned: Any) -> list[Any]:
-    """Fake k, v, pos, stats and cursor of a planned site under the tracer's fake mode, capacity symbolic."""
-    dims, fake_q = planned.site.dims, example(planned.site.core.q)
-    b, hkv, d, dv = (dims[letter] for letter in ("B", "Hkv", "D", "Dv"))
-    with fake_q.fake_mode:
-        c = _capacity_symbol(fake_q.fake_mode.shape_env)
-        int32 = {"dtype": torch.int32, "device": fake_q.device}
-        return [
-            fake_q.new_empty((b, hkv, c, d)),
-            fake_q.new_empty((b, hkv, c, dv)),
-            torch.empty((b, hkv, c), **int32),
-            torch.empty((len(planned.rule.stats), b, hkv, c), dtype=torch.float32, device=fake_q.device),
-            torch.empty((b, hkv, 4), **int32),
-        ]
-
-
-def _capacity_symbol(shape_env: Any, hint: int = 4093) -> Any:
-    """A size that changes from call to call without a guard: it only ever reaches opaque ops."""
+def free_size(shape_env: Any, name: str, hint: int = 4093) -> Any:
+    """A size that changes from call to call without a guard; it may only reach opaque ops."""
     from torch._dynamo.source import ConstantSource
     from torch.fx.experimental.symbolic_shapes import DimDynamic
 
-    source = ConstantSource(f"kvpass_capacity_{next(_NUMBER)}")
+    source = ConstantSource(f"{name}_{next(_NUMBER)}")
     symbol = shape_env.create_symbol(hint, source=source, dynamic_dim=DimDynamic.DYNAMIC)
     return shape_env.create_symintnode(symbol, hint=hint, source=source)

@@ -1,0 +1,215 @@
+"""Device code of decode_attend, the last kernel: count the token, and pick the slot that goes if the budget is passed."""
+
+# mypy: ignore-errors
+
+import triton
+import triton.language as tl
+
+from ..triton_common import arrives, count_from, kth_key, rising, rows
+
+INF = tl.constexpr(float("inf"))
+UNTOUCHABLE = tl.constexpr(3.0e38)
+POSITION = tl.constexpr(0)
+SUM_SCORE = tl.constexpr(1)
+MEAN_SCORE = tl.constexpr(2)
+
+
+@triton.jit
+def slot_score(p_sum, p_count, o_c, b_pos, m_c, SCORE: tl.constexpr):
+    """Score of slots o_c of one head, float32: the position, the sum, or sum / max(count, 1)."""
+    if SCORE == POSITION:
+        return b_pos.to(tl.float32)
+    b_x = tl.load(p_sum + o_c, mask=m_c, other=0.0)
+    if SCORE == MEAN_SCORE:
+        b_x = tl.div_rn(b_x, tl.maximum(tl.load(p_count + o_c, mask=m_c, other=1.0), 1.0))
+    return b_x
+
+
+@triton.jit
+def spreads(p_sum, p_square, p_count, p_pos, p_spread, n, old, young, BLOCK: tl.constexpr):
+    """Standard deviation of the observed probabilities of the n slots -> p_spread; -1 where protected. Returns how many are not.
+
+    Rounded like torch does it: true division and root, no fused multiply-add (the launch turns fusion off).
+    """
+    b_open = tl.zeros([BLOCK], tl.int32)
+    for i in range(0, n, BLOCK):
+        o_c = i + tl.arange(0, BLOCK)
+        m_c = o_c < n
+        b_pos = tl.load(p_pos + o_c, mask=m_c, other=-1)
+        m_open = m_c & (b_pos >= old) & (b_pos < young)
+        b_count = tl.maximum(tl.load(p_count + o_c, mask=m_c, other=1.0), 1.0)
+        b_mean = tl.div_rn(tl.load(p_sum + o_c, mask=m_c, other=0.0), b_count)
+        b_var = tl.div_rn(tl.load(p_square + o_c, mask=m_c, other=0.0), b_count) - b_mean * b_mean
+        b_std = tl.sqrt_rn(tl.maximum(b_var, 0.0))
+        tl.store(p_spread + o_c, tl.where(m_open, b_std, -1.0), mask=m_c)
+        b_open += m_open.to(tl.int32)
+    return tl.sum(b_open, 0)
+
+
+@triton.jit
+def oldest_ties(p_spread, p_pos, n, tied, ties, BLOCK: tl.constexpr):
+    """Position of the ties-th oldest slot whose spread has the key `tied`; -1 for no ties. Positions are distinct."""
+    low, high = tl.full((), -1, tl.int64), tl.full((), 2147483647, tl.int64)
+    high = tl.where(ties > 0, high, low)
+    while high - low > 1:
+        middle = (low + high) >> 1
+        b_c = tl.zeros([BLOCK], tl.int32)
+        for i in range(0, n, BLOCK):
+            o_c = i + tl.arange(0, BLOCK)
+            b_key = rising(tl.load(p_spread + o_c, mask=o_c < n, other=-1.0)).to(tl.int64)
+            b_pos = tl.load(p_pos + o_c, mask=o_c < n, other=-1)
+            b_c += ((b_key == tied) & (b_pos <= middle) & (o_c < n)).to(tl.int32)
+        enough = tl.sum(b_c, 0) >= ties
+        high = tl.where(enough, middle, high)
+        low = tl.where(enough, low, middle)
+    return high
+
+
+@triton.jit
+def victim(
+    p_sum,
+    p_count,
+    p_pos,
+    p_spread,
+    n,
+    stride,
+    heads,
+    i_h,
+    old,
+    young,
+    sure,
+    tied,
+    limit,
+    SCORE: tl.constexpr,
+    ALL: tl.constexpr,
+    SCOPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Slot with the lowest score of the n used ones, ties the newest. Protected: pos < old or pos >= young.
+
+    ALL: scores are means over the `heads` heads, whose rows are `stride` apart, this one being number i_h. SCOPE: spreads above
+    key `sure`, and those of key `tied` up to position `limit`, are out of reach.
+    """
+    b_best = tl.full([BLOCK], float("inf"), tl.float32)
+    b_age = tl.full([BLOCK], -1, tl.int32)
+    b_slot = tl.zeros([BLOCK], tl.int32)
+    for i in range(0, n, BLOCK):
+        o_c = i + tl.arange(0, BLOCK)
+        m_c = o_c < n
+        b_pos = tl.load(p_pos + o_c, mask=m_c, other=-1)
+        if ALL:
+            b_x = tl.zeros([BLOCK], tl.float32)
+            for h in range(heads):
+                o_h = o_c + (h - i_h) * stride
+                b_x += slot_score(p_sum, p_count, o_h, b_pos, m_c, SCORE)
+            b_x = tl.div_rn(b_x, b_x * 0.0 + heads)
+        else:
+            b_x = slot_score(p_sum, p_count, o_c, b_pos, m_c, SCORE)
+        if SCOPE:
+            b_key = rising(tl.load(p_spread + o_c, mask=m_c, other=-1.0)).to(tl.int64)
+            b_x = tl.where((b_key >= sure) | ((b_key == tied) & (b_pos <= limit)), UNTOUCHABLE, b_x)
+        b_x = tl.where((b_pos < old) | (b_pos >= young), INF, b_x)
+        m_lower = m_c & ((b_x < b_best) | ((b_x == b_best) & (b_pos > b_age)))
+        b_best = tl.where(m_lower, b_x, b_best)
+        b_age = tl.where(m_lower, b_pos, b_age)
+        b_slot = tl.where(m_lower, o_c, b_slot)
+    m_best = b_best == tl.min(b_best, 0)
+    age = tl.max(tl.where(m_best, b_age, -1), 0)
+    return tl.max(tl.where(m_best & (b_age == age), b_slot, 0), 0)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "position",
+        "C",
+        "s_mb",
+        "s_mh",
+        "s_mt",
+        "slots",
+        "num",
+        "den",
+        "floor",
+        "sinks",
+        "recent",
+        "recent_num",
+        "recent_den",
+        "scope_num",
+        "scope_den",
+    ]
+)
+def victim_kernel(
+    p_mask,
+    p_pos,
+    p_stats,
+    p_cursor,
+    p_spread,
+    s_mb,
+    s_mh,
+    s_mt,
+    mask_heads,
+    position,
+    C,
+    HKV,
+    slots,
+    num,
+    den,
+    floor,
+    sinks,
+    recent,
+    recent_num,
+    recent_den,
+    scope_num,
+    scope_den,
+    HEADS: tl.constexpr,
+    SUM: tl.constexpr,
+    SUMSQ: tl.constexpr,
+    COUNT: tl.constexpr,
+    SCORE: tl.constexpr,
+    ALL: tl.constexpr,
+    SCOPE: tl.constexpr,
+    EVICTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MASK: tl.constexpr,
+    HIDDEN: tl.constexpr,
+):
+    """Advance cursor [B, Hkv, 4]; over budget, free the victim (pos -1). Program: (b, KV head). Reads statistics and pos only."""
+    i_r = rows(0)
+    i_b, i_h = i_r // HKV, i_r % HKV
+    if arrives(p_mask, i_b, position, mask_heads, s_mb, s_mh, s_mt, HEADS, MASK, HIDDEN):
+        p_cursor += i_r * 4
+        p_pos += i_r * C
+        used = tl.load(p_cursor) + 1
+        seen = tl.load(p_cursor + 2) + 1
+        first = tl.load(p_cursor + 3)
+        first = tl.where(first < 0, position, first).to(tl.int32)
+        size = tl.maximum(floor, seen.to(tl.int64) * num // den)
+        size = tl.where(slots > 0, slots, size)
+        live, free = used, used
+        if EVICTS:
+            if used > size:
+                plane = tl.num_programs(0).to(tl.int64) * C
+                p_row = p_stats + i_r * C
+                p_sum, p_square, p_count = p_row + SUM * plane, p_row + SUMSQ * plane, p_row + COUNT * plane
+                old = (first + sinks).to(tl.int64)
+                young = position + 1 - (recent + size * recent_num // recent_den)
+                sure, tied = tl.full((), 0, tl.int64), tl.full((), 0, tl.int64)
+                limit = tl.full((), -1, tl.int64)
+                if SCOPE:
+                    p_spread += i_r * C
+                    open_slots = spreads(p_sum, p_square, p_count, p_pos, p_spread, used, old, young, BLOCK)
+                    tl.debug_barrier()
+                    reach = size * scope_num // scope_den + 1 - (used - open_slots)
+                    reach = tl.minimum(tl.maximum(reach, 0), open_slots)
+                    sure, tied, ties = kth_key(p_spread, used, reach, BLOCK)
+                    limit = oldest_ties(p_spread, p_pos, used, tied, ties, BLOCK)
+                free = victim(
+                    p_sum, p_count, p_pos, p_spread, used, C, HKV, i_h, old, young, sure, tied, limit,
+                    SCORE, ALL, SCOPE, BLOCK,
+                )  # fmt: skip
+                tl.debug_barrier()
+                tl.store(p_pos + free, -1)
+                live = used - 1
+        tl.store(p_cursor, live)
+        tl.store(p_cursor + 1, free)
+        tl.store(p_cursor + 2, seen)
+        tl.store(p_cursor + 3, first)

@@ -1,0 +1,178 @@
+"""prefill_attend in Triton. Not yet run on a GPU: tested in the interpreter and compiled ahead of time."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..rule import Rule
+from ..triton_launch import Target, blocks, launch, mask_arguments, power_of_two, rows_last, target
+from .triton_kernel import attend_kernel, statistics_kernel
+from .triton_survey import TILE, survey_kernel
+
+_TILE = int(TILE.value)
+
+
+def prefill_attend_triton(
+    q: Tensor, k: Tensor, v: Tensor, pos: Tensor | None, mask: Tensor | None, scale: float, causal: bool, rule: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `kvpass.kernels.prefill_attend.prefill_attend`. Saves a log-sum-exp [B, Hq, S]; no S x L matrix exists."""
+    plan = Rule.parse(rule)
+    batch, heads, queries, dim = q.shape
+    kv_heads, length = k.shape[1], k.shape[2]
+    q, k, v = rows_last(q), rows_last(k), rows_last(v)
+    pos = None if pos is None else pos.contiguous()
+    survey = _survey(q, k, pos, mask)
+    out = q.new_empty(batch, heads, queries, v.shape[3])
+    lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
+    shared: dict[str, Any] = {
+        **mask_arguments(mask),
+        **{f"s_{n}{d}": x.stride(i) for n, x in (("q", q), ("k", k)) for i, d in enumerate("bhs" if n == "q" else "bhl")},
+        "p_q": q,
+        "p_k": k,
+        "p_pos": pos,
+        "p_lse": lse,
+        "scale": scale,
+        "S": queries,
+        "L": length,
+        "D": dim,
+        "BD": power_of_two(dim, 16),
+        "CAUSAL": causal,
+        "POS": pos is not None,
+    }
+    _attend(v, out, survey, shared)
+    watched = plan.queries != 0 and bool(plan.stats)
+    make = q.new_empty if watched else q.new_zeros
+    stats = make(len(plan.stats), batch, kv_heads, length, dtype=torch.float32)
+    if watched:
+        _observe(stats, survey, plan, shared)
+    valid = survey.valid.view(torch.bool) if mask is not None else survey.valid
+    return out, stats, valid
+
+
+class _Survey(NamedTuple):
+    """What one look at the mask tells; spans are None without a mask."""
+
+    valid: Tensor
+    """[B, S]: bool without a mask, else uint8."""
+    end: Tensor | None
+    """int32 [B]: one past the index of the last valid token of the call."""
+    queries: Tensor | None
+    """int32 [B, H, tiles, 2]: key tiles that a query tile can see (`triton_survey.covered`)."""
+    keys: Tensor | None
+    """int32 [B, HK, tiles, 2]: query tiles that can see a key tile."""
+
+
+def _survey(q: Tensor, k: Tensor, pos: Tensor | None, mask: Tensor | None) -> _Survey:
+    batch, heads, queries, _ = q.shape
+    kv_heads, length = k.shape[1], k.shape[2]
+    if mask is None:
+        return _Survey(torch.ones(batch, queries, dtype=torch.bool, device=q.device), None, None, None)
+    differ = heads if mask.shape[1] > 1 else 1 if pos is None else kv_heads
+    kv_differ = 1 if differ == 1 else kv_heads
+    tiles_q, tiles_k = blocks(queries, _TILE), blocks(length, _TILE)
+    sizes = [batch, batch * differ * tiles_q * 2, batch * kv_differ * tiles_k * 2]
+    end, by_query, by_key = torch.zeros(sum(sizes), dtype=torch.int32, device=q.device).split(sizes)
+    valid = torch.zeros(batch, queries, dtype=torch.uint8, device=q.device)
+    arguments = mask_arguments(mask)
+    launch(
+        survey_kernel,
+        (batch * differ, tiles_q, tiles_k),
+        q.device,
+        **arguments,
+        p_pos=pos,
+        p_valid=valid,
+        p_end=end,
+        p_qspan=by_query,
+        p_kspan=by_key,
+        S=queries,
+        L=length,
+        H=differ,
+        HK=kv_differ,
+        HKV=kv_heads,
+        tiles_q=tiles_q,
+        tiles_k=tiles_k,
+        POS=pos is not None,
+        num_warps=4,
+    )
+    return _Survey(
+        valid, end, by_query.view(batch, differ, tiles_q, 2), by_key.view(batch, kv_differ, tiles_k, 2)
+    )
+
+
+def _attend(v: Tensor, out: Tensor, survey: _Survey, shared: dict[str, Any]) -> None:
+    """The first pass: fills out and the log-sum-exp."""
+    batch, heads, queries, dim = out.shape
+    spans = survey.queries
+    wide = power_of_two(dim, 16)
+    size = _attend_config(max(shared["BD"], wide), out.element_size(), target(out.device))
+    launch(
+        attend_kernel,
+        (batch * heads, blocks(queries, size["BM"])),
+        out.device,
+        **shared,
+        **size,
+        p_v=v,
+        p_span=spans,
+        p_out=out,
+        s_vb=v.stride(0),
+        s_vh=v.stride(1),
+        s_vl=v.stride(2),
+        HQ=heads,
+        G=heads // v.shape[1],
+        spanning=1 if spans is None else spans.shape[1],
+        tiles=0 if spans is None else spans.shape[2],
+        DV=dim,
+        BDV=wide,
+    )
+
+
+def _observe(stats: Tensor, survey: _Survey, plan: Rule, shared: dict[str, Any]) -> None:
+    """The second pass: fills the statistics [N, B, Hkv, L]."""
+    _, batch, heads, length = stats.shape
+    spans, q = survey.keys, shared["p_q"]
+    size = _statistics_config(shared["BD"], q.element_size(), target(q.device))
+    launch(
+        statistics_kernel,
+        (batch * heads, blocks(length, size["BN"])),
+        q.device,
+        **shared,
+        **size,
+        p_span=spans,
+        p_valid=None if spans is None else survey.valid,
+        p_end=survey.end,
+        p_stats=stats,
+        HKV=heads,
+        spanning=1 if spans is None else spans.shape[1],
+        tiles=0 if spans is None else spans.shape[2],
+        G=q.shape[1] // heads,
+        WINDOW=plan.queries,
+        MEAN=plan.group == "mean",
+        SUM=plan.stat("sum"),
+        SUMSQ=plan.stat("sumsq"),
+        COUNT=plan.stat("count"),
+    )
+
+
+def _attend_config(dim: int, bytes_each: int, on: Target) -> dict[str, int]:
+    """Pinned block sizes of attend_kernel by padded head dim and element size. Not tuned on hardware."""
+    if on.kind == "interpret":
+        return {"BM": 32, "BN": 16}
+    stages = 1 if on.kind == "hip" else 2 if dim > 64 else 3
+    if bytes_each > 2:
+        return {"BM": 32, "BN": 32, "num_warps": 4, "num_stages": 1 if dim > 128 else min(stages, 2)}
+    if dim > 128:
+        return {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": stages}
+    return {"BM": 128, "BN": 64, "num_warps": 4 if dim <= 64 else 8, "num_stages": stages}
+
+
+def _statistics_config(dim: int, bytes_each: int, on: Target) -> dict[str, int]:
+    """Pinned block sizes of statistics_kernel, as above; BN keys stay, BM queries stream."""
+    if on.kind == "interpret":
+        return {"BM": 16, "BN": 32}
+    stages = 1 if on.kind == "hip" else 2
+    if bytes_each > 2:
+        return {"BM": 32, "BN": 32, "num_warps": 4, "num_stages": 1 if dim > 128 else stages}
+    return {"BM": 64 if dim <= 128 else 32, "BN": 64, "num_warps": 4, "num_stages": stages}
