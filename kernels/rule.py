@@ -1,12 +1,14 @@
 """Rule: what an op observes and how it picks victims, as plain numbers.
 
-The tensor-level form of a planned policy (docs/design/0001-state-and-kernels.md). It knows no policy names, no graphs and no models.
+The tensor-level form of a planned policy (docs/design/0001-state-and-kernels.md). It knows no policy names, no graphs
+and no models.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from typing import Any
 
 STATISTICS = ("sum", "sumsq", "count")
 UNTOUCHABLE = 3.0e38
@@ -69,7 +71,13 @@ class Rule:
         for f in fields(self):
             value = getattr(self, f.name)
             if value != f.default:
-                text = "+".join(value) if isinstance(value, tuple) else str(int(value)) if isinstance(value, bool) else str(value)
+                text = (
+                    "+".join(value)
+                    if isinstance(value, tuple)
+                    else str(int(value))
+                    if isinstance(value, bool)
+                    else str(value)
+                )
                 parts.append(f"{f.name}={text}")
         return " ".join(parts)
 
@@ -77,10 +85,12 @@ class Rule:
     @lru_cache(maxsize=256)
     def parse(text: str) -> Rule:
         """Inverse of `encode`."""
-        kinds = {f.name: type(f.default) for f in fields(Rule)}
+        kinds: dict[str, Any] = {f.name: type(f.default) for f in fields(Rule)}
         values: dict[str, object] = {}
         for part in text.split():
             name, _, value = part.partition("=")
             kind = kinds[name]
-            values[name] = tuple(value.split("+")) if kind is tuple else bool(int(value)) if kind is bool else kind(value)
+            values[name] = (
+                tuple(value.split("+")) if kind is tuple else bool(int(value)) if kind is bool else kind(value)
+            )
         return Rule(**values)  # type: ignore[arg-type]

@@ -59,11 +59,11 @@ def softmax_step(b_s, b_m, b_l):
 
 @triton.jit
 def arrives(p_mask, i_b, position, heads, s_mb, s_mh, s_mt, HEADS: tl.constexpr, MASK: tl.constexpr, HIDDEN: tl.constexpr):
-    """Whether some head of row i_b lets the token at `position` see itself, i.e. it is no padding.
+    """1 if some head of row i_b lets the token at `position` see itself, 0 if it is padding.
 
     p_mask: mask of one query row per (b, head); heads <= HEADS (a power of two) is how many it has.
     """
-    seen = tl.full((), 1, tl.int1)
+    seen = tl.full((), 1, tl.int32)
     if MASK != NO_MASK:
         o_h = tl.arange(0, HEADS).to(tl.int64)
         p_own = p_mask + i_b * s_mb + o_h * s_mh + tl.cast(position, tl.int64) * s_mt
@@ -71,7 +71,7 @@ def arrives(p_mask, i_b, position, heads, s_mb, s_mh, s_mt, HEADS: tl.constexpr,
             b_v = tl.load(p_own, mask=o_h < heads, other=0) != 0
         else:
             b_v = tl.load(p_own, mask=o_h < heads, other=float("-inf")).to(tl.float32) > HIDDEN
-        seen = tl.max(b_v.to(tl.int32), 0) > 0
+        seen = tl.max(b_v.to(tl.int32), 0)
     return seen
 
 

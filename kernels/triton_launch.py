@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -23,6 +25,28 @@ class Target:
     """Streaming multiprocessors or compute units."""
 
 
+@dataclass(frozen=True)
+class Launch:
+    """A launch as it would have been: what ahead-of-time compilation needs."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+
+
+_recording: ContextVar[tuple[Target, list[Launch]] | None] = ContextVar("kvpass_recorded_launches", default=None)
+
+
+@contextmanager
+def record(on: Target) -> Iterator[list[Launch]]:
+    """Within the block launchers take the device for `on`, and launches are listed instead of run. Outputs are garbage."""
+    launches: list[Launch] = []
+    token = _recording.set((on, launches))
+    try:
+        yield launches
+    finally:
+        _recording.reset(token)
+
+
 @lru_cache
 def _target(kind: str, index: int | None) -> Target:
     if kind == "cpu":
@@ -35,12 +59,18 @@ def _target(kind: str, index: int | None) -> Target:
 
 def target(device: torch.device) -> Target:
     """The target of a device; asked once per device."""
-    return _target(device.type, device.index)
+    recording = _recording.get()
+    return recording[0] if recording else _target(device.type, device.index)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, **arguments: Any) -> None:
     """Launch a kernel on a device's current stream. An empty grid is no launch."""
     if 0 in grid:
+        return
+    arguments.setdefault("enable_fp_fusion", True)  # triton's default changes with 3.10
+    recording = _recording.get()
+    if recording:
+        recording[1].append(Launch(kernel, arguments))
         return
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](**arguments)

@@ -1,6 +1,7 @@
-"""kvpass: a torch.compile backend that finds attention and its KV cache in any traced model and makes it evict for real.
+"""kvpass: a torch.compile backend that finds attention and its KV cache in any traced model and makes it evict for
+real.
 
-    model = kvpass.compile(model, policy="h2o", budget=0.2)
+model = kvpass.compile(model, policy="h2o", budget=0.2)
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ _HOMES = {
 __all__ = ["KVPassError", "Policy", "Reason", "__version__", "backend", "compile", "explain", "inspect", "report"]
 
 if TYPE_CHECKING:
-    from kvpass.compiler import backend
     from kvpass.compiled import compile
+    from kvpass.compiler import backend
     from kvpass.errors import KVPassError, Reason
     from kvpass.explaining import explain
     from kvpass.policy.spec import Policy

@@ -15,7 +15,9 @@ from kvpass.policy.spec import Policy
 M = TypeVar("M", bound=torch.nn.Module)
 
 RECOMPILE_LIMIT = 64
-"""Graphs per model before kvpass raises. Dynamo's own answer, running the model uncompiled, would drop the compressed cache silently."""
+"""Graphs per model before kvpass raises. Dynamo's own answer, running the model uncompiled, would drop the compressed
+cache silently.
+"""
 
 
 def compile(
@@ -28,15 +30,18 @@ def compile(
     strict: bool = True,
     verify: bool = False,
 ) -> M:
-    """A model whose KV cache keeps only what the policy wants; `generate()` and calls with `past_key_values` work as before.
+    """A model whose KV cache keeps only what the policy wants; `generate()` and calls with `past_key_values` work as
+    before.
 
     Args:
         model: any nn.Module in eval mode. It is left alone; the result is of the same class and shares every parameter.
         policy: a built-in name (`kvpass.Policy.names()`), a path to a YAML file, a dict or a Policy.
-        budget: float: fraction of the tokens seen so far that each KV head keeps (never fewer than the policy's `min_slots`);
+        budget: float: fraction of the tokens seen so far that each KV head keeps (never fewer than the policy's
+            `min_slots`);
             int: slots per KV head. Sinks, recent and observation windows count inside it.
         inner: `inductor`, `aot_eager` or `eager`.
-        debug: True or a folder: write the stages of every graph there (docs/debugging.md); None: the variable KVPASS_DEBUG decides.
+        debug: True or a folder: write the stages of every graph there (docs/debugging.md); None: the variable
+            KVPASS_DEBUG decides.
         strict: raise if a site with a KV cache cannot be rewritten; else it stays dense and is reported.
         verify: on the first real inputs, compare each site at full budget with the unmodified subgraph.
 
@@ -47,7 +52,7 @@ def compile(
     chosen = backend(policy, budget, inner=inner, strict=strict, debug=debug, verify=verify)
     result = copy.copy(model)
     result.compile(backend=chosen)
-    result._compiled_call_impl = _never_uncompiled(result._compiled_call_impl)  # type: ignore[assignment]
+    result._compiled_call_impl = _never_uncompiled(result._compiled_call_impl)
     object.__setattr__(result, "kvpass", chosen)
     return result
 

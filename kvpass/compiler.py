@@ -1,4 +1,6 @@
-"""Composition root: scan -> plan -> lower -> verify -> inner compiler -> bind. The only importer of `patterns.DEFAULT`."""
+"""Composition root: scan -> plan -> lower -> verify -> inner compiler -> bind. The only importer of
+`patterns.DEFAULT`.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,8 @@ class GraphRecord:
 
 @dataclass(frozen=True)
 class Backend:
-    """A `torch.compile` backend with a policy baked in. Equal options give equal, hash-equal backends, so Dynamo does not recompile.
+    """A `torch.compile` backend with a policy baked in. Equal options give equal, hash-equal backends, so Dynamo does
+    not recompile.
 
     Attributes:
         policy: checked, with its budget.
@@ -181,7 +184,8 @@ def backend(
     verify: bool = False,
     patterns: Any = None,
 ) -> Backend:
-    """A backend object for `torch.compile(model, backend=kvpass.backend("h2o", 0.2))`. Arguments as for `kvpass.compile`.
+    """A backend object for `torch.compile(model, backend=kvpass.backend("h2o", 0.2))`. Arguments as for
+    `kvpass.compile`.
 
     Raises:
         PolicyError: bad policy, budget or option.
@@ -197,7 +201,9 @@ def backend(
 _FROM_OPTIONS: dict[str, Backend] = {}
 
 
-def from_options(gm: fx.GraphModule, example_inputs: list[Any], *, mode: str | None = None, options: dict[str, Any] | None = None) -> Any:
+def from_options(
+    gm: fx.GraphModule, example_inputs: list[Any], *, mode: str | None = None, options: dict[str, Any] | None = None
+) -> Any:
     """Entry point of `torch.compile(model, backend="kvpass", options={"policy": ..., "budget": ...})`.
 
     Raises:
@@ -211,7 +217,9 @@ def from_options(gm: fx.GraphModule, example_inputs: list[Any], *, mode: str | N
             raise PolicyError("the backend 'kvpass' knows no mode", hint='use options={"policy": "h2o", "budget": 0.2}')
         unknown = sorted(set(options or {}) - set(valid))
         if unknown or "policy" not in (options or {}):
-            raise PolicyError(f"unknown option {unknown[0]!r}" if unknown else "no policy", hint=f"options are {', '.join(valid)}")
+            raise PolicyError(
+                f"unknown option {unknown[0]!r}" if unknown else "no policy", hint=f"options are {', '.join(valid)}"
+            )
         key = repr(sorted((options or {}).items()))
         if key not in _FROM_OPTIONS:
             _FROM_OPTIONS[key] = backend(**options)  # type: ignore[arg-type]

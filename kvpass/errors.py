@@ -1,19 +1,19 @@
 """Every error that kvpass raises, and the reason codes of sites that it declines.
 
-    KVPassError                  what, where (site and source line), what to do
-    ├── PolicyError              a policy file, name or budget that makes no sense; raised before any compilation
-    ├── DeclinedError            strict=True and a site cannot be rewritten
-    ├── TrainingError            K or V requires grad
-    ├── CacheError               a cache was used in a way that compressed state cannot follow
-    │   ├── ForeignCacheError    keys and values that kvpass did not make
-    │   ├── ShellDataError       the NaN stand-in of a compressed cache was read as data
-    │   └── StaleCacheError      a cache that another branch has advanced, or that was cropped
-    └── VerificationError        verify=True found a site whose rewrite disagrees with the model
+KVPassError                  what, where (site and source line), what to do
+├── PolicyError              a policy file, name or budget that makes no sense; raised before any compilation
+├── DeclinedError            strict=True and a site cannot be rewritten
+├── TrainingError            K or V requires grad
+├── CacheError               a cache was used in a way that compressed state cannot follow
+│   ├── ForeignCacheError    keys and values that kvpass did not make
+│   ├── ShellDataError       the NaN stand-in of a compressed cache was read as data
+│   └── StaleCacheError      a cache that another branch has advanced, or that was cropped
+└── VerificationError        verify=True found a site whose rewrite disagrees with the model
 """
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 
 
 class KVPassError(RuntimeError):
@@ -57,7 +57,7 @@ class VerificationError(KVPassError):
     pass
 
 
-class Reason(str, Enum):
+class Reason(StrEnum):
     """Stable codes for why a site stays dense; the value is the code, `.hint` says what a user can do."""
 
     UNSUPPORTED_ATTENTION = "UNSUPPORTED_ATTENTION"
@@ -86,9 +86,9 @@ class Reason(str, Enum):
 HINTS = {
     Reason.UNSUPPORTED_ATTENTION: "attention must be F.scaled_dot_product_attention; for transformers models load with "
     'attn_implementation="sdpa"',
-    Reason.UNSUPPORTED_UPDATE: "the cache must grow by torch.cat([past, new], dim); for transformers use the default DynamicCache "
-    "(no cache_implementation)",
-    Reason.NO_ATTENTION: "the cache is updated in this graph but read in another; look for a graph break between the two",
+    Reason.UNSUPPORTED_UPDATE: "the cache must grow by torch.cat([past, new], dim); for transformers use the default "
+    "DynamicCache (no cache_implementation)",
+    Reason.NO_ATTENTION: "the cache is updated here but read in another graph; look for a graph break between the two",
     Reason.KEY_ESCAPES: "only the attention and the returned cache may read the cached keys",
     Reason.VALUE_ESCAPES: "only the attention and the returned cache may read the cached values",
     Reason.LAYOUT: "the cache must be 4-d, [B, Hkv, T, D] or [B, T, Hkv, D]",
@@ -98,7 +98,8 @@ HINTS = {
     Reason.PAST_NOT_INPUT: "the past must be an input of the graph itself, not a value computed from one",
     Reason.DROPOUT: "call model.eval(): attention dropout is not supported",
     Reason.MASK_SHAPE: "the mask must broadcast to [B, Hq, S, T]",
-    Reason.CAUSAL_WITH_PAST: "is_causal=True with one query and a past hides all but the first key in torch; pass no mask instead",
+    Reason.CAUSAL_WITH_PAST: "is_causal=True with one query and a past hides all but the first key in torch; "
+    "pass no mask instead",
     Reason.CROSS_ATTENTION: "keys and values come from another sequence; cross-attention caches stay dense",
     Reason.SHARED_CACHE: "several attentions read one cache",
     Reason.KEY_VALUE_MISMATCH: "keys and values must be cached in the same way",

@@ -35,8 +35,11 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(model: torch.nn.Module, *args: Any, policy: Any = None, budget: int | float | None = None, **kwargs: Any) -> Explanation:
-    """Run one call of the model unchanged and tell for each attention site: matched, or declined with reason, node, source line and hint.
+def explain(
+    model: torch.nn.Module, *args: Any, policy: Any = None, budget: int | float | None = None, **kwargs: Any
+) -> Explanation:
+    """Run one call of the model unchanged and tell for each attention site: matched, or declined with reason, node,
+    source line and hint.
 
     Args:
         model: any nn.Module; not modified.

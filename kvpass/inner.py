@@ -17,13 +17,13 @@ def compile_inner(name: str, gm: fx.GraphModule, inputs: list[Any]) -> Callable[
         name: one of `INNER`.
         inputs: fake inputs with symbolic sizes, one for each placeholder. Real ones would freeze the sizes.
     """
-    if name == "eager":
-        forward: Callable[..., Any] = gm.forward
-        return forward
+    compiled: Any = gm.forward
     if name == "aot_eager":
         from torch._dynamo.backends.debugging import aot_eager
 
-        return aot_eager(gm, inputs)  # type: ignore[no-any-return]
-    from torch._inductor.compile_fx import compile_fx
+        compiled = aot_eager(gm, inputs)
+    elif name == "inductor":
+        from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(gm, inputs)  # type: ignore[return-value]
+        compiled = compile_fx(gm, inputs)
+    return compiled  # type: ignore[no-any-return]

@@ -85,14 +85,16 @@ class _Lowering:
         return nodes
 
     def _state_examples(self, planned: SitePlan) -> list[Any]:
-        """Fake state of a site under the tracer's fake mode. Sites with the same rule grow together, so they share a capacity symbol."""
+        """Fake state of a site under the tracer's fake mode. Sites with the same rule grow together, so they share a
+        capacity symbol.
+        """
         dims, fake_q, rule = planned.site.dims, example(planned.site.core.q), planned.rule.encode()
         b, hkv, d, dv = (dims[letter] for letter in ("B", "Hkv", "D", "Dv"))
         with fake_q.fake_mode:
             if rule not in self.capacity:
                 self.capacity[rule] = free_size(fake_q.fake_mode.shape_env, "kvpass_capacity")
             c = self.capacity[rule]
-            int32 = {"dtype": torch.int32, "device": fake_q.device}
+            int32: Any = {"dtype": torch.int32, "device": fake_q.device}
             return [
                 fake_q.new_empty((b, hkv, c, d)),
                 fake_q.new_empty((b, hkv, c, dv)),
@@ -102,7 +104,9 @@ class _Lowering:
             ]
 
     def _retire(self, core: fx.Node, *halves: Half) -> None:
-        """Erase the core, the views that fed it and the cache updates; metadata reads of a cache go to a shell of its shape."""
+        """Erase the core, the views that fed it and the cache updates; metadata reads of a cache go to a shell of its
+        shape.
+        """
         self.graph.erase_node(core)
         for half in halves:
             for view in reversed(half.chain):
@@ -122,7 +126,9 @@ class _Lowering:
             sizes = [self.graph.call_method("size", (new, axis)) for axis in range(4)]
             if half.update.past is not None:
                 past = self.graph.call_method("size", (self.copy[half.update.past], half.layout.token_axis))
-                sizes[half.layout.token_axis] = self.graph.call_function(operator.add, (past, sizes[half.layout.token_axis]))
+                sizes[half.layout.token_axis] = self.graph.call_function(
+                    operator.add, (past, sizes[half.layout.token_axis])
+                )
             one = self.graph.call_method("new_empty", (new, (1,)))
             shell = self.graph.call_method("expand", (one, *sizes))
         for created in (*sizes, one, shell):
@@ -132,8 +138,6 @@ class _Lowering:
 
     def _binding(self, planned: SitePlan) -> Binding:
         site = planned.site
-        halves = (site.key, site.value)
-        pasts = [half.update.past for half in halves]
         fake = example(site.core.q)
         return Binding(
             name=site.name,
@@ -141,7 +145,7 @@ class _Lowering:
             phase=site.phase,
             rule=planned.rule,
             layouts=(site.key.layout, site.value.layout),
-            past=None if pasts[0] is None else (self.inputs.index(pasts[0]), self.inputs.index(pasts[1])),  # type: ignore[arg-type]
+            past=None if site.phase is Phase.PREFILL else (self._place(site.key), self._place(site.value)),
             returned=(site.key.places, site.value.places),
             sizes={letter: self.sizes.read(site.dims[letter]) for letter in ("B", "Hkv", "D", "Dv", "S")},
             dtype=site.dtype,
@@ -149,11 +153,15 @@ class _Lowering:
             where=f"{site.name}, {site.source}",
         )
 
+    def _place(self, half: Half) -> int:
+        assert half.update.past is not None
+        return self.inputs.index(half.update.past)
+
     def finish(self, bindings: Sequence[Binding]) -> fx.GraphModule:
         """Return what is no cache; compile to a module that shares the original's attributes."""
         cached = {at for b in bindings for half in b.returned for at in half}
-        kept = [self.copy[v] if isinstance(v, fx.Node) else v for at, v in enumerate(self.outputs) if at not in cached]
-        self.graph.output(tuple(kept))
+        kept: list[Any] = [v for at, v in enumerate(self.outputs) if at not in cached]
+        self.graph.output(tuple(self.copy[v] if isinstance(v, fx.Node) else v for v in kept))
         self.graph.lint()
         result = fx.GraphModule(self.original, self.graph, class_name="KVPassGraph")
         result.meta.update(self.original.meta)
@@ -180,12 +188,16 @@ class _Emitter:
 
     def multi(self) -> fx.Node:
         """Prefill or extend."""
-        k, v, pos, past_stats = self.new_k, self.new_v, None, None
+        k: Any = self.new_k
+        v: Any = self.new_v
+        pos = past_stats = None
         if self.planned.site.phase is Phase.EXTEND:
             joined = self._op("join_slots", self.k, self.v, self.pos, self.stats, self.cursor, k, v, self.position)
             k, v, pos, past_stats = self._parts(joined, 4)
         core = self.planned.site.core
-        out, stats, valid = self._parts(self._op("prefill_attend", self.q, k, v, pos, self.mask, core.scale, core.causal, self.rule), 3)
+        out, stats, valid = self._parts(
+            self._op("prefill_attend", self.q, k, v, pos, self.mask, core.scale, core.causal, self.rule), 3
+        )
         scored = self._op("score_slots", stats, past_stats, pos, valid, self.cursor, self.position, self.rule)
         score, stats, cursor = self._parts(scored, 3)
         capacity = self._call_method("size", self.k, 2)
@@ -213,7 +225,7 @@ class _Emitter:
     def _op(self, name: str, *args: Any) -> fx.Node:
         return self._call(getattr(torch.ops.kvpass, name).default, *args)
 
-    def _parts(self, node: fx.Node, count: int) -> list[Any]:
+    def _parts(self, node: fx.Node, count: int) -> list[fx.Node]:
         return [self._call(operator.getitem, node, at) for at in range(count)]
 
     def _call(self, target: Any, *args: Any) -> fx.Node:
@@ -224,13 +236,17 @@ class _Emitter:
 
     def _described(self, node: fx.Node) -> fx.Node:
         """Give a new node its source, its site and its fake value."""
-        node.meta.update({key: self.core.meta[key] for key in ("stack_trace", "nn_module_stack") if key in self.core.meta})
+        node.meta.update(
+            {key: self.core.meta[key] for key in ("stack_trace", "nn_module_stack") if key in self.core.meta}
+        )
         node.meta["kvpass"] = {"site": self.planned.site.name}
         node.meta["example_value"] = self._value(node)
         return node
 
     def _value(self, node: fx.Node) -> Any:
-        """Fake value of a new node. Sites of equal shapes emit equal sequences, so each value is computed once per graph."""
+        """Fake value of a new node. Sites of equal shapes emit equal sequences, so each value is computed once per
+        graph.
+        """
         site = self.planned.site
         mask = shape_of(site.core.mask) if site.core.mask is not None else None
         key = (self.rule, site.phase, str(site.dims), str(mask), site.key.layout, site.value.layout, next(self.number))

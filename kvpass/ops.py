@@ -1,6 +1,7 @@
 """torch.library registration of the kernels: schemas, what they mutate, fakes. Kernels are imported on first call.
 
-The schemas are docs/design/0001-state-and-kernels.md in torch's notation; `(a!)` marks the state that an op changes in place. Importing this
+The schemas are docs/design/0001-state-and-kernels.md in torch's notation; `(a!)` marks the state that an op changes
+in place. Importing this
 module registers the ops once per process; it imports neither kernels nor triton.
 """
 
@@ -73,7 +74,13 @@ def _fake_join_slots(
 
 
 def _fake_score_slots(
-    stats: Tensor, past_stats: Tensor | None, pos: Tensor | None, valid: Tensor, cursor: Tensor, position: int, rule: str
+    stats: Tensor,
+    past_stats: Tensor | None,
+    pos: Tensor | None,
+    valid: Tensor,
+    cursor: Tensor,
+    position: int,
+    rule: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return stats.new_empty(stats.shape[1:]), stats.new_empty(stats.shape), cursor.new_empty(cursor.shape)
 

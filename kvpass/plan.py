@@ -58,8 +58,11 @@ class Plan:
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
 
     def __str__(self) -> str:
-        lines = [f"plan {self.fingerprint}: policy {self.policy.name}, budget {self.policy.budget}, {len(self.sites)} site(s)"]
-        lines += [f"  {p.site.name}: {p.site.phase.value} -> {' > '.join(p.ops)}  [{p.rule.encode()}]" for p in self.sites]
+        budget = f"policy {self.policy.name}, budget {self.policy.budget}"
+        lines = [f"plan {self.fingerprint}: {budget}, {len(self.sites)} site(s)"]
+        lines += [
+            f"  {p.site.name}: {p.site.phase.value} -> {' > '.join(p.ops)}  [{p.rule.encode()}]" for p in self.sites
+        ]
         lines += [f"  dense {d.site}: {d.reason.value}" for d in self.dense]
         return "\n".join(lines)
 

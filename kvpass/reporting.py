@@ -14,7 +14,9 @@ from kvpass.runtime.store import SlotStore
 
 
 def stores(cache: Any) -> list[SlotStore]:
-    """Every store that rides in a cache object: HF caches, nested tuples, lists and dicts, or modules with cache attributes."""
+    """Every store that rides in a cache object: HF caches, nested tuples, lists and dicts, or modules with cache
+    attributes.
+    """
     found: dict[int, SlotStore] = {}
     for tensor in _tensors(cache, set()):
         store = find(tensor)
@@ -47,21 +49,19 @@ class Report:
     data: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """`{"policy", "budget", "bytes", "dense_bytes", "overhead_bytes", "tokens", "sites": [...], "declined": [...]}`; bytes of K and V."""
+        """Keys: policy, budget, tokens, bytes and dense_bytes (of K and V), overhead_bytes, sites, declined."""
         return self.data
 
     def __str__(self) -> str:
         d = self.data
         share = d["bytes"] / d["dense_bytes"] if d["dense_bytes"] else 0.0
-        lines = [
-            f"policy {d['policy']}, budget {d['budget']}: {_size(d['bytes'])} of {_size(d['dense_bytes'])} dense KV ({share:.1%}), "
-            f"plus {_size(d['overhead_bytes'])} of positions and statistics, after {d['tokens']} tokens",
-            f"  {'layer':>5} {'site':40} {'slots':>7} {'live':>11} {'KV':>10} {'dense':>10}",
-        ]
-        for s in d["sites"]:
-            live = f"{s['live_min']}..{s['live_max']}" if s["live_min"] != s["live_max"] else str(s["live_max"])
-            lines.append(f"  {s['layer']:>5} {s['site']:40} {s['slots']:>7} {live:>11} {_size(s['bytes']):>10} {_size(s['dense_bytes']):>10}")
-        lines += [f"  dense {x['site']}: {x['reason']} at {x['node']} ({x['source']}); {x['hint']}" for x in d["declined"]]
+        held = f"{_size(d['bytes'])} of {_size(d['dense_bytes'])} dense KV ({share:.1%})"
+        extra = f"plus {_size(d['overhead_bytes'])} of positions and statistics, after {d['tokens']} tokens"
+        head = f"  {'layer':>5} {'site':40} {'slots':>7} {'live':>11} {'KV':>10} {'dense':>10}"
+        lines = [f"policy {d['policy']}, budget {d['budget']}: {held}, {extra}", head]
+        lines += [_row_text(s) for s in d["sites"]]
+        for x in d["declined"]:
+            lines.append(f"  dense {x['site']}: {x['reason']} at {x['node']} ({x['source']}); {x['hint']}")
         return "\n".join(lines)
 
 
@@ -80,7 +80,16 @@ def report(cache: Any) -> Report:
     total = {key: sum(row[key] for row in sites) for key in ("bytes", "dense_bytes", "overhead_bytes")}
     declined = list({d["site"]: d for store in found for d in store.origin.declined}.values())
     tokens = max(store.tokens for store in found)
-    return Report({"policy": origin.policy, "budget": origin.budget, "tokens": tokens, **total, "sites": sites, "declined": declined})
+    return Report(
+        {
+            "policy": origin.policy,
+            "budget": origin.budget,
+            "tokens": tokens,
+            **total,
+            "sites": sites,
+            "declined": declined,
+        }
+    )
 
 
 def _some(cache: Any) -> list[SlotStore]:
@@ -88,7 +97,8 @@ def _some(cache: Any) -> list[SlotStore]:
     if not found:
         raise CacheError(
             f"no compressed cache in this {type(cache).__name__}",
-            hint="pass the past_key_values that a kvpass-compiled model returned (generate with return_dict_in_generate=True)",
+            hint="pass the past_key_values that a kvpass-compiled model returned "
+            "(generate with return_dict_in_generate=True)",
         )
     return found
 
@@ -105,6 +115,12 @@ def _site_row(store: SlotStore) -> dict[str, Any]:
         "dense_bytes": store.dense_bytes,
         "overhead_bytes": store.overhead_bytes,
     }
+
+
+def _row_text(s: dict[str, Any]) -> str:
+    live = f"{s['live_min']}..{s['live_max']}" if s["live_min"] != s["live_max"] else str(s["live_max"])
+    sizes = f"{_size(s['bytes']):>10} {_size(s['dense_bytes']):>10}"
+    return f"  {s['layer']:>5} {s['site']:40} {s['slots']:>7} {live:>11} {sizes}"
 
 
 @dataclass(frozen=True)
@@ -152,7 +168,9 @@ def _layer_view(store: SlotStore) -> LayerView:
     positions = pos.gather(-1, order).long()
     empty = positions < 0
     scores = slot_scores(stats, pos, store.rule).gather(-1, order).masked_fill(empty, float("nan"))
-    keys, values = (t.gather(2, order[..., None].expand(-1, -1, -1, t.shape[-1])).masked_fill(empty[..., None], 0) for t in (k, v))
+    keys, values = (
+        t.gather(2, order[..., None].expand(-1, -1, -1, t.shape[-1])).masked_fill(empty[..., None], 0) for t in (k, v)
+    )
     return LayerView(store.name, positions, scores, keys, values, store.bytes)
 
 

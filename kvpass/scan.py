@@ -15,7 +15,9 @@ from kvpass.match.views import read_layout, walk_up
 from kvpass.site import Core, Decline, Half, Site, SiteTable, Update
 from kvpass.terms import CacheForm, Phase
 
-BUFFER_WRITES = frozenset({"index_copy_", "index_copy", "index_put_", "index_put", "setitem", "scatter_", "scatter", "slice_scatter", "copy_"})
+BUFFER_WRITES = frozenset(
+    {"index_copy_", "index_copy", "index_put_", "index_put", "setitem", "scatter_", "scatter", "slice_scatter", "copy_"}
+)
 ATTENTION_PARTS = frozenset({"softmax", "_softmax", "flex_attention", "sdpa"})
 PROJECTIONS = frozenset({"linear", "matmul", "addmm", "mm", "bmm", "einsum"})
 
@@ -29,7 +31,8 @@ def scan(gm: fx.GraphModule, patterns: Any) -> SiteTable:
     """
     flow = Flow(gm.graph)
     found = _Found(flow, patterns)
-    sites, declined = [], list(found.missed_cores)
+    sites: list[Site] = []
+    declined = list(found.missed_cores)
     for core in found.cores:
         try:
             site = found.join(core, len(sites))
@@ -84,7 +87,9 @@ class _Found:
     def _touches_cache(self, node: fx.Node) -> bool:
         """Does a refused core read a cache at all? If not it is no site."""
         operands = [arg for arg in node.args if isinstance(arg, fx.Node)]
-        return any(self._walk(arg)[0] in self.updates or self._walk(arg)[0] in self.flow.outputs for arg in operands[1:3])
+        return any(
+            self._walk(arg)[0] in self.updates or self._walk(arg)[0] in self.flow.outputs for arg in operands[1:3]
+        )
 
     def _walk(self, node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:
         return walk_up(node, lambda n: n in self.updates or n in self.missed_updates or n in self.flow.outputs)
@@ -164,7 +169,9 @@ class _Found:
         return found
 
     def unclaimed(self, sites: list[Site], declined: list[Decline]) -> list[Decline]:
-        """Cache updates that no site took and no core was blamed for: attention in a form nobody knows, or none at all."""
+        """Cache updates that no site took and no core was blamed for: attention in a form nobody knows, or none at
+        all.
+        """
         taken = {half.update.node for site in sites for half in (site.key, site.value)}
         taken |= {self._walk(operand)[0] for core in self.cores for operand in (core.k, core.v)}
         named = {decline.site for decline in declined}
@@ -174,7 +181,11 @@ class _Found:
                 continue
             blocker = self.flow.reaches(update.node, ATTENTION_PARTS)
             miss = (
-                Miss(Reason.UNSUPPORTED_ATTENTION, blocker, f"{update.node.name} feeds {call_name(blocker)}, which is no known attention")
+                Miss(
+                    Reason.UNSUPPORTED_ATTENTION,
+                    blocker,
+                    f"{update.node.name} feeds {call_name(blocker)}, which is no known attention",
+                )
                 if blocker is not None
                 else Miss(Reason.NO_ATTENTION, update.node, "nothing in this graph attends over it")
             )
@@ -199,12 +210,20 @@ def _projection_inputs(node: fx.Node) -> list[fx.Node]:
 
 def _site(core: Core, key: Half, value: Half, layer: int) -> Site:
     q, k, v = shape_of(core.q), shape_of(key.update.new), shape_of(value.update.new)
-    if key.update.past is None:
-        phase = Phase.PREFILL
-    else:
-        phase = Phase.DECODE if is_one(q[2]) else Phase.EXTEND
+    with_past = Phase.DECODE if is_one(q[2]) else Phase.EXTEND
+    phase = Phase.PREFILL if key.update.past is None else with_past
     dims = {"B": q[0], "Hq": q[1], "Hkv": k[key.layout.head_axis], "S": q[2], "D": q[3], "Dv": v[3]}
-    return Site(_name(core.node) or f"site{layer}", layer, phase, core, key, value, dims, example(core.q).dtype, source_line(core.node))
+    return Site(
+        _name(core.node) or f"site{layer}",
+        layer,
+        phase,
+        core,
+        key,
+        value,
+        dims,
+        example(core.q).dtype,
+        source_line(core.node),
+    )
 
 
 def _form(update: Update | None) -> str:
@@ -216,4 +235,6 @@ def _name(node: fx.Node) -> str:
 
 
 def _decline(node: fx.Node, miss: Miss) -> Decline:
-    return Decline(_name(node) or node.name, miss.reason, miss.node.name, source_line(miss.node) or source_line(node), miss.detail)
+    return Decline(
+        _name(node) or node.name, miss.reason, miss.node.name, source_line(miss.node) or source_line(node), miss.detail
+    )

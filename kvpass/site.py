@@ -17,7 +17,8 @@ from kvpass.terms import CacheForm, Layout, Phase
 class Core:
     """An attention core in normal form: `softmax(q k^T * scale + mask) v` with q `[B, Hq, S, D]`.
 
-    `k` and `v` are the operands as the core reads them, before any view is looked through. `pattern` names who found it.
+    `k` and `v` are the operands as the core reads them, before any view is looked through. `pattern` names who found
+    it.
     """
 
     node: fx.Node
@@ -32,7 +33,9 @@ class Core:
 
 @dataclass(frozen=True)
 class Update:
-    """A cache update: `node` is the value that becomes the cache, `new` this call's keys or values, `past` the graph input it grows."""
+    """A cache update: `node` is the value that becomes the cache, `new` this call's keys or values, `past` the graph
+    input it grows.
+    """
 
     node: fx.Node
     new: fx.Node
@@ -44,7 +47,9 @@ class Update:
 
 @dataclass(frozen=True)
 class Half:
-    """One of the two cached tensors of a site: its update, the axis order it is cached in, the views down to the core, its output places."""
+    """One of the two cached tensors of a site: its update, the axis order it is cached in, the views down to the
+    core, its output places.
+    """
 
     update: Update
     layout: Layout
@@ -116,7 +121,8 @@ class Decline:
         }
 
     def __str__(self) -> str:
-        return f"{self.site}: {self.reason.value} at {self.node}: {self.detail}\n    {self.source}\n    hint: {self.reason.hint}"
+        what = f"{self.site}: {self.reason.value} at {self.node}: {self.detail}"
+        return f"{what}\n    {self.source}\n    hint: {self.reason.hint}"
 
 
 @dataclass(frozen=True)
@@ -140,10 +146,8 @@ class SiteTable:
         for s in self.sites:
             row = s.to_dict()
             dims = " ".join(f"{letter}={size}" for letter, size in row["dims"].items())
-            lines.append(
-                f"  {s.layer:3d} {s.name:36s} {row['phase']:8s} {row['update']:20s} {row['layout']} {dims} {row['dtype']} "
-                f"mask={row['mask']} scale={s.core.scale:.4g}"
-            )
+            kind = f"{row['phase']:8s} {row['update']:20s} {row['layout']} {dims} {row['dtype']}"
+            lines.append(f"  {s.layer:3d} {s.name:36s} {kind} mask={row['mask']} scale={s.core.scale:.4g}")
             lines.append(f"      {s.source}")
         lines += ["  declined " + str(d) for d in self.declined]
         return "\n".join(lines)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 
 
-class Phase(str, Enum):
+class Phase(StrEnum):
     """Prefill: empty past. Extend: past and several queries. Decode: past and one query."""
 
     PREFILL = "prefill"
@@ -13,7 +13,7 @@ class Phase(str, Enum):
     DECODE = "decode"
 
 
-class Layout(str, Enum):
+class Layout(StrEnum):
     """Axis order in which the host caches K and V."""
 
     BHTD = "BHTD"
@@ -28,7 +28,7 @@ class Layout(str, Enum):
         return self.value.index("H")
 
 
-class CacheForm(str, Enum):
+class CacheForm(StrEnum):
     """How a cache update is spelled."""
 
     CONCAT = "cat(past, new)"

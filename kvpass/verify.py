@@ -25,12 +25,18 @@ def verify(original: fx.GraphModule, lowered: Lowered, plan: Plan) -> None:
     _rule(all("example_value" in n.meta for n in nodes if "kvpass" in n.meta), "new nodes carry their fake value")
     cached = sum(len(half) for b in lowered.bindings for half in b.returned)
     _rule(len(nodes[-1].args[0]) + cached == lowered.outputs, "every output is either kept or a cache")
-    _rule(len({at for b in lowered.bindings for half in b.returned for at in half}) == cached, "no output belongs to two caches")
+    _rule(
+        len({at for b in lowered.bindings for half in b.returned for at in half}) == cached,
+        "no output belongs to two caches",
+    )
 
 
 def _rule(holds: bool, what: str) -> None:
     if not holds:
-        raise VerificationError(f"rewritten graph breaks a rule: {what}", hint="please report this with debug=True output; strict=False does not help")
+        raise VerificationError(
+            f"rewritten graph breaks a rule: {what}",
+            hint="please report this with debug=True output; strict=False does not help",
+        )
 
 
 def _op_counts(nodes: list[fx.Node]) -> Counter[str]:
@@ -44,7 +50,9 @@ def _planned_counts(plan: Plan) -> Counter[str]:
 
 def _untouched(original: fx.GraphModule, nodes: list[fx.Node], plan: Plan) -> bool:
     """All nodes that belong to no site are still there, in order, with the same target."""
-    gone = {n for p in plan.sites for half in (p.site.key, p.site.value) for n in (half.update.node, *half.chain)} | {p.site.core.node for p in plan.sites}
+    gone = {n for p in plan.sites for half in (p.site.key, p.site.value) for n in (half.update.node, *half.chain)} | {
+        p.site.core.node for p in plan.sites
+    }
     before = [(n.op, str(n.target)) for n in original.graph.nodes if n not in gone and n.op != "output"]
     after = iter([(n.op, str(n.target)) for n in nodes])
     return all(pair in after for pair in before)

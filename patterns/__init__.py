@@ -1,6 +1,7 @@
 """The pattern room: declarative recognisers of attention cores and cache updates. Knows no policy and no kernel.
 
-A core pattern has `name` and `match(node) -> Core | None`, an update pattern `name` and `match(node, flow) -> Update | None`.
+A core pattern has `name` and `match(node) -> Core | None`, an update pattern `name` and `match(node, flow) -> Update
+| None`.
 None means "not mine"; a `Miss` means "mine, but not supported", with the reason. Installed as `kvpass.patterns`.
 """
 

@@ -1,6 +1,8 @@
-"""Update: `torch.cat([past, new], dim)` whose result is returned by the graph: HF DynamicCache, tuple caches, module attributes.
+"""Update: `torch.cat([past, new], dim)` whose result is returned by the graph: HF DynamicCache, tuple caches, module
+attributes.
 
-`past` is a graph input, or a tensor without elements (the first call). Refuses: the new tokens first, a past that the graph computes, more than two parts.
+`past` is a graph input, or a tensor without elements (the first call). Refuses: the new tokens first, a past that the
+graph computes, more than two parts.
 Concatenations that are not caches (RoPE's rotate_half) are not returned by the graph, so they are nobody's business.
 """
 
@@ -31,7 +33,11 @@ class ConcatUpdate:
         if call_name(node) != "cat" or node not in flow.outputs:
             return None
         parts = argument(node, 0, "tensors")
-        if len(parts) != 2 or not all(isinstance(part, fx.Node) for part in parts) or not example(node).is_floating_point():
+        if (
+            len(parts) != 2
+            or not all(isinstance(part, fx.Node) for part in parts)
+            or not example(node).is_floating_point()
+        ):
             return None
         past, new = parts
         form, past = self._form(node, past, new)

@@ -1,4 +1,6 @@
-"""Update without an op: on the first call the new K and V are themselves returned as the cache (hand-written decoders)."""
+"""Update without an op: on the first call the new K and V are themselves returned as the cache (hand-written
+decoders).
+"""
 
 from __future__ import annotations
 

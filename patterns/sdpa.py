@@ -1,4 +1,5 @@
-"""Core: `F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa)`, with every keyword.
+"""Core: `F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa)`, with every
+keyword.
 
 Refuses: dropout above zero, operands that are not 4-d, dtypes other than float32, bfloat16, float16.
 """

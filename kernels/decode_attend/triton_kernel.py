@@ -89,23 +89,25 @@ def split_kernel(
     plane = tl.num_programs(0).to(tl.int64) * C
     live, free = tl.load(p_cursor + i_r * 4), tl.load(p_cursor + i_r * 4 + 1)
     arrived = arrives(p_mask, i_b, position, mask_heads, s_mb, s_mh, s_mt, HEADS, MASK, HIDDEN)
-    o_g, o_d, o_v = tl.arange(0, GP), tl.arange(0, BD), tl.arange(0, BDV)
+    o_g, o_t, o_d, o_v = tl.arange(0, GP), tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BDV)
     m_g, m_d, m_v = o_g < G, o_d < D, o_v < DV
     p_qg = p_q + i_b * s_qb + (i_h * G + o_g)[:, None] * s_qh + o_d[None, :]
     b_q = tl.load(p_qg, mask=m_g[:, None] & m_d[None, :], other=0.0)  # [GP, BD]
     o_mask = i_b * s_mb + (i_h * G + o_g).to(tl.int64) * s_mh
-    p_logits += (i_r * G + o_g) * C
+    if LOGITS:
+        p_logits += (i_r * G + o_g) * C  # [GP]
     p_k += i_r * C * D
     p_v += i_r * C * DV
 
-    m_new = m_g & arrived & (i_s == 0)
+    mine = tl.where(i_s == 0, arrived, 0)  # this program appends the token
+    m_new = tl.where(m_g, mine, 0) > 0
     b_knew = tl.load(p_knew + i_b * s_kb + i_h * s_kh + o_d, mask=m_d, other=0.0)
     b_vnew = tl.load(p_vnew + i_b * s_vb + i_h * s_vh + o_v, mask=m_v, other=0.0)
-    b_s = tl.sum(b_q.to(tl.float32) * b_knew.to(tl.float32)[None, :], 1) * (scale * LOG2E)  # [GP]
-    b_max, m_seen = masked(b_s, p_mask, o_mask + tl.cast(position, tl.int64) * s_mt, m_new, MASK, HIDDEN)
+    b_own = tl.sum(b_q.to(tl.float32) * b_knew.to(tl.float32)[None, :], 1) * (scale * LOG2E)  # [GP]
+    b_max, m_seen = masked(b_own, p_mask, o_mask + tl.cast(position, tl.int64) * s_mt, m_new, MASK, HIDDEN)
     b_sum = m_seen.to(tl.float32)
     b_o = b_sum[:, None] * b_vnew.to(tl.float32)[None, :]  # [GP, BDV]
-    if arrived & (i_s == 0):
+    if mine > 0:
         tl.store(p_k + free.to(tl.int64) * D + o_d, b_knew, mask=m_d)
         tl.store(p_v + free.to(tl.int64) * DV + o_v, b_vnew, mask=m_v)
         tl.store(p_pos + i_r * C + free, position)
@@ -116,11 +118,12 @@ def split_kernel(
 
     first, last = split_range(live, splits, BN)
     for i_n in range(first, last, BN):
-        o_n = i_n + tl.arange(0, BN)
+        o_n = i_n + o_t
         m_n = (o_n < last) & (o_n != free)
-        o_row = o_n.to(tl.int64)[:, None]
-        b_k = tl.load(p_k + o_row * D + o_d[None, :], mask=m_n[:, None] & m_d[None, :], other=0.0)  # [BN, BD]
-        b_v = tl.load(p_v + o_row * DV + o_v[None, :], mask=m_n[:, None] & m_v[None, :], other=0.0)  # [BN, BDV]
+        p_kn = p_k + tl.cast(i_n, tl.int64) * D + (o_t[:, None] * D + o_d[None, :])
+        b_k = tl.load(p_kn, mask=m_n[:, None] & m_d[None, :], other=0.0)  # [BN, BD]
+        p_vn = p_v + tl.cast(i_n, tl.int64) * DV + (o_t[:, None] * DV + o_v[None, :])
+        b_v = tl.load(p_vn, mask=m_n[:, None] & m_v[None, :], other=0.0)  # [BN, BDV]
         b_s = products(b_q, b_k, GP == 1) * (scale * LOG2E)  # [GP, BN]
         o_seen = o_mask[:, None]
         if MASK:
@@ -162,6 +165,7 @@ def combine_kernel(
     DV: tl.constexpr,
     BDV: tl.constexpr,
     BS: tl.constexpr,
+    BC: tl.constexpr,
     BN: tl.constexpr,
     ADD: tl.constexpr,
     MEAN: tl.constexpr,
@@ -174,7 +178,7 @@ def combine_kernel(
     """out [B, Hq, 1, Dv] from the splits; statistics of the slots from the logits, if any of SUM, SUMSQ, COUNT is >= 0.
 
     Same grid as split_kernel: a program sums the splits of every `splits`-th head of its group, and updates the statistics
-    of its share of the slots with a = mean or max over the group of 2^(logit - lse). BS >= splits, a power of two.
+    of its share of the slots with a = mean or max over the group of 2^(logit - lse). BS >= splits, a power of two; BC: splits summed at once.
     """
     i_r, i_s = rows(0), tl.program_id(1)
     o_g, o_s, o_v = tl.arange(0, GP), tl.arange(0, BS), tl.arange(0, BDV)
@@ -188,14 +192,16 @@ def combine_kernel(
     for g in range(i_s, G, splits):
         lse = tl.min(tl.where(o_g == g, b_lse, float("inf")), 0)
         b_o = tl.zeros([BDV], tl.float32)
-        for s in range(0, splits):
-            o_one = (i_r * G + g) * splits + s
-            weight = tl.exp2(tl.load(p_max + o_one) - lse)
-            used = tl.load(p_sum + o_one) > 0.0
-            b_o += weight * tl.load(p_acc + o_one * DV + o_v, mask=(o_v < DV) & used, other=0.0)
+        for s in range(0, splits, BC):
+            o_c = (i_r * G + g) * splits + s + tl.arange(0, BC)
+            m_c = s + tl.arange(0, BC) < splits
+            b_w = tl.exp2(tl.load(p_max + o_c, mask=m_c, other=float("-inf")) - lse)  # [BC]
+            m_c = m_c & (tl.load(p_sum + o_c, mask=m_c, other=0.0) > 0.0)
+            b_x = tl.load(p_acc + o_c[:, None] * DV + o_v[None, :], mask=m_c[:, None] & (o_v < DV)[None, :], other=0.0)
+            b_o += tl.sum(b_w[:, None] * b_x, 0)
         tl.store(p_out + (i_r * G + g) * DV + o_v, b_o.to(p_out.dtype.element_ty), mask=o_v < DV)
     if SUM >= 0 or SUMSQ >= 0 or COUNT >= 0:
-        if arrives(p_mask, i_r // HKV, position, mask_heads, s_mb, s_mh, s_mt, HEADS, MASK, HIDDEN):
+        if arrives(p_mask, i_r // HKV, position, mask_heads, s_mb, s_mh, s_mt, HEADS, MASK, HIDDEN) > 0:
             plane = tl.num_programs(0).to(tl.int64) * C
             first, last = split_range(tl.load(p_cursor + i_r * 4), splits, BN)
             for i_n in range(first, last, BN):

@@ -1,4 +1,4 @@
-"""Device code of decode_attend, the last kernel: count the token, and pick the slot that goes if the budget is passed."""
+"""Device code of decode_attend, what follows attention: count the token, and pick the slot that goes if the budget is passed."""
 
 # mypy: ignore-errors
 
@@ -7,43 +7,38 @@ import triton.language as tl
 
 from ..triton_common import arrives, count_from, kth_key, rising, rows
 
-INF = tl.constexpr(float("inf"))
-UNTOUCHABLE = tl.constexpr(3.0e38)
 POSITION = tl.constexpr(0)
 SUM_SCORE = tl.constexpr(1)
 MEAN_SCORE = tl.constexpr(2)
+UNTOUCHABLE = tl.constexpr(3.0e38)
+PLAIN = ["position", "C", "s_mb", "s_mh", "s_mt", "slots", "num", "den", "floor", "sinks", "recent", "recent_num"]
+PLAIN += ["recent_den", "scope_num", "scope_den"]
+
+
+@triton.jit
+def bounds(p_cursor, position, slots, num, den, floor, sinks, recent, recent_num, recent_den):
+    """The step in numbers: slots used with the new token, tokens seen, first position, budget n, and the ends of the
+    unprotected positions: old <= pos < young. p_cursor: one head's, before the step."""
+    used = tl.load(p_cursor) + 1
+    seen = tl.load(p_cursor + 2) + 1
+    first = tl.load(p_cursor + 3)
+    first = tl.where(first < 0, position, first).to(tl.int32)
+    size = tl.maximum(floor, seen.to(tl.int64) * num // den)
+    size = tl.where(slots > 0, slots, size)
+    young = position + 1 - (recent + size * recent_num // recent_den)
+    return used, seen, first, size, first.to(tl.int64) + sinks, young
 
 
 @triton.jit
 def slot_score(p_sum, p_count, o_c, b_pos, m_c, SCORE: tl.constexpr):
     """Score of slots o_c of one head, float32: the position, the sum, or sum / max(count, 1)."""
     if SCORE == POSITION:
-        return b_pos.to(tl.float32)
-    b_x = tl.load(p_sum + o_c, mask=m_c, other=0.0)
+        b_x = b_pos.to(tl.float32)
+    else:
+        b_x = tl.load(p_sum + o_c, mask=m_c, other=0.0)
     if SCORE == MEAN_SCORE:
         b_x = tl.div_rn(b_x, tl.maximum(tl.load(p_count + o_c, mask=m_c, other=1.0), 1.0))
     return b_x
-
-
-@triton.jit
-def spreads(p_sum, p_square, p_count, p_pos, p_spread, n, old, young, BLOCK: tl.constexpr):
-    """Standard deviation of the observed probabilities of the n slots -> p_spread; -1 where protected. Returns how many are not.
-
-    Rounded like torch does it: true division and root, no fused multiply-add (the launch turns fusion off).
-    """
-    b_open = tl.zeros([BLOCK], tl.int32)
-    for i in range(0, n, BLOCK):
-        o_c = i + tl.arange(0, BLOCK)
-        m_c = o_c < n
-        b_pos = tl.load(p_pos + o_c, mask=m_c, other=-1)
-        m_open = m_c & (b_pos >= old) & (b_pos < young)
-        b_count = tl.maximum(tl.load(p_count + o_c, mask=m_c, other=1.0), 1.0)
-        b_mean = tl.div_rn(tl.load(p_sum + o_c, mask=m_c, other=0.0), b_count)
-        b_var = tl.div_rn(tl.load(p_square + o_c, mask=m_c, other=0.0), b_count) - b_mean * b_mean
-        b_std = tl.sqrt_rn(tl.maximum(b_var, 0.0))
-        tl.store(p_spread + o_c, tl.where(m_open, b_std, -1.0), mask=m_c)
-        b_open += m_open.to(tl.int32)
-    return tl.sum(b_open, 0)
 
 
 @triton.jit
@@ -67,28 +62,13 @@ def oldest_ties(p_spread, p_pos, n, tied, ties, BLOCK: tl.constexpr):
 
 @triton.jit
 def victim(
-    p_sum,
-    p_count,
-    p_pos,
-    p_spread,
-    n,
-    stride,
-    heads,
-    i_h,
-    old,
-    young,
-    sure,
-    tied,
-    limit,
-    SCORE: tl.constexpr,
-    ALL: tl.constexpr,
-    SCOPE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    p_sum, p_count, p_pos, p_spread, n, stride, heads, i_h, old, young, sure, tied, limit,
+    SCORE: tl.constexpr, ALL: tl.constexpr, SCOPE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Slot with the lowest score of the n used ones, ties the newest. Protected: pos < old or pos >= young.
 
-    ALL: scores are means over the `heads` heads, whose rows are `stride` apart, this one being number i_h. SCOPE: spreads above
-    key `sure`, and those of key `tied` up to position `limit`, are out of reach.
+    ALL: scores are means over the `heads` heads, whose rows are `stride` apart, this one being number i_h. SCOPE: spreads
+    of a key >= `sure`, and those of key `tied` up to position `limit`, are out of reach.
     """
     b_best = tl.full([BLOCK], float("inf"), tl.float32)
     b_age = tl.full([BLOCK], -1, tl.int32)
@@ -100,15 +80,14 @@ def victim(
         if ALL:
             b_x = tl.zeros([BLOCK], tl.float32)
             for h in range(heads):
-                o_h = o_c + (h - i_h) * stride
-                b_x += slot_score(p_sum, p_count, o_h, b_pos, m_c, SCORE)
-            b_x = tl.div_rn(b_x, b_x * 0.0 + heads)
+                b_x += slot_score(p_sum + (h - i_h) * stride, p_count + (h - i_h) * stride, o_c, b_pos, m_c, SCORE)
+            b_x = tl.div_rn(b_x, tl.zeros([BLOCK], tl.float32) + heads)
         else:
             b_x = slot_score(p_sum, p_count, o_c, b_pos, m_c, SCORE)
         if SCOPE:
             b_key = rising(tl.load(p_spread + o_c, mask=m_c, other=-1.0)).to(tl.int64)
             b_x = tl.where((b_key >= sure) | ((b_key == tied) & (b_pos <= limit)), UNTOUCHABLE, b_x)
-        b_x = tl.where((b_pos < old) | (b_pos >= young), INF, b_x)
+        b_x = tl.where((b_pos < old) | (b_pos >= young), float("inf"), b_x)
         m_lower = m_c & ((b_x < b_best) | ((b_x == b_best) & (b_pos > b_age)))
         b_best = tl.where(m_lower, b_x, b_best)
         b_age = tl.where(m_lower, b_pos, b_age)
@@ -118,95 +97,68 @@ def victim(
     return tl.max(tl.where(m_best & (b_age == age), b_slot, 0), 0)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "position",
-        "C",
-        "s_mb",
-        "s_mh",
-        "s_mt",
-        "slots",
-        "num",
-        "den",
-        "floor",
-        "sinks",
-        "recent",
-        "recent_num",
-        "recent_den",
-        "scope_num",
-        "scope_den",
-    ]
-)
+@triton.jit(do_not_specialize=PLAIN)
+def spread_kernel(
+    p_pos, p_stats, p_cursor, p_spread, position, C, HKV,
+    slots, num, den, floor, sinks, recent, recent_num, recent_den,
+    SUM: tl.constexpr, SUMSQ: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Standard deviation of the probabilities each slot was given -> spread [B, Hkv, C]; -1 where protected. Only over budget.
+
+    Program: (b, KV head) x block of slots. Rounded as torch does it: true division and root, no fused multiply-add (the
+    launch turns fusion off), because two spreads that torch finds equal must be equal here.
+    """
+    i_r = rows(0)
+    plane = tl.num_programs(0).to(tl.int64) * C
+    used, _, _, size, old, young = bounds(
+        p_cursor + i_r * 4, position, slots, num, den, floor, sinks, recent, recent_num, recent_den
+    )
+    if used > size:
+        o_c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        m_c = o_c < used
+        b_pos = tl.load(p_pos + i_r * C + o_c, mask=m_c, other=-1)
+        p_row = p_stats + i_r * C + o_c
+        b_count = tl.maximum(tl.load(p_row + COUNT * plane, mask=m_c, other=1.0), 1.0)
+        b_mean = tl.div_rn(tl.load(p_row + SUM * plane, mask=m_c, other=0.0), b_count)
+        b_var = tl.div_rn(tl.load(p_row + SUMSQ * plane, mask=m_c, other=0.0), b_count) - b_mean * b_mean
+        b_std = tl.sqrt_rn(tl.maximum(b_var, 0.0))
+        tl.store(p_spread + i_r * C + o_c, tl.where((b_pos >= old) & (b_pos < young), b_std, -1.0), mask=m_c)
+
+
+@triton.jit(do_not_specialize=PLAIN)
 def victim_kernel(
-    p_mask,
-    p_pos,
-    p_stats,
-    p_cursor,
-    p_spread,
-    s_mb,
-    s_mh,
-    s_mt,
-    mask_heads,
-    position,
-    C,
-    HKV,
-    slots,
-    num,
-    den,
-    floor,
-    sinks,
-    recent,
-    recent_num,
-    recent_den,
-    scope_num,
-    scope_den,
-    HEADS: tl.constexpr,
-    SUM: tl.constexpr,
-    SUMSQ: tl.constexpr,
-    COUNT: tl.constexpr,
-    SCORE: tl.constexpr,
-    ALL: tl.constexpr,
-    SCOPE: tl.constexpr,
-    EVICTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    MASK: tl.constexpr,
-    HIDDEN: tl.constexpr,
-):
+    p_mask, p_pos, p_stats, p_cursor, p_spread, s_mb, s_mh, s_mt, mask_heads, position, C, HKV,
+    slots, num, den, floor, sinks, recent, recent_num, recent_den, scope_num, scope_den,
+    HEADS: tl.constexpr, SUM: tl.constexpr, COUNT: tl.constexpr, SCORE: tl.constexpr, ALL: tl.constexpr,
+    SCOPE: tl.constexpr, EVICTS: tl.constexpr, BLOCK: tl.constexpr, MASK: tl.constexpr, HIDDEN: tl.constexpr,
+):  # fmt: skip
     """Advance cursor [B, Hkv, 4]; over budget, free the victim (pos -1). Program: (b, KV head). Reads statistics and pos only."""
     i_r = rows(0)
     i_b, i_h = i_r // HKV, i_r % HKV
-    if arrives(p_mask, i_b, position, mask_heads, s_mb, s_mh, s_mt, HEADS, MASK, HIDDEN):
+    if arrives(p_mask, i_b, position, mask_heads, s_mb, s_mh, s_mt, HEADS, MASK, HIDDEN) > 0:
         p_cursor += i_r * 4
         p_pos += i_r * C
-        used = tl.load(p_cursor) + 1
-        seen = tl.load(p_cursor + 2) + 1
-        first = tl.load(p_cursor + 3)
-        first = tl.where(first < 0, position, first).to(tl.int32)
-        size = tl.maximum(floor, seen.to(tl.int64) * num // den)
-        size = tl.where(slots > 0, slots, size)
+        used, seen, first, size, old, young = bounds(
+            p_cursor, position, slots, num, den, floor, sinks, recent, recent_num, recent_den
+        )
         live, free = used, used
         if EVICTS:
             if used > size:
                 plane = tl.num_programs(0).to(tl.int64) * C
                 p_row = p_stats + i_r * C
-                p_sum, p_square, p_count = p_row + SUM * plane, p_row + SUMSQ * plane, p_row + COUNT * plane
-                old = (first + sinks).to(tl.int64)
-                young = position + 1 - (recent + size * recent_num // recent_den)
                 sure, tied = tl.full((), 0, tl.int64), tl.full((), 0, tl.int64)
                 limit = tl.full((), -1, tl.int64)
                 if SCOPE:
                     p_spread += i_r * C
-                    open_slots = spreads(p_sum, p_square, p_count, p_pos, p_spread, used, old, young, BLOCK)
-                    tl.debug_barrier()
-                    reach = size * scope_num // scope_den + 1 - (used - open_slots)
-                    reach = tl.minimum(tl.maximum(reach, 0), open_slots)
+                    exposed = count_from(p_spread, used, 0, BLOCK)
+                    reach = size * scope_num // scope_den + 1 - (used - exposed)
+                    reach = tl.minimum(tl.maximum(reach, 0), exposed)
                     sure, tied, ties = kth_key(p_spread, used, reach, BLOCK)
                     limit = oldest_ties(p_spread, p_pos, used, tied, ties, BLOCK)
                 free = victim(
-                    p_sum, p_count, p_pos, p_spread, used, C, HKV, i_h, old, young, sure, tied, limit,
-                    SCORE, ALL, SCOPE, BLOCK,
+                    p_row + SUM * plane, p_row + COUNT * plane, p_pos, p_spread, used, C, HKV, i_h, old, young,
+                    sure, tied, limit, SCORE, ALL, SCOPE, BLOCK,
                 )  # fmt: skip
-                tl.debug_barrier()
                 tl.store(p_pos + free, -1)
                 live = used - 1
         tl.store(p_cursor, live)

@@ -18,7 +18,7 @@ def key_positions(p_pos, o_n, m_n, POS: tl.constexpr):
     return o_n, m_n
 
 
-@triton.jit(do_not_specialize=["S", "L", "s_mb", "s_mh", "s_mq", "s_mt"])
+@triton.jit(do_not_specialize=["S", "L", "s_mb", "s_mh", "s_mq"])
 def attend_kernel(
     p_q,
     p_k,
@@ -67,7 +67,7 @@ def attend_kernel(
     i_r, i_m = rows(0), tl.num_programs(1) - 1 - tl.program_id(1)
     i_b, i_h = i_r // HQ, i_r % HQ
     i_kv = i_h // G
-    o_m = i_m * BM + tl.arange(0, BM)
+    o_m, o_t = i_m * BM + tl.arange(0, BM), tl.arange(0, BN)
     o_d, o_v = tl.arange(0, BD), tl.arange(0, BDV)
     m_m, m_d, m_v = o_m < S, o_d < D, o_v < DV
     p_k += i_b * s_kb + i_kv * s_kh
@@ -75,8 +75,9 @@ def attend_kernel(
     if POS:
         p_pos += (i_b * (HQ // G) + i_kv) * L
     if MASK:
-        p_mask += i_b * s_mb + i_h * s_mh
-    p_qm = p_q + i_b * s_qb + i_h * s_qh + o_m.to(tl.int64)[:, None] * s_qs + o_d[None, :]
+        p_mask += i_b * s_mb + i_h * s_mh + tl.cast(i_m * BM, tl.int64) * s_mq
+    p_qm = p_q + i_b * s_qb + i_h * s_qh + tl.cast(i_m * BM, tl.int64) * s_qs
+    p_qm += tl.arange(0, BM)[:, None] * s_qs + o_d[None, :]
     b_q = tl.load(p_qm, mask=m_m[:, None] & m_d[None, :], other=0.0)  # [BM, BD]
     first, last = 0, L
     if MASK:
@@ -88,28 +89,30 @@ def attend_kernel(
     b_sum = tl.zeros([BM], tl.float32)
     b_o = tl.zeros([BM, BDV], tl.float32)
     for i_n in range(first, last, BN):
-        o_n = i_n + tl.arange(0, BN)
+        o_n = i_n + o_t
         m_n = o_n < L
-        b_k = tl.load(p_k + o_n.to(tl.int64)[None, :] * s_kl + o_d[:, None], mask=m_n[None, :] & m_d[:, None], other=0.0)
+        p_kn = p_k + tl.cast(i_n, tl.int64) * s_kl + (o_t[None, :] * s_kl + o_d[:, None])
+        b_k = tl.load(p_kn, mask=m_n[None, :] & m_d[:, None], other=0.0)  # [BD, BN]
         b_pos, m_key = key_positions(p_pos, o_n, m_n, POS)
         m_s = m_m[:, None] & m_key[None, :]
         if CAUSAL:
             m_s = m_s & (b_pos[None, :] <= o_m[:, None])
         b_s = tl.dot(b_q, b_k, input_precision="ieee") * (scale * LOG2E)  # [BM, BN]
-        o_mask = o_m.to(tl.int64)[:, None] * s_mq + b_pos.to(tl.int64)[None, :] * s_mt
+        o_mask = tl.arange(0, BM)[:, None] * s_mq + b_pos[None, :] * s_mt
         b_s, m_s = masked(b_s, p_mask, o_mask, m_s, MASK, HIDDEN)
         b_p, b_max, b_sum, b_f = softmax_step(b_s, b_max, b_sum)
-        b_v = tl.load(p_v + o_n.to(tl.int64)[:, None] * s_vl + o_v[None, :], mask=m_n[:, None] & m_v[None, :], other=0.0)
+        p_vn = p_v + tl.cast(i_n, tl.int64) * s_vl + (o_t[:, None] * s_vl + o_v[None, :])
+        b_v = tl.load(p_vn, mask=m_n[:, None] & m_v[None, :], other=0.0)  # [BN, BDV]
         b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * b_f[:, None], input_precision="ieee")  # [BM, BDV]
     m_blind = b_sum == 0.0
     b_o = b_o / tl.where(m_blind, 1.0, b_sum)[:, None]
-    p_om = p_out + (i_r * S + o_m)[:, None] * DV + o_v[None, :]
+    p_om = p_out + (i_r * S + i_m * BM) * DV + (tl.arange(0, BM)[:, None] * DV + o_v[None, :])
     tl.store(p_om, b_o.to(p_out.dtype.element_ty), mask=m_m[:, None] & m_v[None, :])
     b_lse = tl.where(m_blind, float("inf"), finite(b_max) + tl.log2(tl.where(m_blind, 1.0, b_sum)))
     tl.store(p_lse + i_r * S + o_m, b_lse, mask=m_m)
 
 
-@triton.jit(do_not_specialize=["S", "L", "s_mb", "s_mh", "s_mq", "s_mt"])
+@triton.jit(do_not_specialize=["S", "L", "s_mb", "s_mh", "s_mq"])
 def statistics_kernel(
     p_q,
     p_k,
@@ -159,10 +162,11 @@ def statistics_kernel(
     """
     i_r, i_n = rows(0), tl.program_id(1)
     i_b, i_h = i_r // HKV, i_r % HKV
-    o_n = i_n * BN + tl.arange(0, BN)
+    o_n, o_t = i_n * BN + tl.arange(0, BN), tl.arange(0, BM)
     o_d = tl.arange(0, BD)
     m_n, m_d = o_n < L, o_d < D
-    p_kn = p_k + i_b * s_kb + i_h * s_kh + o_n.to(tl.int64)[:, None] * s_kl + o_d[None, :]
+    p_kn = p_k + i_b * s_kb + i_h * s_kh + tl.cast(i_n * BN, tl.int64) * s_kl
+    p_kn += tl.arange(0, BN)[:, None] * s_kl + o_d[None, :]
     b_k = tl.load(p_kn, mask=m_n[:, None] & m_d[None, :], other=0.0)  # [BN, BD]
     if POS:
         p_pos += i_r * L
@@ -183,7 +187,7 @@ def statistics_kernel(
     b_square = tl.zeros([BN], tl.float32)
     b_count = tl.zeros([BN], tl.float32)
     for i_m in range(first, last, BM):
-        o_m = i_m + tl.arange(0, BM)
+        o_m = i_m + o_t
         m_m = o_m < S
         m_watched = (o_m >= start) & (o_m < end)
         if MASK:
@@ -191,16 +195,20 @@ def statistics_kernel(
         m_pair = m_key[:, None] & m_watched[None, :]
         if CAUSAL:
             m_pair = m_pair & (b_pos[:, None] <= o_m[None, :])
-        o_mask = o_m.to(tl.int64)[None, :] * s_mq + b_pos.to(tl.int64)[:, None] * s_mt
+        o_mask = o_t[None, :] * s_mq + b_pos[:, None] * s_mt
         b_a = tl.zeros([BN, BM], tl.float32)
         b_seen = tl.zeros([BN, BM], tl.float32)
         for g in range(G):
             i_q = i_h * G + g
-            p_qm = p_q + i_b * s_qb + i_q * s_qh + o_m.to(tl.int64)[None, :] * s_qs + o_d[:, None]
+            p_qm = p_q + i_b * s_qb + i_q * s_qh + tl.cast(i_m, tl.int64) * s_qs
+            p_qm += o_t[None, :] * s_qs + o_d[:, None]
             b_q = tl.load(p_qm, mask=m_m[None, :] & m_d[:, None], other=0.0)  # [BD, BM]
             b_lse = tl.load(p_lse + (i_r * G + g) * S + o_m, mask=m_m, other=float("inf"))
             b_s = tl.dot(b_k, b_q, input_precision="ieee") * (scale * LOG2E)  # [BN, BM]
-            b_s, m_s = masked(b_s, p_mask, i_b * s_mb + i_q * s_mh + o_mask, m_pair, MASK, HIDDEN)
+            p_m = p_mask
+            if MASK:
+                p_m += i_b * s_mb + i_q * s_mh + tl.cast(i_m, tl.int64) * s_mq
+            b_s, m_s = masked(b_s, p_m, o_mask, m_pair, MASK, HIDDEN)
             b_p = tl.exp2(b_s - b_lse[None, :])
             if MEAN:
                 b_a += b_p * (1.0 / G)

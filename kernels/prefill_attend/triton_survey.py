@@ -29,7 +29,7 @@ def covered(p_span, start, tiles, limit, SIZE: tl.constexpr):
     return first * TILE, tl.minimum(tl.max(b_last, 0) * TILE, limit)
 
 
-@triton.jit(do_not_specialize=["S", "L", "tiles_q", "tiles_k", "s_mb", "s_mh", "s_mq", "s_mt"])
+@triton.jit(do_not_specialize=["S", "L", "tiles_q", "tiles_k", "s_mb", "s_mh", "s_mq"])
 def survey_kernel(
     p_mask,
     p_pos,
@@ -68,7 +68,8 @@ def survey_kernel(
         b_pos = tl.load(p_pos + (i_b * HKV + i_k) * L + o_n, mask=m_n, other=-1)
         m_n = b_pos >= 0
     m_s = (o_m < S)[:, None] & m_n[None, :]
-    o_mask = i_b * s_mb + i_h * s_mh + o_m.to(tl.int64)[:, None] * s_mq + b_pos.to(tl.int64)[None, :] * s_mt
+    p_mask += i_b * s_mb + i_h * s_mh + tl.cast(i_m * TILE, tl.int64) * s_mq
+    o_mask = tl.arange(0, TILE)[:, None] * s_mq + b_pos[None, :] * s_mt
     _, m_s = masked(tl.zeros([TILE, TILE], tl.float32), p_mask, o_mask, m_s, MASK, HIDDEN)
     b_seen = tl.max(m_s.to(tl.int32), 0)  # [TILE]
     if tl.max(b_seen, 0) > 0:

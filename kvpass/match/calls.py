@@ -16,12 +16,27 @@ _SAME = {
     "expand_as": "expand",
 }
 
-METADATA = frozenset({"size", "numel", "dim", "nelement", "ndimension", "sym_size", "is_contiguous", "stride", "get_device", "element_size"})
+METADATA = frozenset(
+    {
+        "size",
+        "numel",
+        "dim",
+        "nelement",
+        "ndimension",
+        "sym_size",
+        "is_contiguous",
+        "stride",
+        "get_device",
+        "element_size",
+    }
+)
 _METADATA_ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim", "is_cuda", "requires_grad", "layout"})
 
 
 def call_name(node: fx.Node) -> str:
-    """Canonical name of what a node calls: `cat`, `sdpa`, `reshape`, `transpose`, ...; '' for nodes that call nothing."""
+    """Canonical name of what a node calls: `cat`, `sdpa`, `reshape`, `transpose`, ...; '' for nodes that call
+    nothing.
+    """
     if node.op == "call_method":
         name = str(node.target)
     elif node.op == "call_function":

@@ -19,7 +19,7 @@ class Flow:
     """
 
     def __init__(self, graph: fx.Graph) -> None:
-        self.graph = nx.DiGraph()
+        self.graph: nx.DiGraph[fx.Node] = nx.DiGraph()
         self.nodes = list(graph.nodes)
         self.order = {node: at for at, node in enumerate(self.nodes)}
         self.graph.add_nodes_from(self.order)
@@ -63,7 +63,7 @@ class Flow:
                 break
         return None
 
-    def _window(self, start: fx.Node, end: fx.Node) -> nx.DiGraph:
+    def _window(self, start: fx.Node, end: fx.Node) -> nx.DiGraph[fx.Node]:
         """The stretch of the graph between two nodes: all that a path between them can touch."""
         return self.graph.subgraph(self.nodes[self.order[start] : self.order[end] + 1])
 

@@ -34,5 +34,5 @@ def is_empty(shape: Sequence[Any]) -> bool:
     return any(isinstance(size, int) and size == 0 for size in shape)
 
 
-def normal_dim(dim: int, ndim: int) -> int:
-    return dim + ndim if dim < 0 else dim
+def normal_dim(dim: Any, ndim: int) -> int:
+    return int(dim + ndim if dim < 0 else dim)

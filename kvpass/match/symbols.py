@@ -35,11 +35,13 @@ class SizeReader:
         expr = size.node.expr
         if expr in self.known:
             return self._at(*self.known[expr])
-        import sympy
+        import sympy  # type: ignore[import-untyped]
 
         symbols = sorted(expr.free_symbols, key=str)
         parts = [self._at(*self.known[symbol]) for symbol in symbols]
-        formula = sympy.lambdify(symbols, expr, modules=[{"FloorDiv": lambda a, b: a // b, "Mod": lambda a, b: a % b}, "math"])
+        formula = sympy.lambdify(
+            symbols, expr, modules=[{"FloorDiv": lambda a, b: a // b, "Mod": lambda a, b: a % b}, "math"]
+        )
         return lambda args: int(formula(*(part(args) for part in parts)))
 
     def _at(self, place: int, dim: int | None) -> Callable[[Sequence[Any]], int]:

@@ -1,6 +1,7 @@
 """View chains between a cached tensor and the attention that reads it, followed by axis letters.
 
-Each axis of a tensor is a tuple of letters: `("H", "G")` is the KV-head axis with the group folded in behind it, so query head h reads KV head
+Each axis of a tensor is a tuple of letters: `("H", "G")` is the KV-head axis with the group folded in behind it, so
+    query head h reads KV head
 h // G; `("G", "H")` would be the tiled order. An axis of size one made by unsqueeze is the empty tuple.
 """
 
@@ -21,7 +22,9 @@ Axis = tuple[str, ...]
 
 
 def walk_up(node: fx.Node, stop: Callable[[fx.Node], bool]) -> tuple[fx.Node, tuple[fx.Node, ...]]:
-    """Follow views upwards from `node` to the first node that `stop`s or is no view. Returns it and the views below it, top first."""
+    """Follow views upwards from `node` to the first node that `stop`s or is no view. Returns it and the views below
+    it, top first.
+    """
     chain: list[fx.Node] = []
     while not stop(node) and call_name(node) in _FORWARD and isinstance(node.args[0], fx.Node) and _is_view(node):
         chain.append(node)
@@ -46,7 +49,9 @@ def read_layout(base: fx.Node, chain: Sequence[fx.Node], query_heads: Any) -> La
             tiled = chain[-1]
     if tiled is not None:
         raise Miss(Reason.GROUP_ORDER, tiled, "KV heads are tiled (repeat), not interleaved")
-    raise Miss(Reason.LAYOUT, chain[-1] if chain else base, "views between cache and attention do not end in [B, H, T, D]")
+    raise Miss(
+        Reason.LAYOUT, chain[-1] if chain else base, "views between cache and attention do not end in [B, H, T, D]"
+    )
 
 
 def forward(axes: list[Axis], base: fx.Node, chain: Sequence[fx.Node]) -> list[Axis] | None:
@@ -141,7 +146,8 @@ def _reshape(axes: list[Axis], node: fx.Node, before: Sequence[Any], after: Sequ
         if is_one(size):
             result.append(())
             continue
-        product, merged = 1, ()
+        product = 1
+        merged: Axis = ()
         while at < len(before) and isinstance(before[at], int) and (product == 1 or not same(product, size)):
             product, merged = product * before[at], merged + axes[at]
             at += 1
@@ -151,7 +157,9 @@ def _reshape(axes: list[Axis], node: fx.Node, before: Sequence[Any], after: Sequ
     return result if all(is_one(size) for size in before[at:]) else None
 
 
-def _repeat_interleave(axes: list[Axis], node: fx.Node, before: Sequence[Any], after: Sequence[Any]) -> list[Axis] | None:
+def _repeat_interleave(
+    axes: list[Axis], node: fx.Node, before: Sequence[Any], after: Sequence[Any]
+) -> list[Axis] | None:
     dim = argument(node, 2, "dim")
     if not isinstance(dim, int) or not isinstance(argument(node, 1, "repeats"), int):
         return None
@@ -164,8 +172,7 @@ def _repeat(axes: list[Axis], node: fx.Node, before: Sequence[Any], after: Seque
         return None
     for at, (old, new) in enumerate(zip(before, after, strict=True)):
         if not same(old, new):
-            axes[at] = axes[at] if is_one(old) and axes[at] == () else axes[at]
-            axes[at] = ("G", *axes[at]) if axes[at] else ("G",)
+            axes[at] = ("G", *axes[at])
     return axes
 
 

@@ -39,7 +39,9 @@ def _preset(name: str) -> Policy:
     if name not in names():
         near = difflib.get_close_matches(name, names(), n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise PolicyError(f"no policy named {name!r}", hint=f"{hint}built in: {', '.join(names())}; or give a path ending in .yaml")
+        raise PolicyError(
+            f"no policy named {name!r}", hint=f"{hint}built in: {', '.join(names())}; or give a path ending in .yaml"
+        )
     return _file(PRESETS / f"{name}.yaml")
 
 
@@ -49,9 +51,13 @@ def _file(path: Path) -> Policy:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise PolicyError(f"cannot read the policy file: {error.strerror}", where=str(path), hint="give an existing YAML file") from None
+        raise PolicyError(
+            f"cannot read the policy file: {error.strerror}", where=str(path), hint="give an existing YAML file"
+        ) from None
     except yaml.YAMLError as error:
-        raise PolicyError(f"not valid YAML: {error}", where=str(path), hint="see docs/policies.md for an example") from None
+        raise PolicyError(
+            f"not valid YAML: {error}", where=str(path), hint="see docs/policies.md for an example"
+        ) from None
     if not isinstance(data, dict):
         raise PolicyError("a policy file holds a mapping", where=str(path), hint="start with `name: my_policy`")
     return _from_dict(data, where=str(path))
@@ -69,7 +75,9 @@ def _from_dict(data: dict[str, Any], where: str) -> Policy:
 
 
 def _readable(error: Any, where: str) -> PolicyError:
-    path = [str(part) for part in error["loc"] if str(part) not in ("int", "float") and not str(part).startswith("literal")]
+    path = [
+        str(part) for part in error["loc"] if str(part) not in ("int", "float") and not str(part).startswith("literal")
+    ]
     key = ".".join(path)
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         valid = _keys_at(path[:-1])

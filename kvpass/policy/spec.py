@@ -50,7 +50,9 @@ class Statistic:
 
 @dataclass(frozen=True)
 class Pool:
-    """Smoothing of the summed statistic over neighbouring tokens, once per multi-token call, outside the observation window."""
+    """Smoothing of the summed statistic over neighbouring tokens, once per multi-token call, outside the observation
+    window.
+    """
 
     kind: Literal["avg", "max"] = "max"
     size: int = 7
@@ -60,7 +62,9 @@ class Pool:
 
 @dataclass(frozen=True)
 class Protect:
-    """Slots that are never evicted: the first `sinks` tokens, the last `recent` (an int, or a fraction of the slots of the budget)."""
+    """Slots that are never evicted: the first `sinks` tokens, the last `recent` (an int, or a fraction of the slots
+    of the budget).
+    """
 
     sinks: int = 0
     recent: int | float = 0
@@ -75,8 +79,10 @@ class Policy:
     Attributes:
         name: what reports call it.
         score: what ranks unprotected slots, higher = keep: `position` (newer), `sum`, `mean` (sum / count).
-        scope: RoCo: this fraction of the slots, those with the largest standard deviation, cannot be evicted; 0 = no scope.
-        budget: fraction of the tokens seen so far (float, at most 1.0) or slots per KV head (int). None: the caller says.
+        scope: RoCo: this fraction of the slots, those with the largest standard deviation, cannot be evicted; 0 = no
+            scope.
+        budget: fraction of the tokens seen so far (float, at most 1.0) or slots per KV head (int). None: the caller
+            says.
         min_slots: a fractional budget never asks for fewer slots.
         paper, source, notes: where it comes from and where it deviates, for people.
     """

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from kvpass.errors import TrainingError
 from kvpass.kernels.rule import Rule
 from kvpass.runtime.shell import make, unwrap
 from kvpass.runtime.store import Origin, SlotStore
@@ -73,12 +72,6 @@ class Bound:
         self.outputs = outputs
 
     def __call__(self, *args: Any) -> list[Any]:
-        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
-            raise TrainingError(
-                "an evicting cache has no gradients",
-                where=self.bindings[0].where,
-                hint="call the model under torch.no_grad() or torch.inference_mode()",
-            )
         stores = [binding.open(args, self.origin) for binding in self.bindings]
         results = self.inner(*args, *(t for store in stores for t in store.state))
         returned: list[Any] = [None] * self.outputs

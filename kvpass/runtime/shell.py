@@ -1,6 +1,8 @@
-"""Shells: tensors of the cache's logical shape over one NaN element, which carry the store in the host's own cache object.
+"""Shells: tensors of the cache's logical shape over one NaN element, which carry the store in the host's own cache
+object.
 
-The host sees lengths (it derives positions and masks from them) but no data. The store rides on the tensor as an attribute, so it lives, is
+The host sees lengths (it derives positions and masks from them) but no data. The store rides on the tensor as an
+attribute, so it lives, is
 deep-copied and dies with the host's cache. A view of a shell loses the attribute and is found again by its storage.
 """
 
@@ -53,17 +55,19 @@ def unwrap(key: torch.Tensor, value: torch.Tensor, axis: Layout, where: str) -> 
         hint = "evicted tokens cannot come back: crop before compiling, or keep a copy.deepcopy(cache) from before"
         if length > store.tokens or hasattr(key, _ATTRIBUTE):
             hint = "continue from the newest cache, or branch with copy.deepcopy(cache) before generating"
-        raise StaleCacheError(f"the cache is {length} tokens long, but its state has seen {store.tokens}", where=where, hint=hint)
+        raise StaleCacheError(
+            f"the cache is {length} tokens long, but its state has seen {store.tokens}", where=where, hint=hint
+        )
     return store
 
 
 def _foreign(key: torch.Tensor, where: str) -> Exception:
-    sample = key.reshape(-1)[:1] if key.numel() else key
-    if key.is_floating_point() and sample.numel() and bool(torch.isnan(sample).all()):
+    if key.is_floating_point() and key.numel() and bool(key[(0,) * key.dim()].isnan()):
         return ShellDataError(
-            "the cached keys are NaN: data was read out of a compressed cache (reordering, indexing, concatenating or moving it)",
+            "the cached keys are NaN: data was read out of a compressed cache (reordered, indexed, joined or moved)",
             where=where,
-            hint="pass the cache object as it was returned; copy it with copy.deepcopy. Beam search and batch reordering are not supported",
+            hint="pass the cache object as it was returned; copy it with copy.deepcopy. "
+            "Beam search and batch reordering are not supported",
         )
     return ForeignCacheError(
         "the cache holds keys and values that kvpass did not make",

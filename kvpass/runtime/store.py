@@ -28,7 +28,8 @@ class SlotStore:
     """State of one site: five tensors (docs/design/0001) and the logical length.
 
     Attributes:
-        state: k `[B, Hkv, C, D]`, v `[B, Hkv, C, Dv]`, pos `[B, Hkv, C]` int32, stats `[N, B, Hkv, C]` float32, cursor `[B, Hkv, 4]` int32.
+        state: k `[B, Hkv, C, D]`, v `[B, Hkv, C, Dv]`, pos `[B, Hkv, C]` int32, stats `[N, B, Hkv, C]` float32,
+            cursor `[B, Hkv, 4]` int32.
         tokens: logical length, padding included; what the host believes its cache holds.
         bases: one-element NaN tensors that the shells of K and V expand.
     """
@@ -47,10 +48,12 @@ class SlotStore:
         self.bases = (k.new_full((1,), float("nan")), v.new_full((1,), float("nan")))
 
     @staticmethod
-    def empty_state(rule: Rule, tokens: int, like: torch.Tensor, b: int, hkv: int, d: int, dv: int) -> list[torch.Tensor]:
+    def empty_state(
+        rule: Rule, tokens: int, like: torch.Tensor, b: int, hkv: int, d: int, dv: int
+    ) -> list[torch.Tensor]:
         """State with no live slot and room for `tokens` tokens, on the device and with the dtype of `like`."""
         c = capacity(rule, tokens)
-        int32 = {"dtype": torch.int32, "device": like.device}
+        int32: Any = {"dtype": torch.int32, "device": like.device}
         return [
             like.new_empty((b, hkv, c, d)),
             like.new_empty((b, hkv, c, dv)),
@@ -69,12 +72,20 @@ class SlotStore:
         return self.state[4][..., LIVE]
 
     def make_room(self, tokens: int) -> None:
-        """Grow the slots, if needed, for a logical length of `tokens`. Copies this one layer, once in about n/40 kept tokens."""
+        """Grow the slots, if needed, for a logical length of `tokens`. Copies this one layer, once in about n/40 kept
+        tokens.
+        """
         if self.slots > self.rule.kept(tokens):
             return
         extra = capacity(self.rule, tokens) - self.slots
         k, v, pos, stats, cursor = self.state
-        self.state = [_longer(k, 2, extra), _longer(v, 2, extra), _longer(pos, 2, extra, -1), _longer(stats, 3, extra, 0), cursor]
+        self.state = [
+            _longer(k, 2, extra),
+            _longer(v, 2, extra),
+            _longer(pos, 2, extra, -1),
+            _longer(stats, 3, extra, 0),
+            cursor,
+        ]
 
     @property
     def bytes(self) -> int:

@@ -1,0 +1,200 @@
+"""Ahead-of-time compilation of every Triton kernel as its launcher launches it, without a GPU.
+
+`python -m kvpass.kernels.compile_report` writes docs/kernels_compiled.md: registers, shared memory and spills per kernel and
+target. A kernel that compiles without spills can still be wrong or slow on hardware; the interpreter tests check the values.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .compact_slots.triton import compact_slots_triton
+from .decode_attend.triton import decode_attend_triton
+from .prefill_attend.triton import prefill_attend_triton
+from .rule import Rule
+from .select_slots.triton import select_slots_triton
+from .triton_launch import Launch, Target, record
+
+TARGETS = {
+    "sm_80": (Target("cuda", 80, 108), GPUTarget("cuda", 80, 32)),
+    "sm_90": (Target("cuda", 90, 132), GPUTarget("cuda", 90, 32)),
+    "gfx942": (Target("hip", 0, 304), GPUTarget("hip", "gfx942", 64)),
+}
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
+"""Shared memory that one block may have, in bytes."""
+
+_H2O = Rule(stats=("sum",), queries=-1, decode="add", score="sum", recent_num=1, recent_den=2, num=1, den=5)
+_ROCO = Rule(
+    stats=("sum", "sumsq", "count"), queries=-1, decode="add", score="mean", scope_num=3, scope_den=10,
+    sinks=4, recent=10, num=1, den=5,
+)  # fmt: skip
+_SNAPKV = Rule(stats=("sum", "count"), queries=32, carry=False, decode="add", score="mean", recent=32, num=1, den=5)
+_TOVA = Rule(stats=("sum",), queries=1, carry=False, decode="replace", score="sum", heads="all", num=1, den=5)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way a model may call the ops."""
+
+    name: str
+    dtype: torch.dtype
+    dim: int
+    group: int
+    mask: str
+    """none (is_causal), bool, or float."""
+    extends: bool
+    rule: Rule
+
+
+CASES = (
+    Case("bf16 d64 causal h2o", torch.bfloat16, 64, 3, "none", False, _H2O),
+    Case("bf16 d64 mha float tova", torch.bfloat16, 64, 1, "float", False, _TOVA),
+    Case("bf16 d128 bool roco", torch.bfloat16, 128, 4, "bool", False, _ROCO),
+    Case("bf16 d80 extend bool h2o", torch.bfloat16, 80, 8, "bool", True, _H2O),
+    Case("fp16 d256 extend float snapkv", torch.float16, 256, 8, "float", True, _SNAPKV),
+    Case("fp32 d64 bool roco", torch.float32, 64, 3, "bool", False, _ROCO),
+    Case("fp32 d128 causal h2o", torch.float32, 128, 4, "none", False, _H2O),
+)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a kernel needs on a target."""
+
+    case: str
+    kernel: str
+    target: str
+    registers: int
+    shared: int
+    """Bytes of shared memory."""
+    spills: int
+    """Bytes of stack a thread (NVIDIA), or spilled registers and bytes of scratch (AMD)."""
+    warps: int
+
+
+def launches(case: Case, on: Target) -> list[Launch]:
+    """Every launch of a multi-token call and of a decode step, recorded and not run. Lengths are odd on purpose."""
+    heads, length, slots = 2, 1001, 331
+    queries = 77 if case.extends else length
+    q, k, v = (torch.zeros(1, h, n, case.dim, dtype=case.dtype) for h, n in _sizes(heads, case.group, queries, length))
+    pos = torch.zeros(1, heads, length, dtype=torch.int32) if case.extends else None
+    stats = torch.zeros(len(case.rule.stats), 1, heads, length)
+    state = [torch.zeros(1, heads, slots, case.dim, dtype=case.dtype) for _ in range(2)]
+    state += [torch.zeros(1, heads, slots, dtype=torch.int32), torch.zeros(len(stats), 1, heads, slots)]
+    state += [torch.zeros(1, heads, 4, dtype=torch.int32)]
+    rule, one = case.rule.encode(), slice(0, 1)
+    with record(on) as listed:
+        prefill_attend_triton(q, k, v, pos, _mask(case, queries, length), 0.125, case.mask == "none", rule)
+        idx = select_slots_triton(torch.zeros(1, heads, length), state[4], slots)
+        compact_slots_triton(k, v, pos, stats, idx, state[4].clone(), *state)
+        new = (q[:, :, one], k[:, :, one], v[:, :, one], _mask(case, 1, length))
+        decode_attend_triton(*new, *state, length, 0.125, rule)
+    return listed
+
+
+def _sizes(heads: int, group: int, queries: int, length: int) -> list[tuple[int, int]]:
+    return [(heads * group, queries), (heads, length), (heads, length)]
+
+
+def _mask(case: Case, queries: int, length: int) -> Tensor | None:
+    dtype = {"none": None, "bool": torch.bool, "float": case.dtype}[case.mask]
+    return None if dtype is None else torch.zeros(1, 1, queries, length, dtype=dtype)
+
+
+def compile_launch(launch: Launch, target: GPUTarget) -> Any:
+    """Compile a recorded launch for a target, specialised as Triton's own launcher would."""
+    names: dict[torch.dtype, str] = {
+        torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
+        torch.int32: "i32", torch.uint8: "u8",
+    }  # fmt: skip
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int], list[list[Any]]] = {}
+    options = dict(launch.arguments)
+    for index, parameter in enumerate(launch.kernel.params):
+        value = options.pop(parameter.name)
+        free = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and free):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[parameter.name] = f"*{names[value.dtype]}"
+            aligned = value.data_ptr() % 16 == 0
+            attributes |= {(index,): [["tt.divisibility", 16]]} if aligned else {}
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+            divisible = isinstance(value, int) and value % 16 == 0 and free
+            attributes |= {(index,): [["tt.divisibility", 16]]} if divisible else {}
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=target, options=options)
+
+
+def measure(case: Case, target: str) -> list[Compiled]:
+    """Compile every kernel of a case for a target."""
+    on, gpu = TARGETS[target]
+    rows = []
+    for launch in launches(case, on):
+        binary = compile_launch(launch, gpu)
+        read: Callable[[Any], tuple[int, int]] = _amd_usage if gpu.backend == "hip" else _nvidia_usage
+        registers, spills = read(binary)
+        meta = binary.metadata
+        rows.append(Compiled(case.name, meta.name, target, registers, meta.shared, spills, meta.num_warps))
+    return rows
+
+
+def _nvidia_usage(binary: Any) -> tuple[int, int]:
+    """(registers a thread, bytes of stack and local memory a thread): with no arrays in a kernel, stack means spills."""
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return found["REG"], found["STACK"] + found["LOCAL"]
+
+
+def _amd_usage(binary: Any) -> tuple[int, int]:
+    """(vector registers, spilled registers plus bytes of scratch)."""
+    text = binary.asm["amdgcn"]
+    names = ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+    found = {name: int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in names}  # type: ignore[index]
+    return found["vgpr_count"], found["vgpr_spill_count"] + found["sgpr_spill_count"] + found["private_segment_fixed_size"]
+
+
+def table(rows: list[Compiled]) -> str:
+    """The rows as a markdown table."""
+    lines = ["| kernel | case | target | warps | registers | shared bytes | spills |", "| --- | --- | --- | --- | --- | --- | --- |"]
+    lines += [
+        f"| {r.kernel} | {r.case} | {r.target} | {r.warps} | {r.registers} | {r.shared} | {r.spills} |"
+        for r in sorted(rows, key=lambda r: (r.kernel, r.case, r.target))
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Write docs/kernels_compiled.md."""
+    rows = [row for case in CASES for target in TARGETS for row in measure(case, target)]
+    head = (
+        "# Triton kernels, compiled ahead of time\n\n"
+        f"Generated by `python -m kvpass.kernels.compile_report` with triton {triton.__version__}, torch {torch.__version__}. "
+        "No GPU was present: nothing here was run or timed on one. Block sizes are pinned, not tuned.\n\n"
+    )
+    path = Path(__file__).resolve().parent.parent / "docs" / "kernels_compiled.md"
+    path.write_text(head + table(rows) + "\n", encoding="utf-8")
+    print(table(rows), f"\nwritten to {path}")
+
+
+if __name__ == "__main__":
+    main()
