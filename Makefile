@@ -16,7 +16,7 @@ SHELL := /bin/bash
 .PHONY: help demo test bench lint env clean
 
 BIN   := $(VENV)/bin
-PIP   := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP   := $(BIN)/python -m pip --disable-pip-version-check -qq
 STAMP := $(VENV)/.kvpass-installed
 VENV_FAILED := cannot make a virtual environment with $(PYTHON); on Debian and Ubuntu: apt install python3-venv
 PIP_FAILED  := pip could not install it (its own words are above). A package index, or a wheel folder given by pip config, must be reachable

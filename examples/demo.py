@@ -27,13 +27,9 @@ DEBUG = HERE.parent / "kvpass_debug" / "demo"
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policy", default="snapkv", help="a policy's name or a YAML file")
-    parser.add_argument(
-        "--budget", default="0.2", help="fraction of the tokens that is kept, or slots per KV head"
-    )
+    parser.add_argument("--budget", default="0.2", help="fraction of the tokens that is kept, or slots per KV head")
     parser.add_argument("--inner", default="eager", choices=["eager", "aot_eager", "inductor"])
     parser.add_argument("--tokens", type=int, default=3000, help="length of the prompt")
     parser.add_argument("--new-tokens", type=int, default=64, help="longest answer")
@@ -65,9 +61,7 @@ def megabytes(n: float) -> str:
 
 def peak(result: dict[str, Any]) -> str:
     above = result["peak_above_idle"]
-    return megabytes(result["peak_bytes"]) + (
-        f"\n({megabytes(above)} above idle)" if above is not None else ""
-    )
+    return megabytes(result["peak_bytes"]) + (f"\n({megabytes(above)} above idle)" if above is not None else "")
 
 
 def rows(full: dict[str, Any], kept: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -49,9 +49,7 @@ def make_inputs(tokenizer: Any, n_tokens: int) -> dict[str, torch.Tensor]:
     cut = int(len(body) * DEPTH)
     before, after = tokenizer.decode(body[:cut]), tokenizer.decode(body[cut:])
     chat = [{"role": "user", "content": f"{before}\n\n{FACT}\n\n{after}\n\n{QUESTION}"}]
-    return dict(
-        tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    )
+    return dict(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True))
 
 
 def status_bytes(field: str) -> int | None:
@@ -119,14 +117,10 @@ def agreement(reference: torch.Tensor, logits: torch.Tensor) -> dict[str, float]
 def compiled(model: Any, job: dict[str, Any]) -> Any:
     import kvpass
 
-    return kvpass.compile(
-        model, policy=job["policy"], budget=job["budget"], inner=job["inner"], debug=job["debug"]
-    )
+    return kvpass.compile(model, policy=job["policy"], budget=job["budget"], inner=job["inner"], debug=job["debug"])
 
 
-def compare(
-    model: Any, inputs: dict[str, Any], run: dict[str, Any], reference: dict[str, Any]
-) -> dict[str, float]:
+def compare(model: Any, inputs: dict[str, Any], run: dict[str, Any], reference: dict[str, Any]) -> dict[str, float]:
     """Teacher forcing: the policy's distributions over the tokens that the full cache said."""
     if run["tokens"] == reference["tokens"]:
         return agreement(reference["logits"], run["logits"])

@@ -41,9 +41,7 @@ def run_worker(script: Path, job: dict[str, Any], folder: Path, shown: Progress)
             errors.seek(0)
             shown.stop()
             print(errors.read(), file=sys.stderr)
-            raise SystemExit(
-                f"'{job['name']}' failed at: {last} (exit {worker.returncode}; its words are above)"
-            )
+            raise SystemExit(f"'{job['name']}' failed at: {last} (exit {worker.returncode}; its words are above)")
     shown.update(task, doing="done", total=1, completed=1)
     result: dict[str, Any] = json.loads((folder / f"{job['name']}.json").read_text())
     return result

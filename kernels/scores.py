@@ -80,20 +80,22 @@ def ordered(value: Tensor, pos: Tensor) -> Tensor:
     return (rising.long() << 32) - pos
 
 
-def untouchable(spread: Tensor, pos: Tensor, protected: Tensor, used: Tensor | None, size: Tensor | int) -> Tensor:
-    """Bool, the shape of pos: the `size` slots that the scope keeps: protected first, then largest spread, ties older.
+def untouchable(spread: Tensor, pos: Tensor, size: Tensor | int) -> Tensor:
+    """Bool, the shape of pos: the `size` slots with the largest spread, ties older.
 
-    spread float32 (`deviations`); used: bool or None (= all); size: an int or int64 broadcastable to [B, Hkv, 1].
+    spread float32 [B, Hkv, L]: `deviations`, protected slots raised to +inf, empties at -inf. size: an int, or int64
+    [B, Hkv, 1].
     """
-    spread = spread.masked_fill(protected, INF)
-    if used is not None:
-        spread = spread.masked_fill(~used, -INF)
+    if isinstance(size, int):
+        size = min(size, spread.shape[-1])
+        kept = spread >= spread.topk(size, -1, sorted=False).values.amin(-1, keepdim=True)
+        if int(kept.sum()) == kept.shape[0] * kept.shape[1] * size:  # else the last place is shared
+            return kept
     key = ordered(spread, pos)
     best = key.sort(-1, descending=True).values
     if isinstance(size, int):
-        return key >= best[..., min(size, pos.shape[-1]) - 1, None]
-    last = (size.long() - 1).clamp(0, pos.shape[-1] - 1).expand(*pos.shape[:2], 1)
-    return key >= best.gather(-1, last)
+        return key >= best[..., size - 1, None]
+    return key >= best.gather(-1, (size - 1).clamp(0, spread.shape[-1] - 1))
 
 
 def budget(seen: Tensor, rule: Rule) -> Tensor:
@@ -154,8 +156,8 @@ def _ranked(stats: Tensor, pos: Tensor, candidate: Tensor, end: Tensor, cursor: 
     protected = protected & candidate
     if rule.scope_num:
         reach = size * rule.scope_num // rule.scope_den + 1
-        kept = untouchable(deviations(stats, rule), pos, protected, candidate, reach)
-        score = score.masked_fill(kept, UNTOUCHABLE)
+        spread = deviations(stats, rule).masked_fill(protected, INF).masked_fill(~candidate, -INF)
+        score = score.masked_fill(untouchable(spread, pos, reach), UNTOUCHABLE)
     return score.masked_fill(protected, INF).masked_fill(~candidate, -INF)
 
 

@@ -76,6 +76,11 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, **arguments
         kernel[grid](**arguments)
 
 
+def precision(on: Target) -> str:
+    """How float32 dots multiply: three TF32 products on NVIDIA (about float32's error, on tensor cores), else plainly."""
+    return "tf32x3" if on.kind == "cuda" else "ieee"
+
+
 def power_of_two(n: int, least: int = 1) -> int:
     """The next power of two, at least `least`."""
     return max(least, 1 << max(n - 1, 0).bit_length())

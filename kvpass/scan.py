@@ -7,19 +7,17 @@ from typing import Any
 from torch import fx
 
 from kvpass.errors import Reason
-from kvpass.match.calls import call_name, example, module_path, source_line
+from kvpass.match.calls import argument, call_name, changes, example, module_path, operand, source_line
 from kvpass.match.dataflow import Flow
 from kvpass.match.miss import Miss
+from kvpass.match.projections import foreign
 from kvpass.match.shapes import is_one, same, shape_of
 from kvpass.match.views import read_layout, walk_up
 from kvpass.site import Core, Decline, Half, Site, SiteTable, Update
 from kvpass.terms import CacheForm, Phase
 
-BUFFER_WRITES = frozenset(
-    {"index_copy_", "index_copy", "index_put_", "index_put", "setitem", "scatter_", "scatter", "slice_scatter", "copy_"}
-)
+PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum"})
 ATTENTION_PARTS = frozenset({"softmax", "_softmax", "flex_attention", "sdpa"})
-PROJECTIONS = frozenset({"linear", "matmul", "addmm", "mm", "bmm", "einsum"})
 
 
 def scan(gm: fx.GraphModule, patterns: Any) -> SiteTable:
@@ -53,21 +51,24 @@ class _Found:
         self.missed_cores: list[Decline] = []
         self.updates: dict[fx.Node, Update] = {}
         self.missed_updates: dict[fx.Node, Miss] = {}
+        self.blamed: set[fx.Node] = set()
         for node in flow.nodes:
             self._try_cores(node)
             self._try_updates(node)
         self.readers: dict[fx.Node, int] = {}
         for core in self.cores:
-            for operand in {self._walk(core.k)[0], self._walk(core.v)[0]}:
-                self.readers[operand] = self.readers.get(operand, 0) + 1
+            for base in {self._walk(core.k)[0], self._walk(core.v)[0]}:
+                self.readers[base] = self.readers.get(base, 0) + 1
 
     def _try_cores(self, node: fx.Node) -> None:
         for pattern in self.patterns.cores:
             try:
                 core = pattern.match(node)
             except Miss as miss:
-                if self._touches_cache(node):
+                caches = [base for base in self._operands(node) if self._is_cache(base)]
+                if caches:
                     self.missed_cores.append(_decline(node, miss))
+                    self.blamed.update(caches)
                 continue
             if core is not None:
                 self.cores.append(core)
@@ -84,12 +85,16 @@ class _Found:
                 self.updates[node] = update
                 return
 
-    def _touches_cache(self, node: fx.Node) -> bool:
-        """Does a refused core read a cache at all? If not it is no site."""
-        operands = [arg for arg in node.args if isinstance(arg, fx.Node)]
-        return any(
-            self._walk(arg)[0] in self.updates or self._walk(arg)[0] in self.flow.outputs for arg in operands[1:3]
-        )
+    def _operands(self, core: fx.Node) -> list[fx.Node]:
+        """What the keys and values of a refused core are views of."""
+        found = argument(core, 1, "key"), argument(core, 2, "value")
+        return [self._walk(arg)[0] for arg in found if isinstance(arg, fx.Node)]
+
+    def _is_cache(self, base: fx.Node) -> bool:
+        try:
+            return self._update_of(base) is not None
+        except Miss:
+            return True
 
     def _walk(self, node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:
         return walk_up(node, lambda n: n in self.updates or n in self.missed_updates or n in self.flow.outputs)
@@ -105,6 +110,8 @@ class _Found:
         updates = self._update_of(base_k), self._update_of(base_v)
         if updates == (None, None):
             return None
+        if updates[0] is updates[1]:
+            raise Miss(Reason.KEY_VALUE_MISMATCH, base_k, "keys and values are one tensor")
         if None in updates or updates[0].form != updates[1].form:  # type: ignore[union-attr]
             raise Miss(Reason.KEY_VALUE_MISMATCH, core.node, f"keys: {_form(updates[0])}, values: {_form(updates[1])}")
         key = self._half(core, updates[0], chain_k, Reason.KEY_ESCAPES)  # type: ignore[arg-type]
@@ -118,16 +125,13 @@ class _Found:
             raise self.missed_updates[base]
         if base in self.updates:
             return self.updates[base]
-        if call_name(base) in BUFFER_WRITES:
-            raise Miss(Reason.UNSUPPORTED_UPDATE, base, f"the cache is written by {call_name(base)}")
-        writer = next((user for user in base.users if call_name(user) in BUFFER_WRITES and user.args[0] is base), None)
-        if writer is not None:
-            raise Miss(Reason.UNSUPPORTED_UPDATE, writer, f"the cache is written by {call_name(writer)}")
+        for pattern in self.patterns.refused:
+            pattern.match(base, self.flow)
         returned: Update | None = self.patterns.returned.match(base, self.flow)
         return returned
 
     def _half(self, core: Core, update: Update, chain: tuple[fx.Node, ...], reason: Reason) -> Half:
-        layout = read_layout(update.node, chain, shape_of(core.q)[1])
+        layout = read_layout(update.node, chain, update.axis)
         if update.axis is not None and update.axis != layout.token_axis:
             raise Miss(Reason.CAT_AXIS, update.node, f"cat along axis {update.axis} of {layout.value}")
         if self.readers[update.node] > 1:
@@ -138,14 +142,23 @@ class _Found:
             escaped += self.flow.escapes([update.past], [update.node])
         if escaped:
             raise Miss(reason, escaped[0], f"{update.node.name} also feeds {escaped[0].name}")
+        self._check_unchanged(core, update)
         return Half(update, layout, chain, tuple(self.flow.outputs[update.node]))
+
+    def _check_unchanged(self, core: Core, update: Update) -> None:
+        """The op reads this call's keys where the attention stands; they must still be what the cache took."""
+        taken = self.flow.order[core.node if update.form is CacheForm.RETURNED else update.node]
+        for user in update.new.users:
+            if changes(user) and operand(user) is update.new and self.flow.order[user] > taken:
+                raise Miss(Reason.UNSUPPORTED_UPDATE, user, f"{update.new.name} is changed after it was cached")
 
     def _check(self, site: Site) -> None:
         core, dims = site.core, site.dims
+        _check_heads(site)
         new_tokens = shape_of(site.key.update.new)[site.key.layout.token_axis]
         if not same(dims["S"], new_tokens):
             raise Miss(Reason.CROSS_ATTENTION, core.node, f"{dims['S']} queries but {new_tokens} new keys")
-        if site.phase is Phase.PREFILL and self._foreign_keys(core.q, site.key.update.new):
+        if foreign(core.q, site.key.update.new):
             raise Miss(Reason.CROSS_ATTENTION, core.node, "queries and keys are projected from different inputs")
         if core.mask is not None and not 1 <= len(shape_of(core.mask)) <= 4:
             raise Miss(Reason.MASK_SHAPE, core.mask, f"mask of shape {shape_of(core.mask)}")
@@ -155,57 +168,76 @@ class _Found:
             if not self.flow.convex(self.flow.between(half.update.node, core.node)):
                 raise Miss(Reason.KEY_ESCAPES, half.update.node, "a path leaves the attention and comes back")
 
-    def _foreign_keys(self, q: fx.Node, k: fx.Node) -> bool:
-        """True if q and k are projections of different inputs, looking back over two projections (MLA has two)."""
-        ours, theirs = self._projected(q), self._projected(k)
-        return bool(ours and theirs) and not ours & theirs
-
-    def _projected(self, node: fx.Node, levels: int = 2) -> set[fx.Node]:
-        found: set[fx.Node] = set()
-        for upper in _projection_inputs(node):
-            found.add(upper)
-            if levels > 1:
-                found |= self._projected(upper, levels - 1)
-        return found
-
     def unclaimed(self, sites: list[Site], declined: list[Decline]) -> list[Decline]:
         """Cache updates that no site took and no core was blamed for: attention in a form nobody knows, or none at
         all.
         """
-        taken = {half.update.node for site in sites for half in (site.key, site.value)}
-        taken |= {self._walk(operand)[0] for core in self.cores for operand in (core.k, core.v)}
+        taken = {half.update.node for site in sites for half in (site.key, site.value)} | self.blamed
+        taken |= {self._walk(arg)[0] for core in self.cores for arg in (core.k, core.v)}
         named = {decline.site for decline in declined}
         extra: dict[str, Decline] = {}
         for update in self.updates.values():
             if update.node in taken or _name(update.node) in named or len(shape_of(update.node)) < 3:
                 continue
-            blocker = self.flow.reaches(update.node, ATTENTION_PARTS)
-            miss = (
-                Miss(
-                    Reason.UNSUPPORTED_ATTENTION,
-                    blocker,
-                    f"{update.node.name} feeds {call_name(blocker)}, which is no known attention",
-                )
-                if blocker is not None
-                else Miss(Reason.NO_ATTENTION, update.node, "nothing in this graph attends over it")
-            )
-            extra.setdefault(_name(update.node), _decline(update.node, miss))
+            try:
+                miss = self._unattended(update)
+            except Miss as changed:
+                miss = changed
+            known = extra.get(_name(update.node))
+            if miss is not None and (known is None or known.reason is Reason.NO_ATTENTION):
+                extra[_name(update.node)] = _decline(update.node, miss)
         return list(extra.values())
 
+    def _unattended(self, update: Update) -> Miss | None:
+        """Why nothing known attends over a returned `cat`; None if it is no cache: nothing in the graph attends over
+        its length, and no second one grows along with it.
 
-def _projection_inputs(node: fx.Node) -> list[fx.Node]:
-    """Data inputs of the nearest projections above a node."""
-    found: list[Any] = []
-    queue, seen = [node], {node}
-    while queue:
-        current = queue.pop()
-        if call_name(current) in PROJECTIONS and current is not node:
-            found.append(current.args[1 if call_name(current) == "addmm" else 0])
-            continue
-        fresh = [n for n in current.all_input_nodes if n not in seen and example(n) is not None]
-        seen.update(fresh)
-        queue += fresh
-    return found
+        Raises:
+            Miss: an attention reads it, but not as it is stored.
+        """
+        cached, new = (shape_of(node)[update.axis] for node in (update.node, update.new))
+        for blocker in self.flow.below(update.node, ATTENTION_PARTS):
+            queries, keys = _attended(blocker)
+            if same(queries, new) and same(keys, cached):
+                self._check_straight(update, blocker)
+                what = f"{update.node.name} feeds {call_name(blocker)}, which is no known attention over it"
+                return Miss(Reason.UNSUPPORTED_ATTENTION, blocker, what)
+        twins = [u for u in self.updates.values() if same(shape_of(u.node)[u.axis], cached) and u.form is update.form]
+        if len(twins) < 2:
+            return None
+        for product in self.flow.below(update.node, PRODUCTS, limit=20):
+            return Miss(Reason.UNSUPPORTED_ATTENTION, product, f"{update.node.name} feeds no known attention")
+        return Miss(Reason.NO_ATTENTION, update.node, "nothing in this graph attends over it")
+
+    def _check_straight(self, update: Update, core: fx.Node) -> None:
+        if call_name(core) != "sdpa":
+            return
+        for reason, base in zip((Reason.KEY_ESCAPES, Reason.VALUE_ESCAPES), self._operands(core), strict=True):
+            if base is not update.node and self.flow.between(update.node, base):
+                raise Miss(reason, base, f"{call_name(base)} changes {update.node.name} before the attention reads it")
+
+
+def _attended(part: fx.Node) -> tuple[Any, Any]:
+    """Numbers of queries and keys of a piece of attention; `(None, None)` if it is not one."""
+    if "softmax" in call_name(part):
+        return (shape_of(part)[-2], shape_of(part)[-1]) if len(shape_of(part)) > 2 else (None, None)
+    q, k = (shape_of(argument(part, at, name)) for at, name in enumerate(("query", "key")))
+    return (q[-2], k[-2]) if len(q) > 2 and len(k) > 2 else (None, None)
+
+
+def _check_heads(site: Site) -> None:
+    """Every KV head belongs to the same number of query heads, every sequence of keys to one sequence of queries."""
+    batch, heads, kv_heads = (site.dims[letter] for letter in ("B", "Hq", "Hkv"))
+    node = site.core.node
+    for half in (site.key, site.value):
+        sizes = shape_of(half.update.new)
+        shared = sizes[half.layout.head_axis]
+        if not same(sizes[0], batch):
+            raise Miss(Reason.LAYOUT, node, f"{batch} sequences of queries, {sizes[0]} of keys or values")
+        if not same(shared, kv_heads):
+            raise Miss(Reason.KEY_VALUE_MISMATCH, node, f"{kv_heads} heads of keys, {shared} of values")
+    if not isinstance(heads, int) or not isinstance(kv_heads, int) or heads % kv_heads:
+        raise Miss(Reason.LAYOUT, node, f"{heads} query heads do not share {kv_heads} KV heads evenly")
 
 
 def _site(core: Core, key: Half, value: Half, layer: int) -> Site:

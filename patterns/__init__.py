@@ -12,16 +12,23 @@ from typing import Any
 
 from kvpass.patterns.cache_concat import ConcatUpdate
 from kvpass.patterns.cache_returned import ReturnedUpdate
+from kvpass.patterns.declined import BufferWrite, PartlyStored
 from kvpass.patterns.sdpa import SdpaCore
 
 
 @dataclass(frozen=True)
 class PatternSet:
-    """Cores are tried on every node; updates on every node, `returned` only on values that a core reads."""
+    """Cores and updates are tried on every node; `refused`, then `returned`, only on values that a core reads."""
 
     cores: tuple[Any, ...]
     updates: tuple[Any, ...]
     returned: Any
+    refused: tuple[Any, ...] = ()
 
 
-DEFAULT = PatternSet(cores=(SdpaCore(),), updates=(ConcatUpdate(),), returned=ReturnedUpdate())
+DEFAULT = PatternSet(
+    cores=(SdpaCore(),),
+    updates=(ConcatUpdate(),),
+    returned=ReturnedUpdate(),
+    refused=(BufferWrite(), PartlyStored()),
+)

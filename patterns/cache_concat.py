@@ -3,7 +3,7 @@ attributes.
 
 `past` is a graph input, or a tensor without elements (the first call). Refuses: the new tokens first, a past that the
 graph computes, more than two parts.
-Concatenations that are not caches (RoPE's rotate_half) are not returned by the graph, so they are nobody's business.
+Concatenations that are not caches are not returned by the graph, or hold no input: RoPE's halves, heads, weights.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import Any
 from torch import fx
 
 from kvpass.errors import Reason
-from kvpass.match.calls import argument, call_name, example
+from kvpass.match.calls import argument, call_name, example, is_input
 from kvpass.match.dataflow import Flow
 from kvpass.match.miss import Miss
+from kvpass.match.nearby import from_input, grows
 from kvpass.match.shapes import is_empty, normal_dim, shape_of
 from kvpass.site import Update
 from kvpass.terms import CacheForm
@@ -28,27 +29,31 @@ class ConcatUpdate:
         """The update at a `cat` that the graph returns.
 
         Raises:
-            Miss: NEW_FIRST or PAST_NOT_INPUT.
+            Miss: NEW_FIRST, PAST_NOT_INPUT or UNSUPPORTED_UPDATE.
         """
         if call_name(node) != "cat" or node not in flow.outputs:
             return None
         parts = argument(node, 0, "tensors")
-        if (
-            len(parts) != 2
-            or not all(isinstance(part, fx.Node) for part in parts)
-            or not example(node).is_floating_point()
-        ):
+        if not all(isinstance(part, fx.Node) for part in parts) or not example(node).is_floating_point():
+            return None
+        if len(parts) != 2:
+            if grows(node):
+                raise Miss(Reason.UNSUPPORTED_UPDATE, node, f"cat of {len(parts)} parts")
             return None
         past, new = parts
-        form, past = self._form(node, past, new)
+        if not is_empty(shape_of(past)) and not from_input(past) and not from_input(new):
+            return None
         axis = normal_dim(argument(node, 1, "dim", 0), len(shape_of(node)))
+        if axis == len(shape_of(node)) - 1 and not is_input(past):
+            return None
+        form, past = self._form(node, past, new)
         return Update(node=node, new=new, past=past, axis=axis, form=form, pattern=self.name)
 
     def _form(self, node: fx.Node, past: Any, new: Any) -> tuple[CacheForm, fx.Node | None]:
         if is_empty(shape_of(past)):
             return CacheForm.EMPTY, None
-        if past.op == "placeholder":
+        if is_input(past):
             return CacheForm.CONCAT, past
-        if new.op == "placeholder":
+        if is_input(new):
             raise Miss(Reason.NEW_FIRST, node, f"cat([{past.name}, {new.name}]): the input comes second")
         raise Miss(Reason.PAST_NOT_INPUT, node, f"{past.name} is computed in the graph")

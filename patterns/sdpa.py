@@ -1,7 +1,8 @@
 """Core: `F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa)`, with every
 keyword.
 
-Refuses: dropout above zero, operands that are not 4-d, dtypes other than float32, bfloat16, float16.
+Refuses: dropout above zero, a scale that is no constant, operands that are not 4-d, dtypes other than float32,
+bfloat16, float16.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class SdpaCore:
         """The core at an SDPA call, in normal form.
 
         Raises:
-            Miss: DROPOUT, LAYOUT or DTYPE.
+            Miss: UNSUPPORTED_ATTENTION, DROPOUT, LAYOUT or DTYPE.
         """
         if call_name(node) != "sdpa":
             return None
@@ -46,11 +47,16 @@ class SdpaCore:
         )
 
     def _check(self, node: fx.Node, q: fx.Node, k: fx.Node, v: fx.Node) -> None:
+        for at, name in ((5, "is_causal"), (6, "scale")):
+            if isinstance(argument(node, at, name), fx.Node):
+                raise Miss(Reason.UNSUPPORTED_ATTENTION, node, f"{name} is computed, not a constant")
         if argument(node, 4, "dropout_p", 0.0) != 0.0:
             raise Miss(Reason.DROPOUT, node, f"dropout_p={argument(node, 4, 'dropout_p')}")
         for operand in (q, k, v):
             if len(shape_of(operand)) != 4:
                 raise Miss(Reason.LAYOUT, operand, f"operand of shape {shape_of(operand)} is not 4-d")
+        if not all(isinstance(shape_of(operand)[-1], int) for operand in (q, v)):
+            raise Miss(Reason.LAYOUT, node, "the head dimension is not a constant")
         dtypes = {example(operand).dtype for operand in (q, k, v)}
         if len(dtypes) != 1 or not dtypes <= set(FLOATS):
             raise Miss(Reason.DTYPE, node, f"q, k, v are {sorted(map(str, dtypes))}")

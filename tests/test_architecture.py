@@ -29,7 +29,8 @@ ARROWS = {
     "plan": {"policy", "site", "kernels.rule"} | WORDS,
     "lower": {"plan", "site", "ops", "match", "runtime.bind"} | WORDS,
     "verify": {"plan", "lower", "match"} | WORDS,
-    "check_sites": {"plan", "lower", "site", "match", "runtime", "ops", "kernels.rule"} | WORDS,
+    "isolate": {"site", "match"} | WORDS,
+    "check_sites": {"isolate", "plan", "lower", "site", "match", "runtime", "ops", "kernels"} | WORDS,
     "inner": WORDS,
     "debug": {"debug", "plan", "site", "lower", "match"} | WORDS,
     "reporting": {"runtime", "kernels.scores"} | WORDS,  # inspect() shows the scores that the rule gives

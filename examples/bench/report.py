@@ -96,9 +96,9 @@ def stage_lines(case: dict[str, Any]) -> list[dict[str, Any]]:
     """Scan, plan and lower as a share of Dynamo's capture time: the worst contender of the case."""
     shares = []
     for found in case["contenders"].values():
-        seconds = found["timings_s"]
-        if seconds.get("capture"):
-            shares.append(sum(seconds.get(stage, 0.0) for stage in GRAPH_STAGES) / seconds["capture"])
+        if found["timings_s"]:
+            spent = sum(found["timings_s"].get(stage, 0.0) for stage in GRAPH_STAGES)
+            shares.append(spent / found["capture_s"])
     what = f"{case['name']}: scan + plan + lower, of capture"
     return [line(what, 100 * max(shares), 5, least=False, unit=" %")] if shares else []
 
@@ -201,9 +201,7 @@ def picture(results: dict[str, Any], path: Path) -> None:
         ("kv_bytes", "KV held, MB"),
     )
     count = len(results["cases"])
-    figure, axes = plt.subplots(
-        count, 3, figsize=(15, 0.8 + 3.2 * count), squeeze=False, layout="constrained"
-    )
+    figure, axes = plt.subplots(count, 3, figsize=(15, 0.8 + 3.2 * count), squeeze=False, layout="constrained")
     for row, case in zip(axes, results["cases"], strict=True):
         names, found = list(case["contenders"]), list(case["contenders"].values())
         colours = ["tab:gray" if f["spec"]["policy"] is None else "tab:blue" for f in found]

@@ -1,12 +1,13 @@
 """Reference of decode_attend in torch: the meaning, and the CPU path.
 
-Called once per layer and token, so it counts torch calls: the usual step (every head holds the same number of
-slots, no mask) takes plain numbers from the cursor; ragged counts, masks and padding rows take longer roads.
+Called once per layer and token, so it counts torch calls: what the cursor says is read once into Python numbers, bool masks that
+hide no live slot are dropped, and rare cases (ties, padding, hidden slots) take longer roads.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from ..masks import additive, at_positions, by_kv_head, visible
 from ..rule import FIRST, FREE, LIVE, SEEN, UNTOUCHABLE, Rule
 from ..scores import INF, deviations, slot_scores, untouchable
+from .look import look
 
 
 def decode_attend_reference(
@@ -32,231 +34,240 @@ def decode_attend_reference(
 ) -> Tensor:
     """See `kvpass.kernels.decode_attend.decode_attend`."""
     plan = Rule.parse(rule)
-    state = State(k, v, pos, stats, cursor)
+    cells = cursor.view(-1, 4).tolist()
+    if mask is not None and _hides_nothing(mask, cells, position):
+        mask = None
     if mask is not None:
-        own = mask if mask.shape[-1] == 1 else mask[..., position : position + 1]
-        arrived = visible(own).any(1).flatten().tolist()
+        arrived = _arrived(mask, position, len(q))
         if not all(arrived):
-            return _with_padding(q, k_new, v_new, mask, state, position, scale, rule, arrived * (len(q) // len(arrived)))
-    step = _Step.read(cursor, position, plan)
-    _append(state, k_new, v_new, position)
-    used = state.narrow(step.slots)
-    observes = bool(plan.stats) and plan.decode != "none"
-    out, row, seen = _attend(q, used, mask, step, scale, plan.group if observes else None)
-    if observes:
-        _observe(used.stats, row, seen, step, plan)
-    _settle(state, used, step, plan)
+            return _with_padding(q, k_new, v_new, mask, (k, v, pos, stats, cursor), position, scale, rule, arrived)
+    step = _read(cells, cursor, position, plan)
+    _append(cells, k_new, v_new, k, v, pos, stats, position)
+    used = pos[..., : step.slots]
+    probs, seen = _probabilities(q, k, mask, used, step, scale)
+    if plan.stats and plan.decode != "none":
+        _observe(stats, probs, seen, step, plan)
+    out = _mix(probs, v, step).to(q.dtype).view(*q.shape[:3], v.shape[3])
+    _settle(used, stats[..., : step.slots], cursor, step, plan)
     return out
 
 
-@dataclass(frozen=True)
-class State:
-    """The five state tensors of one site."""
-
-    k: Tensor
-    v: Tensor
-    pos: Tensor
-    stats: Tensor
-    cursor: Tensor
-
-    def narrow(self, slots: int) -> State:
-        """Views of the first slots."""
-        return State(
-            self.k[:, :, :slots], self.v[:, :, :slots], self.pos[..., :slots], self.stats[..., :slots], self.cursor
-        )
-
-    def row(self, b: int) -> State:
-        """Views of one batch row."""
-        one = slice(b, b + 1)
-        return State(self.k[one], self.v[one], self.pos[one], self.stats[:, one], self.cursor[one])
-
-
-@dataclass(frozen=True)
-class _Step:
-    """The step in numbers: ints where all heads agree, else int64 tensors [B, Hkv, 1]."""
+class _Step(NamedTuple):
+    """One step in numbers. Ints where all heads agree, else int64 or bool tensors [B, Hkv, 1]."""
 
     slots: int
-    """Slots in use in the fullest head, the new token included."""
-    common: int
-    """Slots in use in every head."""
-    empty: Tensor | None
-    """Bool [B, Hkv, slots]: where ragged heads have nothing; None if all heads are equally full."""
+    """Slots in use in the fullest head, the new token's included."""
+    runs: list[tuple[int, int, int]]
+    """(start, stop, slots): neighbouring heads of the flattened [B * Hkv] with equally many slots in use."""
     size: int | Tensor
     """Budget."""
     first: int | Tensor
     evicts: bool | Tensor
     """Whether a slot must go."""
     starts: bool
-    """Whether this is some row's first valid token."""
+    """Whether this is the first valid token of some row."""
     position: int
 
-    @staticmethod
-    def read(cursor: Tensor, position: int, plan: Rule) -> _Step:
-        heads = cursor.view(-1, 4).tolist()
-        sizes = [plan.budget(c[SEEN] + 1) for c in heads]
-        live = [c[LIVE] + 1 for c in heads]
-        first = [c[FIRST] if c[FIRST] >= 0 else position for c in heads]
-        starts = any(c[FIRST] < 0 for c in heads)
-        low, high = min(live), max(live)
-        if low == high and min(sizes) == max(sizes) and min(first) == max(first):
-            return _Step(high, high, None, sizes[0], first[0], high > sizes[0], starts, position)
 
-        def shaped(x: list[int]) -> Tensor:
-            return torch.tensor(x, device=cursor.device).view(*cursor.shape[:2], 1)
+def _read(cells: list[list[int]], cursor: Tensor, position: int, plan: Rule) -> _Step:
+    live, _, seen, first = cells[0]
+    starts = any(c[FIRST] < 0 for c in cells)
+    if not starts and all(c[LIVE] == live and c[SEEN] == seen and c[FIRST] == first for c in cells):
+        size = plan.budget(seen + 1)
+        return _Step(live + 1, [(0, len(cells), live + 1)], size, first, live + 1 > size, False, position)
 
-        size, used = shaped(sizes), shaped(live)
-        empty = torch.arange(high, device=cursor.device) >= used if low < high else None
-        over = used > size
-        evicts: bool | Tensor = over if over.any() else False
-        return _Step(high, low, empty, size, shaped(first), evicts, starts, position)
+    def shaped(values: list[int]) -> Tensor:
+        return torch.tensor(values, device=cursor.device).view(*cursor.shape[:2], 1)
 
-
-def _append(state: State, k_new: Tensor, v_new: Tensor, position: int) -> None:
-    """Write the token into slot FREE of every head."""
-    slot = state.cursor[..., FREE, None].long()
-    state.k.scatter_(2, slot[..., None].expand_as(k_new), k_new)
-    state.v.scatter_(2, slot[..., None].expand_as(v_new), v_new)
-    state.pos.scatter_(2, slot, position)
-    if state.stats.shape[0]:
-        state.stats.scatter_(3, slot.expand(state.stats.shape[0], *slot.shape), 0.0)
+    used = [c[LIVE] + 1 for c in cells]
+    sizes = [plan.budget(c[SEEN] + 1) for c in cells]
+    runs, start = [], 0
+    for slots, same in groupby(used):
+        stop = start + len(list(same))
+        runs.append((start, stop, slots))
+        start = stop
+    over = [u > s for u, s in zip(used, sizes, strict=True)]
+    evicts = over[0] if all(o == over[0] for o in over) else shaped(over)
+    firsts = [c[FIRST] if c[FIRST] >= 0 else position for c in cells]
+    return _Step(max(used), runs, shaped(sizes), shaped(firsts), evicts, starts, position)
 
 
-def _attend(
-    q: Tensor, used: State, mask: Tensor | None, step: _Step, scale: float, group: str | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Attention over the used slots: (out, row reduced over the group if asked for, visible slots if masked)."""
-    batch, heads, slots, dim = used.k.shape
-    flat = batch * heads
-    keys = used.k.reshape(flat, slots, dim).float()
-    queries = (q.float() * scale).view(flat, -1, dim)
-    logits = torch.bmm(queries, keys.transpose(1, 2))
-    if step.empty is not None:
-        logits.masked_fill_(step.empty.view(flat, 1, slots), -INF)
-    if mask is None:
-        probs, seen = logits.softmax(-1), None
-    else:
-        probs, seen = _masked_softmax(logits.view(batch, heads, -1, slots), mask, used.pos, step.empty)
-        probs = probs.view(flat, -1, slots)
-    out = _mix(probs, used.v, step).to(q.dtype).view(*q.shape[:3], used.v.shape[-1])
-    row = probs if group is None else probs.mean(1) if group == "mean" else probs.amax(1)
-    return out, row.view(batch, heads, -1, slots).squeeze(2), seen
+def _hides_nothing(mask: Tensor, cells: list[list[int]], position: int) -> bool:
+    """Whether a bool mask is plain left padding, which hides no slot: pads never got one.
 
-
-def _masked_softmax(logits: Tensor, mask: Tensor, pos: Tensor, empty: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Softmax over the slots that the mask shows, and which slots some query head of the group sees.
-
-    logits [B, Hkv, G, n] -> probabilities of that shape (0 in rows that see nothing), bool [B, Hkv, n].
+    Exact for what it accepts: each row is true from some column at or before the row's first valid token on.
     """
-    heads = logits.shape[1]
+    if mask.dtype != torch.bool or mask.shape[1] != 1 or mask.shape[3] <= position:
+        return False
+    rows = mask[..., : position + 1].reshape(mask.shape[0], -1).view(torch.uint8)
+    starts, counts = rows.argmax(-1).tolist(), rows.sum(-1).tolist()
+    share = len(cells) // len(starts)
+    for i, (start, count) in enumerate(zip(starts, counts, strict=True)):
+        firsts = [c[FIRST] for c in cells[i * share : (i + 1) * share]]
+        if count != position + 1 - start or start > min(f if f >= 0 else position for f in firsts):
+            return False
+    return True
+
+
+def _arrived(mask: Tensor, position: int, batch: int) -> list[bool]:
+    """Per batch row: is the token valid, that is, visible to its own query in some head."""
+    own = mask if mask.shape[-1] == 1 else mask[..., position : position + 1]
+    found: list[bool] = visible(own).any(1).expand(batch, 1, 1).flatten().tolist()
+    return found
+
+
+def _append(
+    cells: list[list[int]], k_new: Tensor, v_new: Tensor, k: Tensor, v: Tensor, pos: Tensor, stats: Tensor, position: int
+) -> None:
+    """Write the token into slot FREE of every head. State tensors are contiguous, so a slot is one row of a matrix."""
+    slots = k.shape[2]
+    rows = torch.tensor([i * slots + c[FREE] for i, c in enumerate(cells)], device=k.device)
+    k.view(-1, k.shape[3]).index_copy_(0, rows, k_new.reshape(-1, k.shape[3]))
+    v.view(-1, v.shape[3]).index_copy_(0, rows, v_new.reshape(-1, v.shape[3]))
+    pos.view(-1).index_fill_(0, rows, position)
+    if stats.shape[0]:
+        stats.view(stats.shape[0], -1).index_fill_(1, rows, 0.0)
+
+
+def _probabilities(
+    q: Tensor, k: Tensor, mask: Tensor | None, pos: Tensor, step: _Step, scale: float
+) -> tuple[Tensor, Tensor | None]:
+    """float32 [B*Hkv, G, n], 0 on empty slots; and bool [B*Hkv, n], slots that some query of the group sees, if masked."""
+    keys = k.view(-1, *k.shape[2:])
+    queries = q.reshape(keys.shape[0], -1, q.shape[3])
+    if len(step.runs) == 1:
+        logits = _logits(queries, keys[:, : step.slots], scale)
+    else:  # a run of heads at a time: undefined keys of empty slots are not read
+        logits = torch.full((*queries.shape[:2], step.slots), -INF, device=q.device)
+        for start, stop, slots in step.runs:
+            logits[start:stop, :, :slots] = _logits(queries[start:stop], keys[start:stop, :slots], scale)
+    if mask is None:
+        return logits.softmax(-1), None
+    return _masked_softmax(logits, mask, pos)
+
+
+def _logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    return torch.baddbmm(q.new_empty(1, dtype=torch.float32), q.float(), k.float().mT, beta=0, alpha=scale)
+
+
+def _masked_softmax(logits: Tensor, mask: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax over what the mask shows: probabilities (0 in rows that see nothing), and the slots seen by any of the group."""
+    batch, heads, slots = pos.shape
     here = at_positions(by_kv_head(mask, heads), pos).squeeze(3)
-    shown = visible(here)
-    if empty is not None:
-        shown = shown & ~empty.unsqueeze(2)
+    shown = visible(here) & (pos >= 0).unsqueeze(2)
+    logits = logits.view(batch, heads, -1, slots)
     if mask.dtype != torch.bool:
         logits = logits + additive(here, torch.float32)
     probs = logits.masked_fill(~shown, -INF).softmax(-1)
     probs = probs.masked_fill_(~shown.any(-1, keepdim=True), 0.0)
-    return probs, shown.any(2).expand(logits.shape[0], heads, logits.shape[3])
+    return probs.flatten(0, 1), shown.any(2).expand(pos.shape).flatten(0, 1)
 
 
 def _mix(probs: Tensor, v: Tensor, step: _Step) -> Tensor:
-    """probs [B*Hkv, G, n] @ v [B, Hkv, n, Dv] in float32. Undefined values of empty slots never enter a product."""
-    values = v.reshape(probs.shape[0], *v.shape[2:])
-    if step.empty is None:
-        return torch.bmm(probs, values.float())
-    common = step.common
-    out = torch.bmm(probs[..., :common], values[:, :common].float())
-    hole = step.empty[..., common:].reshape(probs.shape[0], -1, 1)
-    tail = values[:, common:].float().masked_fill(hole, 0.0)  # only the ragged tail is copied
-    return out.baddbmm_(probs[..., common:], tail)
+    """probs [B*Hkv, G, n] @ v in float32. Undefined values of empty slots never enter a product."""
+    values = v.view(-1, *v.shape[2:])
+    parts = [torch.bmm(probs[a:b, :, :n], values[a:b, :n].float()) for a, b, n in step.runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _observe(stats: Tensor, row: Tensor, seen: Tensor | None, step: _Step, plan: Rule) -> None:
-    """Update the statistics of the used slots in place from the row [B, Hkv, n] of this query."""
+def _observe(stats: Tensor, probs: Tensor, seen: Tensor | None, step: _Step, plan: Rule) -> None:
+    """Update the statistics of the used slots in place with this query's row, reduced over the group."""
+    mean = plan.group == "mean"
+    row = probs.sum(1) if mean else probs.amax(1)
+    weight = 1.0 / probs.shape[1] if mean else 1.0  # the mean's division rides along in the update
     for index, name in enumerate(plan.stats):
-        if name == "count":
-            value = _counted(row, seen, step)
-        else:
-            value = row if name == "sum" else row * row
-        if plan.decode == "add":
-            stats[index].add_(value)
-        elif step.empty is None:
-            stats[index].copy_(value)
-        else:
-            stats[index].copy_(torch.where(step.empty, stats[index], value))
+        table = stats[index].view(row.shape[0], -1)
+        for start, stop, slots in step.runs:
+            target, part = table[start:stop, :slots], row[start:stop, :slots]
+            shown = None if seen is None else seen[start:stop, :slots]
+            if plan.decode == "replace":
+                target.zero_()
+            if name == "sum":
+                target.add_(part, alpha=weight)
+            elif name == "sumsq":
+                target.addcmul_(part, part, value=weight * weight)
+            else:
+                target.add_(1.0 if shown is None else shown)
 
 
-def _counted(row: Tensor, seen: Tensor | None, step: _Step) -> Tensor:
-    """1 where the query may see the slot."""
-    count = torch.ones_like(row) if seen is None else seen.float()
-    return count if step.empty is None else count.masked_fill(step.empty, 0.0)
-
-
-def _settle(state: State, used: State, step: _Step, plan: Rule) -> None:
-    """Advance the cursor; if over budget, evict one slot per head and leave the hole at FREE."""
-    live, free, seen, first = state.cursor.unbind(-1)
-    seen.add_(1)
+def _settle(pos: Tensor, stats: Tensor, cursor: Tensor, step: _Step, plan: Rule) -> None:
+    """Advance the cursor; if over budget, evict one slot per head and leave the hole at FREE. pos, stats: used slots."""
+    cursor[..., SEEN].add_(1)
     if step.starts:
-        first.masked_fill_(first < 0, step.position)
+        cursor[..., FIRST].masked_fill_(cursor[..., FIRST] < 0, step.position)
     if step.evicts is False:
-        live.add_(1)
-        free.copy_(live)
+        cursor[..., : FREE + 1] = cursor[..., LIVE, None] + 1
         return
-    victim = _victim(used, step, plan)
-    if isinstance(step.evicts, Tensor):
-        live.add_(~step.evicts[..., 0])
-        free.copy_(torch.where(step.evicts, victim, live[..., None])[..., 0])
-        used.pos.scatter_(2, victim, torch.where(step.evicts, -1, used.pos.gather(2, victim)))
-    else:
-        free.copy_(victim[..., 0])
-        used.pos.scatter_(2, victim, -1)
+    victim = _victim(pos, stats, step, plan)
+    if step.evicts is True:
+        cursor[..., FREE : FREE + 1] = victim
+        pos.scatter_(2, victim, -1)
+        return
+    live = cursor[..., LIVE, None] + ~step.evicts
+    cursor[..., LIVE, None] = live
+    cursor[..., FREE, None] = torch.where(step.evicts, victim, live).int()
+    pos.scatter_(2, victim, torch.where(step.evicts, -1, pos.gather(2, victim)))
 
 
-def _victim(used: State, step: _Step, plan: Rule) -> Tensor:
-    """The slot each head gives up: int64 [B, Hkv, 1]. Lowest unprotected score, ties evict the newer."""
-    pos = used.pos
-    score = slot_scores(used.stats, pos, plan)
+def _victim(pos: Tensor, stats: Tensor, step: _Step, plan: Rule) -> Tensor:
+    """The slot each head gives up: int64 [B, Hkv, 1]. Lowest unprotected score, ties evict the newer.
+
+    torch's where and masked_fill are slow on CPU, so protection is arithmetic: `guard` is 0 for slots that may go, at
+    least 3e38 for the others (empties, at position -1, among them), and no score is negative.
+    """
+    score = slot_scores(stats, pos, plan)
     if plan.heads == "all" and plan.score != "position":
         score = score.mean(1, keepdim=True).expand_as(pos)
-    recent = plan.recent + step.size * plan.recent_num // plan.recent_den
-    protected = pos > step.position - recent
-    if plan.sinks:
-        protected |= pos < step.first + plan.sinks
-    if plan.scope_num:
-        kept = None if step.empty is None else ~step.empty
-        reach = step.size * plan.scope_num // plan.scope_den + 1
-        scope = untouchable(deviations(used.stats, plan), pos, protected, kept, reach)
+    outside = pos - pos.clamp(*_exposed(step, plan))
+    guard = outside.float().abs_().mul_(UNTOUCHABLE)
+    scope = _scope(stats, pos, guard, step, plan) if plan.scope_num else None
+    eligible = score if scope is None else torch.add(score, scope, alpha=UNTOUCHABLE)
+    lowest, victim = torch.maximum(eligible, guard).topk(2, -1, largest=False)
+    if all(a < b and a < UNTOUCHABLE for a, b in lowest.view(-1, 2).tolist()):
+        return victim[..., :1]
+    if scope is not None:
         score = score.masked_fill(scope, UNTOUCHABLE)
-    score = score.masked_fill(protected if step.empty is None else protected | step.empty, INF)
-    lowest = score == score.amin(-1, keepdim=True)
-    if step.empty is not None:
-        lowest &= ~step.empty
-    return torch.where(lowest, pos, -1).argmax(-1, keepdim=True)
+    score = score.masked_fill(outside != 0, INF)
+    return torch.where(score == score.amin(-1, keepdim=True), pos, -1).argmax(-1, keepdim=True)
+
+
+def _exposed(step: _Step, plan: Rule) -> tuple[int | Tensor, int | Tensor]:
+    """First and last position that may be evicted: after the sinks, before the recent window; (.., -2) if none may."""
+    low = step.first + plan.sinks
+    high = step.position - plan.recent - step.size * plan.recent_num // plan.recent_den
+    if isinstance(low, Tensor):
+        return low, torch.where(low > high, -2, high)
+    return low, -2 if low > high else high
+
+
+def _scope(stats: Tensor, pos: Tensor, guard: Tensor, step: _Step, plan: Rule) -> Tensor:
+    """Slots that the scope keeps out of reach: bool, the shape of pos."""
+    spread = torch.maximum(deviations(stats, plan), guard)
+    if len(step.runs) > 1:
+        spread = spread.masked_fill(pos < 0, -INF)
+    return untouchable(spread, pos, step.size * plan.scope_num // plan.scope_den + 1)
 
 
 def _with_padding(
-    q: Tensor, k_new: Tensor, v_new: Tensor, mask: Tensor, state: State, position: int, scale: float, rule: str, arrived: list[bool]
+    q: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    mask: Tensor,
+    state: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    position: int,
+    scale: float,
+    rule: str,
+    arrived: list[bool],
 ) -> Tensor:
     """Some rows carry a pad token: one row at a time, pad rows only look."""
+    k, v, pos, stats, cursor = state
     outs = []
     for b, real in enumerate(arrived):
-        one, row = slice(b, b + 1), state.row(b)
+        one = slice(b, b + 1)
         seen = mask if mask.shape[0] == 1 else mask[one]
         if real:
-            tensors = (q[one], k_new[one], v_new[one], seen, row.k, row.v, row.pos, row.stats, row.cursor)
-            outs.append(decode_attend_reference(*tensors, position, scale, rule))
+            row = (k[one], v[one], pos[one], stats[:, one], cursor[one])
+            outs.append(decode_attend_reference(q[one], k_new[one], v_new[one], seen, *row, position, scale, rule))
         else:
-            outs.append(_look(q[one], seen, row, scale))
+            outs.append(look(q[one], seen, k[one], v[one], pos[one], cursor[one], scale))
     return torch.cat(outs)
-
-
-def _look(q: Tensor, mask: Tensor, row: State, scale: float) -> Tensor:
-    """Attention of a pad token over one row's used slots; the state stays as it is."""
-    cursor = row.cursor[0]
-    slot = torch.arange(row.pos.shape[-1], device=q.device)
-    used = (slot <= cursor[:, LIVE, None]) & (slot != cursor[:, FREE, None])
-    keys = row.k[0].float().masked_fill(~used[..., None], 0.0)
-    values = row.v[0].float().masked_fill(~used[..., None], 0.0)
-    queries = (q.float() * scale).view(1, len(cursor), -1, q.shape[-1])
-    probs, _ = _masked_softmax(queries @ keys.transpose(-1, -2), mask, row.pos, ~used[None])
-    return (probs @ values).to(q.dtype).view(*q.shape[:3], values.shape[-1])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..rule import Rule
-from ..triton_launch import Target, blocks, launch, mask_arguments, power_of_two, rows_last, target
+from ..triton_launch import Target, blocks, launch, mask_arguments, power_of_two, precision, rows_last, target
 from .triton_kernel import combine_kernel, split_kernel
 from .triton_victim import spread_kernel, victim_kernel
 
@@ -61,7 +61,7 @@ def _attend(
     heads, wide = q.shape[1], v.shape[3]
     group = heads // kv_heads
     observes = bool(plan.stats) and plan.decode != "none"
-    size = _config(max(dim, wide), target(q.device))
+    size = _config(max(dim, wide), q.element_size(), target(q.device))
     splits = _splits(batch * kv_heads, slots, size["BN"], target(q.device))
     scratch = torch.empty(batch * heads * splits * (wide + 2), dtype=torch.float32, device=q.device)
     best, total, acc = scratch.split([batch * heads * splits] * 2 + [batch * heads * splits * wide])
@@ -91,6 +91,7 @@ def _attend(
         BD=power_of_two(dim, 16),
         N=len(plan.stats),
         LOGITS=observes,
+        PRECISION=precision(target(q.device)),
     )
     out = q.new_empty(batch, heads, 1, wide)
     launch(
@@ -155,8 +156,9 @@ def _splits(rows: int, slots: int, block: int, on: Target) -> int:
     return 1 << (wanted.bit_length() - 1)
 
 
-def _config(dim: int, on: Target) -> dict[str, int]:
-    """Pinned block size of split_kernel and combine_kernel by head dim. Not tuned on hardware."""
+def _config(dim: int, bytes_each: int, on: Target) -> dict[str, int]:
+    """Pinned block size of split_kernel and combine_kernel by head dim and element size. Not tuned on hardware."""
     if on.kind == "interpret":
         return {"BN": 16, "num_warps": 4, "num_stages": 1}
-    return {"BN": 64 if dim <= 128 else 32, "num_warps": 4, "num_stages": 1 if on.kind == "hip" else 3}
+    large = dim > 128 or bytes_each > 2
+    return {"BN": 32 if large else 64, "num_warps": 4, "num_stages": 1 if on.kind == "hip" else 3}

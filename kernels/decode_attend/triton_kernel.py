@@ -21,19 +21,19 @@ def split_range(live, splits, BN: tl.constexpr):
 
 
 @triton.jit
-def products(b_x, b_y, ONE: tl.constexpr):
+def products(b_x, b_y, ONE: tl.constexpr, PRECISION: tl.constexpr):
     """b_x [GP, BD] times b_y [BN, BD] transposed -> float32 [GP, BN]; a plain sum for one row, a dot for more."""
     if ONE:
         return tl.sum(b_x.to(tl.float32) * b_y.to(tl.float32), 1)[None, :]
-    return tl.dot(b_x, tl.trans(b_y), input_precision="ieee")
+    return tl.dot(b_x, tl.trans(b_y), input_precision=PRECISION)
 
 
 @triton.jit
-def mixed(b_p, b_v, ONE: tl.constexpr):
+def mixed(b_p, b_v, ONE: tl.constexpr, PRECISION: tl.constexpr):
     """Weights b_p [GP, BN] times values b_v [BN, BDV] -> float32 [GP, BDV]."""
     if ONE:
         return tl.sum(tl.trans(b_p) * b_v.to(tl.float32), 0)[None, :]
-    return tl.dot(b_p.to(b_v.dtype), b_v, input_precision="ieee")
+    return tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=["position", "C", "splits", "s_mb", "s_mh", "s_mt"])
@@ -75,6 +75,7 @@ def split_kernel(
     BDV: tl.constexpr,
     BN: tl.constexpr,
     N: tl.constexpr,
+    PRECISION: tl.constexpr,
     LOGITS: tl.constexpr,
     MASK: tl.constexpr,
     HIDDEN: tl.constexpr,
@@ -124,7 +125,7 @@ def split_kernel(
         b_k = tl.load(p_kn, mask=m_n[:, None] & m_d[None, :], other=0.0)  # [BN, BD]
         p_vn = p_v + tl.cast(i_n, tl.int64) * DV + (o_t[:, None] * DV + o_v[None, :])
         b_v = tl.load(p_vn, mask=m_n[:, None] & m_v[None, :], other=0.0)  # [BN, BDV]
-        b_s = products(b_q, b_k, GP == 1) * (scale * LOG2E)  # [GP, BN]
+        b_s = products(b_q, b_k, GP == 1, PRECISION) * (scale * LOG2E)  # [GP, BN]
         o_seen = o_mask[:, None]
         if MASK:
             b_pos = tl.load(p_pos + i_r * C + o_n, mask=m_n, other=0)
@@ -133,7 +134,7 @@ def split_kernel(
         if LOGITS:
             tl.store(p_logits[:, None] + o_n[None, :], b_s, mask=m_g[:, None] & m_n[None, :])
         b_p, b_max, b_sum, b_f = softmax_step(b_s, b_max, b_sum)
-        b_o = b_o * b_f[:, None] + mixed(b_p, b_v, GP == 1)
+        b_o = b_o * b_f[:, None] + mixed(b_p, b_v, GP == 1, PRECISION)
     o_part = (i_r * G + o_g) * splits + i_s
     tl.store(p_max + o_part, b_max, mask=m_g)
     tl.store(p_sum + o_part, b_sum, mask=m_g)

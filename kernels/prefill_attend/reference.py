@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..masks import additive, arrivals, at_positions, by_kv_head, threshold, visible
 from ..rule import Rule
-from .observe import observe
+from .observe import NEVER, observe
 
 BLOCK = 256
 """Query rows per piece with a bias: the bias of a piece stays small, hidden key columns are skipped per piece."""
@@ -46,13 +46,20 @@ def prefill_attend_reference(
         valid = arrivals(mask, batch, queries, start, q.device)
     watched = _watched(valid, start, plan)
     stats = q.new_zeros(len(plan.stats), batch, *k.shape[1:3], dtype=torch.float32)
-    out = q.new_zeros(*q.shape[:3], v.shape[3])
+    out = None if len(pieces) == 1 else q.new_zeros(*q.shape[:3], v.shape[3])
     for piece in pieces:
-        bias = _bias(piece, q, k, pos, mask, causal) if piece.kind == "bias" else None
-        lse = _attend(piece, q, k, v, bias, scale, out)
+        bias = None
+        if piece.kind == "bias":
+            piece, bias = _trimmed(piece, _bias(piece, q, k, pos, mask, causal))
+        result, lse = _attend(piece, q, k, v, bias, scale)
+        if out is None and result.shape[:3] == q.shape[:3]:
+            out = result.contiguous()
+        else:
+            out = q.new_zeros(*q.shape[:3], v.shape[3]) if out is None else out
+            out[piece.batch, :, slice(*piece.rows)] = result
         if watched is not None:
             observe(piece, q, k, lse, bias, scale, watched, plan, stats)
-    return out, stats, valid
+    return out if out is not None else q.new_zeros(*q.shape[:3], v.shape[3]), stats, valid
 
 
 def _watched(valid: Tensor, start: int, plan: Rule) -> Tensor | None:
@@ -131,21 +138,33 @@ def _bias(piece: Piece, q: Tensor, k: Tensor, pos: Tensor | None, mask: Tensor |
     return additive(here, torch.float32).masked_fill(hidden | ~visible(here), float("-inf"))
 
 
-def _attend(piece: Piece, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, out: Tensor) -> Tensor:
-    """Attention of one piece, written into its rows of out; returns the log-sum-exp float32 [b, Hq, rows].
+def _trimmed(piece: Piece, bias: Tensor) -> tuple[Piece, Tensor]:
+    """Cut off the columns at either end that no row of the piece may see."""
+    shown = (bias > float("-inf")).flatten(0, 3).any(0).expand(piece.cols[1]).nonzero()
+    if not len(shown):
+        return piece, bias
+    left, right = int(shown[0]), int(shown[-1]) + 1
+    if bias.shape[4] > 1:
+        bias = bias[..., left:right]
+    return Piece(piece.batch, piece.rows, (left, right), piece.kind), bias
 
-    Rows that see no key give zeros, and a log-sum-exp of +inf so that they observe nothing.
+
+def _attend(
+    piece: Piece, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention of one piece: (out [b, Hq, rows, Dv], log-sum-exp float32 [b, Hq, rows]).
+
+    Rows that see no key give zeros, and a log-sum-exp so large that they observe nothing.
     """
     rows, cols = slice(*piece.rows), slice(*piece.cols)
     q, k, v = q[piece.batch, :, rows], k[piece.batch, :, cols], v[piece.batch, :, cols]
     run = _flash_attend if q.device.type == "cpu" else _plain_attend
     result, lse = run(q, k, v, bias, scale, piece.kind == "causal")
-    out[piece.batch, :, rows] = result
     if bias is None:
-        return lse
+        return result, lse
     blind = (bias == float("-inf")).all(-1)
     blind = blind.expand(q.shape[0], k.shape[1], q.shape[1] // k.shape[1], q.shape[2]).reshape(q.shape[:3])
-    return lse.masked_fill(blind, float("inf"))
+    return result, lse.masked_fill(blind, NEVER)
 
 
 def _flash_attend(

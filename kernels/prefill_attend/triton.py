@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..rule import Rule
-from ..triton_launch import Target, blocks, launch, mask_arguments, power_of_two, rows_last, target
+from ..triton_launch import Target, blocks, launch, mask_arguments, power_of_two, precision, rows_last, target
 from .triton_kernel import attend_kernel, statistics_kernel
 from .triton_survey import TILE, survey_kernel
 
@@ -41,6 +41,7 @@ def prefill_attend_triton(
         "BD": power_of_two(dim, 16),
         "CAUSAL": causal,
         "POS": pos is not None,
+        "PRECISION": precision(target(q.device)),
     }
     _attend(v, out, survey, shared)
     watched = plan.queries != 0 and bool(plan.stats)
@@ -156,23 +157,36 @@ def _observe(stats: Tensor, survey: _Survey, plan: Rule, shared: dict[str, Any])
     )
 
 
+def _config(bm: int, bn: int, warps: int, stages: int) -> dict[str, int]:
+    return {"BM": bm, "BN": bn, "num_warps": warps, "num_stages": stages}
+
+
 def _attend_config(dim: int, bytes_each: int, on: Target) -> dict[str, int]:
-    """Pinned block sizes of attend_kernel by padded head dim and element size. Not tuned on hardware."""
+    """Pinned block sizes of attend_kernel (BM queries stay, BN keys stream) by padded head dim and element size.
+
+    Chosen so that nothing spills when compiled with a mask; not tuned on hardware.
+    """
     if on.kind == "interpret":
-        return {"BM": 32, "BN": 16}
-    stages = 1 if on.kind == "hip" else 2 if dim > 64 else 3
+        return _config(32, 16, 4, 1)
+    if on.kind == "hip":
+        wide = _config(128, 32, 8, 1) if dim <= 128 else _config(64, 32, 4, 1)
+        return _config(32, 32, 4, 1) if bytes_each > 2 else _config(128, 64, 8, 1) if dim <= 64 else wide
     if bytes_each > 2:
-        return {"BM": 32, "BN": 32, "num_warps": 4, "num_stages": 1 if dim > 128 else min(stages, 2)}
+        return _config(64, 16, 4, 2) if dim <= 64 else _config(32, 32, 8, 2)
+    if dim <= 64:
+        return _config(128, 64, 8, 3)
     if dim > 128:
-        return {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": stages}
-    return {"BM": 128, "BN": 64, "num_warps": 4 if dim <= 64 else 8, "num_stages": stages}
+        return _config(64, 32, 8, 3)
+    return _config(128, 32, 8, 3) if on.arch >= 90 else _config(64, 32, 8, 2)
 
 
 def _statistics_config(dim: int, bytes_each: int, on: Target) -> dict[str, int]:
-    """Pinned block sizes of statistics_kernel, as above; BN keys stay, BM queries stream."""
+    """Pinned block sizes of statistics_kernel (BN keys stay, BM queries stream), chosen likewise."""
     if on.kind == "interpret":
-        return {"BM": 16, "BN": 32}
-    stages = 1 if on.kind == "hip" else 2
+        return _config(16, 32, 4, 1)
+    if on.kind == "hip":
+        small = _config(64, 64, 4, 1) if dim <= 64 else _config(16, 64, 8, 1)
+        return _config(32, 32, 4, 1) if bytes_each > 2 else small
     if bytes_each > 2:
-        return {"BM": 32, "BN": 32, "num_warps": 4, "num_stages": 1 if dim > 128 else stages}
-    return {"BM": 64 if dim <= 128 else 32, "BN": 64, "num_warps": 4, "num_stages": stages}
+        return _config(16, 64, 4, 2)
+    return _config(64 if dim <= 64 else 32, 64, 4, 2)

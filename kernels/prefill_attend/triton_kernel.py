@@ -58,6 +58,7 @@ def attend_kernel(
     POS: tl.constexpr,
     MASK: tl.constexpr,
     HIDDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """out [B, Hq, S, Dv] = softmax2(q k^T scale log2e + mask) v, lse [B, Hq, S] = log2 of the denominators (+inf: blind).
 
@@ -97,13 +98,13 @@ def attend_kernel(
         m_s = m_m[:, None] & m_key[None, :]
         if CAUSAL:
             m_s = m_s & (b_pos[None, :] <= o_m[:, None])
-        b_s = tl.dot(b_q, b_k, input_precision="ieee") * (scale * LOG2E)  # [BM, BN]
+        b_s = tl.dot(b_q, b_k, input_precision=PRECISION) * (scale * LOG2E)  # [BM, BN]
         o_mask = tl.arange(0, BM)[:, None] * s_mq + b_pos[None, :] * s_mt
         b_s, m_s = masked(b_s, p_mask, o_mask, m_s, MASK, HIDDEN)
         b_p, b_max, b_sum, b_f = softmax_step(b_s, b_max, b_sum)
         p_vn = p_v + tl.cast(i_n, tl.int64) * s_vl + (o_t[:, None] * s_vl + o_v[None, :])
         b_v = tl.load(p_vn, mask=m_n[:, None] & m_v[None, :], other=0.0)  # [BN, BDV]
-        b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * b_f[:, None], input_precision="ieee")  # [BM, BDV]
+        b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * b_f[:, None], input_precision=PRECISION)  # [BM, BDV]
     m_blind = b_sum == 0.0
     b_o = b_o / tl.where(m_blind, 1.0, b_sum)[:, None]
     p_om = p_out + (i_r * S + i_m * BM) * DV + (tl.arange(0, BM)[:, None] * DV + o_v[None, :])
@@ -148,6 +149,7 @@ def statistics_kernel(
     POS: tl.constexpr,
     MASK: tl.constexpr,
     HIDDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
     WINDOW: tl.constexpr,
     MEAN: tl.constexpr,
     SUM: tl.constexpr,
@@ -204,7 +206,7 @@ def statistics_kernel(
             p_qm += o_t[None, :] * s_qs + o_d[:, None]
             b_q = tl.load(p_qm, mask=m_m[None, :] & m_d[:, None], other=0.0)  # [BD, BM]
             b_lse = tl.load(p_lse + (i_r * G + g) * S + o_m, mask=m_m, other=float("inf"))
-            b_s = tl.dot(b_k, b_q, input_precision="ieee") * (scale * LOG2E)  # [BN, BM]
+            b_s = tl.dot(b_k, b_q, input_precision=PRECISION) * (scale * LOG2E)  # [BN, BM]
             p_m = p_mask
             if MASK:
                 p_m += i_b * s_mb + i_q * s_mh + tl.cast(i_m, tl.int64) * s_mq

@@ -1,7 +1,7 @@
 """Debug mode: where a report goes, and the context that writes it around the inner compilation.
 
-Owns the one reading of an environment variable of kvpass. Importing this costs nothing; the writers (`report`, `source`, `neighbourhood`,
-`drawing`, `page`) are imported when a report is really written, and matplotlib only for the drawings.
+Owns the one reading of an environment variable of kvpass. Importing this costs nothing: the writers (`report`,
+`source`, `neighbourhood`, `drawing`, `page`) are imported when a report is written, matplotlib only for the drawings.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def stages(folder: str | None, number: int, captured: Any, record: Any, lowered:
     """A context to enter around the inner compilation of one graph; writes the stages into a subfolder of `folder`.
 
     Args:
-        folder: of the report; None writes nothing and only feeds torch's structured trace, which is off unless TORCH_TRACE is set.
+        folder: of the report; None writes nothing and only feeds torch's structured trace (off without TORCH_TRACE).
         number: of the graph in its backend, from 1.
         captured: the GraphModule of Dynamo.
         record: the graph's `GraphRecord`; `plan` may be None (nothing planned: no site, or refused).
@@ -49,7 +49,7 @@ def _trace(number: int, record: Any, lowered: Any) -> None:
 
 
 def _artifact(name: str, encoding: str, payload: Any) -> None:
-    from torch._logging import trace_structured
+    from torch._logging import trace_structured  # type: ignore[attr-defined]
 
     trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": encoding}, payload_fn=payload)
 

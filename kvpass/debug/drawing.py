@@ -1,8 +1,9 @@
-"""Box graphs as SVG: layers from networkx, order and places by barycentres, drawn with matplotlib. No GUI, no global state."""
+"""Box graphs as SVG: layers from networkx, places by barycentres, drawn with matplotlib. No GUI, no global state."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path as FilePath
 from statistics import fmean
 from typing import Any
@@ -33,7 +34,7 @@ JOINT = 0.2
 SWEEPS = 12
 
 
-def draw(graph: nx.DiGraph, path: FilePath, title: str) -> None:
+def draw(graph: nx.DiGraph[Any], path: FilePath, title: str) -> None:
     """Write a box graph (`neighbourhood`) as an SVG, or as what the suffix of `path` says.
 
     Raises:
@@ -51,7 +52,9 @@ def draw(graph: nx.DiGraph, path: FilePath, title: str) -> None:
         half = max(width, 6.0) / 2
         axes.set(xlim=(middle - half, middle + half), ylim=(low - 0.2, low + height + 0.55))
         axes.axis("off")
-        axes.text(middle - half + 0.2, low + height + 0.32, title, fontsize=10, weight="bold", va="center", color="#333333")
+        axes.text(
+            middle - half + 0.2, low + height + 0.32, title, fontsize=10, weight="bold", va="center", color="#333333"
+        )
         for edge, points in _routes(graph, places, sizes).items():
             _draw_edge(axes, graph, edge, points)
         for node in graph:
@@ -59,8 +62,8 @@ def draw(graph: nx.DiGraph, path: FilePath, title: str) -> None:
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
-def layout(graph: nx.DiGraph) -> tuple[dict[Any, tuple[float, float]], dict[Any, tuple[float, float]]]:
-    """Centres and sizes of the boxes, in inches, top to bottom. Places of edges that skip a layer are keyed (from, to, layer)."""
+def layout(graph: nx.DiGraph[Any]) -> tuple[dict[Any, tuple[float, float]], dict[Any, tuple[float, float]]]:
+    """Centres and sizes of the boxes, in inches, top to bottom; (from, to, layer) where an edge passes a layer."""
     layers = _layers(graph)
     wired = _with_joints(graph, layers)
     rows = _rows(wired)
@@ -75,7 +78,7 @@ def layout(graph: nx.DiGraph) -> tuple[dict[Any, tuple[float, float]], dict[Any,
     return {node: (across[node], down[wired.nodes[node]["layer"]]) for node in wired}, sizes
 
 
-def _layers(graph: nx.DiGraph) -> dict[Any, int]:
+def _layers(graph: nx.DiGraph[Any]) -> dict[Any, int]:
     """Longest path from the top; boxes without inputs move down to just above their first reader."""
     layers = {node: at for at, generation in enumerate(nx.topological_generations(graph)) for node in generation}
     for node in graph:
@@ -84,9 +87,9 @@ def _layers(graph: nx.DiGraph) -> dict[Any, int]:
     return layers
 
 
-def _with_joints(graph: nx.DiGraph, layers: dict[Any, int]) -> nx.DiGraph:
+def _with_joints(graph: nx.DiGraph[Any], layers: dict[Any, int]) -> nx.DiGraph[Any]:
     """The graph with an invisible joint on every layer that an edge passes through."""
-    wired = nx.DiGraph()
+    wired: nx.DiGraph[Any] = nx.DiGraph()
     wired.add_nodes_from((node, {"layer": layer}) for node, layer in layers.items())
     for tail, head in graph.edges:
         between = [(tail, head, layer) for layer in range(layers[tail] + 1, layers[head])]
@@ -95,28 +98,33 @@ def _with_joints(graph: nx.DiGraph, layers: dict[Any, int]) -> nx.DiGraph:
     return wired
 
 
-def _rows(wired: nx.DiGraph) -> dict[int, list[Any]]:
+def _rows(wired: nx.DiGraph[Any]) -> dict[int, list[Any]]:
     rows: dict[int, list[Any]] = defaultdict(list)
-    for node, layer in wired.nodes(data="layer"):
-        rows[layer].append(node)
+    for node, facts in wired.nodes(data=True):
+        rows[facts["layer"]].append(node)
     return rows
 
 
-def _order(wired: nx.DiGraph, rows: dict[int, list[Any]], sizes: dict[Any, tuple[float, float]]) -> dict[Any, float]:
-    """Horizontal centres: rows are sorted by the mean of their neighbours, alternately looking up and down, then spread."""
+def _order(
+    wired: nx.DiGraph[Any], rows: dict[int, list[Any]], sizes: dict[Any, tuple[float, float]]
+) -> dict[Any, float]:
+    """Horizontal centres: rows sorted by the mean of their neighbours, above and below in turn, then spread."""
     x: dict[Any, float] = {}
     for row in rows.values():
         x.update(_spread({node: float(at) for at, node in enumerate(row)}, row, sizes))
     for sweep in range(SWEEPS):
         down = sweep % 2 == 0
         for layer in sorted(rows, reverse=not down):
-            wanted = {node: _wish(wired, node, x, down or sweep > SWEEPS - 3, not down or sweep > SWEEPS - 3) for node in rows[layer]}
+            wanted = {
+                node: _wish(wired, node, x, down or sweep > SWEEPS - 3, not down or sweep > SWEEPS - 3)
+                for node in rows[layer]
+            }
             rows[layer].sort(key=lambda node: wanted[node])
             x.update(_spread(wanted, rows[layer], sizes))
     return x
 
 
-def _wish(wired: nx.DiGraph, node: Any, x: dict[Any, float], up: bool, down: bool) -> float:
+def _wish(wired: nx.DiGraph[Any], node: Any, x: dict[Any, float], up: bool, down: bool) -> float:
     near = (list(wired.predecessors(node)) if up else []) + (list(wired.successors(node)) if down else [])
     return fmean(x[n] for n in near) if near else x[node]
 
@@ -143,7 +151,14 @@ def _draw_box(axes: Any, box: Any, place: tuple[float, float], size: tuple[float
 
     (x, y), (width, height), (fill, border) = place, size, COLOURS[box.kind]
     shape = FancyBboxPatch(
-        (x - width / 2, y - height / 2), width, height, boxstyle="round,pad=0,rounding_size=0.08", fc=fill, ec=border, lw=1.1, zorder=2
+        (x - width / 2, y - height / 2),
+        width,
+        height,
+        boxstyle="round,pad=0,rounding_size=0.08",
+        fc=fill,
+        ec=border,
+        lw=1.1,
+        zorder=2,
     )
     axes.add_patch(shape)
     ink = "white" if box.kind == "kvpass" else "#222222"
@@ -155,14 +170,18 @@ def _draw_box(axes: Any, box: Any, place: tuple[float, float], size: tuple[float
         axes.text(x, y - offset, box.detail, ha="center", va="center", fontsize=7.5, color=faint, zorder=3)
 
 
-def _routes(graph: nx.DiGraph, places: dict[Any, Any], sizes: dict[Any, Any]) -> dict[tuple[Any, Any], list[tuple[float, float]]]:
+def _routes(
+    graph: nx.DiGraph[Any], places: dict[Any, Any], sizes: dict[Any, Any]
+) -> dict[tuple[Any, Any], list[tuple[float, float]]]:
     """Points of every edge. Edges of one box leave and arrive side by side, in the order in which they come."""
     joints: dict[Any, list[Any]] = defaultdict(list)
     for node in sorted((n for n in places if n not in graph), key=lambda n: n[2]):
         joints[node[:2]].append(node)
     routes = {}
     for tail, head in graph.edges:
-        inner = [(x, y + end * sizes[n][1] / 2) for n in joints[tail, head] for (x, y) in [places[n]] for end in (1, -1)]
+        inner = [
+            (x, y + end * sizes[n][1] / 2) for n in joints[tail, head] for (x, y) in [places[n]] for end in (1, -1)
+        ]
         routes[tail, head] = inner
     leave = {e: _port(e, 0, list(graph.out_edges(e[0])), routes, places, sizes) for e in graph.edges}
     arrive = {e: _port(e, 1, list(graph.in_edges(e[1])), routes, places, sizes) for e in graph.edges}
@@ -170,7 +189,7 @@ def _routes(graph: nx.DiGraph, places: dict[Any, Any], sizes: dict[Any, Any]) ->
 
 
 def _port(edge: Any, end: int, rivals: list[Any], routes: Any, places: Any, sizes: Any) -> tuple[float, float]:
-    """Where an edge leaves (end 0) or enters (end 1) its box, among all edges on that side, ordered by where they come from."""
+    """Where an edge leaves (end 0) or enters (end 1) its box, beside the other edges of that side."""
     node = edge[end]
     other = {e: (routes[e][-end][0] if routes[e] else places[e[1 - end]][0]) for e in rivals}
     at = sorted(rivals, key=lambda e: (other[e], str(e))).index(edge)
@@ -179,10 +198,12 @@ def _port(edge: Any, end: int, rivals: list[Any], routes: Any, places: Any, size
     return x + share * width * 0.8, y - height / 2 if end == 0 else y + height / 2 + 0.02
 
 
-def _draw_edge(axes: Any, graph: nx.DiGraph, edge: tuple[Any, Any], points: list[tuple[float, float]]) -> None:
+def _draw_edge(axes: Any, graph: nx.DiGraph[Any], edge: tuple[Any, Any], points: list[tuple[float, float]]) -> None:
     from matplotlib.patches import FancyArrowPatch
 
-    colour = "#d93a2b" if "kvpass" in (graph.nodes[edge[0]]["box"].kind, graph.nodes[edge[1]]["box"].kind) else "#8c8c84"
+    colour = (
+        "#d93a2b" if "kvpass" in (graph.nodes[edge[0]]["box"].kind, graph.nodes[edge[1]]["box"].kind) else "#8c8c84"
+    )
     arrow = FancyArrowPatch(path=_curve(points), arrowstyle="-|>", mutation_scale=9, color=colour, lw=1.1, zorder=1)
     axes.add_patch(arrow)
     label = graph.edges[edge].get("label")
@@ -198,7 +219,7 @@ def _curve(points: list[tuple[float, float]]) -> Any:
     from matplotlib.path import Path
 
     vertices, codes = [points[0]], [Path.MOVETO]
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(points):
         bend = (y0 - y1) * (0.5 if x0 != x1 else 0.3)
         vertices += [(x0, y0 - bend), (x1, y1 + bend), (x1, y1)]
         codes += [Path.CURVE4] * 3

@@ -1,4 +1,4 @@
-"""What surrounds one site, as a small networkx graph of boxes: projections, cache, attention, kvpass ops; everything between is folded.
+"""What surrounds one site, as a small networkx graph of boxes: projections, cache, attention, ops; the rest is folded.
 
 A node of the result is a number with a `Box` under "box"; an edge may have a "label". Only reads fx graphs.
 """
@@ -42,7 +42,7 @@ class Box:
     detail: str = ""
 
 
-def before(captured: fx.GraphModule, site: Site) -> nx.DiGraph:
+def before(captured: fx.GraphModule, site: Site) -> nx.DiGraph[Any]:
     """The site as the model wrote it."""
     view = _View(captured.graph)
     core, halves = site.core, {"K": site.key, "V": site.value}
@@ -61,7 +61,7 @@ def before(captured: fx.GraphModule, site: Site) -> nx.DiGraph:
     return graph
 
 
-def after(rewritten: fx.GraphModule, site: Site) -> nx.DiGraph:
+def after(rewritten: fx.GraphModule, site: Site) -> nx.DiGraph[Any]:
     """The site as kvpass rewrote it; the ops write the state in place, which is drawn as a second box of it."""
     view = _View(rewritten.graph)
     named = {n.name: n for n in rewritten.graph.nodes}
@@ -76,7 +76,9 @@ def after(rewritten: fx.GraphModule, site: Site) -> nx.DiGraph:
             view.add_together(_with_sizes(past), Box("cache", f"past {letter}: a shell", "only its length is read"))
     if site.core.mask is not None and site.core.mask.name in named:
         view.add(named[site.core.mask.name], Box("mask", "mask", "looked up at each slot's position"))
-    view.add_together([n for s in state for n in _with_sizes(s)], Box("state", "state of the site", "k, v, pos, stats, cursor"))
+    view.add_together(
+        [n for s in state for n in _with_sizes(s)], Box("state", "state of the site", "k, v, pos, stats, cursor")
+    )
     starts = [named[n.name] for n in (site.core.q, site.key.update.new, site.value.update.new) if n.name in named]
     attend = next(op for op in ops if _op_name(op) in ("prefill_attend", "decode_attend"))
     view.surround(starts, attend, ops[-1], ours)
@@ -135,10 +137,10 @@ class _View:
             queue.extend(fresh)
         return None
 
-    def boxes(self) -> nx.DiGraph:
+    def boxes(self) -> nx.DiGraph[Any]:
         """The drawing's graph: claimed boxes, folded boxes, and the edges between them."""
         self._fold()
-        graph = nx.DiGraph()
+        graph: nx.DiGraph[Any] = nx.DiGraph()
         graph.add_nodes_from((at, {"box": box}) for at, box in self.box.items())
         for node in self.region:
             for user in node.users:
@@ -152,17 +154,19 @@ class _View:
         rest = [n for n in self.flow.nodes if n in self.region and n not in self.number]
         results = {n for n in rest if _result_of(n) in self.number}
         for node in results:
-            self.number[node] = self.number[_result_of(node)]  # type: ignore[index]
+            self.number[node] = self.number[_result_of(node)]
         plain = self.flow.graph.subgraph(set(rest) - results)
-        for part in sorted(nx.weakly_connected_components(plain), key=lambda p: min(map(self.flow.order.__getitem__, p))):
+        for part in sorted(
+            nx.weakly_connected_components(plain), key=lambda p: min(map(self.flow.order.__getitem__, p))
+        ):
             ordered = sorted(part, key=self.flow.order.__getitem__)
             self.add_together(ordered, Box("folded", _folded(ordered), _shape(ordered[-1])))
 
-    def _edge(self, graph: nx.DiGraph, node: fx.Node, user: fx.Node) -> None:
+    def _edge(self, graph: nx.DiGraph[Any], node: fx.Node, user: fx.Node) -> None:
         ends = self.number[node], self.number[user]
         label = _result_name(node)
         known = graph.edges[ends]["labels"] if graph.has_edge(*ends) else []
-        labels = known + [label] if label and label not in known else known
+        labels = [*known, label] if label and label not in known else known
         graph.add_edge(*ends, labels=labels, label=", ".join(sorted(labels, key=_RANK.index)))
 
 
@@ -171,7 +175,7 @@ def _with_sizes(tensor: fx.Node) -> list[fx.Node]:
     return [tensor, *(user for user in tensor.users if is_metadata(user))]
 
 
-def _append(graph: nx.DiGraph, box: Box) -> int:
+def _append(graph: nx.DiGraph[Any], box: Box) -> int:
     at = max(graph, default=-1) + 1
     graph.add_node(at, box=box)
     return at

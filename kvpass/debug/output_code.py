@@ -1,11 +1,10 @@
-"""Where the inner compiler's output code lies. Listens to Inductor's code cache while a graph is compiled; knows no graph."""
+"""Where the inner compiler's output code lies: listens to Inductor's code cache while a graph is compiled."""
 
 from __future__ import annotations
 
 import sys
 from contextlib import AbstractContextManager
 from typing import Any
-
 
 
 class OutputCode(AbstractContextManager["OutputCode"]):
@@ -54,11 +53,15 @@ class OutputCode(AbstractContextManager["OutputCode"]):
         """Text of the stage: the files, or why there are none."""
         lines = [f"output code: {path}" for path in self.paths]
         if lines:
-            lines.append("07_inner_*.py beside this file are copies. TORCH_LOGS=output_code prints the code while compiling.")
+            lines.append(
+                "07_inner_*.py beside this file are copies. TORCH_LOGS=output_code prints the code while compiling."
+            )
         elif self.trouble:
             lines.append(f"output code: not found, {self.trouble}; TORCH_LOGS=output_code prints it.")
         else:
-            lines.append("output code: none. inner='eager' and 'aot_eager' generate none: they run 04_rewritten.py node by node.")
+            lines.append(
+                "output code: none. inner='eager' and 'aot_eager' generate none: they run 04_rewritten.py node by node."
+            )
         if error is not None:
             lines.append(f"the inner compiler failed: {type(error).__name__}: {error}")
         return "\n".join([*lines, f"torch {_torch_version()}"]) + "\n"

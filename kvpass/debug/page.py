@@ -19,17 +19,21 @@ STAGES = {
 """Stage numbers of file names, in words."""
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fafaf7; max-width: 76rem; margin: 2rem auto; padding: 0 1rem }
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fafaf7 }
+body { max-width: 76rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.5rem } h3 { margin: 0 0 .4rem; font-size: 1.05rem }
 section { background: #fff; border: 1px solid #e3e3dc; border-radius: 8px; padding: 1rem 1.2rem; margin: 1rem 0 }
 .facts { color: #666; font-size: .88rem } .facts b { color: #333; font-weight: 600 }
 .stages { display: flex; flex-wrap: wrap; gap: .4rem 1.6rem; padding: 0; list-style: none; margin: .7rem 0 }
 .stages b { color: #d93a2b; font-weight: 600; margin-right: .3rem }
 a { color: #2c5d94; text-decoration: none } a:hover { text-decoration: underline }
-table { border-collapse: collapse; font-size: .85rem; margin: .5rem 0 } td, th { text-align: left; padding: .15rem .9rem .15rem 0 }
-th { color: #888; font-weight: 500 } .note { color: #9c2117 } figure { margin: .8rem 0; overflow-x: auto } img { max-width: 100% }
+table { border-collapse: collapse; font-size: .85rem; margin: .5rem 0; display: block; overflow-x: auto }
+td, th { text-align: left; padding: .15rem .9rem .15rem 0; vertical-align: top }
+th { color: #888; font-weight: 500 } .note { color: #9c2117 }
+figure { margin: .8rem 0; overflow-x: auto } img { max-width: 100% }
 pre { font-size: .8rem; line-height: 1.35; overflow-x: auto; background: #f7f7f3; padding: .7rem; border-radius: 6px }
-.add { color: #1e7b34 } .del { color: #b32010 } .at { color: #7a5da8 } details { margin: .4rem 0 } summary { cursor: pointer; color: #555 }
+.add { color: #1e7b34 } .del { color: #b32010 } .at { color: #7a5da8 }
+details { margin: .4rem 0 } summary { cursor: pointer; color: #555 }
 """
 
 
@@ -44,8 +48,8 @@ def index(root: Path, runs: Iterable[Any]) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>kvpass debug report</title>'
         f"<style>{STYLE}</style></head><body><h1>kvpass debug report</h1>"
-        "<p>Every captured graph in the order of compilation. Read a graph from left to right: what Dynamo captured, which attention sites were "
-        "found in it, what was decided, the rewritten graph, and what changed around each site.</p>"
+        "<p>Every captured graph in the order of compilation. Read a graph from left to right: what Dynamo captured, "
+        "which attention sites were found in it, what was decided, the rewritten graph, and what changed.</p>"
         f"{body}</body></html>\n"
     )
 
@@ -57,12 +61,17 @@ def _run(root: Path, run: Any) -> str:
 def _graph(root: Path, entry: Any) -> str:
     return (
         f'<section id="{_esc(entry.name)}"><h3>{_esc(entry.title)}</h3>{_facts(entry.facts)}{_links(entry)}'
-        f"{_notes(entry)}{_sites(entry.sites)}{_declined(entry.declined)}{_diff(root, entry)}{_drawings(entry)}</section>"
+        f"{_notes(entry)}{_sites(entry.sites)}{_declined(entry.declined)}"
+        f"{_diff(root, entry)}{_drawings(entry)}</section>"
     )
 
 
 def _facts(facts: dict[str, str]) -> str:
-    return '<div class="facts">' + " · ".join(f"{_esc(name)} <b>{_esc(value)}</b>" for name, value in facts.items()) + "</div>"
+    return (
+        '<div class="facts">'
+        + " · ".join(f"{_esc(name)} <b>{_esc(value)}</b>" for name, value in facts.items())
+        + "</div>"
+    )
 
 
 def _links(entry: Any) -> str:
@@ -90,7 +99,9 @@ def _sites(sites: list[dict[str, Any]]) -> str:
     columns = ("layer", "site", "phase", "update", "layout", "dtype", "mask", "source")
     head = "".join(f"<th>{name}</th>" for name in columns)
     rows = "".join("<tr>" + "".join(f"<td>{_esc(site[name])}</td>" for name in columns) + "</tr>" for site in sites)
-    return f"<details{_open(sites)}><summary>{len(sites)} site(s)</summary><table><tr>{head}</tr>{rows}</table></details>"
+    return (
+        f"<details{_open(sites)}><summary>{len(sites)} site(s)</summary><table><tr>{head}</tr>{rows}</table></details>"
+    )
 
 
 def _declined(declined: list[dict[str, Any]]) -> str:

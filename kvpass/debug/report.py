@@ -1,7 +1,7 @@
 """Writes the numbered stages of one graph around its inner compilation, and keeps the folder's index.
 
-Owns file names, and what belongs to which run: what an earlier process wrote into the folder is removed before the first graph of this one.
-A stage that cannot be written becomes a line in the index, never an error of the compilation.
+Owns file names, and what belongs to which run: what an earlier process wrote into the folder is removed before the
+first graph of this one. A stage that cannot be written becomes a line in the index, never an error of the compilation.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,9 @@ class GraphReport(AbstractContextManager["GraphReport"]):
         for planned in self.record.plan.sites:
             site = planned.site
             name = re.sub(r"[^\w.]+", "_", site.name)
-            self._stage(f"05_diff_{site.layer:02d}_{name}.diff", lambda s=site: site_diff(self.captured, self.lowered.gm, s))
+            self._stage(
+                f"05_diff_{site.layer:02d}_{name}.diff", partial(site_diff, self.captured, self.lowered.gm, site)
+            )
 
     def _drawings(self) -> None:
         """The first site stands for its layer: the others differ in names only."""
@@ -111,13 +114,13 @@ class GraphReport(AbstractContextManager["GraphReport"]):
             ("06_layer_before.svg", lambda: neighbourhood.before(self.captured, site)),
             ("06_layer_after.svg", lambda: neighbourhood.after(self.lowered.gm, site)),
         ):
-            self._guarded(name, lambda name=name, graph=graph: self._draw(name, graph(), site))
+            self._guarded(name, partial(self._draw, name, graph, site))
 
-    def _draw(self, name: str, graph: Any, site: Any) -> None:
+    def _draw(self, name: str, graph: Callable[[], Any], site: Any) -> None:
         from kvpass.debug.drawing import draw
 
         title = f"{site.name}, {site.phase.value}: {'as captured' if 'before' in name else 'rewritten by kvpass'}"
-        draw(graph, self.path / name, title)
+        draw(graph(), self.path / name, title)
         self.entry.files.append(name)
 
     def _stage(self, name: str, text: Callable[[], str]) -> None:
@@ -132,7 +135,9 @@ class GraphReport(AbstractContextManager["GraphReport"]):
         try:
             write()
         except ImportError as error:
-            hint = "pip install 'kvpass[report]'" if error.name and error.name.startswith("matplotlib") else "see the log"
+            hint = (
+                "pip install 'kvpass[report]'" if error.name and error.name.startswith("matplotlib") else "see the log"
+            )
             self._note(f"{name} was not written: {error}; {hint}")
         except Exception as error:
             log.debug("debug report", exc_info=True)
@@ -176,7 +181,12 @@ def _entry(run: Run, number: int, record: Any, lowered: Any) -> Entry:
     phase = table.sites[0].phase.value if lowered is not None else "refused" if table.declined else "untouched"
     facts = {"sites": str(len(table.sites)), "declined": str(len(table.declined))}
     if record.plan is not None:
-        facts |= {"plan": record.plan.fingerprint, "rule": record.plan.sites[0].rule.encode() if record.plan.sites else ""}
+        facts |= {
+            "plan": record.plan.fingerprint,
+            "rule": record.plan.sites[0].rule.encode() if record.plan.sites else "",
+        }
     facts |= {stage: f"{seconds * 1000:.1f} ms" for stage, seconds in record.seconds.items()}
     tables = table.to_dict()
-    return Entry(f"graph_{run.base + number:03d}_{phase}", f"graph {number}: {phase}", facts, tables["sites"], tables["declined"])
+    return Entry(
+        f"graph_{run.base + number:03d}_{phase}", f"graph {number}: {phase}", facts, tables["sites"], tables["declined"]
+    )

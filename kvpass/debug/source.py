@@ -1,4 +1,4 @@
-"""A traced graph as readable Python: one line a node, the user's source lines as comments, kvpass' own regions fenced; and diffs of sites."""
+"""A traced graph as readable Python, the user's source lines as comments, kvpass' regions fenced; diffs of sites."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def _parameter(node: fx.Node) -> str:
 
 
 def _body(nodes: Iterable[fx.Node], indent: str = "    ", brief: bool = False) -> Iterator[str]:
-    """Statements, a comment where the source line changes, and a fence around what kvpass made. Brief: no fences, short comments."""
+    """Statements, comments with source lines, fences around what kvpass made. Brief: no fences, short comments."""
     place, inside = "", False
     for node in nodes:
         ours = "kvpass" in node.meta
@@ -158,9 +158,9 @@ def _operator(node: fx.Node) -> str:
     """Infix, prefix, index or attribute form of a call; '' if it has none."""
     target, args = node.target, node.args
     if target in _INFIX and len(args) == 2:
-        return f"{_text(args[0])} {_INFIX[target]} {_text(args[1])}"  # type: ignore[index]
+        return f"{_text(args[0])} {_INFIX[target]} {_text(args[1])}"
     if target in _PREFIX:
-        return f"{_PREFIX[target]}{_text(args[0])}"  # type: ignore[index]
+        return f"{_PREFIX[target]}{_text(args[0])}"
     if target is operator.getitem:
         return f"{_text(args[0])}[{_index(args[1])}]"
     if target is operator.setitem:
@@ -182,12 +182,14 @@ def _call(name: str, args: Any, kwargs: Any) -> str:
 
 
 def _text(arg: Any) -> str:
-    return repr(fx.map_arg(arg, lambda n: _Name(n.name)))
+    return repr(fx.map_arg(arg, lambda n: _Name(n.name)))  # type: ignore[arg-type, return-value]
 
 
 def _target_name(target: Any) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return f"torch.ops.{target}"
     module, name = getattr(target, "__module__", "") or "torch", getattr(target, "__name__", str(target))
-    module = {"_operator": "operator", "torch.functional": "torch", "torch._VariableFunctions": "torch"}.get(module, module)
+    module = {"_operator": "operator", "torch.functional": "torch", "torch._VariableFunctions": "torch"}.get(
+        module, module
+    )
     return name if module == "builtins" else f"{module}.{name}"

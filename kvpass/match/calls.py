@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 
 _SAME = {
@@ -13,8 +14,18 @@ _SAME = {
     "swapaxes": "transpose",
     "swapdims": "transpose",
     "view": "reshape",
+    "view_as": "reshape",
+    "reshape_as": "reshape",
+    "flatten": "reshape",
+    "unflatten": "reshape",
     "expand_as": "expand",
+    "broadcast_to": "expand",
+    "tile": "repeat",
 }
+
+_IN_PLACE = frozenset({"setitem", "iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow"})
+
+PROJECTIONS = frozenset({"linear", "matmul", "addmm", "mm", "bmm", "einsum", "conv1d"})
 
 METADATA = frozenset(
     {
@@ -51,6 +62,11 @@ def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
     return node.args[index] if index < len(node.args) else node.kwargs.get(name, default)
 
 
+def operand(node: fx.Node) -> Any:
+    """The tensor that a function or method works on: its first argument, also when it is given by keyword."""
+    return argument(node, 0, "input")
+
+
 def is_metadata(node: fx.Node) -> bool:
     """True if the node reads only sizes, strides, dtype or device of its tensor, so a shell can answer it."""
     if node.op not in ("call_method", "call_function"):
@@ -63,6 +79,18 @@ def is_metadata(node: fx.Node) -> bool:
 def example(node: fx.Node) -> Any:
     """The fake tensor (or SymInt) that the tracer stored for a node, or None."""
     return node.meta.get("example_value", node.meta.get("val"))
+
+
+def changes(node: fx.Node) -> bool:
+    """True if the node changes its first argument in place."""
+    name = call_name(node)
+    return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+
+
+def is_input(node: fx.Node) -> bool:
+    """An input of the call that holds data, so no weight."""
+    value = example(node)
+    return node.op == "placeholder" and isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter)
 
 
 def source_line(node: fx.Node) -> str:

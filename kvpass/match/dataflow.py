@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import networkx as nx
 from torch import fx
@@ -54,14 +55,11 @@ class Flow:
         leaving = {s for node in inside for s in near.successors(node)} - inside
         return not any(nx.descendants(near, node) & inside for node in leaving)
 
-    def reaches(self, start: fx.Node, names: frozenset[str], limit: int = 60) -> fx.Node | None:
-        """First node below `start` (breadth first, at most `limit` visits) whose call is one of `names`."""
-        for visits, (_, node) in enumerate(nx.bfs_edges(self.graph, start)):
+    def below(self, start: fx.Node, names: frozenset[str], limit: int = 200) -> Iterator[fx.Node]:
+        """Nodes below `start` (breadth first, at most `limit` visits) whose call is one of `names`."""
+        for _, node in islice(nx.bfs_edges(self.graph, start), limit):
             if call_name(node) in names:
-                return node
-            if visits >= limit:
-                break
-        return None
+                yield node
 
     def _window(self, start: fx.Node, end: fx.Node) -> nx.DiGraph[fx.Node]:
         """The stretch of the graph between two nodes: all that a path between them can touch."""

@@ -10,15 +10,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from kvpass.errors import Reason
-from kvpass.match.calls import argument, call_name
+from kvpass.match.calls import argument, call_name, example, operand
 from kvpass.match.miss import Miss
 from kvpass.match.shapes import is_one, normal_dim, same, shape_of
 from kvpass.terms import Layout
 
 Axis = tuple[str, ...]
+
+_ATTENDED: tuple[list[Axis], ...] = (
+    [("B",), ("H",), ("T",), ("D",)],
+    [("B",), ("H", "G"), ("T",), ("D",)],
+    [("B",), (), ("T",), ("D",)],
+    [("B",), ("G",), ("T",), ("D",)],
+)
+"""What an attention may read: KV heads or query heads in place two; the last two for a single KV head."""
 
 
 def walk_up(node: fx.Node, stop: Callable[[fx.Node], bool]) -> tuple[fx.Node, tuple[fx.Node, ...]]:
@@ -26,27 +35,35 @@ def walk_up(node: fx.Node, stop: Callable[[fx.Node], bool]) -> tuple[fx.Node, tu
     it, top first.
     """
     chain: list[fx.Node] = []
-    while not stop(node) and call_name(node) in _FORWARD and isinstance(node.args[0], fx.Node) and _is_view(node):
+    while not stop(node) and is_view(node):
         chain.append(node)
-        node = node.args[0]
+        node = operand(node)
     return node, tuple(reversed(chain))
 
 
-def read_layout(base: fx.Node, chain: Sequence[fx.Node], query_heads: Any) -> Layout:
+def read_layout(base: fx.Node, chain: Sequence[fx.Node], axis: int | None = None) -> Layout:
     """Axis order of `base` if the chain turns it into `[B, Hq or Hkv, T, D]` with grouped heads in the right order.
+
+    Args:
+        axis: the axis along which the cache grows, if known; it decides where sizes of one leave the order open.
 
     Raises:
         Miss: LAYOUT or GROUP_ORDER, with the view that breaks it.
     """
-    if len(shape_of(base)) != 4:
-        raise Miss(Reason.LAYOUT, base, f"a cached tensor of shape {tuple(shape_of(base))} is not 4-d")
-    tiled = None
+    sizes = shape_of(base)
+    if len(sizes) != 4:
+        raise Miss(Reason.LAYOUT, base, f"a cached tensor of shape {sizes} is not 4-d")
+    fitting, tiled = [], None
     for layout in Layout:
         axes = forward([(letter,) for letter in layout.value], base, chain)
-        if axes in ([("B",), ("H",), ("T",), ("D",)], [("B",), ("H", "G"), ("T",), ("D",)]):
-            return layout
+        if axes is not None and is_one(sizes[layout.head_axis]):
+            axes = [tuple(letter for letter in names if letter != "H") for names in axes]  # one head: any place will do
+        if axes in _ATTENDED:
+            fitting.append(layout)
         if axes == [("B",), ("G", "H"), ("T",), ("D",)]:
             tiled = chain[-1]
+    if fitting:
+        return next((layout for layout in fitting if layout.token_axis == axis), fitting[0])
     if tiled is not None:
         raise Miss(Reason.GROUP_ORDER, tiled, "KV heads are tiled (repeat), not interleaved")
     raise Miss(
@@ -66,14 +83,14 @@ def forward(axes: list[Axis], base: fx.Node, chain: Sequence[fx.Node]) -> list[A
     return current
 
 
-def _is_view(node: fx.Node) -> bool:
-    """`getitem` and `to` are views of interest only in some forms."""
-    if call_name(node) == "getitem":
-        return _full_slices(node.args[1])
-    if call_name(node) in ("to", "type_as"):
-        before, after = node.args[0].meta.get("example_value"), node.meta.get("example_value")  # type: ignore[union-attr]
-        return before is not None and after is not None and before.dtype == after.dtype
-    return True
+def is_view(node: fx.Node) -> bool:
+    """True for calls that only rearrange or repeat one tensor: same dtype, and `getitem` only of everything."""
+    if call_name(node) not in _FORWARD or not isinstance(operand(node), fx.Node):
+        return False
+    before, after = example(operand(node)), example(node)
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor) or before.dtype != after.dtype:
+        return False
+    return call_name(node) != "getitem" or _full_slices(node.args[1])
 
 
 def _full_slices(index: Any) -> bool:
@@ -172,7 +189,7 @@ def _repeat(axes: list[Axis], node: fx.Node, before: Sequence[Any], after: Seque
         return None
     for at, (old, new) in enumerate(zip(before, after, strict=True)):
         if not same(old, new):
-            axes[at] = ("G", *axes[at])
+            axes[at] = (*axes[at], "G") if is_one(old) else ("G", *axes[at])
     return axes
 
 

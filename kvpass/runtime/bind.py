@@ -46,14 +46,16 @@ class Binding:
         key, value = (args[at] for at in self.past)
         if key.shape[self.layouts[0].token_axis] == 0:
             return self._fresh(args, origin, new)
-        store = unwrap(key, value, self.layouts[0], self.where)
+        store = unwrap((key, value), self.layouts, self.where)
+        store.layouts = self.layouts
         store.make_room(store.tokens + new)
         return store
 
     def _fresh(self, args: Sequence[Any], origin: Origin, tokens: int) -> SlotStore:
         b, hkv, d, dv = (self.sizes[letter](args) for letter in ("B", "Hkv", "D", "Dv"))
-        like = torch.empty(0, dtype=self.dtype, device=self.device)
-        state = SlotStore.empty_state(self.rule, tokens, like, b, hkv, d, dv)
+        with torch.inference_mode(False):  # a cache begun in inference mode can go on under no_grad
+            like = torch.empty(0, dtype=self.dtype, device=self.device)
+            state = SlotStore.empty_state(self.rule, tokens, like, b, hkv, d, dv)
         return SlotStore(self.name, self.layer, self.rule, self.layouts, origin, state)
 
 

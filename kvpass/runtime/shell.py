@@ -23,9 +23,8 @@ _BY_STORAGE: WeakValueDictionary[int, SlotStore] = WeakValueDictionary()
 
 def make(store: SlotStore, half: int) -> torch.Tensor:
     """The shell of a store's keys (half 0) or values (half 1), `[B, Hkv, T, D]` in the host's axis order."""
-    base, layout, t = store.bases[half], store.layouts[half], store.state[half]
-    sizes = {"B": t.shape[0], "H": t.shape[1], "T": store.tokens, "D": t.shape[3]}
-    shell = base.expand([sizes[letter] for letter in layout.value])
+    base = store.bases[half]
+    shell = base.expand(_sizes(store, half, store.layouts[half]))
     setattr(shell, _ATTRIBUTE, store)
     _BY_STORAGE[_storage_key(base)] = store
     return shell
@@ -39,18 +38,18 @@ def find(tensor: Any) -> SlotStore | None:
     return store if store is not None else _BY_STORAGE.get(_storage_key(tensor))
 
 
-def unwrap(key: torch.Tensor, value: torch.Tensor, axis: Layout, where: str) -> SlotStore:
-    """The store behind a past, checked.
+def unwrap(past: tuple[torch.Tensor, torch.Tensor], layouts: tuple[Layout, Layout], where: str) -> SlotStore:
+    """The store behind the K and V of a past, checked.
 
     Raises:
         ForeignCacheError: real keys that kvpass did not make.
         ShellDataError: data copied out of a shell.
-        StaleCacheError: the cache was cropped, or advanced by another branch.
+        StaleCacheError: the cache was cropped, or advanced by another branch; or sequences were picked from it.
     """
-    store = find(key)
-    if store is None or find(value) is not store:
-        raise _foreign(key, where)
-    length = key.shape[axis.token_axis]
+    key, store = past[0], find(past[0])
+    if store is None or find(past[1]) is not store:
+        raise _foreign(key if store is None else past[1], where)
+    length = key.shape[layouts[0].token_axis]
     if length != store.tokens:
         hint = "evicted tokens cannot come back: crop before compiling, or keep a copy.deepcopy(cache) from before"
         if length > store.tokens or hasattr(key, _ATTRIBUTE):
@@ -58,7 +57,21 @@ def unwrap(key: torch.Tensor, value: torch.Tensor, axis: Layout, where: str) -> 
         raise StaleCacheError(
             f"the cache is {length} tokens long, but its state has seen {store.tokens}", where=where, hint=hint
         )
+    for half, layout in enumerate(layouts):
+        if tuple(past[half].shape) != tuple(_sizes(store, half, layout)):
+            raise StaleCacheError(
+                f"the cache is {list(past[half].shape)}, but its state is of {_sizes(store, half, layout)}",
+                where=where,
+                hint="sequences cannot be picked out of a compressed cache; run each batch from its own prompt",
+            )
     return store
+
+
+def _sizes(store: SlotStore, half: int, layout: Layout) -> list[int]:
+    """Logical shape of a store's keys or values in the host's axis order."""
+    batch, heads, _, dim = store.state[half].shape
+    sizes = {"B": batch, "H": heads, "T": store.tokens, "D": dim}
+    return [sizes[letter] for letter in layout.value]
 
 
 def _foreign(key: torch.Tensor, where: str) -> Exception:

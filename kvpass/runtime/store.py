@@ -79,13 +79,14 @@ class SlotStore:
             return
         extra = capacity(self.rule, tokens) - self.slots
         k, v, pos, stats, cursor = self.state
-        self.state = [
-            _longer(k, 2, extra),
-            _longer(v, 2, extra),
-            _longer(pos, 2, extra, -1),
-            _longer(stats, 3, extra, 0),
-            cursor,
-        ]
+        with torch.inference_mode(False):
+            self.state = [
+                _longer(k, 2, extra),
+                _longer(v, 2, extra),
+                _longer(pos, 2, extra, -1),
+                _longer(stats, 3, extra, 0),
+                cursor,
+            ]
 
     @property
     def bytes(self) -> int:

@@ -1,0 +1,97 @@
+"""The nodes of one site cut out of a captured graph as a graph of their own: what a rewrite is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from kvpass.errors import VerificationError
+from kvpass.match.calls import example
+from kvpass.match.symbols import SizeReader
+from kvpass.site import Half, Site
+from kvpass.terms import Layout
+
+
+class Isolated:
+    """From q, new K and V, past K and V and mask to the attention's output, through the nodes of the captured graph.
+
+    Args:
+        original: the captured graph; not modified.
+        site: what to cut out.
+        args: inputs of one call of the graph, from which sizes take their values.
+
+    Raises:
+        VerificationError: the attention depends on some other tensor.
+    """
+
+    def __init__(self, original: fx.GraphModule, site: Site, args: Sequence[Any]) -> None:
+        self.site, self.args = site, args
+        self.sizes = SizeReader([n for n in original.graph.nodes if n.op == "placeholder"])
+        self.graph = fx.Graph()
+        self.copy: dict[fx.Node, Any] = {}
+        self.names: list[str] = []
+        for name, node in self._borders().items():
+            if node is not None and node not in self.copy:
+                self.copy[node] = self.graph.placeholder(name)
+                self.names.append(name)
+        self.graph.output(self._take(site.core.node))
+        self.gm = fx.GraphModule(original, self.graph)
+
+    def __call__(
+        self, q: Tensor, new: tuple[Tensor, Tensor], past: tuple[Tensor, Tensor], mask: Tensor | None
+    ) -> Tensor:
+        """The unmodified attention. q `[B, Hq, S, D]`, new and past K and V `[B, Hkv, ., D]`, mask 4-d."""
+        halves = self.site.key, self.site.value
+        given: dict[str, Any] = {"q": q, "mask": self._as_captured(mask)}
+        given |= {f"new_{at}": _as_cached(t, half) for at, (t, half) in enumerate(zip(new, halves, strict=True))}
+        given |= {f"past_{at}": _as_cached(t, half) for at, (t, half) in enumerate(zip(past, halves, strict=True))}
+        result: Tensor = self.gm(*(given[name] for name in self.names))
+        return result
+
+    def _borders(self) -> dict[str, fx.Node | None]:
+        key, value, core = self.site.key.update, self.site.value.update, self.site.core
+        return {
+            "q": core.q,
+            "new_0": key.new,
+            "new_1": value.new,
+            "past_0": key.past,
+            "past_1": value.past,
+            "mask": core.mask,
+        }
+
+    def _take(self, node: fx.Node) -> Any:
+        """The copy of a node and of all it needs; sizes become the numbers that they are in this call."""
+        if node not in self.copy:
+            value = example(node)
+            fixed = isinstance(value, (int, float, torch.SymInt, torch.Size))
+            self.copy[node] = self._number(value) if fixed else self._copied(node)
+        return self.copy[node]
+
+    def _copied(self, node: fx.Node) -> fx.Node:
+        if node.op == "placeholder":
+            raise VerificationError(
+                f"verify=True cannot isolate this site: its attention also reads the input {node.name}",
+                where=f"{self.site.name}, {self.site.source}",
+                hint="compile without verify=True, and please report it with the folder of debug=True",
+            )
+        for needed in node.all_input_nodes:
+            self._take(needed)
+        return self.graph.node_copy(node, lambda n: self.copy[n])
+
+    def _number(self, value: Any) -> Any:
+        if isinstance(value, torch.Size):
+            return tuple(self._number(size) for size in value)
+        return self.sizes.read(value)(self.args) if isinstance(value, torch.SymInt) else value
+
+    def _as_captured(self, mask: Tensor | None) -> Tensor | None:
+        """The mask without the leading axes that made it 4-d."""
+        if mask is None or self.site.core.mask is None:
+            return mask
+        return mask.reshape(mask.shape[4 - example(self.site.core.mask).dim() :])
+
+
+def _as_cached(t: Tensor, half: Half) -> Tensor:
+    return t if half.layout is Layout.BHTD else t.transpose(1, 2)

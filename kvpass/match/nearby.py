@@ -1,0 +1,45 @@
+"""What feeds a cache, this side of projections and attentions: does a value grow out of an input of the call?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from torch import fx
+
+from kvpass.match.calls import PROJECTIONS, argument, call_name, is_input, is_metadata
+from kvpass.match.shapes import is_empty, normal_dim, shape_of
+
+ENDS = PROJECTIONS | {"sdpa", "flex_attention"}
+LIMIT = 300
+"""Nodes looked at around one value: far more than lies between a projection and a cache."""
+
+
+def nearby(start: fx.Node, step: Callable[[fx.Node], Iterable[fx.Node]]) -> Iterator[fx.Node]:
+    """Nodes that carry data from (`step` gives inputs) or to (users) `start`, short of projections and attentions."""
+    queue, seen = [start], {start}
+    for node in queue:
+        yield node
+        if call_name(node) in ENDS or len(queue) > LIMIT:
+            continue
+        fresh = [n for n in step(node) if n not in seen and call_name(n) not in ENDS and not is_metadata(n)]
+        seen.update(fresh)
+        queue += fresh
+
+
+def from_input(node: Any) -> bool:
+    """True if a value is computed from an input of the call with 3 or more dimensions, without a projection."""
+    if not isinstance(node, fx.Node):
+        return False
+    return any(is_input(n) and len(shape_of(n)) >= 3 for n in nearby(node, lambda n: n.all_input_nodes))
+
+
+def grows(node: fx.Node) -> bool:
+    """Does a `cat` put new tokens behind (something computed from) an input, or behind nothing? Never along the last
+    axis: that is RoPE's rotation.
+    """
+    rank = len(shape_of(node))
+    if call_name(node) != "cat" or rank < 3 or normal_dim(argument(node, 1, "dim", 0), rank) == rank - 1:
+        return False
+    parts = {part for part in argument(node, 0, "tensors") if isinstance(part, fx.Node)}
+    return len(parts) > 1 and any(is_empty(shape_of(part)) or from_input(part) for part in parts)

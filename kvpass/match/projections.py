@@ -1,0 +1,46 @@
+"""Where queries and keys come from: the projections above them, and whether these read the same sequence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from kvpass.match.calls import PROJECTIONS, argument, call_name, example
+
+
+def foreign(q: fx.Node, k: fx.Node) -> bool:
+    """True if q and k are projections of different inputs, looking back over two projections (MLA has two)."""
+    ours, theirs = _projected(q), _projected(k)
+    return bool(ours and theirs) and not ours & theirs
+
+
+def _projected(node: fx.Node, levels: int = 2) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    for upper in _inputs(node):
+        found.add(upper)
+        if levels > 1:
+            found |= _projected(upper, levels - 1)
+    return found
+
+
+def _inputs(node: fx.Node) -> list[fx.Node]:
+    """Data inputs of the nearest projections above a node; its own, if it is one."""
+    found: list[Any] = []
+    queue, seen = [node], {node}
+    while queue:
+        current = queue.pop()
+        if call_name(current) in PROJECTIONS:
+            found.append(_data(current))
+            continue
+        fresh = [n for n in current.all_input_nodes if n not in seen and example(n) is not None]
+        seen.update(fresh)
+        queue += fresh
+    return [data for data in found if isinstance(data, fx.Node)]
+
+
+def _data(projection: fx.Node) -> Any:
+    name = call_name(projection)
+    if name == "einsum":
+        return next(n for n in projection.all_input_nodes)
+    return argument(projection, 1, "mat1") if name == "addmm" else argument(projection, 0, "input")

@@ -1,0 +1,75 @@
+"""Caches that are recognised and refused: buffers written in place, and a cache of which only a part is stored.
+
+Tried on values that an attention reads as keys or values and that no update explains. Each returns None ("not mine") or
+raises a `Miss`: an attention over such a value has a cache, so it must not pass for one without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import fx
+
+from kvpass.errors import Reason
+from kvpass.match.calls import call_name, changes, operand
+from kvpass.match.dataflow import Flow
+from kvpass.match.miss import Miss
+from kvpass.match.nearby import grows, nearby
+from kvpass.match.views import is_view
+
+COPIES = frozenset({"index_copy", "index_put", "scatter", "slice_scatter", "select_scatter"})
+"""Writes that give a new tensor."""
+
+SLICES = frozenset({"getitem", "narrow", "select", "index_select", "chunk", "split"})
+
+
+class BufferWrite:
+    """A fixed buffer with the new tokens written into it: HF StaticCache, `cache[:, :, pos] = k`, `index_copy`."""
+
+    name = "buffer"
+
+    def match(self, base: fx.Node, flow: Flow) -> None:
+        """Raises:
+        Miss: UNSUPPORTED_UPDATE at the write.
+        """
+        for node in _whole(base):
+            written = node if call_name(node) in COPIES or changes(node) else _written(node)
+            if written is not None:
+                raise Miss(Reason.UNSUPPORTED_UPDATE, written, f"the cache is written by {call_name(written)}")
+
+
+class PartlyStored:
+    """`cat([past, new])` that is not stored whole: sliding windows, views, quantised caches."""
+
+    name = "partly stored"
+
+    def match(self, base: fx.Node, flow: Flow) -> None:
+        """Raises:
+        Miss: UNSUPPORTED_UPDATE at what is stored in place of the cat.
+        """
+        if base in flow.outputs:
+            above = [n for n in nearby(base, lambda n: n.all_input_nodes) if grows(n)]
+            stored = base if above else None
+        else:
+            above = [n for n in _whole(base) if grows(n)]
+            below = (n for cat in above for n in nearby(cat, lambda n: n.users) if n in flow.outputs)
+            stored = next(below, None)
+        if stored is not None:
+            what = f"not {above[0].name} itself is stored, but {call_name(stored)} of it"
+            raise Miss(Reason.UNSUPPORTED_UPDATE, stored, what)
+
+
+def _whole(node: fx.Node) -> Iterator[fx.Node]:
+    """A value and what it is a view or a slice of."""
+    while True:
+        yield node
+        if not (is_view(node) or call_name(node) in SLICES) or not isinstance(operand(node), fx.Node):
+            return
+        node = operand(node)
+
+
+def _written(buffer: fx.Node) -> fx.Node | None:
+    """The node that writes into a tensor, or into a slice of it."""
+    slices = [user for user in buffer.users if call_name(user) in SLICES]
+    users = (user for part in (buffer, *slices) for user in part.users if operand(user) is part)
+    return next((user for user in users if changes(user)), None)

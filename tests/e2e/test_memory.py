@@ -1,0 +1,129 @@
+"""Evicted tokens are gone: what is counted is live memory, not what the library says about itself."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import kvpass
+import pytest
+import smollm2
+import torch
+from models import tiny
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers import DynamicCache
+
+WITHIN = 0.03
+"""Of the budget's bytes: capacity is n + max(1, n // 40) slots (docs/design/0001), 2.5 % over from 40 slots on."""
+HEAD_DIM = 64
+
+
+def live() -> dict[int, torch.Tensor]:
+    """A tensor for every live storage with memory, by address."""
+    gc.collect()
+    tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and not isinstance(t, FakeTensor)]
+    real = [t for t in tensors if t.layout == torch.strided and t.device.type == "cpu"]
+    return {t.untyped_storage().data_ptr(): t for t in real if t.untyped_storage().nbytes() > 0}
+
+
+def grown(before: dict[int, torch.Tensor]) -> list[torch.Tensor]:
+    """Tensors whose storages were not there. `before` keeps its own alive, so no address is used twice."""
+    return [t for address, t in live().items() if address not in before]
+
+
+def kv_bytes(tensors: list[torch.Tensor]) -> int:
+    """Storage behind tensors that look like keys and values, dense or compact."""
+    return sum(t.untyped_storage().nbytes() for t in tensors if t.ndim == 4 and t.shape[-1] == HEAD_DIM)
+
+
+def all_bytes(tensors: list[torch.Tensor]) -> int:
+    return sum(t.untyped_storage().nbytes() for t in tensors)
+
+
+class Run:
+    """A prompt and greedy tokens through a compiled model, and the memory that this left behind."""
+
+    def __init__(self, model: Any, ids: torch.Tensor, policy: str, budget: float | int) -> None:
+        config = model.config
+        self.per_slot = 2 * config.num_hidden_layers * config.num_key_value_heads * HEAD_DIM * 4 * ids.shape[0]
+        self.model = kvpass.compile(model, policy, budget, inner="eager")
+        self.before = live()
+        self.cache = DynamicCache(config=config)
+        self.token, self.seen = ids, 0
+        self.step(1)
+
+    def step(self, count: int) -> None:
+        for _ in range(count):
+            with torch.no_grad():
+                out = self.model(self.token, past_key_values=self.cache, logits_to_keep=1)
+            self.seen += self.token.shape[1]
+            self.token = out.logits[:, -1].argmax(-1, keepdim=True)
+
+    def check(self, slots: int, per_slot_extra: int) -> None:
+        """K and V within 3 % of `slots`; everything else within what positions and statistics need."""
+        tensors = grown(self.before)
+        budget = slots * self.per_slot
+        kv = kv_bytes(tensors)
+        assert budget <= kv <= budget * (1 + WITHIN), f"{kv} bytes of K and V after {self.seen}, budget {budget}"
+        heads = self.per_slot // (2 * HEAD_DIM * 4)
+        rest, allowed = all_bytes(tensors) - kv, heads * (slots * (1 + WITHIN) * per_slot_extra + 4 * 4) + 4096
+        assert rest <= allowed, f"{rest} bytes beside K and V, positions and statistics need {allowed:.0f}"
+
+
+@pytest.mark.parametrize(
+    ("policy", "budget", "extra"),  # extra: bytes per slot of an int32 position and float32 statistics
+    [("h2o", 96, 8), ("roco", 96, 16), ("streaming_llm", 96, 4), ("snapkv", 0.2, 12), ("full", None, 4)],
+)
+def test_live_storage(policy: str, budget: Any, extra: int) -> None:
+    """After 1, 500 and 2,000 generated tokens, from a prompt of 150."""
+    run = Run(tiny.llama(2, 1, HEAD_DIM), tiny.tokens(2, 150), policy, budget)
+    for generated in (1, 500, 2000):
+        run.step(generated + 150 - run.seen)
+        slots = {96: 96, 0.2: max(64, run.seen // 5), None: run.seen}[budget]
+        run.check(slots, extra)
+
+
+@pytest.mark.model
+def test_live_storage_smollm2() -> None:
+    model, tokenizer = smollm2.load()
+    ids = tokenizer(smollm2.text(4000), return_tensors="pt").input_ids[:, :800]
+    run = Run(model, ids, "h2o", 0.2)
+    run.step(20)
+    assert run.per_slot == 46_080
+    run.check(run.seen // 5, 8)
+
+
+def test_memory_dies_with_the_cache() -> None:
+    run = Run(tiny.llama(2, 1, HEAD_DIM), tiny.tokens(1, 200), "h2o", 96)
+    run.step(3)
+    assert kv_bytes(grown(run.before)) > 0
+    run.cache = None
+    assert kv_bytes(grown(run.before)) == 0
+
+
+def allocations(run: Run) -> list[int]:
+    """Bytes of every allocation of one decode step."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run.step(1)
+    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    return [event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0]
+
+
+@pytest.mark.parametrize("policy", ["h2o", "roco", "tova", "snapkv", "streaming_llm"])
+def test_decode_allocates_nothing_of_cache_size(policy: str) -> None:
+    """The slots are overwritten in place. A layer's keys (or values) are the yardstick; the largest allocation may be a tenth of it."""
+    run = Run(tiny.llama(2, 1, HEAD_DIM), tiny.tokens(2, 1200), policy, 1000)
+    run.step(4)
+    keys = 2 * 1000 * HEAD_DIM * 4
+    seen = allocations(run)
+    assert seen, "the profiler saw no allocation at all"
+    assert max(seen) < keys / 10, f"a decode step allocates {max(seen)} bytes at once, a layer's keys are {keys}"
+
+
+def test_the_count_sees_a_dense_cache() -> None:
+    """The measurement can fail: the unmodified model's cache is seen in full, and its decode step copies it."""
+    model, ids = tiny.llama(2, 1, HEAD_DIM), tiny.tokens(2, 1200)
+    before, cache = live(), DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    assert kv_bytes(grown(before)) >= 1200 * 2 * 2 * HEAD_DIM * 4 * 2
