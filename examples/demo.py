@@ -17,10 +17,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from rich.console import Console
 from rich.table import Table
 from task import FACT, QUESTION
-from workers import progress, run_worker
+from workers import progress, run_worker, wide_console
 
 HERE = Path(__file__).resolve().parent
 DEBUG = HERE.parent / "kvpass_debug" / "demo"
@@ -92,7 +91,7 @@ def table(full: dict[str, Any], kept: dict[str, Any], name: str) -> Table:
 
 
 def main() -> None:
-    args, started, console = arguments(), time.perf_counter(), Console()
+    args, started, console = arguments(), time.perf_counter(), wide_console()
     with tempfile.TemporaryDirectory(prefix="kvpass-demo-") as scratch, progress(console) as shown:
         folder = Path(scratch)
         full, kept = (run_worker(HERE / "demo_worker.py", job, folder, shown) for job in jobs(args, folder))

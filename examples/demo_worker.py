@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import smollm2
 import torch
-from task import DEPTH, FACT, QUESTION
+from task import make_inputs
 from transformers import LogitsProcessor
 from transformers.utils import logging as transformers_logging
 from workers import say
@@ -41,15 +41,6 @@ class Recorder(LogitsProcessor):
         only = torch.full_like(scores, -float("inf"))
         only[:, self.forced[len(self.times) - 1]] = 0.0
         return only
-
-
-def make_inputs(tokenizer: Any, n_tokens: int) -> dict[str, torch.Tensor]:
-    """Real text of about `n_tokens` with FACT hidden in it and QUESTION at its end, as a chat."""
-    body = tokenizer(smollm2.text(6 * n_tokens), add_special_tokens=False).input_ids[: n_tokens - 70]
-    cut = int(len(body) * DEPTH)
-    before, after = tokenizer.decode(body[:cut]), tokenizer.decode(body[cut:])
-    chat = [{"role": "user", "content": f"{before}\n\n{FACT}\n\n{after}\n\n{QUESTION}"}]
-    return dict(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True))
 
 
 def status_bytes(field: str) -> int | None:

@@ -17,6 +17,11 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
+def wide_console() -> Console:
+    """The terminal; in a file or a pipe, where rich would assume 80 columns, wide enough for the tables."""
+    return Console() if sys.stdout.isatty() else Console(width=130)
+
+
 def progress(console: Console) -> Progress:
     columns = (SpinnerColumn(), TextColumn("{task.description}: {task.fields[doing]}"), TimeElapsedColumn())
     return Progress(*columns, console=console)

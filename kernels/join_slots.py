@@ -1,4 +1,4 @@
-"""join_slots: the keys an extend call sees, past slots in position order and then its own tokens. Pure torch on every device."""
+"""join_slots: the keys an extend call sees, past slots in position order, then its own tokens. Pure torch."""
 
 from __future__ import annotations
 

@@ -1,15 +1,15 @@
 """Scores of keys: statistics -> how much each key deserves to stay. Pure torch on every device.
 
-Owns score, scope, protection and pooling (docs/design/0001-state-and-kernels.md), shared by prefill, decode and inspection. Selects nothing.
+Owns score, scope, protection and pooling (docs/design/0001-state-and-kernels.md), shared by prefill, decode and
+inspection. Selects nothing.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from kvpass.kernels.rule import FIRST, FREE, LIVE, SEEN, UNTOUCHABLE, Rule
 from torch import Tensor
-
-from .rule import FIRST, FREE, LIVE, SEEN, UNTOUCHABLE, Rule
 
 INF = float("inf")
 
@@ -89,7 +89,7 @@ def untouchable(spread: Tensor, pos: Tensor, size: Tensor | int) -> Tensor:
     if isinstance(size, int):
         size = min(size, spread.shape[-1])
         kept = spread >= spread.topk(size, -1, sorted=False).values.amin(-1, keepdim=True)
-        if int(kept.sum()) == kept.shape[0] * kept.shape[1] * size:  # else the last place is shared
+        if int(kept.count_nonzero()) == kept.shape[0] * kept.shape[1] * size:  # else the last place is shared
             return kept
     key = ordered(spread, pos)
     best = key.sort(-1, descending=True).values

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from kvpass.kernels.rule import FIRST, FREE, LIVE, SEEN, Rule
 from torch import Tensor
-
-from .rule import FIRST, FREE, LIVE, SEEN, Rule
 
 TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
     # float32: a softmax over some thousand keys sums in another order, and torch's CPU flash kernel uses a fast exp of
@@ -18,13 +17,13 @@ TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
     # bfloat16 keeps 8 bits (2^-8 = 4e-3): the same two roundings.
     torch.bfloat16: (2e-2, 2e-2),
 }
-"""(absolute, relative) by the dtype of the inputs, for values of order 1. Indices, positions and counts are compared exactly."""
+"""(absolute, relative) by the dtype of the inputs, for values of order 1. Integers are compared exactly."""
 
 STATS_TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
     # Statistics are float32 whatever the model's dtype; sums over queries grow, so the relative part carries them.
     torch.float32: (2e-5, 1e-4),
-    # Half-precision attention saves a log-sum-exp of logits whose inputs were rounded the same way on both sides, so only
-    # the internal rounding of the flash kernel is left.
+    # Half-precision attention saves a log-sum-exp of logits whose inputs were rounded the same way on both sides, so
+    # only the internal rounding of the flash kernel is left.
     torch.float16: (2e-3, 2e-3),
     torch.bfloat16: (1e-2, 1e-2),
 }
@@ -138,7 +137,8 @@ def random_state(
     """A state with live[b, h] used slots after `seen` tokens; empties hold NaN.
 
     live: int [B, Hkv]. With `holes`, FREE is a random slot in 0 .. LIVE, as after evictions; else FREE == LIVE.
-    Positions are distinct, below `seen`, in no order; statistics are non-negative. Raises ValueError if live does not fit.
+    Positions are distinct, below `seen`, in no order; statistics are non-negative. Raises ValueError if live does
+    not fit.
     """
     batch, heads = live.shape
     if int(live.max()) >= slots or int(live.max()) > seen:

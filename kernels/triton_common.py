@@ -58,7 +58,9 @@ def softmax_step(b_s, b_m, b_l):
 
 
 @triton.jit
-def arrives(p_mask, i_b, position, heads, s_mb, s_mh, s_mt, HEADS: tl.constexpr, MASK: tl.constexpr, HIDDEN: tl.constexpr):
+def arrives(
+    p_mask, i_b, position, heads, s_mb, s_mh, s_mt, HEADS: tl.constexpr, MASK: tl.constexpr, HIDDEN: tl.constexpr
+):  # fmt: skip
     """1 if some head of row i_b lets the token at `position` see itself, 0 if it is padding.
 
     p_mask: mask of one query row per (b, head); heads <= HEADS (a power of two) is how many it has.

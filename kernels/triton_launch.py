@@ -38,7 +38,7 @@ _recording: ContextVar[tuple[Target, list[Launch]] | None] = ContextVar("kvpass_
 
 @contextmanager
 def record(on: Target) -> Iterator[list[Launch]]:
-    """Within the block launchers take the device for `on`, and launches are listed instead of run. Outputs are garbage."""
+    """Within the block launchers take the device for `on`, and launches are listed, not run. Outputs are garbage."""
     launches: list[Launch] = []
     token = _recording.set((on, launches))
     try:
@@ -48,10 +48,10 @@ def record(on: Target) -> Iterator[list[Launch]]:
 
 
 @lru_cache
-def _target(kind: str, index: int | None) -> Target:
-    if kind == "cpu":
+def _target(device: torch.device) -> Target:
+    if device.type == "cpu":
         return Target("interpret", 0, 2)
-    properties = torch.cuda.get_device_properties(torch.device(kind, index))
+    properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
         return Target("hip", 0, properties.multi_processor_count)
     return Target("cuda", properties.major * 10 + properties.minor, properties.multi_processor_count)
@@ -60,7 +60,7 @@ def _target(kind: str, index: int | None) -> Target:
 def target(device: torch.device) -> Target:
     """The target of a device; asked once per device."""
     recording = _recording.get()
-    return recording[0] if recording else _target(device.type, device.index)
+    return recording[0] if recording else _target(device)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, **arguments: Any) -> None:
@@ -77,7 +77,7 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, **arguments
 
 
 def precision(on: Target) -> str:
-    """How float32 dots multiply: three TF32 products on NVIDIA (about float32's error, on tensor cores), else plainly."""
+    """How float32 dots multiply: three TF32 products on NVIDIA (about float32's error, tensor cores), else plainly."""
     return "tf32x3" if on.kind == "cuda" else "ieee"
 
 

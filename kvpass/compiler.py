@@ -74,7 +74,10 @@ class Backend:
             return _Refusal(error)
 
     def _compile(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        from kvpass.debug import stages
+        from kvpass.match.dataflow import data_inputs
         from kvpass.patterns import DEFAULT
+        from kvpass.runtime.bind import Untouched
         from kvpass.scan import scan
 
         start = time.perf_counter()
@@ -83,16 +86,20 @@ class Backend:
         self.graphs.append(record)
         log.info("graph %d: %s", len(self.graphs), table)
         if self.strict and table.declined:
-            raise _strict_error(table)
+            with stages(self.debug, len(self.graphs), gm, record, None):
+                raise _strict_error(table)
         if not table.sites:
-            with record.timed("inner"):
-                return compile_inner(self.inner, gm, example_inputs)
+            with stages(self.debug, len(self.graphs), gm, record, None), record.timed("inner"):
+                inner = compile_inner(self.inner, gm, example_inputs)
+            watched = data_inputs(gm.graph)
+            return Untouched(inner, watched) if watched else inner
         _refuse_training(table)
         return self._rewrite(gm, example_inputs, record)
 
     def _rewrite(self, gm: fx.GraphModule, example_inputs: list[Any], record: GraphRecord) -> Callable[..., Any]:
         from kvpass.debug import stages
         from kvpass.lower import lower
+        from kvpass.match.dataflow import data_inputs
         from kvpass.plan import plan
         from kvpass.runtime.bind import Bound
         from kvpass.runtime.store import Origin
@@ -102,20 +109,20 @@ class Backend:
             record.plan = plan(self.policy, record.table)
         with record.timed("lower"):
             lowered = lower(gm, record.plan)
-        with record.timed("verify"):
-            verify(gm, lowered, record.plan)
         log.info("graph %d: %s", len(self.graphs), record.plan)
-        dump = stages(self.debug, len(self.graphs), gm, record, lowered)
         inputs = [example(n) for n in lowered.gm.graph.nodes if n.op == "placeholder"]
-        with record.timed("inner"), dump:
-            inner = compile_inner(self.inner, lowered.gm, inputs)
+        with stages(self.debug, len(self.graphs), gm, record, lowered):
+            with record.timed("verify"):
+                verify(gm, lowered, record.plan)
+            with record.timed("inner"):
+                inner = compile_inner(self.inner, lowered.gm, inputs)
         declined = tuple(d.to_dict() for d in record.table.declined)
         origin = Origin(self.policy.name, self.policy.budget, declined)
         if self.verify:
             from kvpass.check_sites import checked_once
 
             inner = checked_once(inner, gm, lowered, record.plan)
-        return Bound(inner, lowered.bindings, lowered.outputs, origin)
+        return Bound(inner, lowered.bindings, lowered.outputs, origin, data_inputs(gm.graph))
 
     @property
     def timings(self) -> dict[str, float]:

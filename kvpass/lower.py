@@ -79,7 +79,8 @@ class _Lowering:
         for name, value in zip(STATE, self._state_examples(planned), strict=True):
             with self.graph.inserting_after(self.last_input):
                 node = self.graph.placeholder(f"kvpass_{planned.site.layer}_{name}")
-            node.meta = {"example_value": value, "kvpass": {"site": planned.site.name, "state": name}}
+            marks = {"site": planned.site.name, "layer": planned.site.layer, "state": name}
+            node.meta = {"example_value": value, "kvpass": marks}
             self.last_input = node
             nodes.append(node)
         return nodes
@@ -239,7 +240,7 @@ class _Emitter:
         node.meta.update(
             {key: self.core.meta[key] for key in ("stack_trace", "nn_module_stack") if key in self.core.meta}
         )
-        node.meta["kvpass"] = {"site": self.planned.site.name}
+        node.meta["kvpass"] = {"site": self.planned.site.name, "layer": self.planned.site.layer}
         node.meta["example_value"] = self._value(node)
         return node
 

@@ -7,17 +7,16 @@ from typing import Any
 from torch import fx
 
 from kvpass.errors import Reason
+from kvpass.match.attended import attended_by
 from kvpass.match.calls import argument, call_name, changes, example, module_path, operand, source_line
 from kvpass.match.dataflow import Flow
 from kvpass.match.miss import Miss
+from kvpass.match.nearby import whole
 from kvpass.match.projections import foreign
-from kvpass.match.shapes import is_one, same, shape_of
+from kvpass.match.shapes import is_one, normal_dim, same, shape_of
 from kvpass.match.views import read_layout, walk_up
 from kvpass.site import Core, Decline, Half, Site, SiteTable, Update
 from kvpass.terms import CacheForm, Phase
-
-PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum"})
-ATTENTION_PARTS = frozenset({"softmax", "_softmax", "flex_attention", "sdpa"})
 
 
 def scan(gm: fx.GraphModule, patterns: Any) -> SiteTable:
@@ -113,12 +112,20 @@ class _Found:
         if updates[0] is updates[1]:
             raise Miss(Reason.KEY_VALUE_MISMATCH, base_k, "keys and values are one tensor")
         if None in updates or updates[0].form != updates[1].form:  # type: ignore[union-attr]
-            raise Miss(Reason.KEY_VALUE_MISMATCH, core.node, f"keys: {_form(updates[0])}, values: {_form(updates[1])}")
+            raise self._mismatch(core, *updates)
         key = self._half(core, updates[0], chain_k, Reason.KEY_ESCAPES)  # type: ignore[arg-type]
         value = self._half(core, updates[1], chain_v, Reason.VALUE_ESCAPES)  # type: ignore[arg-type]
         site = _site(core, key, value, layer)
         self._check(site)
         return site
+
+    def _mismatch(self, core: Core, key: Update | None, value: Update | None) -> Miss:
+        changed = (self._changed(cache, core.node) for cache in self.updates if key is None or value is None)
+        miss = next((miss for miss in changed if miss is not None), None)
+        if miss is None:
+            return Miss(Reason.KEY_VALUE_MISMATCH, core.node, f"keys: {_form(key)}, values: {_form(value)}")
+        self.blamed.update(cache for cache in self.updates if self.flow.between(cache, miss.node))
+        return miss
 
     def _update_of(self, base: fx.Node) -> Update | None:
         if base in self.missed_updates:
@@ -173,56 +180,48 @@ class _Found:
         all.
         """
         taken = {half.update.node for site in sites for half in (site.key, site.value)} | self.blamed
-        taken |= {self._walk(arg)[0] for core in self.cores for arg in (core.k, core.v)}
+        taken |= {node for core in self.cores for arg in (core.k, core.v) for node in whole(arg)}
         named = {decline.site for decline in declined}
         extra: dict[str, Decline] = {}
-        for update in self.updates.values():
-            if update.node in taken or _name(update.node) in named or len(shape_of(update.node)) < 3:
+        for node in sorted({*self.updates, *self.missed_updates}, key=self.flow.order.__getitem__):
+            if node in taken or _name(node) in named or len(shape_of(node)) < 3:
                 continue
-            try:
-                miss = self._unattended(update)
-            except Miss as changed:
-                miss = changed
-            known = extra.get(_name(update.node))
+            miss = self._refused(node) if node in self.missed_updates else self._unattended(node)
+            known = extra.get(_name(node))
             if miss is not None and (known is None or known.reason is Reason.NO_ATTENTION):
-                extra[_name(update.node)] = _decline(update.node, miss)
+                extra[_name(node)] = _decline(node, miss)
         return list(extra.values())
 
-    def _unattended(self, update: Update) -> Miss | None:
+    def _refused(self, node: fx.Node) -> Miss | None:
+        """Why a `cat` is no update, if some attention has its length; else it is no cache either."""
+        axis = normal_dim(argument(node, 1, "dim", 0), len(shape_of(node)))
+        blocker = attended_by(self.flow, node, axis, node.all_input_nodes)
+        return self.missed_updates[node] if blocker is not None else None
+
+    def _unattended(self, node: fx.Node) -> Miss | None:
         """Why nothing known attends over a returned `cat`; None if it is no cache: nothing in the graph attends over
         its length, and no second one grows along with it.
-
-        Raises:
-            Miss: an attention reads it, but not as it is stored.
         """
-        cached, new = (shape_of(node)[update.axis] for node in (update.node, update.new))
-        for blocker in self.flow.below(update.node, ATTENTION_PARTS):
-            queries, keys = _attended(blocker)
-            if same(queries, new) and same(keys, cached):
-                self._check_straight(update, blocker)
-                what = f"{update.node.name} feeds {call_name(blocker)}, which is no known attention over it"
-                return Miss(Reason.UNSUPPORTED_ATTENTION, blocker, what)
-        twins = [u for u in self.updates.values() if same(shape_of(u.node)[u.axis], cached) and u.form is update.form]
+        if node not in self.updates:
+            return None
+        update = self.updates[node]
+        assert update.axis is not None
+        blocker = attended_by(self.flow, node, update.axis, [update.new])
+        if blocker is not None:
+            what = f"{node.name} feeds {call_name(blocker)}, which is no known attention over it"
+            return self._changed(node, blocker) or Miss(Reason.UNSUPPORTED_ATTENTION, blocker, what)
+        length = shape_of(node)[update.axis]
+        twins = [u for u in self.updates.values() if u.form is update.form and same(shape_of(u.node)[u.axis], length)]
         if len(twins) < 2:
             return None
-        for product in self.flow.below(update.node, PRODUCTS, limit=20):
-            return Miss(Reason.UNSUPPORTED_ATTENTION, product, f"{update.node.name} feeds no known attention")
-        return Miss(Reason.NO_ATTENTION, update.node, "nothing in this graph attends over it")
+        return Miss(Reason.NO_ATTENTION, node, "nothing in this graph attends over it")
 
-    def _check_straight(self, update: Update, core: fx.Node) -> None:
-        if call_name(core) != "sdpa":
-            return
-        for reason, base in zip((Reason.KEY_ESCAPES, Reason.VALUE_ESCAPES), self._operands(core), strict=True):
-            if base is not update.node and self.flow.between(update.node, base):
-                raise Miss(reason, base, f"{call_name(base)} changes {update.node.name} before the attention reads it")
-
-
-def _attended(part: fx.Node) -> tuple[Any, Any]:
-    """Numbers of queries and keys of a piece of attention; `(None, None)` if it is not one."""
-    if "softmax" in call_name(part):
-        return (shape_of(part)[-2], shape_of(part)[-1]) if len(shape_of(part)) > 2 else (None, None)
-    q, k = (shape_of(argument(part, at, name)) for at, name in enumerate(("query", "key")))
-    return (q[-2], k[-2]) if len(q) > 2 and len(k) > 2 else (None, None)
+    def _changed(self, cache: fx.Node, core: fx.Node) -> Miss | None:
+        """What stands between a cache and an SDPA that reads it."""
+        for reason, base in zip((Reason.KEY_ESCAPES, Reason.VALUE_ESCAPES), self._operands(core), strict=False):
+            if base is not cache and self.flow.between(cache, base):
+                return Miss(reason, base, f"{call_name(base)} changes {cache.name} before the attention reads it")
+        return None
 
 
 def _check_heads(site: Site) -> None:

@@ -6,21 +6,16 @@ raises a `Miss`: an attention over such a value has a cache, so it must not pass
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch import fx
 
 from kvpass.errors import Reason
 from kvpass.match.calls import call_name, changes, operand
 from kvpass.match.dataflow import Flow
 from kvpass.match.miss import Miss
-from kvpass.match.nearby import grows, nearby
-from kvpass.match.views import is_view
+from kvpass.match.nearby import SLICES, grows, nearby, whole
 
 COPIES = frozenset({"index_copy", "index_put", "scatter", "slice_scatter", "select_scatter"})
 """Writes that give a new tensor."""
-
-SLICES = frozenset({"getitem", "narrow", "select", "index_select", "chunk", "split"})
 
 
 class BufferWrite:
@@ -32,40 +27,33 @@ class BufferWrite:
         """Raises:
         Miss: UNSUPPORTED_UPDATE at the write.
         """
-        for node in _whole(base):
+        for node in whole(base):
             written = node if call_name(node) in COPIES or changes(node) else _written(node)
             if written is not None:
                 raise Miss(Reason.UNSUPPORTED_UPDATE, written, f"the cache is written by {call_name(written)}")
 
 
 class PartlyStored:
-    """`cat([past, new])` that is not stored whole: sliding windows, views, quantised caches."""
+    """`cat([past, new])` that is not stored as the attention reads it: sliding windows, views, quantised caches."""
 
     name = "partly stored"
 
     def match(self, base: fx.Node, flow: Flow) -> None:
         """Raises:
-        Miss: UNSUPPORTED_UPDATE at what is stored in place of the cat.
+        Miss: UNSUPPORTED_UPDATE at what is stored in place of the cat, UNSUPPORTED_ATTENTION at a slice of it.
         """
         if base in flow.outputs:
             above = [n for n in nearby(base, lambda n: n.all_input_nodes) if grows(n)]
             stored = base if above else None
         else:
-            above = [n for n in _whole(base) if grows(n)]
+            above = [n for n in whole(base) if grows(n)]
             below = (n for cat in above for n in nearby(cat, lambda n: n.users) if n in flow.outputs)
             stored = next(below, None)
+        if stored in above:
+            raise Miss(Reason.UNSUPPORTED_ATTENTION, base, f"the attention reads only a part of {above[0].name}")
         if stored is not None:
             what = f"not {above[0].name} itself is stored, but {call_name(stored)} of it"
             raise Miss(Reason.UNSUPPORTED_UPDATE, stored, what)
-
-
-def _whole(node: fx.Node) -> Iterator[fx.Node]:
-    """A value and what it is a view or a slice of."""
-    while True:
-        yield node
-        if not (is_view(node) or call_name(node) in SLICES) or not isinstance(operand(node), fx.Node):
-            return
-        node = operand(node)
 
 
 def _written(buffer: fx.Node) -> fx.Node | None:

@@ -21,6 +21,7 @@ COLUMNS = (
     "compile s",
     "tokens as HF",
 )
+DECODE_CASE = "2048x8"  # the one that issue 2 asks a decode ratio of
 GRAPH_STAGES = ("scan", "plan", "lower")
 
 
@@ -64,8 +65,9 @@ def policies(case: dict[str, Any], policy: str) -> list[dict[str, Any]]:
     return [found for found in case["contenders"].values() if found["spec"]["policy"] == policy]
 
 
-def line(what: str, value: float, target: float, *, least: bool, unit: str = "x") -> dict[str, Any]:
-    ok = value >= target if least else value <= target
+def line(what: str, value: float, target: float | None, *, least: bool, unit: str = "x") -> dict[str, Any]:
+    """A figure beside its target; without one it only shows the trend."""
+    ok = None if target is None else value >= target if least else value <= target
     return {"what": what, "value": value, "target": target, "least": least, "unit": unit, "ok": ok}
 
 
@@ -76,7 +78,8 @@ def decode_lines(case: dict[str, Any]) -> list[dict[str, Any]]:
         against = [rival["decode_ms"] for rival in rivals(case, inner)]
         if against:
             what = f"{case['name']}: decode, h2o 20 % against the fastest full HF cache, inner {inner}"
-            out.append(line(what, min(against) / found["decode_ms"], 1.8, least=True))
+            target = 1.8 if case["name"] == DECODE_CASE else None
+            out.append(line(what, min(against) / found["decode_ms"], target, least=True))
     return out
 
 
@@ -104,7 +107,7 @@ def stage_lines(case: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def asked(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """What issue 2 asks for, and what this run gave. It asks the decode ratio of 2048x8 only."""
+    """What issue 2 asks for, and what this run gave."""
     out = [line("import kvpass, beyond torch", 1e3 * results["import_s"], 100, least=False, unit=" ms")]
     for case in results["cases"]:
         out += decode_lines(case) + prefill_lines(case) + stage_lines(case)
@@ -127,9 +130,11 @@ def cells(name: str, found: dict[str, Any]) -> list[str]:
 
 
 def asked_cells(entry: dict[str, Any]) -> list[str]:
+    value = f"{entry['value']:.2f}{entry['unit']}"
+    if entry["target"] is None:
+        return [entry["what"], value, "-", "-"]
     sign = ">=" if entry["least"] else "<="
-    value, target = f"{entry['value']:.2f}{entry['unit']}", f"{sign} {entry['target']:g}{entry['unit']}"
-    return [entry["what"], value, target, "yes" if entry["ok"] else "NO"]
+    return [entry["what"], value, f"{sign} {entry['target']:g}{entry['unit']}", "yes" if entry["ok"] else "NO"]
 
 
 ASKED_COLUMNS = ("figure", "here", "asked", "reached")

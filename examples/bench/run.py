@@ -20,8 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from rich.console import Console
-from workers import progress, run_worker
+from workers import progress, run_worker, wide_console
 
 from bench import machine, report
 from bench.contenders import SPECS
@@ -76,7 +75,7 @@ def import_seconds(repeats: int = 5) -> float:
 
 
 def main() -> None:
-    args, started, console = arguments(), time.perf_counter(), Console()
+    args, started, console = arguments(), time.perf_counter(), wide_console()
     with tempfile.TemporaryDirectory(prefix="kvpass-bench-") as scratch, progress(console) as shown:
         importing = import_seconds()
         jobs = [job_of(case, args) for case in args.cases.split(",")]

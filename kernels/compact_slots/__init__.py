@@ -1,11 +1,13 @@
-"""compact_slots: move the keys that stay into the slots of the state. The reference is the meaning; triton runs on CUDA and ROCm."""
+"""compact_slots: move the keys that stay into the slots of the state.
+
+The reference is the meaning; triton runs on CUDA and ROCm.
+"""
 
 from __future__ import annotations
 
 import torch
+from kvpass.kernels.choose import kernel
 from torch import Tensor
-
-from ..choose import kernel
 
 
 def compact_slots(
@@ -28,10 +30,11 @@ def compact_slots(
     tensors with C >= n slots. `pos_out` becomes -1 beyond LIVE; k, v and statistics beyond LIVE keep their
     bytes. Inputs must not alias outputs. Raises ValueError on shapes or dtypes that do not fit.
     """
-    if k_out.shape[:2] != k.shape[:2] or k_out.shape[3] != k.shape[3] or k_out.dtype != k.dtype:
-        raise ValueError(f"compact_slots: k {k.dtype} {list(k.shape)} does not fit k_out {k_out.dtype} {list(k_out.shape)}")
-    if v_out.shape[:2] != v.shape[:2] or v_out.shape[3] != v.shape[3] or v_out.dtype != v.dtype:
-        raise ValueError(f"compact_slots: v {v.dtype} {list(v.shape)} does not fit v_out {v_out.dtype} {list(v_out.shape)}")
+    for name, x, out in (("k", k, k_out), ("v", v, v_out)):
+        if x.dtype != out.dtype or (*x.shape[:2], x.shape[3]) != (*out.shape[:2], out.shape[3]):
+            raise ValueError(
+                f"compact_slots: {name} {x.dtype} {list(x.shape)} does not fit its state {out.dtype} {list(out.shape)}"
+            )
     if stats.shape[0] != stats_out.shape[0] or stats.shape[-1] != k.shape[2]:
         raise ValueError(f"compact_slots: stats {list(stats.shape)} do not fit stats_out {list(stats_out.shape)}")
     if idx.dtype != torch.int32 or idx.shape[:2] != k.shape[:2] or idx.shape[2] > k_out.shape[2]:

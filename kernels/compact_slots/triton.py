@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from kvpass.kernels.triton_launch import blocks, launch, power_of_two, rows_last
 from torch import Tensor
 
-from ..triton_launch import blocks, launch, power_of_two, rows_last
 from .triton_kernel import compact_kernel
 
 

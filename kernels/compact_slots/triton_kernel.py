@@ -4,8 +4,7 @@
 
 import triton
 import triton.language as tl
-
-from ..triton_common import rows
+from kvpass.kernels.triton_common import rows
 
 
 @triton.jit
@@ -48,7 +47,7 @@ def compact_kernel(
     BDV: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """k [B, Hkv, L, D], v, pos [R, L] or None, stats [N, R, L], idx [R, capacity] -> the state with C slots; R = B * Hkv.
+    """k [B, Hkv, L, D], v, pos [R, L] or None, stats [N, R, L], idx [R, capacity] -> the state, C slots; R = B * Hkv.
 
     Slots beyond LIVE get pos -1 and nothing else; the program of block 0 writes the cursor.
     """

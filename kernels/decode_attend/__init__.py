@@ -1,11 +1,13 @@
-"""decode_attend: one token through attention and cache in one op. The reference is the meaning; triton runs on CUDA and ROCm."""
+"""decode_attend: one token through attention and cache in one op.
+
+The reference is the meaning; triton runs on CUDA and ROCm.
+"""
 
 from __future__ import annotations
 
 import torch
+from kvpass.kernels.choose import kernel
 from torch import Tensor
-
-from ..choose import kernel
 
 
 def decode_attend(
@@ -26,8 +28,8 @@ def decode_attend(
 
     q [B, Hq, 1, D], k_new [B, Hkv, 1, D], v_new [B, Hkv, 1, Dv], one float dtype; mask None, bool or additive float,
     broadcastable to [B, Hq, 1, T], looked up at the slots' positions. The state, changed in place: k [B, Hkv, C, D],
-    v [B, Hkv, C, Dv], pos int32 [B, Hkv, C], stats float32 [N, B, Hkv, C], cursor int32 [B, Hkv, 4], contiguous, C > LIVE.
-    A row whose mask hides `position` from its own query in every head (padding) changes nothing.
+    v [B, Hkv, C, Dv], pos int32 [B, Hkv, C], stats float32 [N, B, Hkv, C], cursor int32 [B, Hkv, 4]; contiguous,
+    C > LIVE. A row whose mask hides `position` from its own query in every head (padding) changes nothing.
 
     Returns out [B, Hq, 1, Dv] = softmax(q k^T scale + mask) v. Raises ValueError on shapes or dtypes that do not fit.
     """
@@ -37,7 +39,9 @@ def decode_attend(
     if v.shape[2] != slots or pos.shape[2] != slots or stats.shape[-1] != slots:
         raise ValueError(f"decode_attend: v, pos and stats must have the {slots} slots of k")
     if q.dtype != k.dtype or pos.dtype != torch.int32 or cursor.dtype != torch.int32:
-        raise ValueError(f"decode_attend: q {q.dtype}, k {k.dtype} must agree; pos {pos.dtype}, cursor {cursor.dtype} be int32")
+        raise ValueError(
+            f"decode_attend: q {q.dtype} and k {k.dtype} must agree, pos {pos.dtype} and cursor {cursor.dtype} be int32"
+        )
     run = kernel("decode_attend", q.device)
     out: Tensor = run(q, k_new, v_new, mask, k, v, pos, stats, cursor, position, scale, rule)
     return out

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
+from kvpass.kernels.masks import additive, at_positions, by_kv_head, visible
+from kvpass.kernels.rule import FREE, LIVE
 from torch import Tensor
-
-from ..masks import additive, at_positions, by_kv_head, visible
-from ..rule import FREE, LIVE
 
 
 def look(q: Tensor, mask: Tensor, k: Tensor, v: Tensor, pos: Tensor, cursor: Tensor, scale: float) -> Tensor:

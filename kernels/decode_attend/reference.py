@@ -1,21 +1,21 @@
 """Reference of decode_attend in torch: the meaning, and the CPU path.
 
-Called once per layer and token, so it counts torch calls: what the cursor says is read once into Python numbers, bool masks that
-hide no live slot are dropped, and rare cases (ties, padding, hidden slots) take longer roads.
+Called once per layer and token, so it counts torch calls: what the cursor says is read once into Python numbers, bool
+masks that hide no live slot are dropped, and rare cases (ties, padding, hidden slots) take longer roads.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import groupby
 from typing import NamedTuple
 
 import torch
+from kvpass.kernels.decode_attend.look import look
+from kvpass.kernels.masks import additive, at_positions, by_kv_head, visible
+from kvpass.kernels.rule import FIRST, FREE, LIVE, SEEN, UNTOUCHABLE, Rule
+from kvpass.kernels.scores import INF, deviations, slot_scores, untouchable
 from torch import Tensor
-
-from ..masks import additive, at_positions, by_kv_head, visible
-from ..rule import FIRST, FREE, LIVE, SEEN, UNTOUCHABLE, Rule
-from ..scores import INF, deviations, slot_scores, untouchable
-from .look import look
 
 
 def decode_attend_reference(
@@ -76,7 +76,7 @@ def _read(cells: list[list[int]], cursor: Tensor, position: int, plan: Rule) -> 
         size = plan.budget(seen + 1)
         return _Step(live + 1, [(0, len(cells), live + 1)], size, first, live + 1 > size, False, position)
 
-    def shaped(values: list[int]) -> Tensor:
+    def shaped(values: Sequence[int]) -> Tensor:
         return torch.tensor(values, device=cursor.device).view(*cursor.shape[:2], 1)
 
     used = [c[LIVE] + 1 for c in cells]
@@ -117,7 +117,14 @@ def _arrived(mask: Tensor, position: int, batch: int) -> list[bool]:
 
 
 def _append(
-    cells: list[list[int]], k_new: Tensor, v_new: Tensor, k: Tensor, v: Tensor, pos: Tensor, stats: Tensor, position: int
+    cells: list[list[int]],
+    k_new: Tensor,
+    v_new: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos: Tensor,
+    stats: Tensor,
+    position: int,
 ) -> None:
     """Write the token into slot FREE of every head. State tensors are contiguous, so a slot is one row of a matrix."""
     slots = k.shape[2]
@@ -132,7 +139,7 @@ def _append(
 def _probabilities(
     q: Tensor, k: Tensor, mask: Tensor | None, pos: Tensor, step: _Step, scale: float
 ) -> tuple[Tensor, Tensor | None]:
-    """float32 [B*Hkv, G, n], 0 on empty slots; and bool [B*Hkv, n], slots that some query of the group sees, if masked."""
+    """float32 [B*Hkv, G, n], 0 on empty slots; and if masked bool [B*Hkv, n], what some query of the group sees."""
     keys = k.view(-1, *k.shape[2:])
     queries = q.reshape(keys.shape[0], -1, q.shape[3])
     if len(step.runs) == 1:
@@ -151,7 +158,7 @@ def _logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 
 def _masked_softmax(logits: Tensor, mask: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax over what the mask shows: probabilities (0 in rows that see nothing), and the slots seen by any of the group."""
+    """Softmax over what the mask shows: probabilities (0 in rows that see nothing), and what any of the group sees."""
     batch, heads, slots = pos.shape
     here = at_positions(by_kv_head(mask, heads), pos).squeeze(3)
     shown = visible(here) & (pos >= 0).unsqueeze(2)
@@ -191,7 +198,7 @@ def _observe(stats: Tensor, probs: Tensor, seen: Tensor | None, step: _Step, pla
 
 
 def _settle(pos: Tensor, stats: Tensor, cursor: Tensor, step: _Step, plan: Rule) -> None:
-    """Advance the cursor; if over budget, evict one slot per head and leave the hole at FREE. pos, stats: used slots."""
+    """Advance the cursor; if over budget, evict one slot per head, leave the hole at FREE. pos, stats: used slots."""
     cursor[..., SEEN].add_(1)
     if step.starts:
         cursor[..., FIRST].masked_fill_(cursor[..., FIRST] < 0, step.position)
@@ -218,7 +225,8 @@ def _victim(pos: Tensor, stats: Tensor, step: _Step, plan: Rule) -> Tensor:
     score = slot_scores(stats, pos, plan)
     if plan.heads == "all" and plan.score != "position":
         score = score.mean(1, keepdim=True).expand_as(pos)
-    outside = pos - pos.clamp(*_exposed(step, plan))
+    low, high = _exposed(step, plan)
+    outside = pos - pos.clamp(low, high)  # type: ignore[arg-type]  # both ints or both tensors
     guard = outside.float().abs_().mul_(UNTOUCHABLE)
     scope = _scope(stats, pos, guard, step, plan) if plan.scope_num else None
     eligible = score if scope is None else torch.add(score, scope, alpha=UNTOUCHABLE)

@@ -1,7 +1,8 @@
 """decode_attend in Triton. Not yet run on a GPU: tested in the interpreter and compiled ahead of time.
 
-Three launches, four with a scope: partial attention over splits of the slots (reads K and V once per KV head), their sum with the
-statistics, and the victim. Grids and scratch depend on shapes alone and nothing is read back, so a CUDA graph can hold them.
+Three launches, four with a scope: partial attention over splits of the slots (reads K and V once per KV head), their
+sum with the statistics, and the victim. Grids and scratch depend on shapes alone and nothing is read back, so a CUDA
+graph can hold them.
 """
 
 from __future__ import annotations
@@ -9,10 +10,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from kvpass.kernels.rule import Rule
+from kvpass.kernels.triton_launch import (
+    Target,
+    blocks,
+    launch,
+    mask_arguments,
+    power_of_two,
+    precision,
+    rows_last,
+    target,
+)
 from torch import Tensor
 
-from ..rule import Rule
-from ..triton_launch import Target, blocks, launch, mask_arguments, power_of_two, precision, rows_last, target
 from .triton_kernel import combine_kernel, split_kernel
 from .triton_victim import spread_kernel, victim_kernel
 
@@ -54,7 +64,15 @@ def decode_attend_triton(
 
 
 def _attend(
-    q: Tensor, k_new: Tensor, v_new: Tensor, k: Tensor, v: Tensor, pos: Tensor, scale: float, plan: Rule, shared: dict[str, Any]
+    q: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos: Tensor,
+    scale: float,
+    plan: Rule,
+    shared: dict[str, Any],
 ) -> Tensor:
     """Append, attend, update the statistics; returns out [B, Hq, 1, Dv]."""
     batch, kv_heads, slots, dim = k.shape
@@ -63,8 +81,9 @@ def _attend(
     observes = bool(plan.stats) and plan.decode != "none"
     size = _config(max(dim, wide), q.element_size(), target(q.device))
     splits = _splits(batch * kv_heads, slots, size["BN"], target(q.device))
-    scratch = torch.empty(batch * heads * splits * (wide + 2), dtype=torch.float32, device=q.device)
-    best, total, acc = scratch.split([batch * heads * splits] * 2 + [batch * heads * splits * wide])
+    each = batch * heads * splits
+    scratch = torch.empty(each * (wide + 2), dtype=torch.float32, device=q.device)
+    acc, best, total = scratch[: each * wide], scratch[each * wide : -each], scratch[-each:]
     logits = q.new_empty(batch, heads, slots, dtype=torch.float32) if observes else None
     parts: dict[str, Any] = {"p_logits": logits, "p_max": best, "p_sum": total, "p_acc": acc, "splits": splits, **size}
     parts |= {"G": group, "GP": 1 if group == 1 else power_of_two(group, 16), "DV": wide, "BDV": power_of_two(wide, 16)}
@@ -151,7 +170,7 @@ def _evict(pos: Tensor, stats: Tensor, cursor: Tensor, plan: Rule, shared: dict[
 
 
 def _splits(rows: int, slots: int, block: int, on: Target) -> int:
-    """Programs per (b, KV head): enough to fill the device twice, each with two blocks or more; a power of two <= 64."""
+    """Programs per (b, KV head): to fill the device twice, with two blocks or more each; a power of two <= 64."""
     wanted = max(1, min(2 * on.cores // rows, slots // (2 * block), 64))
     return 1 << (wanted.bit_length() - 1)
 

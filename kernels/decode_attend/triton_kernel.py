@@ -8,8 +8,7 @@ FREE, which no program of that launch reads.
 
 import triton
 import triton.language as tl
-
-from ..triton_common import LOG2E, arrives, finite, masked, rows, softmax_step
+from kvpass.kernels.triton_common import LOG2E, arrives, finite, masked, rows, softmax_step
 
 
 @triton.jit
@@ -80,7 +79,7 @@ def split_kernel(
     MASK: tl.constexpr,
     HIDDEN: tl.constexpr,
 ):
-    """Append the token; per split: maximum, sum [B, Hq, splits], unnormalised output [B, Hq, splits, Dv], logits [B, Hq, C].
+    """Append the token; per split: maximum, sum [B, Hq, splits], raw output [B, Hq, splits, Dv]; logits [B, Hq, C].
 
     Program: (b, KV head) x split, so K and V are read once per KV head, whatever the group. G heads padded to GP.
     Logits are in base 2, -inf where hidden. An empty split writes no output.
@@ -178,8 +177,9 @@ def combine_kernel(
 ):
     """out [B, Hq, 1, Dv] from the splits; statistics of the slots from the logits, if any of SUM, SUMSQ, COUNT is >= 0.
 
-    Same grid as split_kernel: a program sums the splits of every `splits`-th head of its group, and updates the statistics
-    of its share of the slots with a = mean or max over the group of 2^(logit - lse). BS >= splits, a power of two; BC: splits summed at once.
+    Same grid as split_kernel: a program sums the splits of every `splits`-th head of its group, and updates the
+    statistics of its share of the slots with a = mean or max over the group of 2^(logit - lse). BS >= splits, a power
+    of two; BC: splits summed at once.
     """
     i_r, i_s = rows(0), tl.program_id(1)
     o_g, o_s, o_v = tl.arange(0, GP), tl.arange(0, BS), tl.arange(0, BDV)
@@ -201,7 +201,7 @@ def combine_kernel(
             b_x = tl.load(p_acc + o_c[:, None] * DV + o_v[None, :], mask=m_c[:, None] & (o_v < DV)[None, :], other=0.0)
             b_o += tl.sum(b_w[:, None] * b_x, 0)
         tl.store(p_out + (i_r * G + g) * DV + o_v, b_o.to(p_out.dtype.element_ty), mask=o_v < DV)
-    if SUM >= 0 or SUMSQ >= 0 or COUNT >= 0:
+    if SUM >= 0 or SUMSQ >= 0 or COUNT >= 0:  # noqa: SIM102 (decided when compiling)
         if arrives(p_mask, i_r // HKV, position, mask_heads, s_mb, s_mh, s_mt, HEADS, MASK, HIDDEN) > 0:
             plane = tl.num_programs(0).to(tl.int64) * C
             first, last = split_range(tl.load(p_cursor + i_r * 4), splits, BN)

@@ -1,11 +1,10 @@
-"""Device code of decode_attend, what follows attention: count the token, and pick the slot that goes if the budget is passed."""
+"""Device code of decode_attend, what follows attention: count the token, pick the slot that goes if over budget."""
 
 # mypy: ignore-errors
 
 import triton
 import triton.language as tl
-
-from ..triton_common import arrives, count_from, kth_key, rising, rows
+from kvpass.kernels.triton_common import arrives, count_from, kth_key, rising, rows
 
 POSITION = tl.constexpr(0)
 SUM_SCORE = tl.constexpr(1)
@@ -32,9 +31,8 @@ def bounds(p_cursor, position, slots, num, den, floor, sinks, recent, recent_num
 @triton.jit
 def slot_score(p_sum, p_count, o_c, b_pos, m_c, SCORE: tl.constexpr):
     """Score of slots o_c of one head, float32: the position, the sum, or sum / max(count, 1)."""
-    if SCORE == POSITION:
-        b_x = b_pos.to(tl.float32)
-    else:
+    b_x = b_pos.to(tl.float32)
+    if SCORE != POSITION:
         b_x = tl.load(p_sum + o_c, mask=m_c, other=0.0)
     if SCORE == MEAN_SCORE:
         b_x = tl.div_rn(b_x, tl.maximum(tl.load(p_count + o_c, mask=m_c, other=1.0), 1.0))
@@ -67,8 +65,8 @@ def victim(
 ):  # fmt: skip
     """Slot with the lowest score of the n used ones, ties the newest. Protected: pos < old or pos >= young.
 
-    ALL: scores are means over the `heads` heads, whose rows are `stride` apart, this one being number i_h. SCOPE: spreads
-    of a key >= `sure`, and those of key `tied` up to position `limit`, are out of reach.
+    ALL: scores are means over the `heads` heads, whose rows are `stride` apart, this one being number i_h. SCOPE:
+    spreads of a key >= `sure`, and those of key `tied` up to position `limit`, are out of reach.
     """
     b_best = tl.full([BLOCK], float("inf"), tl.float32)
     b_age = tl.full([BLOCK], -1, tl.int32)
@@ -103,10 +101,10 @@ def spread_kernel(
     slots, num, den, floor, sinks, recent, recent_num, recent_den,
     SUM: tl.constexpr, SUMSQ: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Standard deviation of the probabilities each slot was given -> spread [B, Hkv, C]; -1 where protected. Only over budget.
+    """Standard deviation of the probabilities each slot was given -> spread [B, Hkv, C]; -1 where protected.
 
-    Program: (b, KV head) x block of slots. Rounded as torch does it: true division and root, no fused multiply-add (the
-    launch turns fusion off), because two spreads that torch finds equal must be equal here.
+    Only over budget. Program: (b, KV head) x block of slots. Rounded as torch does it: true division and root, no fused
+    multiply-add (the launch turns fusion off), because two spreads that torch finds equal must be equal here.
     """
     i_r = rows(0)
     plane = tl.num_programs(0).to(tl.int64) * C
@@ -132,7 +130,10 @@ def victim_kernel(
     HEADS: tl.constexpr, SUM: tl.constexpr, COUNT: tl.constexpr, SCORE: tl.constexpr, ALL: tl.constexpr,
     SCOPE: tl.constexpr, EVICTS: tl.constexpr, BLOCK: tl.constexpr, MASK: tl.constexpr, HIDDEN: tl.constexpr,
 ):  # fmt: skip
-    """Advance cursor [B, Hkv, 4]; over budget, free the victim (pos -1). Program: (b, KV head). Reads statistics and pos only."""
+    """Advance cursor [B, Hkv, 4]; over budget, free the victim (pos -1). Program: (b, KV head).
+
+    Of the slots it reads statistics and pos only.
+    """
     i_r = rows(0)
     i_b, i_h = i_r // HKV, i_r % HKV
     if arrives(p_mask, i_b, position, mask_heads, s_mb, s_mh, s_mt, HEADS, MASK, HIDDEN) > 0:
@@ -142,7 +143,7 @@ def victim_kernel(
             p_cursor, position, slots, num, den, floor, sinks, recent, recent_num, recent_den
         )
         live, free = used, used
-        if EVICTS:
+        if EVICTS:  # noqa: SIM102 (decided when compiling)
             if used > size:
                 plane = tl.num_programs(0).to(tl.int64) * C
                 p_row = p_stats + i_r * C

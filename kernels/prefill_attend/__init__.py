@@ -1,11 +1,13 @@
-"""prefill_attend: attention of many queries, and what each key got of it. The reference is the meaning; triton runs on CUDA and ROCm."""
+"""prefill_attend: attention of many queries, and what each key got of it.
+
+The reference is the meaning; triton runs on CUDA and ROCm.
+"""
 
 from __future__ import annotations
 
 import torch
+from kvpass.kernels.choose import kernel
 from torch import Tensor
-
-from ..choose import kernel
 
 
 def prefill_attend(
@@ -14,9 +16,9 @@ def prefill_attend(
     """Attend, and observe the rows of probabilities that the rule asks for.
 
     q [B, Hq, S, D], k [B, Hkv, L, D], v [B, Hkv, L, Dv], one float dtype, Hq a multiple of Hkv. pos None: L == S and
-    key l has position l; else int32 [B, Hkv, L], -1 = empty (finite k and v), the last S keys are the call's own. mask: bool
-    (True = attend) or additive float, broadcastable to [B, Hq, S, T], looked up at the keys' positions. causal: query
-    i sees positions <= i (top-left, as in torch).
+    key l has position l; else int32 [B, Hkv, L], -1 = empty (finite k and v), the last S keys are the call's own. mask:
+    bool (True = attend) or additive float, broadcastable to [B, Hq, S, T], looked up at the keys' positions. causal:
+    query i sees positions <= i (top-left, as in torch).
 
     Returns (out [B, Hq, S, Dv] = softmax(q k^T scale + mask) v, contiguous; statistics of this call, float32
     [N, B, Hkv, L]; valid bool [B, S]). Raises ValueError on shapes or dtypes that do not fit.
@@ -35,13 +37,13 @@ def _check(q: Tensor, k: Tensor, v: Tensor, pos: Tensor | None, mask: Tensor | N
     if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
         raise ValueError(f"prefill_attend: q, k, v must share a float dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     if k.shape[2] < queries or (pos is None and k.shape[2] != queries):
-        raise ValueError(f"prefill_attend: {queries} queries do not fit {k.shape[2]} keys (pos given: {pos is not None})")
+        raise ValueError(f"prefill_attend: {queries} queries do not fit {k.shape[2]} keys (pos: {pos is not None})")
     if pos is not None and (pos.shape != k.shape[:3] or pos.dtype != torch.int32):
         raise ValueError(f"prefill_attend: pos must be int32 {list(k.shape[:3])}, got {pos.dtype} {list(pos.shape)}")
     if mask is None:
         return
     allowed = ((1, batch), (1, heads), (1, queries))
     if mask.dim() != 4 or any(n not in sizes for n, sizes in zip(mask.shape, allowed, strict=False)):
-        raise ValueError(f"prefill_attend: mask {list(mask.shape)} does not broadcast to {[batch, heads, queries, 'T']}")
+        raise ValueError(f"prefill_attend: mask {list(mask.shape)} must broadcast to {[batch, heads, queries, 'T']}")
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise ValueError(f"prefill_attend: mask must be bool or float, got {mask.dtype}")

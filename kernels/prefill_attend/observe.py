@@ -9,15 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from kvpass.kernels.rule import Rule
 from torch import Tensor
 
-from ..rule import Rule
-
 if TYPE_CHECKING:
-    from .reference import Piece
+    from kvpass.kernels.prefill_attend.reference import Piece
 
 ROWS, KEYS = 384, 1024
-"""Rows (queries times group) and keys of a tile: 1.5 MiB of float32, within one core's L2. Measured on AVX-512, D = 64."""
+"""Rows (queries times group) and keys of a tile: 1.5 MiB of float32, within a core's L2. Measured with D = 64."""
 
 NEVER = 1e30
 """A log-sum-exp that makes every probability 0; finite, because a matmul may multiply it by zero."""
@@ -62,7 +61,7 @@ def observe(
     heads = k.shape[1]
     columns = lse[:, :, low:high].masked_fill(~watched[:, None], NEVER)[..., None]
     queries = torch.cat([q[piece.batch, :, top + low : top + high].float() * scale, -columns], -1)
-    queries = queries.unflatten(1, (heads, -1))
+    queries = queries.view(len(queries), heads, -1, *queries.shape[2:])
     keys = k[piece.batch, :, left:right].float().mT
     if bias is not None and bias.shape[3] > 1:
         bias = bias[:, :, :, low:high]

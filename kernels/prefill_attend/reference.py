@@ -11,11 +11,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from kvpass.kernels.masks import additive, arrivals, at_positions, by_kv_head, causal_span, visible
+from kvpass.kernels.prefill_attend.observe import NEVER, observe
+from kvpass.kernels.rule import Rule
 from torch import Tensor
-
-from ..masks import additive, arrivals, at_positions, by_kv_head, threshold, visible
-from ..rule import Rule
-from .observe import NEVER, observe
 
 BLOCK = 256
 """Query rows per piece with a bias: the bias of a piece stays small, hidden key columns are skipped per piece."""
@@ -79,29 +78,15 @@ def _cut(
     """Cut a call into pieces; gives `valid` too where the cut already knows it."""
     batch, _, queries, _ = q.shape
     keys = k.shape[2]
-    whole = slice(0, batch)
     if pos is None and mask is None:
-        return [Piece(whole, (0, queries), (0, keys), "causal" if causal else "full")], None
-    spans = None
+        return [Piece(slice(0, batch), (0, queries), (0, keys), "causal" if causal else "full")], None
     if pos is None and mask is not None and mask.dtype == torch.bool and mask.shape[1:] == (1, queries, keys):
-        spans = [_span(m[0]) for m in mask]
-    if spans is not None and all(s is not None for s in spans):
-        return _triangles(spans, batch, queries, q.device)
-    return [
-        Piece(whole, (i, min(i + BLOCK, queries)), (0, keys), "bias") for i in range(0, queries, BLOCK)
-    ], None
-
-
-def _span(mask: Tensor) -> tuple[int, int] | None:
-    """(first, end) if the mask [S, S] is exactly "row i sees columns first .. min(i, end - 1)", else None."""
-    length = mask.shape[-1]
-    seen = mask[-1].nonzero()
-    if not len(seen):
-        return None
-    first, end = int(seen[0]), int(seen[-1]) + 1
-    index = torch.arange(length, device=mask.device)
-    expected = (index <= index[:, None]) & (index >= first) & (index < end)
-    return (first, end) if torch.equal(mask, expected) else None
+        spans = [causal_span(m[0]) for m in mask]
+        known = [s for s in spans if s is not None]
+        if len(known) == len(spans):
+            return _triangles(known, batch, queries, q.device)
+    starts = range(0, queries, BLOCK)
+    return [Piece(slice(0, batch), (i, min(i + BLOCK, queries)), (0, keys), "bias") for i in starts], None
 
 
 def _triangles(
@@ -171,8 +156,7 @@ def _flash_attend(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor]:
     """torch's CPU kernel; it wants one head size for k and v, and a mask of the query's dtype per query head."""
-    batch, heads, rows, _ = q.shape
-    kv_heads, wide = k.shape[1], v.shape[3]
+    heads, kv_heads, wide = q.shape[1], k.shape[1], v.shape[3]
     dim = max(q.shape[3], wide)
     q, k, v = (x if x.shape[3] == dim else F.pad(x, (0, dim - x.shape[3])) for x in (q, k, v))
     if bias is not None:
@@ -197,7 +181,7 @@ def _plain_attend(
             logits.masked_fill_(torch.ones_like(logits[0, 0], dtype=torch.bool).triu(top + 1), float("-inf"))
         if bias is not None:
             part = bias if bias.shape[3] == 1 else bias[:, :, :, top : top + BLOCK]
-            logits = (logits.unflatten(1, (k.shape[1], group)) + part).flatten(1, 2)
+            logits = (logits.view(len(q), -1, group, *logits.shape[2:]) + part).flatten(1, 2)
         lse = logits.logsumexp(-1)
         outs.append((logits - lse[..., None].nan_to_num(neginf=0.0)).exp() @ vf)
         sums.append(lse.nan_to_num(neginf=0.0))

@@ -5,10 +5,19 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from kvpass.kernels.rule import Rule
+from kvpass.kernels.triton_launch import (
+    Target,
+    blocks,
+    launch,
+    mask_arguments,
+    power_of_two,
+    precision,
+    rows_last,
+    target,
+)
 from torch import Tensor
 
-from ..rule import Rule
-from ..triton_launch import Target, blocks, launch, mask_arguments, power_of_two, precision, rows_last, target
 from .triton_kernel import attend_kernel, statistics_kernel
 from .triton_survey import TILE, survey_kernel
 
@@ -29,7 +38,8 @@ def prefill_attend_triton(
     lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
     shared: dict[str, Any] = {
         **mask_arguments(mask),
-        **{f"s_{n}{d}": x.stride(i) for n, x in (("q", q), ("k", k)) for i, d in enumerate("bhs" if n == "q" else "bhl")},
+        **{f"s_q{d}": q.stride(i) for i, d in enumerate("bhs")},
+        **{f"s_k{d}": k.stride(i) for i, d in enumerate("bhl")},
         "p_q": q,
         "p_k": k,
         "p_pos": pos,
@@ -74,8 +84,9 @@ def _survey(q: Tensor, k: Tensor, pos: Tensor | None, mask: Tensor | None) -> _S
     differ = heads if mask.shape[1] > 1 else 1 if pos is None else kv_heads
     kv_differ = 1 if differ == 1 else kv_heads
     tiles_q, tiles_k = blocks(queries, _TILE), blocks(length, _TILE)
-    sizes = [batch, batch * differ * tiles_q * 2, batch * kv_differ * tiles_k * 2]
-    end, by_query, by_key = torch.zeros(sum(sizes), dtype=torch.int32, device=q.device).split(sizes)
+    middle, last = batch + batch * differ * tiles_q * 2, batch * kv_differ * tiles_k * 2
+    zeros = torch.zeros(middle + last, dtype=torch.int32, device=q.device)
+    end, by_query, by_key = zeros[:batch], zeros[batch:middle], zeros[middle:]
     valid = torch.zeros(batch, queries, dtype=torch.uint8, device=q.device)
     arguments = mask_arguments(mask)
     launch(

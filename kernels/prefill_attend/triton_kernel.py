@@ -4,9 +4,9 @@
 
 import triton
 import triton.language as tl
+from kvpass.kernels.triton_common import LOG2E, finite, masked, rows, softmax_step
 
-from ..triton_common import LOG2E, finite, masked, rows, softmax_step
-from .triton_survey import TILE, covered
+from .triton_survey import covered
 
 
 @triton.jit
@@ -60,7 +60,7 @@ def attend_kernel(
     HIDDEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out [B, Hq, S, Dv] = softmax2(q k^T scale log2e + mask) v, lse [B, Hq, S] = log2 of the denominators (+inf: blind).
+    """out [B, Hq, S, Dv] = softmax(q k^T scale + mask) v; lse [B, Hq, S], base 2, +inf for rows that see nothing.
 
     Program: (b, query head) x query block, the longest blocks first. p_span [B, spanning, tiles, 2]: which key tiles a
     query tile can see at all.
@@ -156,11 +156,11 @@ def statistics_kernel(
     SUMSQ: tl.constexpr,
     COUNT: tl.constexpr,
 ):
-    """stats [N, B, Hkv, L]: sum over observing queries i of a_ij, a_ij^2 and visibility; rows SUM, SUMSQ, COUNT (-1 = not kept).
+    """stats [N, B, Hkv, L]: sums over observing queries i of a_ij, a_ij^2 and visibility; rows SUM, SUMSQ, COUNT or -1.
 
     a_ij = mean or max over the G heads of 2^(logit_ij - lse_i). Observing: valid queries among the last WINDOW ones
-    before p_end[b] (-1: all). Program: (b, KV head) x key block; the tile is transposed, [keys, queries], so
-    that the sums over queries stay within a warp.
+    before p_end[b] (-1: all). Program: (b, KV head) x key block; the tile is transposed, [keys, queries], so that the
+    sums over queries stay within a warp.
     """
     i_r, i_n = rows(0), tl.program_id(1)
     i_b, i_h = i_r // HKV, i_r % HKV

@@ -9,8 +9,7 @@ can see. Attention and statistics then loop over spans, without branches.
 
 import triton
 import triton.language as tl
-
-from ..triton_common import masked, rows
+from kvpass.kernels.triton_common import masked, rows
 
 TILE = tl.constexpr(64)
 
@@ -52,10 +51,11 @@ def survey_kernel(
     MASK: tl.constexpr,
     HIDDEN: tl.constexpr,
 ):
-    """Mask -> valid [B, S] uint8, end [B] (one past the last valid token), spans [B, H, tiles_q, 2], [B, HK, tiles_k, 2].
+    """Mask -> valid [B, S] uint8, end [B] (one past the last valid token), spans of query and of key tiles.
 
-    All outputs start at zero. Program: (b, surveyed head) x query tile x key tile. H: heads that can differ (1, Hkv or Hq);
-    HK: their KV heads (1 or Hkv); the last S keys are the call's own tokens.
+    Spans [B, H, tiles_q, 2] and [B, HK, tiles_k, 2]. All outputs start at zero. Program: (b, surveyed head) x query
+    tile x key tile. H: heads that can differ (1, Hkv or Hq); HK: their KV heads (1 or Hkv); the last S keys are the
+    call's own tokens.
     """
     i_r, i_m, i_n = rows(0), tl.program_id(1), tl.program_id(2)
     i_b, i_h = i_r // H, i_r % H

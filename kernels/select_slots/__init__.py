@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
+from kvpass.kernels.choose import kernel
 from torch import Tensor
-
-from ..choose import kernel
 
 
 def select_slots(score: Tensor, cursor: Tensor, capacity: int) -> Tensor:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
+from kvpass.kernels.rule import LIVE
 from torch import Tensor
-
-from ..rule import LIVE
 
 
 def select_slots_reference(score: Tensor, cursor: Tensor, capacity: int) -> Tensor:

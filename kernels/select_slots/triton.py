@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from kvpass.kernels.triton_launch import launch, power_of_two
 from torch import Tensor
 
-from ..triton_launch import launch, power_of_two
 from .triton_kernel import select_kernel
 
 

@@ -28,7 +28,7 @@ def stages(folder: str | None, number: int, captured: Any, record: Any, lowered:
         folder: of the report; None writes nothing and only feeds torch's structured trace (off without TORCH_TRACE).
         number: of the graph in its backend, from 1.
         captured: the GraphModule of Dynamo.
-        record: the graph's `GraphRecord`; `plan` may be None (nothing planned: no site, or refused).
+        record: the graph's `GraphRecord`; `plan` may be None (no site, or the graph is refused).
         lowered: the `Lowered` graph, or None.
     """
     _trace(number, record, lowered)

@@ -26,11 +26,12 @@ class OutputCode(AbstractContextManager["OutputCode"]):
             from torch._inductor.codecache import PyCodeCache
 
             self._original = PyCodeCache.__dict__["load_by_key_path"]
-            self._cache = PyCodeCache
-        except (ImportError, KeyError) as error:
+            listening: Any = classmethod(self._listening())
+        except (ImportError, KeyError, AttributeError) as error:
             self.trouble = f"this torch has no code cache that kvpass knows ({error!r})"
             return self
-        PyCodeCache.load_by_key_path = classmethod(self._listening())  # type: ignore[assignment]
+        self._cache = PyCodeCache
+        PyCodeCache.load_by_key_path = listening  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *exc: Any) -> None:
@@ -56,6 +57,8 @@ class OutputCode(AbstractContextManager["OutputCode"]):
             lines.append(
                 "07_inner_*.py beside this file are copies. TORCH_LOGS=output_code prints the code while compiling."
             )
+        elif error is not None:
+            lines.append("output code: none, compilation stopped.")
         elif self.trouble:
             lines.append(f"output code: not found, {self.trouble}; TORCH_LOGS=output_code prints it.")
         else:
@@ -63,7 +66,7 @@ class OutputCode(AbstractContextManager["OutputCode"]):
                 "output code: none. inner='eager' and 'aot_eager' generate none: they run 04_rewritten.py node by node."
             )
         if error is not None:
-            lines.append(f"the inner compiler failed: {type(error).__name__}: {error}")
+            lines.append(f"{type(error).__name__}: {error}")
         return "\n".join([*lines, f"torch {_torch_version()}"]) + "\n"
 
 

@@ -24,7 +24,7 @@ from kvpass.debug.source import readable, site_diff
 
 log = logging.getLogger(__name__)
 
-OURS = re.compile(r"graph_\d{3,}_(prefill|extend|decode|refused|untouched)$")
+OURS = re.compile(r"graph_\d{3,}_(prefill|extend|decode|declined|untouched)$")
 
 
 @dataclass
@@ -178,11 +178,11 @@ def _clear(root: Path) -> None:
 
 def _entry(run: Run, number: int, record: Any, lowered: Any) -> Entry:
     table = record.table
-    phase = table.sites[0].phase.value if lowered is not None else "refused" if table.declined else "untouched"
+    phase = table.sites[0].phase.value if lowered is not None else "declined" if table.declined else "untouched"
     facts = {"sites": str(len(table.sites)), "declined": str(len(table.declined))}
     if record.plan is not None:
         facts |= {
-            "plan": record.plan.fingerprint,
+            "fingerprint": record.plan.fingerprint,
             "rule": record.plan.sites[0].rule.encode() if record.plan.sites else "",
         }
     facts |= {stage: f"{seconds * 1000:.1f} ms" for stage, seconds in record.seconds.items()}

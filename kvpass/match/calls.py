@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -110,7 +111,7 @@ def module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""
-    path = str(next(reversed(stack.values()))[0])
-    for noise in ("L['self'].", "L['fn'].", "L['self']", "_modules['", "_modules.", "']"):
+    path = re.sub(r"^L\['\w+'\]\.?", "", str(next(reversed(stack.values()))[0]))
+    for noise in ("_modules['", "']"):
         path = path.replace(noise, "")
     return path.strip(".")

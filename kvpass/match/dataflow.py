@@ -8,7 +8,8 @@ from itertools import islice
 import networkx as nx
 from torch import fx
 
-from kvpass.match.calls import call_name, is_metadata
+from kvpass.match.calls import call_name, is_input, is_metadata
+from kvpass.match.shapes import shape_of
 
 
 class Flow:
@@ -70,3 +71,13 @@ def flat_outputs(output: fx.Node) -> list[object]:
     """The output tuple of a graph as a list."""
     values = output.args[0]
     return list(values) if isinstance(values, (tuple, list)) else [values]
+
+
+def data_inputs(graph: fx.Graph) -> list[int]:
+    """Places of inputs of the call (no weights) with 3 or more dimensions that the graph computes with."""
+    places = enumerate(node for node in graph.nodes if node.op == "placeholder")
+    return [at for at, n in places if is_input(n) and len(shape_of(n)) >= 3 and any(map(_reads, n.users))]
+
+
+def _reads(user: fx.Node) -> bool:
+    return user.op != "output" and not is_metadata(user)

@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import fx
 
-from kvpass.match.calls import PROJECTIONS, argument, call_name, is_input, is_metadata
+from kvpass.match.calls import PROJECTIONS, argument, call_name, is_input, is_metadata, operand
 from kvpass.match.shapes import is_empty, normal_dim, shape_of
+from kvpass.match.views import is_view
 
 ENDS = PROJECTIONS | {"sdpa", "flex_attention"}
+SLICES = frozenset({"getitem", "narrow", "select", "index_select", "chunk", "split"})
 LIMIT = 300
 """Nodes looked at around one value: far more than lies between a projection and a cache."""
 
@@ -25,6 +27,15 @@ def nearby(start: fx.Node, step: Callable[[fx.Node], Iterable[fx.Node]]) -> Iter
         fresh = [n for n in step(node) if n not in seen and call_name(n) not in ENDS and not is_metadata(n)]
         seen.update(fresh)
         queue += fresh
+
+
+def whole(node: fx.Node) -> Iterator[fx.Node]:
+    """A value and what it is a view or a slice of."""
+    while True:
+        yield node
+        if not (is_view(node) or call_name(node) in SLICES) or not isinstance(operand(node), fx.Node):
+            return
+        node = operand(node)
 
 
 def from_input(node: Any) -> bool:

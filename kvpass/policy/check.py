@@ -49,7 +49,7 @@ def check_policy(p: Policy, where: str) -> None:
         (p.protect.sinks < 0, "protect.sinks", "give a number >= 0"),
         (p.protect.recent < 0, "protect.recent", "give a number >= 0"),
         (
-            isinstance(p.protect.recent, float) and p.protect.recent >= 1,
+            isinstance(p.protect.recent, float) and not p.protect.recent < 1,
             "protect.recent",
             "a fraction must be below 1; give an int for tokens",
         ),
@@ -91,13 +91,14 @@ def check_budget(p: Policy, *, given: bool, own: int | float | None) -> None:
         )
     if isinstance(b, int) and b < 1:
         raise PolicyError("a budget of slots is at least 1", where=where, hint="give budget=1024")
-    if given and own == 1.0 and b != 1.0:
+    whole = isinstance(b, float) and b == 1.0  # 1.0 is everything, 1 is one slot
+    if given and isinstance(own, float) and own == 1.0 and not whole:
         raise PolicyError(
-            "policy 'full' keeps everything", where=where, hint="leave budget out, or choose an evicting policy"
+            f"policy {p.name!r} keeps everything", where=where, hint="leave budget out, or choose an evicting policy"
         )
     smallest = b if isinstance(b, int) else p.min_slots
     protected = p.protect.sinks + recent_of(p, smallest)
-    if b != 1.0 and protected > smallest:
+    if not whole and protected > smallest:
         raise PolicyError(
             f"the budget can be as small as {smallest} slots, but {protected} are protected "
             f"(sinks {p.protect.sinks}, recent {p.protect.recent})",

@@ -25,19 +25,23 @@ def names() -> list[str]:
 def load(policy: str | Path | Policy | dict[str, Any]) -> Policy:
     """See `Policy.load`."""
     if isinstance(policy, Policy):
-        check_policy(policy, where="Policy object")
-        return policy
+        return _from_dict(policy.to_dict(), where="Policy object")
     if isinstance(policy, dict):
         return _from_dict(policy, where="policy given as a dict")
     if isinstance(policy, str) and not policy.endswith((".yaml", ".yml")):
         return _preset(policy)
-    return _file(Path(policy))
+    if isinstance(policy, (str, Path)):
+        return _file(Path(policy))
+    raise PolicyError(
+        f"a policy is not a {type(policy).__name__}",
+        hint="give a name, a path to a YAML file, a dict or a kvpass.Policy",
+    )
 
 
 @lru_cache(maxsize=64)
 def _preset(name: str) -> Policy:
     if name not in names():
-        near = difflib.get_close_matches(name, names(), n=1)
+        near = difflib.get_close_matches(name.lower(), names(), n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise PolicyError(
             f"no policy named {name!r}", hint=f"{hint}built in: {', '.join(names())}; or give a path ending in .yaml"
@@ -54,7 +58,7 @@ def _file(path: Path) -> Policy:
         raise PolicyError(
             f"cannot read the policy file: {error.strerror}", where=str(path), hint="give an existing YAML file"
         ) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise PolicyError(
             f"not valid YAML: {error}", where=str(path), hint="see docs/policies.md for an example"
         ) from None
@@ -70,6 +74,8 @@ def _from_dict(data: dict[str, Any], where: str) -> Policy:
         policy = TypeAdapter(Policy).validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as error:
         raise _readable(error.errors()[0], where) from None
+    except TypeError:
+        raise PolicyError("keys of a policy are words", where=where, hint=f"valid: {', '.join(_keys_at([]))}") from None
     check_policy(policy, where)
     return policy
 

@@ -72,7 +72,7 @@ class Protect:
     __pydantic_config__ = _STRICT
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Policy:
     """An eviction policy.
 
@@ -124,6 +124,13 @@ class Policy:
         chosen = self if budget is None else replace(self, budget=budget)
         check_budget(chosen, given=budget is not None, own=self.budget)
         return chosen
+
+    def __eq__(self, other: object) -> bool:
+        """As YAML would say it: a budget of 1 (slot) is not a budget of 1.0 (everything)."""
+        return isinstance(other, Policy) and repr(self) == repr(other)
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as a YAML file would say it."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from kvpass.kernels.rule import Rule
-from kvpass.runtime.shell import make, unwrap
+from kvpass.runtime.shell import make, refuse, unwrap
 from kvpass.runtime.store import Origin, SlotStore
 from kvpass.terms import Layout, Phase
 
@@ -48,6 +48,8 @@ class Binding:
             return self._fresh(args, origin, new)
         store = unwrap((key, value), self.layouts, self.where)
         store.layouts = self.layouts
+        if origin.declined:
+            store.origin = origin
         store.make_room(store.tokens + new)
         return store
 
@@ -65,15 +67,25 @@ class Bound:
     Attributes:
         inner: the compiled rewritten graph; takes the original inputs and then five state tensors for each site.
         outputs: number of outputs of the original graph; the inner one returns those that are no cache.
+        watched: places of inputs that the graph reads as data; those that are no past of a site must not be shells.
     """
 
-    def __init__(self, inner: Callable[..., Any], bindings: Sequence[Binding], outputs: int, origin: Origin) -> None:
+    def __init__(
+        self,
+        inner: Callable[..., Any],
+        bindings: Sequence[Binding],
+        outputs: int,
+        origin: Origin,
+        watched: Sequence[int] = (),
+    ) -> None:
         self.inner, self.bindings, self.origin = inner, tuple(bindings), origin
+        self.watched = tuple(at for at in watched if not any(at in (b.past or ()) for b in bindings))
         cached = {at for b in bindings for half in b.returned for at in half}
         self.kept = [at for at in range(outputs) if at not in cached]
         self.outputs = outputs
 
     def __call__(self, *args: Any) -> list[Any]:
+        refuse(args, self.watched, "")
         stores = [binding.open(args, self.origin) for binding in self.bindings]
         results = self.inner(*args, *(t for store in stores for t in store.state))
         returned: list[Any] = [None] * self.outputs
@@ -86,3 +98,14 @@ class Bound:
                 for at in places:
                     returned[at] = shell
         return returned
+
+
+class Untouched:
+    """A compiled graph without a rewritten site, which must not be given shells to read."""
+
+    def __init__(self, inner: Callable[..., Any], watched: Sequence[int]) -> None:
+        self.inner, self.watched = inner, tuple(watched)
+
+    def __call__(self, *args: Any) -> Any:
+        refuse(args, self.watched, "")
+        return self.inner(*args)

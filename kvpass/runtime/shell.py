@@ -8,17 +8,16 @@ deep-copied and dies with the host's cache. A view of a shell loses the attribut
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 
 from kvpass.errors import ForeignCacheError, ShellDataError, StaleCacheError
-from kvpass.runtime.store import SlotStore
+from kvpass.runtime.store import SlotStore, sharing_storage
 from kvpass.terms import Layout
 
 _ATTRIBUTE = "_kvpass_store"
-_BY_STORAGE: WeakValueDictionary[int, SlotStore] = WeakValueDictionary()
 
 
 def make(store: SlotStore, half: int) -> torch.Tensor:
@@ -26,7 +25,6 @@ def make(store: SlotStore, half: int) -> torch.Tensor:
     base = store.bases[half]
     shell = base.expand(_sizes(store, half, store.layouts[half]))
     setattr(shell, _ATTRIBUTE, store)
-    _BY_STORAGE[_storage_key(base)] = store
     return shell
 
 
@@ -35,7 +33,7 @@ def find(tensor: Any) -> SlotStore | None:
     if not isinstance(tensor, torch.Tensor):
         return None
     store = getattr(tensor, _ATTRIBUTE, None)
-    return store if store is not None else _BY_STORAGE.get(_storage_key(tensor))
+    return store if store is not None else sharing_storage(tensor)
 
 
 def unwrap(past: tuple[torch.Tensor, torch.Tensor], layouts: tuple[Layout, Layout], where: str) -> SlotStore:
@@ -89,5 +87,17 @@ def _foreign(key: torch.Tensor, where: str) -> Exception:
     )
 
 
-def _storage_key(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+def refuse(args: Sequence[Any], watched: Sequence[int], where: str) -> None:
+    """Refuse shells where a graph reads its inputs as data: NaN must not flow on.
+
+    Raises:
+        ShellDataError: one of the watched inputs is a shell.
+    """
+    for at in watched:
+        store = find(args[at])
+        if store is not None:
+            raise ShellDataError(
+                f"a part of the model that kvpass left as it is reads the compressed cache of {store.name} as data",
+                where=where or store.name,
+                hint="compile with strict=True to see at once which attention was declined, and why",
+            )

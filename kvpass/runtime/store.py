@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 
 from kvpass.kernels.rule import LIVE, Rule
 from kvpass.terms import Layout
+
+_BY_STORAGE: WeakValueDictionary[int, SlotStore] = WeakValueDictionary()
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,15 @@ class SlotStore:
     def __post_init__(self) -> None:
         k, v = self.state[0], self.state[1]
         self.bases = (k.new_full((1,), float("nan")), v.new_full((1,), float("nan")))
+        self._register()
+
+    def __setstate__(self, fields: dict[str, Any]) -> None:
+        """A deep copy is found by its own storages."""
+        self.__dict__.update(fields)
+        self._register()
+
+    def _register(self) -> None:
+        _BY_STORAGE.update((_storage_key(base), self) for base in self.bases)
 
     @staticmethod
     def empty_state(
@@ -103,6 +115,15 @@ class SlotStore:
         """Bytes that an unmodified cache of the same logical length holds."""
         k, v = self.state[:2]
         return sum(t.shape[0] * t.shape[1] * self.tokens * t.shape[3] * t.element_size() for t in (k, v))
+
+
+def sharing_storage(tensor: torch.Tensor) -> SlotStore | None:
+    """The living store whose one-element base a tensor is a view of."""
+    return _BY_STORAGE.get(_storage_key(tensor))
+
+
+def _storage_key(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 def capacity(rule: Rule, tokens: int) -> int:

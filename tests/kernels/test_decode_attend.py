@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from kvpass.kernels.decode_attend import decode_attend
 from kvpass.kernels.rule import FREE, LIVE, Rule
 from kvpass.kernels.testing import assert_close, bits, qkv, random_state
@@ -85,7 +84,8 @@ def test_head_sizes_and_dtypes(dtype, dim, value_dim, live, rule):
 @pytest.mark.parametrize("heads", [2, 4, 18, 32])
 @pytest.mark.parametrize("group", ["mean", "max"])
 def test_groups(heads, group):
-    step(RAGGED, Rule(stats=("sum", "sumsq"), queries=-1, group=group, decode="add", score="sum", slots=99), heads=heads)
+    rule = Rule(stats=("sum", "sumsq"), queries=-1, group=group, decode="add", score="sum", slots=99)
+    step(RAGGED, rule, heads=heads)
 
 
 def masks(heads, position):
@@ -126,8 +126,8 @@ def test_pad_rows_change_nothing(padded):
     out = decode_attend(q, k_new, v_new, mask, *state.tensors(), 60, 0.3, H2O.encode())
     assert not out.isnan().any()
     for b in range(2):
-        same = [torch.equal(bits(x[b]), bits(y[b])) for x, y in zip((state.pos, state.cursor), (before.pos, before.cursor), strict=True)]
-        assert all(same) == (b in padded)
+        same = torch.equal(state.pos[b], before.pos[b]) and torch.equal(state.cursor[b], before.cursor[b])
+        assert same == (b in padded)
         used = before.used()[b]
         if b in padded:
             assert torch.equal(state.k[b][used], before.k[b][used])
@@ -154,7 +154,7 @@ def test_golden_victims():
     sums, squares = [2.95, 0.6, 0.85, 0.4], [2.1575, 0.09, 0.2525, 0.08]
     cases = {
         3: Rule(stats=("sum", "sumsq", "count"), decode="none", score="sum", recent=1, slots=4),
-        1: Rule(stats=("sum", "sumsq", "count"), decode="none", score="mean", scope_num=1, scope_den=4, recent=1, slots=4),
+        1: Rule(stats=ALL.stats, decode="none", score="mean", scope_num=1, scope_den=4, recent=1, slots=4),
     }
     for victim, rule in cases.items():
         state = random_state(torch.tensor([[4]]), 6, 16, rule, seen=4, holes=False)
@@ -185,7 +185,11 @@ def test_shared_heads_evict_the_same_token():
 
 @pytest.mark.parametrize(
     ("index", "value", "word"),
-    [(0, torch.zeros(2, 4, 2, 16), "fit"), (0, torch.zeros(2, 3, 1, 16), "fit"), (0, torch.zeros(2, 4, 1, 16).half(), "agree")],
+    [
+        (0, torch.zeros(2, 4, 2, 16), "fit"),
+        (0, torch.zeros(2, 3, 1, 16), "fit"),
+        (0, torch.zeros(2, 4, 1, 16).half(), "agree"),
+    ],
 )
 def test_refuses(index, value, word):
     q, k_new, v_new = qkv(2, 4, 2, 1, 16)

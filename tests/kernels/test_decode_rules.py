@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-
 from kvpass.kernels.compact_slots import compact_slots
 from kvpass.kernels.decode_attend import decode_attend
 from kvpass.kernels.join_slots import join_slots
@@ -14,7 +13,7 @@ from kvpass.kernels.scores import score_slots
 from kvpass.kernels.select_slots import select_slots
 from kvpass.kernels.testing import assert_close, bits, empty_state, qkv
 
-BUDGET = dict(num=1, den=2, floor=4)
+BUDGET = {"num": 1, "den": 2, "floor": 4}
 RULES = {
     "h2o": Rule(stats=("sum",), queries=-1, decode="add", score="sum", recent_num=1, recent_den=2, **BUDGET),
     "h2o slots": Rule(stats=("sum",), queries=-1, group="max", decode="add", score="sum", recent=1, slots=9),
@@ -97,7 +96,7 @@ class Simulation:
 
     def call(self, q, k, v, position, visible):
         """q [Hq, S, D], k, v [Hkv, S, D]; visible(i, p): may query i see position p. Returns out [Hq, S, D]."""
-        rule, (heads, queries, dim) = self.rule, q.shape
+        rule, (heads, queries) = self.rule, q.shape[:2]
         group = heads // len(self.heads)
         valid = [any(visible(i, position + s) for i in range(queries)) for s in range(queries)]
         last = max((s for s in range(queries) if valid[s]), default=-1)
@@ -110,7 +109,7 @@ class Simulation:
             return out
         fresh = []
         for h in range(len(self.heads)):
-            new = [dict(pos=position + s, k=k[h, s], v=v[h, s]) for s in range(queries) if valid[s]]
+            new = [{"pos": position + s, "k": k[h, s], "v": v[h, s]} for s in range(queries) if valid[s]]
             for t in new:
                 t.update(sum=0.0, sumsq=0.0, count=0.0)
             self.heads[h].extend(new)
@@ -250,7 +249,7 @@ def drive(rule, calls, pads, *, heads=4, kv_heads=2, dim=16, check_every=1):
     ("calls", "pads"),
     [
         ([50] + [1] * 30, [(), ()]),
-        ([40] + [1] * 25, [(), range(9), range(0, 31)]),
+        ([40] + [1] * 25, [(), range(9), range(31)]),
         ([37] + [1] * 12, [range(30, 37), ()]),
         ([20, 1, 1, 9, 1, 1, 1, 17, 1, 1], [(), range(5)]),
         ([1] * 24, [()]),

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from kvpass.kernels.prefill_attend import prefill_attend
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.testing import assert_close, causal_mask, qkv
@@ -160,7 +159,7 @@ def test_masks_in_half_precision(name, dtype):
 
 
 def past(batch, kv_heads, slots, queries, position, seed=0):
-    """Positions [B, Hkv, slots + queries] of an extend call: ragged pasts in order, empties first, then the call's own."""
+    """Positions [B, Hkv, slots + queries] of an extend call: empties, a ragged past in order, the call's own."""
     g = torch.Generator().manual_seed(seed)
     pos = torch.full((batch, kv_heads, slots + queries), -1, dtype=torch.int32)
     for b in range(batch):
@@ -234,17 +233,18 @@ def test_rules_without_observation_have_no_second_pass():
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        (dict(k=torch.zeros(1, 3, 8, 16)), "fit"),
-        (dict(v=torch.zeros(1, 2, 9, 16)), "fit"),
-        (dict(v=torch.zeros(1, 2, 8, 16, dtype=torch.float16)), "dtype"),
-        (dict(k=torch.zeros(1, 2, 9, 16), v=torch.zeros(1, 2, 9, 16)), "keys"),
-        (dict(pos=torch.zeros(1, 2, 8)), "pos"),
-        (dict(mask=torch.ones(8, 8, dtype=torch.bool)), "mask"),
-        (dict(mask=torch.ones(1, 3, 8, 8, dtype=torch.bool)), "mask"),
-        (dict(mask=torch.ones(1, 1, 8, 8, dtype=torch.int32)), "mask"),
+        ({"k": torch.zeros(1, 3, 8, 16)}, "fit"),
+        ({"v": torch.zeros(1, 2, 9, 16)}, "fit"),
+        ({"v": torch.zeros(1, 2, 8, 16, dtype=torch.float16)}, "dtype"),
+        ({"k": torch.zeros(1, 2, 9, 16), "v": torch.zeros(1, 2, 9, 16)}, "keys"),
+        ({"pos": torch.zeros(1, 2, 8)}, "pos"),
+        ({"mask": torch.ones(8, 8, dtype=torch.bool)}, "mask"),
+        ({"mask": torch.ones(1, 3, 8, 8, dtype=torch.bool)}, "mask"),
+        ({"mask": torch.ones(1, 1, 8, 8, dtype=torch.int32)}, "mask"),
     ],
 )
 def test_refuses(change, word):
-    call = dict(q=torch.zeros(1, 4, 8, 16), k=torch.zeros(1, 2, 8, 16), v=torch.zeros(1, 2, 8, 16), pos=None, mask=None)
+    q, k, v = torch.zeros(1, 4, 8, 16), torch.zeros(1, 2, 8, 16), torch.zeros(1, 2, 8, 16)
+    call = {"q": q, "k": k, "v": v, "pos": None, "mask": None}
     with pytest.raises(ValueError, match=word):
         prefill_attend(**(call | change), scale=1.0, causal=False, rule="")

@@ -1,0 +1,76 @@
+"""What the interpreter cases share: a float32 dot for bfloat16, rules, masks.
+
+TRITON_INTERPRET must be set before the kernels are imported, so test_triton_interpreter.py runs the cases in processes
+of their own. No GPU takes part.
+"""
+
+from __future__ import annotations
+
+import os
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    raise RuntimeError("run test_triton_interpreter.py, or set TRITON_INTERPRET=1")
+
+import numpy as np
+import torch
+from kvpass.kernels.rule import Rule
+from kvpass.kernels.testing import causal_mask
+from torch import Tensor
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+
+def _dot(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, d: TensorHandle, *_: object) -> TensorHandle:
+    """The interpreter keeps bfloat16 as uint16 and multiplies those integers in a dot (triton 3.6 to 3.9 at least)."""
+    x, y = (
+        (t.data.astype(np.uint32) << 16).view(np.float32) if t.data.dtype == np.uint16 else t.data.astype(np.float32)
+        for t in (a, b)
+    )
+    return TensorHandle(np.matmul(x, y) + d.data, d.dtype.scalar)
+
+
+InterpreterBuilder.create_dot = _dot
+
+ALL = ("sum", "sumsq", "count")
+RULES = {
+    "h2o": Rule(stats=("sum",), queries=-1, decode="add", score="sum", recent_num=1, recent_den=2, slots=20),
+    "tova": Rule(stats=("sum",), queries=1, carry=False, decode="replace", heads="all", score="sum", slots=20),
+    "streaming": Rule(score="position", sinks=4, slots=20),
+    "snapkv": Rule(
+        stats=("sum", "count"), queries=8, carry=False, decode="add", score="mean", pool="max", pool_size=7, recent=8,
+        slots=20,
+    ),
+    "roco": Rule(
+        stats=ALL, queries=-1, decode="add", score="mean", scope_num=3, scope_den=10, sinks=4, recent=5,
+        num=1, den=4, floor=16,
+    ),
+    "max": Rule(stats=ALL, queries=-1, group="max", decode="add", score="sum", slots=20),
+    "full": Rule(),
+}  # fmt: skip
+SCALE = 0.3
+SHAPES = {
+    "one head": (1, 1, 1, 33, 16, 16),
+    "group 3": (2, 6, 2, 70, 24, 20),
+    "mha d80": (1, 2, 2, 40, 80, 80),
+    "group 16": (1, 16, 1, 35, 32, 48),
+    "single": (1, 3, 1, 1, 16, 16),
+}
+"""B, Hq, Hkv, S, D, Dv: odd lengths, head sizes that are no powers of two, Dv != D."""
+
+
+def masks(name: str, batch: int, heads: int, queries: int, total: int) -> Tensor | None:
+    """A mask [.., .., S, T] of a call whose queries are the last of `total` positions."""
+    g = torch.Generator().manual_seed(3)
+    base = causal_mask(queries, total)
+    if name == "none":
+        return None
+    if name == "left":
+        return causal_mask(queries, total, left=[7 * b for b in range(batch)])
+    if name == "right":
+        return causal_mask(queries, total, right=[3 * b + 2 for b in range(batch)])
+    if name == "heads":  # an additive bias per head, as ALiBi has, with hidden entries at finfo.min
+        bias = torch.randn(batch, heads, queries, total, generator=g)
+        return bias.masked_fill(~base, torch.finfo(torch.float32).min)
+    if name == "holes":  # per head, and some rows see nothing at all
+        return base & (torch.rand(batch, heads, queries, total, generator=g) > 0.4)
+    assert name == "wide"  # one row for all queries, as some static caches have; wider than the sequence
+    return torch.nn.functional.pad(torch.rand(1, 1, 1, total, generator=g) > 0.3, (0, 9))

@@ -1,0 +1,145 @@
+"""The ops once more, as plain loops over rows in float64: an oracle that shares no code with the references."""
+
+from __future__ import annotations
+
+import torch
+from kvpass.kernels.rule import FIRST, FREE, LIVE, SEEN, Rule
+from kvpass.kernels.testing import State
+from torch import Tensor
+
+
+def softmax_row(
+    q: Tensor, k: Tensor, scale: float, mask: Tensor | None, seen: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Probabilities float64 [L] of one query over keys [L, D], and which keys it sees."""
+    logits = (k.double() @ q.double()) * scale
+    if mask is not None and mask.dtype == torch.bool:
+        seen = seen & mask
+    elif mask is not None:
+        seen = seen & (mask > torch.finfo(mask.dtype).min / 2)
+        logits = logits + mask.double()
+    if not seen.any():
+        return torch.zeros_like(logits), seen
+    return logits.masked_fill(~seen, float("-inf")).softmax(-1), seen
+
+
+def naive_prefill(
+    q: Tensor, k: Tensor, v: Tensor, pos: None, mask: Tensor | None, scale: float, causal: bool, rule: Rule
+) -> tuple[Tensor, Tensor, Tensor]:
+    """prefill_attend without a past."""
+    batch, heads, length, _ = q.shape
+    group = heads // k.shape[1]
+    wide = None if mask is None else mask.expand(batch, heads, length, length)
+    out = torch.zeros(*q.shape[:3], v.shape[3])
+    stats = torch.zeros(len(rule.stats), batch, k.shape[1], length, dtype=torch.float64)
+    valid = torch.ones(batch, length, dtype=torch.bool)
+    index = torch.arange(length)
+    for b in range(batch):
+        if wide is not None:
+            shown = wide[b] if wide.dtype == torch.bool else wide[b] > torch.finfo(wide.dtype).min / 2
+            valid[b] = torch.tensor([bool(shown[:, :, j].any()) for j in range(length)])
+        last = max([j for j in range(length) if valid[b, j]], default=-1)
+        for h in range(k.shape[1]):
+            for i in range(length):
+                rows, seen = [], []
+                for g in range(group):
+                    allowed = index <= i if causal else index >= 0
+                    row = None if wide is None else wide[b, h * group + g, i]
+                    p, s = softmax_row(q[b, h * group + g, i], k[b, h], scale, row, allowed)
+                    out[b, h * group + g, i] = (p @ v[b, h].double()).float()
+                    rows.append(p)
+                    seen.append(s)
+                if valid[b, i] and (rule.queries < 0 or i > last - rule.queries):
+                    a = torch.stack(rows).mean(0) if rule.group == "mean" else torch.stack(rows).amax(0)
+                    values = {"sum": a, "sumsq": a * a, "count": torch.stack(seen).any(0).double()}
+                    for n, name in enumerate(rule.stats):
+                        stats[n, b, h] += values[name]
+    return out, stats.float(), valid
+
+
+def naive_select(score: Tensor, live: Tensor, capacity: int) -> Tensor:
+    """select_slots by sorting (score, index) pairs."""
+    out = torch.full((*score.shape[:2], capacity), -1, dtype=torch.int32)
+    for b in range(score.shape[0]):
+        for h in range(score.shape[1]):
+            values = score[b, h].tolist()
+            best = sorted(range(len(values)), key=lambda i: (-values[i], i))[: int(live[b, h])]
+            out[b, h, : len(best)] = torch.tensor(sorted(best), dtype=torch.int32)
+    return out
+
+
+def naive_decode(
+    q: Tensor, k_new: Tensor, v_new: Tensor, state: State, position: int, scale: float, rule: Rule
+) -> Tensor:
+    """decode_attend without a mask; changes the state."""
+    batch, heads, _, _ = q.shape
+    kv_heads = k_new.shape[1]
+    group = heads // kv_heads
+    out = torch.zeros(batch, heads, 1, v_new.shape[3])
+    for b in range(batch):
+        for h in range(kv_heads):
+            free, live = int(state.cursor[b, h, FREE]), int(state.cursor[b, h, LIVE])
+            state.k[b, h, free], state.v[b, h, free] = k_new[b, h, 0], v_new[b, h, 0]
+            state.pos[b, h, free] = position
+            state.stats[:, b, h, free] = 0
+            rows = []
+            for g in range(group):
+                keys = state.k[b, h, : live + 1]
+                p, _ = softmax_row(q[b, h * group + g, 0], keys, scale, None, torch.ones(live + 1, dtype=torch.bool))
+                out[b, h * group + g, 0] = (p @ state.v[b, h, : live + 1].double()).float()
+                rows.append(p)
+            a = torch.stack(rows).mean(0) if rule.group == "mean" else torch.stack(rows).amax(0)
+            values = {"sum": a, "sumsq": a * a, "count": torch.ones_like(a)}
+            for n, name in enumerate(rule.stats):
+                target = state.stats[n, b, h, : live + 1]
+                if rule.decode == "add":
+                    target += values[name].float()
+                elif rule.decode == "replace":
+                    target.copy_(values[name])
+        for h in range(kv_heads):
+            _settle(state, b, h, position, rule)
+    return out
+
+
+def _settle(state: State, b: int, h: int, position: int, rule: Rule) -> None:
+    """Advance one head's cursor; over budget, free the slot with the lowest (score, age)."""
+    cursor = state.cursor[b, h]
+    used = int(cursor[LIVE]) + 1
+    cursor[SEEN] += 1
+    if cursor[FIRST] < 0:
+        cursor[FIRST] = position
+    n = rule.budget(int(cursor[SEEN]))
+    if used <= n:
+        cursor[LIVE], cursor[FREE] = used, used
+        return
+    pos = state.pos[b, h].tolist()
+    first = int(cursor[FIRST])
+    protected = {s for s in range(used) if pos[s] < first + rule.sinks or pos[s] > position - rule.recent_of(n)}
+    open_slots = [s for s in range(used) if s not in protected]
+    kept: set[int] = set()
+    if rule.scope_num:
+        spread = {s: _spread(state, b, h, s, rule) for s in open_slots}
+        order = sorted(open_slots, key=lambda s: (-spread[s], pos[s]))
+        kept = set(order[: max(rule.untouchable_of(n) - len(protected), 0)])
+    score = {s: _score(state, b, h, s, rule) if s not in kept else 3.0e38 for s in open_slots}
+    victim = min(open_slots, key=lambda s: (score[s], -pos[s]))
+    state.pos[b, h, victim] = -1
+    cursor[FREE] = victim
+
+
+def _spread(state: State, b: int, h: int, s: int, rule: Rule) -> float:
+    total, square, count = (state.stats[rule.stat(n), b, h, s] for n in ("sum", "sumsq", "count"))
+    count = count.clamp(min=1)
+    return float((square / count - (total / count) * (total / count)).clamp(min=0).sqrt())
+
+
+def _score(state: State, b: int, h: int, s: int, rule: Rule) -> float:
+    if rule.score == "position":
+        return float(state.pos[b, h, s])
+    heads = range(state.pos.shape[1]) if rule.heads == "all" else [h]
+    scores = []
+    for i in heads:
+        total = state.stats[rule.stat("sum"), b, i, s]
+        mean = rule.score == "mean"
+        scores.append(float(total / state.stats[rule.stat("count"), b, i, s].clamp(min=1) if mean else total))
+    return sum(scores) / len(scores)

@@ -1,0 +1,30 @@
+"""Runs triton_cases_*.py, each group in a process of its own that has TRITON_INTERPRET=1 from the start."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+HERE = Path(__file__).parent
+FILES = {"prefill": "prefill", "extend": "prefill", "select": "prefill", "compact": "prefill"}
+FILES |= {"decode": "decode", "pipeline": "decode"}
+
+
+@pytest.mark.parametrize("group", FILES)
+def test_interpreter(group: str) -> None:
+    """Every case of the group passes, none is skipped; with -s the cases are listed."""
+    file = str(HERE / f"triton_cases_{FILES[group]}.py")
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-rA", "--no-header", "-p", "no:cacheprovider", file]
+    paths = [str(HERE), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run([*command, "-k", f"test_{group}"], env=environment, capture_output=True, text=True)
+    print(done.stdout[-20000:])
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+    assert re.search(r"\d+ passed", done.stdout)
+    assert "skipped" not in done.stdout

@@ -1,0 +1,169 @@
+"""decode_attend, and the ops in a row, in Triton's interpreter against the references and against plain loops.
+
+Not collected by a plain `pytest`: test_triton_interpreter.py runs this file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from interpreted import RULES, SCALE, masks
+from kvpass.kernels.compact_slots.reference import compact_slots_reference
+from kvpass.kernels.compact_slots.triton import compact_slots_triton
+from kvpass.kernels.decode_attend.reference import decode_attend_reference
+from kvpass.kernels.decode_attend.triton import decode_attend_triton
+from kvpass.kernels.prefill_attend.reference import prefill_attend_reference
+from kvpass.kernels.prefill_attend.triton import prefill_attend_triton
+from kvpass.kernels.rule import FREE, LIVE, Rule
+from kvpass.kernels.scores import score_slots
+from kvpass.kernels.select_slots.reference import select_slots_reference
+from kvpass.kernels.select_slots.triton import select_slots_triton
+from kvpass.kernels.testing import State, assert_close, bits, empty_state, qkv, random_state
+from naive_attention import naive_decode
+
+
+def run_decode(
+    rule: Rule, state: State, mask: str, group: int, start: int, steps: int, dtype: torch.dtype = torch.float32
+) -> None:
+    """Several steps; after each, everything equals the reference and nothing unused was written."""
+    batch, kv_heads, _, dim = state.k.shape
+    got, want = state, state.clone()
+    for i in range(steps):
+        new = qkv(batch, group * kv_heads, kv_heads, 1, dim, value_dim=state.v.shape[3], seed=i, dtype=dtype)
+        given = masks(mask, batch, group * kv_heads, 1, start + i + 1)
+        before, args = got.clone(), (start + i, SCALE, rule.encode())
+        x = decode_attend_triton(*new, given, *got.tensors(), *args)
+        y = decode_attend_reference(*new, given, *want.tensors(), *args)
+        assert_close(x, y, dtype, what=f"out at step {i}")
+        check_state(got, want, before, dtype, i)
+
+
+def check_state(got: State, want: State, before: State, dtype: torch.dtype, step: int) -> None:
+    assert_close(got.cursor, want.cursor, what=f"cursor at step {step}")
+    assert_close(got.pos, want.pos, what=f"pos at step {step}")
+    used = want.used()
+    assert_close(got.stats[:, used], want.stats[:, used], dtype, stats=True, what=f"stats at step {step}")
+    slot = torch.arange(used.shape[-1])
+    kept = slot != before.cursor[..., FREE, None]
+    written = slot <= before.cursor[..., LIVE, None]
+    for name in ("k", "v"):
+        x, y, z = (getattr(s, name) for s in (got, want, before))
+        assert torch.equal(bits(x[used]), bits(y[used])), f"{name} at step {step}"
+        assert torch.equal(bits(x[kept]), bits(z[kept])), f"{name}: a slot other than FREE was written at step {step}"
+    assert torch.equal(bits(got.stats[:, ~written]), bits(before.stats[:, ~written])), "statistics beyond LIVE"
+
+
+@pytest.mark.parametrize("mask", ["none", "left", "heads", "holes", "wide"])
+@pytest.mark.parametrize("name", ["h2o", "snapkv", "roco", "streaming", "max", "full"])
+def test_decode_ragged(name: str, mask: str) -> None:
+    rule = RULES[name]
+    live = torch.full((2, 2), 50) if name == "full" else torch.tensor([[20, 13], [2, 19]])
+    state = random_state(live, 56, 24, rule, seen=50, value_dim=20, holes=name != "full")
+    run_decode(rule, state, mask, 3, 50, 4)
+
+
+@pytest.mark.parametrize("group", [1, 16])
+@pytest.mark.parametrize("name", ["h2o", "max"])
+def test_decode_groups(name: str, group: int) -> None:
+    state = random_state(torch.tensor([[20, 7]]), 45, 80, RULES[name], seen=60)
+    run_decode(RULES[name], state, "heads", group, 60, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("group", [1, 4])
+def test_decode_half(dtype: torch.dtype, group: int) -> None:
+    state = random_state(torch.tensor([[20, 20]]), 45, 32, RULES["h2o"], seen=60, dtype=dtype)
+    run_decode(RULES["h2o"], state, "none", group, 60, 2, dtype)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_decode_from_nothing(name: str) -> None:
+    """From an empty cache to six evictions; with heads="all" every head holds the same tokens."""
+    rule = replace(RULES[name], recent=min(RULES[name].recent, 3))
+    rule = replace(rule, slots=8) if rule.slots else replace(rule, floor=8)
+    state = empty_state(1, 2, 17, 16, rule)
+    run_decode(rule, state, "none", 2, 0, 14)
+    if rule.heads == "all":
+        assert torch.equal(state.pos[:, 0], state.pos[:, 1])
+
+
+@pytest.mark.parametrize("name", ["h2o", "tova", "streaming", "roco"])
+def test_decode_naive(name: str) -> None:
+    rule = RULES[name]
+    state = random_state(torch.tensor([[20, 20], [16, 20]]), 22, 16, rule, seen=64)
+    if rule.heads == "all":  # one selection for all heads
+        for t in (state.pos, state.cursor, state.stats):
+            t.copy_(t.select(-2, 0).unsqueeze(-2).expand_as(t))
+        for t in (state.k, state.v):
+            t.copy_(t[:, :1].expand_as(t))
+    got = state.clone()
+    for i in range(3):
+        new = qkv(2, 4, 2, 1, 16, seed=i)
+        out = decode_attend_triton(*new, None, *got.tensors(), 64 + i, SCALE, rule.encode())
+        expected = naive_decode(*new, state, 64 + i, SCALE, rule)
+        assert_close(out, expected, what="out")
+        assert torch.equal(got.pos, state.pos)
+        assert torch.equal(got.cursor, state.cursor)
+
+
+@pytest.mark.parametrize("name", ["h2o", "roco"])
+def test_decode_pads(name: str) -> None:
+    """Rows whose own token is hidden in every head change nothing; one head that sees it is enough to append."""
+    rule = RULES[name]
+    state = random_state(torch.tensor([[20, 9], [20, 20], [4, 16]]), 24, 16, rule, seen=30)
+    mask = torch.ones(3, 4, 1, 31, dtype=torch.bool)
+    mask[0, :, :, 30] = False
+    mask[1, 1:, :, 30] = False
+    mask[2, :, :, :30] = False
+    got, want = state.clone(), state.clone()
+    args = (*qkv(3, 4, 2, 1, 16), mask)
+    x = decode_attend_triton(*args, *got.tensors(), 30, SCALE, rule.encode())
+    y = decode_attend_reference(*args, *want.tensors(), 30, SCALE, rule.encode())
+    assert_close(x, y, what="out")
+    check_state(got, want, state, torch.float32, 0)
+    for name, a, b in zip(("k", "v", "pos", "stats", "cursor"), got.tensors(), state.tensors(), strict=True):
+        first = (a[:, 0], b[:, 0]) if name == "stats" else (a[0], b[0])
+        assert torch.equal(bits(first[0]), bits(first[1])), f"{name} of a pad row"
+
+
+@pytest.mark.parametrize("name", ["h2o", "tova", "roco", "snapkv"])
+def test_decode_ties(name: str) -> None:
+    """Equal statistics everywhere: the newer goes, and equal spreads put the older in the scope."""
+    rule = RULES[name]
+    state = random_state(torch.tensor([[20, 20]]), 24, 16, rule, seen=70)
+    if rule.heads == "all":
+        state.pos.copy_(state.pos[:, :1].expand_as(state.pos))
+        state.cursor.copy_(state.cursor[:, :1].expand_as(state.cursor))
+    for i, value in enumerate(rule.stats):
+        state.stats[i] = torch.where(state.used(), {"sum": 1.5, "sumsq": 2.0, "count": 3.0}[value], float("nan"))
+    state.k[state.used()] = 0.25  # the same key everywhere keeps the sums equal
+    args = (*qkv(1, 2, 2, 1, 16), None)
+    want = state.clone()
+    decode_attend_triton(*args, *state.tensors(), 70, SCALE, rule.encode())
+    decode_attend_reference(*args, *want.tensors(), 70, SCALE, rule.encode())
+    assert torch.equal(state.pos, want.pos)
+    assert torch.equal(state.cursor, want.cursor)
+
+
+@pytest.mark.parametrize("mask", ["none", "left"])
+@pytest.mark.parametrize("name", RULES)
+def test_pipeline(name: str, mask: str) -> None:
+    """Prefill, selection and decoding in a row: the kept sets stay those of the reference."""
+    rule, length = RULES[name], 40
+    q, k, v = qkv(2, 4, 2, length, 16)
+    given = masks(mask, 2, 4, length, length)
+    states = []
+    for prefill, select, compact in (
+        (prefill_attend_triton, select_slots_triton, compact_slots_triton),
+        (prefill_attend_reference, select_slots_reference, compact_slots_reference),
+    ):
+        state = empty_state(2, 2, 24 if rule.evicts else length + 6, 16, rule)
+        _, stats, valid = prefill(q, k, v, None, given, SCALE, given is None, rule.encode())
+        score, stats, cursor = score_slots(stats, None, None, valid, state.cursor, 0, rule.encode())
+        idx = select(score, cursor, state.k.shape[2] - 1)
+        compact(k, v, None, stats, idx, cursor, *state.tensors())
+        states.append(state)
+    check_state(states[0], states[1], states[0], torch.float32, 0)
+    run_decode(rule, states[0], mask, 2, length, 4)
