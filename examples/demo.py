@@ -97,6 +97,7 @@ def main() -> None:
         full, kept = (run_worker(HERE / "demo_worker.py", job, folder, shown) for job in jobs(args, folder))
     console.print(f"hidden in the text: {FACT}", f"asked at its end: {QUESTION}", sep="\n", highlight=False)
     console.print(table(full, kept, f"{args.policy}, budget {args.budget}, inner {args.inner}"))
+    console.print("Times are of two runs, one after the other; make bench interleaves them.")
     console.print("The two last rows follow the full cache's answer token by token (teacher forcing).")
     console.print(f"debug report: {DEBUG / 'index.html'}", soft_wrap=True, highlight=False)
     console.print(f"took {time.perf_counter() - started:.0f} s")

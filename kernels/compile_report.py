@@ -68,6 +68,7 @@ CASES = (
     Case("fp16 d256 extend float snapkv", torch.float16, 256, 8, "float", True, _SNAPKV),
     Case("fp32 d64 bool roco", torch.float32, 64, 3, "bool", False, _ROCO),
     Case("fp32 d128 causal h2o", torch.float32, 128, 4, "none", False, _H2O),
+    Case("fp32 d256 bool h2o", torch.float32, 256, 4, "bool", False, _H2O),
 )
 
 

@@ -23,7 +23,20 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """The mask as a bias to add to logits: 0 or -inf for a bool mask, the values themselves for a float one."""
     if mask.dtype != torch.bool:
         return mask.to(dtype)
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+    return torch.where(mask, 0.0, float("-inf")).to(dtype)
+
+
+def simplified(mask: Tensor) -> Tensor:
+    """A float mask that only says 0 or hidden, as the bool mask it stands for; any other mask as it is."""
+    if mask.dtype == torch.bool or not _is_switch(mask[..., -1:, :]):
+        return mask
+    return mask == 0 if _is_switch(mask) else mask
+
+
+def _is_switch(mask: Tensor) -> bool:
+    """Whether every value is 0 or hidden; by blocks of rows, which stay in cache."""
+    low = threshold(mask)
+    return all(_is(((part == 0) | (part <= low)).view(torch.uint8), 1) for part in mask.split(128, 2))
 
 
 def by_kv_head(mask: Tensor, kv_heads: int) -> Tensor:

@@ -24,6 +24,11 @@ class Target:
     cores: int
     """Streaming multiprocessors or compute units."""
 
+    @property
+    def roomy(self) -> bool:
+        """Whether a block may have 160 KiB of shared memory (data-centre NVIDIA), not 99 (consumer) or 64 (AMD)."""
+        return self.arch in (80, 90, 100, 103)
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -79,6 +84,12 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, **arguments
 def precision(on: Target) -> str:
     """How float32 dots multiply: three TF32 products on NVIDIA (about float32's error, tensor cores), else plainly."""
     return "tf32x3" if on.kind == "cuda" else "ieee"
+
+
+def check_head_dims(*dims: int) -> None:
+    """Raises ValueError for heads wider than 256, whose tiles no pinned configuration fits."""
+    if max(dims) > 256:
+        raise ValueError(f'head sizes {dims}: the Triton kernels take up to 256; choose use("reference")')
 
 
 def power_of_two(n: int, least: int = 1) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx
 
 INNER = ("inductor", "aot_eager", "eager")
@@ -18,6 +19,8 @@ def compile_inner(name: str, gm: fx.GraphModule, inputs: list[Any]) -> Callable[
         inputs: fake inputs with symbolic sizes, one for each placeholder. Real ones would freeze the sizes.
     """
     compiled: Any = gm.forward
+    if name != "eager":
+        inputs = _distinct(inputs)
     if name == "aot_eager":
         from torch._dynamo.backends.debugging import aot_eager
 
@@ -27,3 +30,16 @@ def compile_inner(name: str, gm: fx.GraphModule, inputs: list[Any]) -> Callable[
 
         compiled = compile_fx(gm, inputs)
     return compiled  # type: ignore[no-any-return]
+
+
+def _distinct(inputs: list[Any]) -> list[Any]:
+    """Fake tensors that stand for several inputs become one each: AOTAutograd takes one object for one tensor."""
+    seen: set[int] = set()
+    result = []
+    for value in inputs:
+        if isinstance(value, torch.Tensor) and id(value) in seen:
+            with value.fake_mode:  # type: ignore[attr-defined]
+                value = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+        seen.add(id(value))
+        result.append(value)
+    return result

@@ -59,7 +59,7 @@ class _Lowering:
         self.inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
         self.last_input = self.copy[self.inputs[-1]]
         self.sizes = SizeReader(self.inputs)
-        self.capacity: dict[str, Any] = {}
+        self.states: dict[Any, list[Any]] = {}
         self.values: dict[Any, Any] = {}
 
     def site(self, planned: SitePlan) -> Binding:
@@ -71,6 +71,7 @@ class _Lowering:
             emit = _Emitter(self, planned, core, state)
             out = emit.decode() if site.phase is Phase.DECODE else emit.multi()
         core.replace_all_uses_with(out)
+        self.copy[site.core.node] = out
         self._retire(core, site.key, site.value)
         return self._binding(planned)
 
@@ -86,23 +87,24 @@ class _Lowering:
         return nodes
 
     def _state_examples(self, planned: SitePlan) -> list[Any]:
-        """Fake state of a site under the tracer's fake mode. Sites with the same rule grow together, so they share a
-        capacity symbol.
+        """Fake state of a site under the tracer's fake mode; one set for all sites of equal shape and rule, which grow
+        together.
         """
-        dims, fake_q, rule = planned.site.dims, example(planned.site.core.q), planned.rule.encode()
-        b, hkv, d, dv = (dims[letter] for letter in ("B", "Hkv", "D", "Dv"))
-        with fake_q.fake_mode:
-            if rule not in self.capacity:
-                self.capacity[rule] = free_size(fake_q.fake_mode.shape_env, "kvpass_capacity")
-            c = self.capacity[rule]
-            int32: Any = {"dtype": torch.int32, "device": fake_q.device}
-            return [
-                fake_q.new_empty((b, hkv, c, d)),
-                fake_q.new_empty((b, hkv, c, dv)),
-                torch.empty((b, hkv, c), **int32),
-                torch.empty((len(planned.rule.stats), b, hkv, c), dtype=torch.float32, device=fake_q.device),
-                torch.empty((b, hkv, 4), **int32),
-            ]
+        site, fake_q = planned.site, example(planned.site.core.q)
+        key = (planned.rule, str(site.dims), site.dtype)
+        if key not in self.states:
+            b, hkv, d, dv = (site.dims[letter] for letter in ("B", "Hkv", "D", "Dv"))
+            with fake_q.fake_mode:
+                c = free_size(fake_q.fake_mode.shape_env, "kvpass_capacity")
+                int32: Any = {"dtype": torch.int32, "device": fake_q.device}
+                self.states[key] = [
+                    fake_q.new_empty((b, hkv, c, d)),
+                    fake_q.new_empty((b, hkv, c, dv)),
+                    torch.empty((b, hkv, c), **int32),
+                    torch.empty((len(planned.rule.stats), b, hkv, c), dtype=torch.float32, device=fake_q.device),
+                    torch.empty((b, hkv, 4), **int32),
+                ]
+        return self.states[key]
 
     def _retire(self, core: fx.Node, *halves: Half) -> None:
         """Erase the core, the views that fed it and the cache updates; metadata reads of a cache go to a shell of its
@@ -250,7 +252,8 @@ class _Emitter:
         """
         site = self.planned.site
         mask = shape_of(site.core.mask) if site.core.mask is not None else None
-        key = (self.rule, site.phase, str(site.dims), str(mask), site.key.layout, site.value.layout, next(self.number))
+        kind = site.dtype, str(site.dims), str(mask)
+        key = (self.rule, site.phase, *kind, site.key.layout, site.value.layout, next(self.number))
         if key not in self.low.values:
             args = fx.map_arg(node.args, lambda n: example(n))
             with example(self.q).fake_mode:

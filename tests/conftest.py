@@ -14,7 +14,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
-for name in ("oracle", "models"):  # not tests/ on sys.path: its folders kvpass and kernels would shadow the real ones
+for name in (
+    "oracle",
+    "models",
+):  # not tests/ on sys.path: its folders kvpass and kernels would shadow the real ones
     package = types.ModuleType(name)
     package.__path__ = [str(ROOT / "tests" / name)]
     sys.modules[name] = package

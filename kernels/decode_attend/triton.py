@@ -14,6 +14,7 @@ from kvpass.kernels.rule import Rule
 from kvpass.kernels.triton_launch import (
     Target,
     blocks,
+    check_head_dims,
     launch,
     mask_arguments,
     power_of_two,
@@ -44,6 +45,7 @@ def decode_attend_triton(
     rule: str,
 ) -> Tensor:
     """See `kvpass.kernels.decode_attend.decode_attend`. The state tensors are contiguous."""
+    check_head_dims(q.shape[3], v.shape[3])
     plan = Rule.parse(rule)
     hidden = mask_arguments(mask)
     hidden.pop("s_mq")
@@ -180,4 +182,6 @@ def _config(dim: int, bytes_each: int, on: Target) -> dict[str, int]:
     if on.kind == "interpret":
         return {"BN": 16, "num_warps": 4, "num_stages": 1}
     large = dim > 128 or bytes_each > 2
-    return {"BN": 32 if large else 64, "num_warps": 4, "num_stages": 1 if on.kind == "hip" else 3}
+    huge = dim > 128 and bytes_each > 2
+    stages = 1 if on.kind == "hip" else 3 if on.roomy and not huge else 2
+    return {"BN": 16 if huge else 32 if large else 64, "num_warps": 4, "num_stages": stages}

@@ -162,6 +162,7 @@ def victim_kernel(
                 )  # fmt: skip
                 tl.store(p_pos + free, -1)
                 live = used - 1
+        tl.debug_barrier()  # every warp has read the old cursor: they must all take the same branches
         tl.store(p_cursor, live)
         tl.store(p_cursor + 1, free)
         tl.store(p_cursor + 2, seen)

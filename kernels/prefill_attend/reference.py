@@ -11,13 +11,15 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from kvpass.kernels.masks import additive, arrivals, at_positions, by_kv_head, causal_span, visible
+from kvpass.kernels.masks import additive, arrivals, at_positions, by_kv_head, causal_span, simplified, visible
 from kvpass.kernels.prefill_attend.observe import NEVER, observe
 from kvpass.kernels.rule import Rule
 from torch import Tensor
 
 BLOCK = 256
 """Query rows per piece with a bias: the bias of a piece stays small, hidden key columns are skipped per piece."""
+
+INF = float("inf")
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -40,6 +42,7 @@ def prefill_attend_reference(
     plan = Rule.parse(rule)
     batch, _, queries, _ = q.shape
     start = 0 if pos is None else int(pos[0, 0, k.shape[2] - queries])
+    mask = None if mask is None else simplified(mask)
     pieces, valid = _cut(q, k, pos, mask, causal)
     if valid is None:
         valid = arrivals(mask, batch, queries, start, q.device)
@@ -113,19 +116,20 @@ def _bias(piece: Piece, q: Tensor, k: Tensor, pos: Tensor | None, mask: Tensor |
     heads, (top, bottom) = k.shape[1], piece.rows
     where = torch.arange(k.shape[2], device=q.device)[None, None] if pos is None else pos
     where = where[:, :, None, None, :]
-    hidden = where < 0
+    shown = where >= 0
     if causal:
-        hidden = hidden | (where > torch.arange(top, bottom, device=q.device)[:, None])
+        shown = shown & (where <= torch.arange(top, bottom, device=q.device)[:, None])
     if mask is None:
-        return additive(~hidden, torch.float32)
+        return additive(shown, torch.float32)
     rows = by_kv_head(mask if mask.shape[2] == 1 else mask[:, :, top:bottom], heads)
     here = at_positions(rows, pos) if pos is not None else rows[..., : k.shape[2]]
-    return additive(here, torch.float32).masked_fill(hidden | ~visible(here), float("-inf"))
+    shown = shown & visible(here)
+    return additive(shown, torch.float32) if mask.dtype == torch.bool else here.float().masked_fill(~shown, -INF)
 
 
 def _trimmed(piece: Piece, bias: Tensor) -> tuple[Piece, Tensor]:
     """Cut off the columns at either end that no row of the piece may see."""
-    shown = (bias > float("-inf")).flatten(0, 3).any(0).expand(piece.cols[1]).nonzero()
+    shown = (bias.amax((0, 1, 2, 3)) > -INF).expand(piece.cols[1]).nonzero()
     if not len(shown):
         return piece, bias
     left, right = int(shown[0]), int(shown[-1]) + 1
@@ -147,7 +151,7 @@ def _attend(
     result, lse = run(q, k, v, bias, scale, piece.kind == "causal")
     if bias is None:
         return result, lse
-    blind = (bias == float("-inf")).all(-1)
+    blind = bias.amax(-1) == -INF
     blind = blind.expand(q.shape[0], k.shape[1], q.shape[1] // k.shape[1], q.shape[2]).reshape(q.shape[:3])
     return result, lse.masked_fill(blind, NEVER)
 

@@ -9,6 +9,7 @@ from kvpass.kernels.rule import Rule
 from kvpass.kernels.triton_launch import (
     Target,
     blocks,
+    check_head_dims,
     launch,
     mask_arguments,
     power_of_two,
@@ -28,6 +29,7 @@ def prefill_attend_triton(
     q: Tensor, k: Tensor, v: Tensor, pos: Tensor | None, mask: Tensor | None, scale: float, causal: bool, rule: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `kvpass.kernels.prefill_attend.prefill_attend`. Saves a log-sum-exp [B, Hq, S]; no S x L matrix exists."""
+    check_head_dims(q.shape[3], v.shape[3])
     plan = Rule.parse(rule)
     batch, heads, queries, dim = q.shape
     kv_heads, length = k.shape[1], k.shape[2]
@@ -183,11 +185,12 @@ def _attend_config(dim: int, bytes_each: int, on: Target) -> dict[str, int]:
         wide = _config(128, 32, 8, 1) if dim <= 128 else _config(64, 32, 4, 1)
         return _config(32, 32, 4, 1) if bytes_each > 2 else _config(128, 64, 8, 1) if dim <= 64 else wide
     if bytes_each > 2:
-        return _config(64, 16, 4, 2) if dim <= 64 else _config(32, 32, 8, 2)
+        wide = _config(32, 32, 8, 2) if dim <= 128 else _config(16, 32, 8, 1)
+        return _config(64, 16, 4, 2) if dim <= 64 else wide
     if dim <= 64:
         return _config(128, 64, 8, 3)
     if dim > 128:
-        return _config(64, 32, 8, 3)
+        return _config(64, 32, 8, 3 if on.roomy else 2)
     return _config(128, 32, 8, 3) if on.arch >= 90 else _config(64, 32, 8, 2)
 
 
@@ -199,5 +202,5 @@ def _statistics_config(dim: int, bytes_each: int, on: Target) -> dict[str, int]:
         small = _config(64, 64, 4, 1) if dim <= 64 else _config(16, 64, 8, 1)
         return _config(32, 32, 4, 1) if bytes_each > 2 else small
     if bytes_each > 2:
-        return _config(16, 64, 4, 2)
+        return _config(16, 64, 4, 2) if dim <= 128 else _config(16, 32, 8, 1)
     return _config(64 if dim <= 64 else 32, 64, 4, 2)

@@ -65,7 +65,7 @@ def after(rewritten: fx.GraphModule, site: Site) -> nx.DiGraph[Any]:
     """The site as kvpass rewrote it; the ops write the state in place, which is drawn as a second box of it."""
     view = _View(rewritten.graph)
     named = {n.name: n for n in rewritten.graph.nodes}
-    ours = [n for n in rewritten.graph.nodes if n.meta.get("kvpass", {}).get("site") == site.name]
+    ours = [n for n in rewritten.graph.nodes if n.meta.get("kvpass", {}).get("layer") == site.layer]
     ops = [n for n in ours if _op_name(n)]
     state = [n for n in ours if n.op == "placeholder"]
     for op in ops:

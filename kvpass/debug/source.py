@@ -94,11 +94,11 @@ def site_diff(captured: fx.GraphModule, rewritten: fx.GraphModule, site: Site) -
     gone = {site.core.node, *(n for half in halves for n in (half.update.node, *half.chain))}
     before = _stretch(captured.graph, lambda n: n in gone, CONTEXT)
     names = {n.name for n in before}
-    after = _stretch(rewritten.graph, lambda n: n.name in names or _site_of(n) == site.name, 0)
+    after = _stretch(rewritten.graph, lambda n: n.name in names or _layer_of(n) == site.layer, 0)
     old, new = (list(_body(part, "", brief=True)) for part in (before, after))
     place = f"{site.name} ({site.phase.value})"
     diff = difflib.unified_diff(old, new, f"captured: {place}", f"rewritten: {place}", n=CONTEXT, lineterm="")
-    state = [n for n in rewritten.graph.nodes if n.op == "placeholder" and _site_of(n) == site.name]
+    state = [n for n in rewritten.graph.nodes if n.op == "placeholder" and _layer_of(n) == site.layer]
     return "\n".join([f"# {site.source}", *diff, "# new inputs:", *(f"+{_parameter(n)}" for n in state)]) + "\n"
 
 
@@ -112,6 +112,11 @@ def _stretch(graph: fx.Graph, belongs: Callable[[fx.Node], bool], context: int) 
 def _site_of(node: fx.Node) -> str | None:
     site = node.meta.get("kvpass", {}).get("site")
     return str(site) if site is not None else None
+
+
+def _layer_of(node: fx.Node) -> int | None:
+    layer: int | None = node.meta.get("kvpass", {}).get("layer")
+    return layer
 
 
 def _parameter(node: fx.Node) -> str:

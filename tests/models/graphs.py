@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from kvpass.patterns import DEFAULT
 from torch import fx
 
 from kvpass.match.calls import call_name
-from kvpass.patterns import DEFAULT
 from kvpass.scan import scan
 from kvpass.site import SiteTable
 

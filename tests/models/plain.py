@@ -30,6 +30,8 @@ def causal_mask(queries: int, past: int) -> Tensor:
 class Block(nn.Module):
     """Attention and a feed-forward layer. Subclasses say how heads are shared and how the mask is given."""
 
+    rotates = True
+
     def __init__(self, index: int, heads: int = 4, kv_heads: int = 2, head_dim: int = 8) -> None:
         super().__init__()
         width = heads * head_dim
@@ -46,7 +48,7 @@ class Block(nn.Module):
         q = self.q(x).view(b, s, self.heads, self.head_dim).transpose(1, 2)
         k = self.k(x).view(b, s, self.kv_heads, self.head_dim).transpose(1, 2)
         v = self.v(x).view(b, s, self.kv_heads, self.head_dim).transpose(1, 2)
-        return rotary(q, past), rotary(k, past), v
+        return (rotary(q, past), rotary(k, past), v) if self.rotates else (q, k, v)
 
     def core(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of the last q.shape[2] tokens over all, [B, H, *, D]. The oracle replaces this."""
@@ -128,6 +130,29 @@ class Decoder(nn.Module):
 
 class GroupedDecoder(Decoder):
     block = GroupedBlock
+
+
+class OneHeadBlock(TupleBlock):
+    """One head that sees tokens, not positions."""
+
+    rotates = False
+
+    def __init__(self, index: int) -> None:
+        super().__init__(index, heads=1, kv_heads=1, head_dim=32)
+
+
+class ScriptedDecoder(Decoder):
+    """One layer whose attention logits between two tokens are given: `logits[query token, key token]`, 32 by 32."""
+
+    block = OneHeadBlock
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__(layers=1)
+        first = self.blocks[0]
+        with torch.no_grad():
+            self.embed.weight.zero_()[:32] = torch.eye(32)
+            first.k.weight.copy_(torch.eye(32))
+            first.q.weight.copy_(logits.T * 32**0.5)
 
 
 class AttributeDecoder(Decoder):

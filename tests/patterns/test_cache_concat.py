@@ -7,15 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from kvpass.match.dataflow import Flow
 from kvpass.patterns.cache_concat import ConcatUpdate
-from kvpass.terms import CacheForm, Layout, Phase
 from models.attention import KV_HEADS, attend, hidden, layer, past
 from models.graphs import capture, dynamic, node, table
 from torch import Tensor, nn
 
+from kvpass.match.dataflow import Flow
+from kvpass.terms import CacheForm, Layout, Phase
 
-def grown(cat: Callable[[Tensor, Tensor], Tensor], other: Callable[[Tensor, Tensor], Tensor] | None = None) -> nn.Module:
+
+def grown(
+    cat: Callable[[Tensor, Tensor], Tensor], other: Callable[[Tensor, Tensor], Tensor] | None = None
+) -> nn.Module:
     """A layer whose cache grows by `cat(past, new)`; values by `other`."""
 
     def forward(self, x, cache):
@@ -137,7 +140,10 @@ def test_a_wrong_axis():
 
 def test_keys_cached_and_values_not():
     (found,) = table(grown(SPELLINGS["list"], lambda a, b: a + b), hidden(5), past()).declined
-    assert (found.reason, found.detail) == ("KEY_VALUE_MISMATCH", "keys: cat(past, new), values: new returned as the cache")
+    assert (found.reason, found.detail) == (
+        "KEY_VALUE_MISMATCH",
+        "keys: cat(past, new), values: new returned as the cache",
+    )
 
 
 def test_keys_that_are_their_own_values():

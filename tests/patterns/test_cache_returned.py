@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kvpass.terms import CacheForm, Layout, Phase
 from models.attention import WIDTH, attend, hidden, layer
 from models.graphs import outcome, table
 from models.plain import rotary
+
+from kvpass.terms import CacheForm, Layout, Phase
 
 
 def test_fires_under_any_rotation():

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import kvpass
 import pytest
 import torch
 from models.attention import attend, hidden, layer, lenient, past
 from models.graphs import table
+
+import kvpass
 
 
 def window(self, x, cache, size=4):
@@ -140,14 +141,32 @@ def latent(self, x, cache):
 
 CASES: dict[str, tuple[Any, tuple[Any, ...], str, str, str]] = {
     "sliding window": (window, (hidden(), past()), "UNSUPPORTED_UPDATE", "getitem of it", "[:, :, -size + 1 :]"),
-    "window, new tokens fill it": (window_read, (hidden(4), past()), "UNSUPPORTED_UPDATE", "getitem of it", "torch.cat"),
+    "window, new tokens fill it": (
+        window_read,
+        (hidden(4), past()),
+        "UNSUPPORTED_UPDATE",
+        "getitem of it",
+        "torch.cat",
+    ),
     "window, from nothing": (window_read, (hidden(4), past(0)), "UNSUPPORTED_UPDATE", "getitem of it", "torch.cat"),
     "shifted": (shifted, (hidden(), past()), "PAST_NOT_INPUT", "is computed", "torch.cat"),
     "returned transposed": (returned_transposed, (hidden(), past()), "UNSUPPORTED_UPDATE", "transpose", "(1, 2)"),
-    "quantised": (quantised, (hidden(), tuple((t * 16).char() for t in past())), "UNSUPPORTED_UPDATE", "to of it", "16"),
+    "quantised": (
+        quantised,
+        (hidden(), tuple((t * 16).char() for t in past())),
+        "UNSUPPORTED_UPDATE",
+        "to of it",
+        "16",
+    ),
     "part attended": (part_attended, (hidden(), past()), "UNSUPPORTED_ATTENTION", "only a part", "-3:"),
     "index_copy_": (index_copy, (hidden(), past()), "UNSUPPORTED_UPDATE", "index_copy_", "index_copy_"),
-    "result of index_copy_": (index_copy_result, (hidden(), past()), "UNSUPPORTED_UPDATE", "index_copy_", "index_copy_"),
+    "result of index_copy_": (
+        index_copy_result,
+        (hidden(), past()),
+        "UNSUPPORTED_UPDATE",
+        "index_copy_",
+        "index_copy_",
+    ),
     "index_copy": (functional_index_copy, (hidden(5), past()), "UNSUPPORTED_UPDATE", "index_copy", "index_copy"),
     "setitem": (setitem, (hidden(5), past()), "UNSUPPORTED_UPDATE", "written by setitem", "cache[0]"),
     "setitem, slice": (setitem_then_a_slice, (hidden(), past()), "UNSUPPORTED_UPDATE", "setitem", "cache[0]"),

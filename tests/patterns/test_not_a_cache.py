@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import kvpass
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +11,8 @@ from models.attention import WIDTH, Layer, attend, hidden, layer, lenient, past
 from models.graphs import capture, outcome
 from models.plain import rotary
 from torch import nn
+
+import kvpass
 
 
 def encoder(self, x):

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from kvpass.match.miss import Miss
 from kvpass.patterns import DEFAULT
 from kvpass.patterns.sdpa import SdpaCore
-from kvpass.scan import scan
 from models.attention import DIM, attend, hidden, layer, past
 from models.graphs import capture, capture_all, node, table
 from torch import nn
+
+from kvpass.match.miss import Miss
+from kvpass.scan import scan
 
 CALL = "torch._C._nn.scaled_dot_product_attention"
 
@@ -63,9 +64,7 @@ def test_nothing_else_is_a_core():
     assert [n.name for n in gm.graph.nodes if SdpaCore().match(n)] == [node(gm, "sdpa").name]
 
 
-@pytest.mark.parametrize(
-    "shape", [(1, 1, 1, 6), (2, 1, 1, 6), (2, 4, 1, 6), (2, 1, 1, 1), (1, 6), (4, 1, 6), (1, 1)]
-)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 6), (2, 1, 1, 6), (2, 4, 1, 6), (2, 1, 1, 1), (1, 6), (4, 1, 6), (1, 1)])
 @pytest.mark.parametrize("additive", [True, False])
 def test_masks_of_every_rank(shape, additive):
     mask = torch.zeros(shape) if additive else torch.ones(shape, dtype=torch.bool)

@@ -1,0 +1,110 @@
+"""Rules: the arithmetic of budgets is exact, and the text that ops take comes back as it went."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from fractions import Fraction
+from math import floor
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kvpass.kernels.rule import Rule
+
+from kvpass.policy.load import names
+from kvpass.policy.rule import rule_of
+from kvpass.policy.spec import Policy
+
+SEEN = st.integers(0, 2_000_000)
+SHARES = st.integers(1, 9_999).map(lambda n: n / 10_000)
+
+
+@settings(max_examples=500, deadline=None)
+@given(SHARES, SEEN)
+def test_a_fraction_is_taken_as_it_is_written(share, seen):
+    rule = rule_of(Policy.load({"name": "mine", "min_slots": 1}).with_budget(share))
+    assert rule.budget(seen) == max(1, floor(Fraction(str(share)) * seen))
+    assert rule.kept(seen) == min(seen, rule.budget(seen))
+
+
+@settings(max_examples=200, deadline=None)
+@given(SHARES, st.integers(1, 5_000), SHARES)
+def test_recent_and_scope_are_exact_too(recent, slots, scope):
+    keep = {"observe": {"queries": "all"}, "statistic": {"keep": ["sum", "sumsq", "count"]}}
+    policy = Policy.load({"name": "mine", **keep, "score": "mean", "scope": scope, "protect": {"recent": recent}})
+    rule = rule_of(policy.with_budget(slots))
+    assert rule.recent_of(slots) == floor(Fraction(str(recent)) * slots)
+    assert rule.untouchable_of(slots) == floor(Fraction(str(scope)) * slots) + 1
+
+
+@given(st.integers(1, 10_000), SEEN)
+def test_slots_are_taken_as_said(slots, seen):
+    rule = rule_of(Policy.load("h2o").with_budget(slots))
+    assert rule.budget(seen) == slots
+    assert rule.evicts
+
+
+@given(SHARES, SEEN)
+def test_the_floor_holds_fractions_only(share, seen):
+    assert rule_of(Policy.load("h2o").with_budget(share)).budget(seen) >= 64
+
+
+@pytest.mark.parametrize("name", names())
+def test_everything_observes_nothing(name):
+    assert rule_of(Policy.load(name).with_budget(1.0)) == Rule()
+    assert not Rule().evicts
+    assert Rule().encode() == ""
+
+
+CHOICES = {
+    "group": ["mean", "max"],
+    "heads": ["each", "all"],
+    "decode": ["add", "replace", "none"],
+    "pool": ["none", "avg", "max"],
+    "score": ["position", "sum", "mean"],
+}
+
+
+def values(name: str, default: object) -> st.SearchStrategy[object]:
+    if name == "stats":
+        return st.sampled_from([(), ("sum",), ("sum", "count"), ("sum", "sumsq", "count")])
+    if name in CHOICES:
+        return st.sampled_from(CHOICES[name])
+    return st.booleans() if isinstance(default, bool) else st.integers(-1, 100_000)
+
+
+RULES = st.builds(Rule, **{f.name: values(f.name, f.default) for f in fields(Rule)})
+
+
+@settings(max_examples=300, deadline=None)
+@given(RULES)
+def test_text_and_back(rule):
+    text = rule.encode()
+    assert Rule.parse(text) == rule
+    assert [type(getattr(Rule.parse(text), f.name)) for f in fields(Rule)] == [type(f.default) for f in fields(Rule)]
+
+
+@given(RULES, RULES)
+def test_equal_texts_are_equal_rules(one, two):
+    assert (one.encode() == two.encode()) == (one == two)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("streaming_llm", "sinks=4 den=5 floor=64"),
+        ("h2o", "stats=sum queries=-1 decode=add score=sum recent_num=1 recent_den=2 den=5 floor=64"),
+        ("tova", "stats=sum queries=1 heads=all carry=0 decode=replace score=sum den=5 floor=64"),
+        (
+            "snapkv",
+            "stats=sum+count queries=32 carry=0 decode=add pool=max pool_size=7 score=mean recent=32 den=5 floor=64",
+        ),
+        (
+            "roco",
+            "stats=sum+sumsq+count queries=-1 decode=add score=mean scope_num=3 scope_den=10 sinks=4 recent=10 "
+            "den=5 floor=64",
+        ),
+    ],
+)
+def test_what_presets_become(name, text):
+    assert rule_of(Policy.load(name).with_budget(0.2)).encode() == text
