@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import kvpass
 
-VOCABULARY, WIDTH, LAYERS, HEADS, KV_HEADS = 512, 128, 4, 8, 2
+VOCABULARY, WIDTH, LAYERS, HEADS, KV_HEADS = 512, 128, 2, 8, 2
 PROMPT, NEW = 500, 300
 
 Cache = list[tuple[Tensor, Tensor]]

@@ -211,7 +211,9 @@ class _Found:
             what = f"{node.name} feeds {call_name(blocker)}, which is no known attention over it"
             return self._changed(node, blocker) or Miss(Reason.UNSUPPORTED_ATTENTION, blocker, what)
         length = shape_of(node)[update.axis]
-        twins = [u for u in self.updates.values() if u.form is update.form and same(shape_of(u.node)[u.axis], length)]
+        twins = [
+            u for u in self.updates.values() if u.form is update.form and same(shape_of(u.node)[u.axis or 0], length)
+        ]
         if len(twins) < 2:
             return None
         return Miss(Reason.NO_ATTENTION, node, "nothing in this graph attends over it")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import kvpass
 import pytest
 import smollm2
 import torch
 from models import tiny
+
+import kvpass
 
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None}
 FULL = [("full", None), ("h2o", 1.0), ("snapkv", 1.0)]
@@ -60,9 +61,7 @@ def test_smollm2_left_padded_batch(real: Any) -> None:
     for row, n in enumerate(lengths):
         ids[row, 300 - n :], mask[row, 300 - n :] = whole[row * 50 : row * 50 + n], 1
     compiled = kvpass.compile(model, "full", inner="eager")
-    same_tokens(
-        *(m.generate(ids, attention_mask=mask, max_new_tokens=24, **GREEDY) for m in (compiled, model))
-    )
+    same_tokens(*(m.generate(ids, attention_mask=mask, max_new_tokens=24, **GREEDY) for m in (compiled, model)))
 
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
@@ -71,9 +70,7 @@ def test_tiny_left_padded_batch(policy: Any, inner: str) -> None:
     model = tiny.llama(6, 2)
     compiled = kvpass.compile(model, policy[0], policy[1], inner=inner)
     ids, mask = tiny.left_padded([50, 31, 8, 49])
-    same_tokens(
-        *(m.generate(ids, attention_mask=mask, max_new_tokens=30, **GREEDY) for m in (compiled, model))
-    )
+    same_tokens(*(m.generate(ids, attention_mask=mask, max_new_tokens=30, **GREEDY) for m in (compiled, model)))
 
 
 def test_parameters_are_shared_and_the_original_is_left_alone() -> None:

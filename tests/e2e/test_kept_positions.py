@@ -14,7 +14,8 @@ from oracle.policies import EVICTING
 NEAR_TIES = 0.005
 """Largest share of comparisons in which the library may have broken a near-tie otherwise than float64.
 
-Scores of neighbours in the ranking of some 400 slots lie about 1/400 of a score apart, ROUNDING is 2^-14: one choice in some
+Scores of neighbours in the ranking of some 400 slots lie about 1/400 of a score apart, ROUNDING is 2^-14: one choice
+in some
 forty has a near-tie at its boundary at all, and float32 errs by a tenth of the bound on average.
 """
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 from typing import Any
 
-import kvpass
 import pytest
 import smollm2
 import torch
 from models import tiny
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import DynamicCache
+
+import kvpass
 
 WITHIN = 0.03
 """Of the budget's bytes: capacity is n + max(1, n // 40) slots (docs/design/0001), 2.5 % over from 40 slots on."""
@@ -21,9 +22,7 @@ HEAD_DIM = 64
 def live() -> dict[int, torch.Tensor]:
     """A tensor for every live storage with memory, by address."""
     gc.collect()
-    tensors = [
-        t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and not isinstance(t, FakeTensor)
-    ]
+    tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and not isinstance(t, FakeTensor)]
     real = [t for t in tensors if t.layout == torch.strided and t.device.type == "cpu"]
     return {t.untyped_storage().data_ptr(): t for t in real if t.untyped_storage().nbytes() > 0}
 
@@ -47,9 +46,7 @@ class Run:
 
     def __init__(self, model: Any, ids: torch.Tensor, policy: str, budget: float | int) -> None:
         config = model.config
-        self.per_slot = (
-            2 * config.num_hidden_layers * config.num_key_value_heads * HEAD_DIM * 4 * ids.shape[0]
-        )
+        self.per_slot = 2 * config.num_hidden_layers * config.num_key_value_heads * HEAD_DIM * 4 * ids.shape[0]
         self.model = kvpass.compile(model, policy, budget, inner="eager")
         self.before = live()
         self.cache = DynamicCache(config=config)
@@ -68,9 +65,7 @@ class Run:
         tensors = grown(self.before)
         budget = slots * self.per_slot
         kv = kv_bytes(tensors)
-        assert budget <= kv <= budget * (1 + WITHIN), (
-            f"{kv} bytes of K and V after {self.seen}, budget {budget}"
-        )
+        assert budget <= kv <= budget * (1 + WITHIN), f"{kv} bytes of K and V after {self.seen}, budget {budget}"
         heads = self.per_slot // (2 * HEAD_DIM * 4)
         rest, allowed = (
             all_bytes(tensors) - kv,
@@ -123,9 +118,7 @@ def test_memory_dies_with_the_cache() -> None:
 
 def allocations(run: Run) -> list[int]:
     """Bytes of every allocation of one decode step."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run.step(1)
     events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
     return [event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0]
@@ -133,15 +126,14 @@ def allocations(run: Run) -> list[int]:
 
 @pytest.mark.parametrize("policy", ["h2o", "roco", "tova", "snapkv", "streaming_llm"])
 def test_decode_allocates_nothing_of_cache_size(policy: str) -> None:
-    """The slots are overwritten in place. A layer's keys (or values) are the yardstick; the largest allocation may be a tenth of it."""
+    """The slots are overwritten in place. A layer's keys (or values) are the yardstick; the largest allocation may
+    be a tenth of it."""
     run = Run(tiny.llama(2, 1, HEAD_DIM), tiny.tokens(2, 1200), policy, 1000)
     run.step(4)
     keys = 2 * 1000 * HEAD_DIM * 4
     seen = allocations(run)
     assert seen, "the profiler saw no allocation at all"
-    assert max(seen) < keys / 10, (
-        f"a decode step allocates {max(seen)} bytes at once, a layer's keys are {keys}"
-    )
+    assert max(seen) < keys / 10, f"a decode step allocates {max(seen)} bytes at once, a layer's keys are {keys}"
 
 
 def test_the_count_sees_a_dense_cache() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import kvpass
 import pytest
 import torch
 from models import tiny
@@ -12,6 +11,8 @@ from oracle.drive import Conversation, kept_positions
 from oracle.hf import Oracle
 from oracle.policies import EVICTING
 from transformers import DynamicCache
+
+import kvpass
 
 GREEDY: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": True}
 
@@ -73,7 +74,8 @@ def test_torch_compile_by_function() -> None:
 
 
 def test_two_conversations_do_not_mix() -> None:
-    """One compiled model, two caches, calls interleaved; a third conversation starts where the first is not finished."""
+    """One compiled model, two caches, calls interleaved; a third conversation starts where the first is not
+    finished."""
     model = tiny.llama(6, 2)
     compiled = kvpass.compile(model, "roco", 48, inner="eager")
     caches = [DynamicCache(config=model.config) for _ in range(2)]

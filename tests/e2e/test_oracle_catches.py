@@ -1,11 +1,11 @@
-"""The comparison with the oracle notices small mistakes: each mutation of a policy must disagree with the library's kept positions."""
+"""The comparison with the oracle notices small mistakes: each mutation of a policy must disagree with the
+library's kept positions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-import kvpass
 import numpy as np
 import pytest
 import torch
@@ -14,6 +14,8 @@ from oracle import policies
 from oracle.drive import kept_positions
 from oracle.hf import Oracle
 from transformers import DynamicCache
+
+import kvpass
 
 BUDGET = 48
 Steps = list[tuple[torch.Tensor, list[torch.Tensor]]]
@@ -85,7 +87,8 @@ MUTATIONS: list[tuple[str, str, Any]] = [
     ("roco", "score", by_sum),
     ("roco", "protected", lambda self, p, row, n: p >= row.end - 10),
 ]
-"""Not here: RoCo's scope, which changes nothing in a random model. test_plain_decoder.py's test_roco_scope scripts one where it does."""
+"""Not here: RoCo's scope, which changes nothing in a random model. test_plain_decoder.py's test_roco_scope scripts
+one where it does."""
 
 
 @pytest.mark.parametrize(("policy", "name", "wrong"), MUTATIONS)
@@ -94,7 +97,7 @@ def test_mutation_is_caught(
 ) -> None:
     steps = recorded(policy)
     monkeypatch.setattr(policies.POLICIES[policy], name, wrong)
-    with pytest.raises(AssertionError, match="step .* layer .* row .* head .*: "):
+    with pytest.raises(AssertionError, match=r"step .* layer .* row .* head .*: "):
         replay(steps, policy)
 
 

@@ -113,7 +113,8 @@ def test_budget(budget: float | int, seen: int, slots: int) -> None:
 
 
 def test_full_is_the_model() -> None:
-    """With nothing evicted the simulator is attention: logits of every call as the unmodified model's, padded rows too."""
+    """With nothing evicted the simulator is attention: logits of every call as the unmodified model's, padded rows
+    too."""
     model = tiny.llama(heads=6, kv_heads=2)
     ids, mask = tiny.left_padded([30, 17])
     positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
@@ -123,19 +124,16 @@ def test_full_is_the_model() -> None:
         for start, end in [(0, 20), (20, 21), (21, 30)]:
             part = {"attention_mask": mask[:, :end], "position_ids": positions[:, start:end]}
             ours = oracle(ids[:, start:end], **part)
-            torch.testing.assert_close(
-                ours, whole[:, end - 1], rtol=1e-4, atol=1e-4
-            )  # float32 SDPA against float64
+            torch.testing.assert_close(ours, whole[:, end - 1], rtol=1e-4, atol=1e-4)  # float32 SDPA against float64
 
 
 def test_streaming_is_a_mask() -> None:
-    """Sinks and a window need no statistics, so a 4-d mask in the unmodified model says what the oracle must compute."""
+    """Sinks and a window need no statistics, so a 4-d mask in the unmodified model says what the oracle must
+    compute."""
     model, n, prompt = tiny.llama(), 24, 40
     ids = tiny.tokens(1, 60)
     i, j = torch.arange(60)[:, None], torch.arange(60)[None, :]
-    window = (
-        (i < prompt) | (j < 4) | (j >= i - (n - 4))
-    )  # evicted after the call before: the query itself is the n+1st
+    window = (i < prompt) | (j < 4) | (j >= i - (n - 4))  # evicted after the call before: the query itself is the n+1st
     mask = ((j <= i) & window)[None, None]
     oracle = Oracle(model, "streaming_llm", n)
     with torch.no_grad():

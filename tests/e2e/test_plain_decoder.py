@@ -7,16 +7,18 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import kvpass
 import pytest
 import torch
 from models import plain
 from oracle.policies import EVICTING, RoCo
 from oracle.simulator import Simulator
 
+import kvpass
+
 KINDS = [plain.Decoder, plain.GroupedDecoder, plain.AttributeDecoder]
 FLOAT32 = {"rtol": 1e-4, "atol": 1e-4}
-"""Logits of order 1 after two layers of sums of 32 to 64 float32 products, some of them over softmaxes of logits up to 20."""
+"""Logits of order 1 after two layers of sums of 32 to 64 float32 products, some of them over softmaxes of logits
+up to 20."""
 
 Step = Callable[[torch.Tensor], torch.Tensor]
 
@@ -97,7 +99,8 @@ def test_eviction_is_the_oracles(kind: Any, policy: str) -> None:
 
 @pytest.mark.parametrize("kind", [plain.Decoder, plain.AttributeDecoder])
 def test_extend_is_the_oracles(kind: Any) -> None:
-    """Several tokens at once onto a compressed cache. (GroupedDecoder cannot: its is_causal counts from the top left.)"""
+    """Several tokens at once onto a compressed cache. (GroupedDecoder cannot: its is_causal counts from the top
+    left.)"""
     model = plain.make(kind)
     simulator = Simulator("h2o", 48)
     expected, got = (
@@ -114,9 +117,7 @@ def test_backend_string_on_a_plain_decoder() -> None:
     """torch.compile(backend="kvpass") and kvpass.compile choose the same tokens."""
     model = plain.make(plain.Decoder)
     options = {"policy": "tova", "budget": 32}
-    by_string = Chat(
-        torch.compile(copy.deepcopy(model), backend="kvpass", options={**options, "inner": "eager"})
-    )
+    by_string = Chat(torch.compile(copy.deepcopy(model), backend="kvpass", options={**options, "inner": "eager"}))
     by_call = Chat(kvpass.compile(model, **options, inner="eager"))
     prompt = plain.tokens(1, 80)
     assert torch.equal(greedy(by_string, prompt, 20), greedy(by_call, prompt, 20))
@@ -125,8 +126,10 @@ def test_backend_string_on_a_plain_decoder() -> None:
 def spiky() -> tuple[Any, torch.Tensor]:
     """A model and tokens in which some tokens are looked at hard, once, and otherwise less than all others.
 
-    Token s in 1..6 is ignored by everybody (logit -5) except token 10 + s, which looks at nothing else (logit 12). All else is
-    near uniform. Both kinds of ignored tokens have the lowest means; only those whose caller came vary, and RoCo's scope
+    Token s in 1..6 is ignored by everybody (logit -5) except token 10 + s, which looks at nothing else (logit
+    12). All else is
+    near uniform. Both kinds of ignored tokens have the lowest means; only those whose caller came vary, and
+    RoCo's scope
     saves them. (In random models the least attended token never varies much, so that the scope changes nothing there.)
     """
     logits = torch.randn(32, 32, generator=torch.Generator().manual_seed(3)) * 0.3
@@ -143,7 +146,8 @@ def spiky() -> tuple[Any, torch.Tensor]:
 
 @pytest.mark.parametrize("first_call", [64, 110])
 def test_roco_scope(first_call: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The scope decides who stays (without it the oracle chooses otherwise), in decode and in prefill, and the library agrees."""
+    """The scope decides who stays (without it the oracle chooses otherwise), in decode and in prefill, and the
+    library agrees."""
     model, ids = spiky()
     calls = [ids[:, :first_call], *ids[:, first_call:].split(1, dim=1)]
 

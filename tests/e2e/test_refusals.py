@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import kvpass
 import pytest
 import torch
 from models import plain, tiny
 from transformers import DynamicCache
+
+import kvpass
 
 GREEDY: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": True}
 
@@ -19,7 +20,7 @@ def generate(model: Any, ids: torch.Tensor, new: int = 6) -> Any:
 
 def test_training_is_refused() -> None:
     compiled = kvpass.compile(tiny.llama(), "h2o", 48, inner="eager")
-    with pytest.raises(kvpass.KVPassError, match="(?i)grad|training") as caught:
+    with pytest.raises(kvpass.KVPassError, match=r"(?i)grad|training") as caught:
         compiled(tiny.tokens(1, 60), past_key_values=DynamicCache())
     assert "what to do: " in str(caught.value)
 
@@ -83,9 +84,7 @@ def test_declined_site_is_reported() -> None:
     model = plain.make(HalfDecoder)
     logits, cache = run(kvpass.compile(model, "full", inner="eager", strict=False))
     expected, _ = run(model)
-    torch.testing.assert_close(
-        logits, expected, rtol=1e-4, atol=1e-4
-    )  # float32 SDPA in another order of summation
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)  # float32 SDPA in another order of summation
     data = kvpass.report(cache).to_dict()
     assert len(data["sites"]) == 1
     (declined,) = data["declined"]

@@ -6,13 +6,14 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-import kvpass
 import pytest
 import torch
 from models import tiny
 from oracle.drive import kept_positions
 from oracle.hf import Oracle
 from transformers import DynamicCache
+
+import kvpass
 
 
 class Started:
@@ -138,16 +139,13 @@ def test_inspect_and_report(started: Started) -> None:
         held = view.positions[1, 0]
         held = held[(held >= 0) & (held < 90)]
         assert len(held) in (47, 48)
-        # Up to its first eviction the first layer's keys are the unmodified model's; deeper ones too, since prefill saw everything.
+        # Up to its first eviction the first layer's keys are the unmodified model's; deeper ones too, since
+        # prefill saw everything.
         torch.testing.assert_close(view.keys[1, 0, : len(held)], layer.keys[1, 0, held], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(
-            view.values[1, 0, : len(held)], layer.values[1, 0, held], rtol=1e-4, atol=1e-4
-        )
+        torch.testing.assert_close(view.values[1, 0, : len(held)], layer.values[1, 0, held], rtol=1e-4, atol=1e-4)
     assert data["policy"] == "h2o"
     assert data["bytes"] == sum(site["bytes"] for site in data["sites"]) == sum(view.bytes for view in layers)
-    assert (
-        data["dense_bytes"] == 2 * 2 * 2 * 2 * 91 * 16 * 4
-    )  # layers, K and V, rows, heads, tokens, head_dim, float32
+    assert data["dense_bytes"] == 2 * 2 * 2 * 2 * 91 * 16 * 4  # layers, K and V, rows, heads, tokens, head_dim, float32
     assert [site["layer"] for site in data["sites"]] == [0, 1]
     assert data["declined"] == []
     assert "h2o" in str(kvpass.report(started.cache))

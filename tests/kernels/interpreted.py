@@ -7,6 +7,7 @@ of their own. No GPU takes part.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     raise RuntimeError("run test_triton_interpreter.py, or set TRITON_INTERPRET=1")
@@ -16,7 +17,8 @@ import torch
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.testing import causal_mask
 from torch import Tensor
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _patch_lang_tensor
 
 
 def _dot(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, d: TensorHandle, *_: object) -> TensorHandle:
@@ -28,7 +30,14 @@ def _dot(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, d: TensorHa
     return TensorHandle(np.matmul(x, y) + d.data, d.dtype.scalar)
 
 
+def _patch_tensor(tensor: type, scope: object, patch: Callable[[type, object], None] = _patch_lang_tensor) -> None:
+    """The interpreter of triton 3.6 makes ints of arrays of shape (1,), which numpy 2.4 refuses."""
+    patch(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+
 InterpreterBuilder.create_dot = _dot
+interpreter._patch_lang_tensor = _patch_tensor
 
 ALL = ("sum", "sumsq", "count")
 RULES = {

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kvpass.kernels.prefill_attend import prefill_attend
+from kvpass.kernels.prefill_attend import prefill_attend, reference
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.testing import assert_close, causal_mask, qkv
 
@@ -248,3 +248,11 @@ def test_refuses(change, word):
     call = {"q": q, "k": k, "v": v, "pos": None, "mask": None}
     with pytest.raises(ValueError, match=word):
         prefill_attend(**(call | change), scale=1.0, causal=False, rule="")
+
+
+@pytest.mark.parametrize("name", ["none", "left", "right", "noise", "alibi", "nothing", "one column"])
+def test_plain_attention_of_other_devices(name, monkeypatch):
+    """The reference on devices without torch's CPU flash kernel, here run on CPU."""
+    monkeypatch.setattr(reference, "_flash_attend", reference._plain_attend)
+    q, k, v = qkv(3, 4, 2, 300, 16, value_dim=24)
+    check(q, k, v, mask=masks(3, 4, 300)[name], causal=name == "none")

@@ -89,6 +89,9 @@ def test_equal_texts_are_equal_rules(one, two):
     assert (one.encode() == two.encode()) == (one == two)
 
 
+ROCO = "scope_num=3 scope_den=10 sinks=4 recent=10"
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [
@@ -99,11 +102,7 @@ def test_equal_texts_are_equal_rules(one, two):
             "snapkv",
             "stats=sum+count queries=32 carry=0 decode=add pool=max pool_size=7 score=mean recent=32 den=5 floor=64",
         ),
-        (
-            "roco",
-            "stats=sum+sumsq+count queries=-1 decode=add score=mean scope_num=3 scope_den=10 sinks=4 recent=10 "
-            "den=5 floor=64",
-        ),
+        ("roco", f"stats=sum+sumsq+count queries=-1 decode=add score=mean {ROCO} den=5 floor=64"),
     ],
 )
 def test_what_presets_become(name, text):

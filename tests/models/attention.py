@@ -25,7 +25,8 @@ class Layer(nn.Module):
     def project(self, x: Tensor, memory: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         memory = x if memory is None else memory
         q, k, v = self.q(x), self.k(memory), self.v(memory)
-        return tuple(t.view(t.shape[0], t.shape[1], -1, DIM).transpose(1, 2) for t in (q, k, v))  # type: ignore[return-value]
+        q, k, v = (t.view(t.shape[0], t.shape[1], -1, DIM).transpose(1, 2) for t in (q, k, v))
+        return q, k, v
 
     def finish(self, y: Tensor) -> Tensor:
         return self.o(y.transpose(1, 2).flatten(2))

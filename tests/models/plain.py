@@ -1,6 +1,7 @@
 """Decoders in plain PyTorch, no transformers: the ways in which people write a KV cache by hand.
 
-Each is called `model(ids, cache) -> (logits, cache)` or keeps its cache in attributes and is called `model(ids)`. Positions enter through rotary embeddings.
+Each is called `model(ids, cache) -> (logits, cache)` or keeps its cache in attributes and is called `model(ids)`.
+Positions enter through rotary embeddings.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class Block(nn.Module):
 
 
 class TupleBlock(Block):
-    """Cache in and out as a tuple, grown by torch.cat along dim 2; heads shared with repeat_interleave; explicit mask."""
+    """Cache in and out as a tuple, grown by torch.cat along dim 2; heads shared with repeat_interleave; explicit
+    mask."""
 
     def forward(self, x: Tensor, cache: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         past = 0 if cache is None else cache[0].shape[2]
@@ -84,7 +86,8 @@ class GroupedBlock(TupleBlock):
 
 
 class AttributeBlock(Block):
-    """[B, T, H, D] in module attributes: the first call stores its own k and v, later calls rebind to a cat along dim 1."""
+    """[B, T, H, D] in module attributes: the first call stores its own k and v, later calls rebind to a cat along
+    dim 1."""
 
     def __init__(self, index: int) -> None:
         super().__init__(index)

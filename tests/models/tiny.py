@@ -1,4 +1,5 @@
-"""Small random transformers models. Their weights are large, so that attention is far from uniform and scores are far from tied."""
+"""Small random transformers models. Their weights are large, so that attention is far from uniform and scores are
+far from tied."""
 
 from __future__ import annotations
 

@@ -27,10 +27,7 @@ class Choice:
 
     def in_scope(self) -> Array:
         """The `untouchable` slots: protected first, then the largest variance; ties go to the older."""
-        first = [
-            (not p, -var, pos)
-            for p, var, pos in zip(self.protected, self.variance, self.positions, strict=True)
-        ]
+        first = [(not p, -var, pos) for p, var, pos in zip(self.protected, self.variance, self.positions, strict=True)]
         order = sorted(range(len(first)), key=first.__getitem__)
         mark = np.zeros(len(self.positions), dtype=bool)
         mark[order[: self.untouchable]] = True
@@ -85,9 +82,7 @@ def scope_bounds(choice: Choice, rtol: float) -> tuple[Array, Array]:
     return surely_out, surely_in
 
 
-def ranking_objection(
-    choice: Choice, kept: Array, surely_in: Array, surely_out: Array, rtol: float
-) -> str | None:
+def ranking_objection(choice: Choice, kept: Array, surely_in: Array, surely_out: Array, rtol: float) -> str | None:
     """No token that they kept may rank clearly below one that they evicted, unless it can be in the scope."""
     score, positions = choice.score, choice.positions
     flushed = choice.queries * FLOAT32_TINY

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import kvpass
 import torch
 from oracle.hf import Oracle
 from transformers import DynamicCache
+
+import kvpass
 
 
 def kept_positions(cache: Any) -> list[torch.Tensor]:
@@ -16,7 +17,8 @@ def kept_positions(cache: Any) -> list[torch.Tensor]:
 
 
 class Conversation:
-    """Feeds the same tokens to a compiled model and to the oracle. Each call checks kept positions and the token chosen."""
+    """Feeds the same tokens to a compiled model and to the oracle. Each call checks kept positions and the token
+    chosen."""
 
     def __init__(self, model: Any, policy: str, budget: float | int, **options: Any) -> None:
         self.compiled = kvpass.compile(model, policy=policy, budget=budget, **options)
@@ -29,7 +31,8 @@ class Conversation:
         return self.oracle.simulator
 
     def call(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """One forward pass of both; `mask` (batch, tokens of this call) marks padding. Returns the library's greedy token."""
+        """One forward pass of both; `mask` (batch, tokens of this call) marks padding. Returns the library's
+        greedy token."""
         extra = self.extra(ids, mask)
         with torch.no_grad():
             out = self.compiled(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1, **extra)
@@ -55,8 +58,8 @@ class Conversation:
 
 
 LOGITS = 2.0**-12
-"""Largest difference of logits, relative to the largest logit. Twice float32's share of a score (oracle.simulator.ROUNDING, measured), for two float32
-computations, and twice again for the last projection."""
+"""Largest difference of logits, relative to the largest logit. Twice float32's share of a score
+(oracle.simulator.ROUNDING, measured), for two float32 computations, and twice again for the last projection."""
 
 
 def compare_logits(ours: torch.Tensor, expected: torch.Tensor) -> None:

@@ -12,7 +12,8 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 ACTIVE: list[Simulator] = []
-"""The simulator of the forward pass that is running. transformers gives an attention function no other way to find it."""
+"""The simulator of the forward pass that is running. transformers gives an attention function no other way to find
+it."""
 
 
 def attention(

@@ -66,9 +66,7 @@ class Layer:
 
 
 class Simulator:
-    def __init__(
-        self, policy: str, budget: float | int = 1.0, floor: int = 64, rounding: float = ROUNDING
-    ) -> None:
+    def __init__(self, policy: str, budget: float | int = 1.0, floor: int = 64, rounding: float = ROUNDING) -> None:
         self.policy: Policy = POLICIES[policy]()
         self.budget = Budget.of(budget, floor)
         self.rounding = rounding
@@ -132,14 +130,10 @@ class Simulator:
         """Compare with positions [B,Hkv,C] (-1 = empty) of every layer. What float32 rounding explains is
         adopted and counted, the rest fails."""
         self.record()
-        assert len(theirs) == len(self.layers), (
-            f"{len(theirs)} layers reported, the model has {len(self.layers)}"
-        )
+        assert len(theirs) == len(self.layers), f"{len(theirs)} layers reported, the model has {len(self.layers)}"
         for index, tensor in enumerate(theirs):
             shape = (len(self.layers[index].heads), len(self.layers[index].heads[0]))
-            assert tensor.shape[:2] == shape, (
-                f"layer {index}: {tuple(tensor.shape[:2])} rows, heads; not {shape}"
-            )
+            assert tensor.shape[:2] == shape, f"layer {index}: {tuple(tensor.shape[:2])} rows, heads; not {shape}"
             for b, row in enumerate(self.layers[index].heads):
                 for h, head in enumerate(row):
                     held = tensor[b, h].cpu().numpy()

@@ -219,10 +219,8 @@ def test_bloom():
     """Read by products that no pattern knows; the keys are even cached transposed."""
     cache = torch.randn(8, 5, 8), torch.randn(8, 5, 8)
     (decline,) = table(layer(baddbmm_attention), hidden(), cache).declined
-    assert (decline.reason, decline.detail) == (
-        "UNSUPPORTED_ATTENTION",
-        "v_2 feeds matmul, which is no known attention over it",
-    )
+    assert decline.reason == "UNSUPPORTED_ATTENTION"
+    assert "feeds matmul, which is no known attention over it" in decline.detail
 
 
 def test_a_dense_site_never_reads_a_compressed_cache():

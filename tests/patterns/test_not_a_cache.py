@@ -173,7 +173,7 @@ def test_the_same_graph_reaches_the_inner_compiler(forward, monkeypatch):
 
 
 def test_keys_and_values_that_are_returned_count_as_a_cache():
-    """By design: nothing in one graph tells features from a cache, if both come back and this call's queries made them."""
+    """By design: nothing in one graph tells features from a cache, if both keys and values come back."""
 
     def forward(self, x):
         q, k, v = self.project(x)
