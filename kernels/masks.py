@@ -44,7 +44,7 @@ def by_kv_head(mask: Tensor, kv_heads: int) -> Tensor:
     heads = mask.shape[1]
     if heads == 1:
         return mask.unsqueeze(1)
-    grouped: Tensor = mask.unflatten(1, (kv_heads, heads // kv_heads))  # type: ignore[no-untyped-call]
+    grouped: Tensor = mask.unflatten(1, (kv_heads, heads // kv_heads))
     return grouped
 
 

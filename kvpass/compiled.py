@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -11,6 +10,7 @@ import torch
 from kvpass.compiler import backend
 from kvpass.errors import KVPassError
 from kvpass.policy.spec import Policy
+from kvpass.twin import twin
 
 M = TypeVar("M", bound=torch.nn.Module)
 
@@ -50,7 +50,7 @@ def compile(
         DeclinedError, TrainingError, CacheError: when the model is called.
     """
     chosen = backend(policy, budget, inner=inner, strict=strict, debug=debug, verify=verify)
-    result = copy.copy(model)
+    result = twin(model)
     result.compile(backend=chosen)
     result._compiled_call_impl = _never_uncompiled(result._compiled_call_impl)
     object.__setattr__(result, "kvpass", chosen)

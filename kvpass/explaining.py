@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import fx
 from kvpass.plan import Plan, plan
 from kvpass.policy.spec import Policy
 from kvpass.site import SiteTable
+from kvpass.twin import twin
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def explain(
         tables.append(scan(gm, DEFAULT))
         return gm.forward
 
-    looked_at = copy.copy(model)
+    looked_at = twin(model)
     looked_at.compile(backend=look)
     with torch.no_grad():
         looked_at(*args, **kwargs)

@@ -56,7 +56,7 @@ def _stat_count(rule: str) -> int:
 def _fake_prefill_attend(
     q: Tensor, k: Tensor, v: Tensor, pos: Tensor | None, mask: Tensor | None, scale: float, causal: bool, rule: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    out = q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3])
+    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
     stats = q.new_empty(_stat_count(rule), k.shape[0], k.shape[1], k.shape[2], dtype=torch.float32)
     return out, stats, q.new_empty(q.shape[0], q.shape[2], dtype=torch.bool)
 

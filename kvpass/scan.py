@@ -171,9 +171,6 @@ class _Found:
             raise Miss(Reason.MASK_SHAPE, core.mask, f"mask of shape {shape_of(core.mask)}")
         if core.causal and site.phase is Phase.DECODE:
             raise Miss(Reason.CAUSAL_WITH_PAST, core.node, "is_causal=True with one query")
-        for half in (site.key, site.value):
-            if not self.flow.convex(self.flow.between(half.update.node, core.node)):
-                raise Miss(Reason.KEY_ESCAPES, half.update.node, "a path leaves the attention and comes back")
 
     def unclaimed(self, sites: list[Site], declined: list[Decline]) -> list[Decline]:
         """Cache updates that no site took and no core was blamed for: attention in a form nobody knows, or none at

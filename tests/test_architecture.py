@@ -34,8 +34,9 @@ ARROWS = {
     "inner": WORDS,
     "debug": {"debug", "plan", "site", "lower", "match"} | WORDS,
     "reporting": {"runtime", "kernels.scores"} | WORDS,  # inspect() shows the scores that the rule gives
-    "explaining": {"policy", "site", "scan", "plan", "patterns", "match"} | WORDS,
-    "compiled": {"compiler", "policy", "errors"},
+    "explaining": {"twin", "policy", "site", "scan", "plan", "patterns", "match"} | WORDS,
+    "compiled": {"compiler", "policy", "errors", "twin"},
+    "twin": set(),
 }
 ROOTS = {"compiler"}  # composes all the others
 ENVIRONMENT_READERS = {"kvpass/debug", "kernels/choose.py", "kernels/triton_launch.py"}

@@ -20,12 +20,13 @@ def prefill_attend(
     bool (True = attend) or additive float, broadcastable to [B, Hq, S, T], looked up at the keys' positions. causal:
     query i sees positions <= i (top-left, as in torch).
 
-    Returns (out [B, Hq, S, Dv] = softmax(q k^T scale + mask) v, contiguous; statistics of this call, float32
-    [N, B, Hkv, L]; valid bool [B, S]). Raises ValueError on shapes or dtypes that do not fit.
+    Returns (out [B, Hq, S, Dv] = softmax(q k^T scale + mask) v, in memory [B, S, Hq, Dv]: models transpose and view
+    it so; statistics of this call, float32 [N, B, Hkv, L]; valid bool [B, S]). Raises ValueError on shapes or dtypes
+    that do not fit.
     """
     _check(q, k, v, pos, mask)
-    result: tuple[Tensor, Tensor, Tensor] = kernel("prefill_attend", q.device)(q, k, v, pos, mask, scale, causal, rule)
-    return result
+    out, stats, valid = kernel("prefill_attend", q.device)(q, k, v, pos, mask, scale, causal, rule)
+    return out.transpose(1, 2).contiguous().transpose(1, 2), stats, valid
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, pos: Tensor | None, mask: Tensor | None) -> None:

@@ -1,4 +1,4 @@
-"""Dataflow questions about a traced graph, asked of networkx: what escapes, what lies between, is a region convex."""
+"""Dataflow questions about a traced graph, asked of networkx: what escapes, what lies between, what is below."""
 
 from __future__ import annotations
 
@@ -45,16 +45,6 @@ class Flow:
         inside = set(region) | set(allowed) | {self.output}
         readers = {user for node in region for user in self.graph.successors(node)}
         return sorted((r for r in readers - inside if not is_metadata(r)), key=self.order.__getitem__)
-
-    def convex(self, region: Iterable[fx.Node]) -> bool:
-        """True if no path leaves the region and comes back."""
-        inside = set(region)
-        if len(inside) < 2:
-            return True
-        span = sorted(self.order[node] for node in inside)
-        near = self.graph.subgraph(self.nodes[span[0] : span[-1] + 1])
-        leaving = {s for node in inside for s in near.successors(node)} - inside
-        return not any(nx.descendants(near, node) & inside for node in leaving)
 
     def below(self, start: fx.Node, names: frozenset[str], limit: int = 200) -> Iterator[fx.Node]:
         """Nodes below `start` (breadth first, at most `limit` visits) whose call is one of `names`."""

@@ -36,15 +36,6 @@ def test_between_is_all_paths():
     assert flow.between(n["d"], n["a"]) == set()
 
 
-def test_convex():
-    flow, n = drawn("a>b b>c b>x c>d x>d", "d")
-    assert flow.convex([n["b"], n["c"]])
-    assert not flow.convex([n["b"], n["c"], n["d"]])
-    assert flow.convex([n["b"], n["c"], n["d"], n["x"]])
-    assert flow.convex([n["a"]])
-    assert flow.convex([])
-
-
 def test_escapes():
     flow, n = drawn("a>b b>c b>x b>m a>y", "cb")
     assert flow.escapes([n["b"]], [n["c"]]) == [n["x"]]  # a return and a read of the size are none
