@@ -42,7 +42,7 @@ lint: $(STAMP)
 	  $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p kvpass
 
 test: lint
-	@echo "== pytest"; $(BIN)/pytest $(ARGS)
+	@echo "== pytest"; $(BIN)/pytest -n 2 --dist worksteal $(ARGS)
 
 env: $(STAMP)
 

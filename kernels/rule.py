@@ -14,6 +14,11 @@ STATISTICS = ("sum", "sumsq", "count")
 UNTOUCHABLE = 3.0e38
 """Score of a slot that the scope keeps out of reach: above every real score, below a protected slot's +inf."""
 
+OPS_VERSION = 2
+"""Raise it when an op's outputs change shape, strides or dtype. It is part of every rule in a graph, and so of the key
+of compiled graphs that Inductor keeps on disk: an older one must not be taken for this one.
+"""
+
 LIVE, FREE, SEEN, FIRST = range(4)
 """Columns of the cursor [B, Hkv, 4]."""
 
@@ -89,6 +94,8 @@ class Rule:
         values: dict[str, object] = {}
         for part in text.split():
             name, _, value = part.partition("=")
+            if name == "ops":
+                continue
             kind = kinds[name]
             values[name] = (
                 tuple(value.split("+")) if kind is tuple else bool(int(value)) if kind is bool else kind(value)
