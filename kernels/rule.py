@@ -72,7 +72,7 @@ class Rule:
 
     def encode(self) -> str:
         """Short readable text of the fields that differ from their defaults; ops take a rule in this form."""
-        parts = []
+        parts = [f"ops={OPS_VERSION}"]
         for f in fields(self):
             value = getattr(self, f.name)
             if value != f.default:

@@ -15,7 +15,6 @@ import torch
 from torch import fx
 
 import kvpass.ops  # noqa: F401  (registers torch.ops.kvpass)
-from kvpass.kernels.rule import OPS_VERSION
 from kvpass.match.calls import example, is_metadata
 from kvpass.match.dataflow import flat_outputs
 from kvpass.match.shapes import shape_of
@@ -178,7 +177,7 @@ class _Emitter:
     def __init__(self, lowering: _Lowering, planned: SitePlan, core: fx.Node, state: list[fx.Node]) -> None:
         self.low, self.graph, self.planned, self.core = lowering, lowering.graph, planned, core
         self.k, self.v, self.pos, self.stats, self.cursor = state
-        self.rule = f"ops={OPS_VERSION} {planned.rule.encode()}"
+        self.rule = planned.rule.encode()
         self.number = count()
         site = planned.site
         self.q = lowering.copy[site.core.q]

@@ -27,7 +27,7 @@ ARROWS = {
     "ops": {"terms", "kernels"},
     "runtime": {"runtime", "ops", "kernels.rule"} | WORDS,
     "plan": {"policy", "site", "kernels.rule"} | WORDS,
-    "lower": {"kernels.rule", "plan", "site", "ops", "match", "runtime.bind"} | WORDS,
+    "lower": {"plan", "site", "ops", "match", "runtime.bind"} | WORDS,
     "verify": {"plan", "lower", "match"} | WORDS,
     "isolate": {"site", "match"} | WORDS,
     "check_sites": {"isolate", "plan", "lower", "site", "match", "runtime", "ops", "kernels"} | WORDS,
