@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 
 import kvpass.ops  # noqa: F401  (registers torch.ops.kvpass)
 from kvpass.match.calls import example, is_metadata
@@ -166,7 +167,8 @@ class _Lowering:
         kept: list[Any] = [v for at, v in enumerate(self.outputs) if at not in cached]
         self.graph.output(tuple(self.copy[v] if isinstance(v, fx.Node) else v for v in kept))
         self.graph.lint()
-        result = fx.GraphModule(self.original, self.graph, class_name="KVPassGraph")
+        with _use_lazy_graph_module(True):  # as Dynamo does: Inductor never needs the Python code
+            result = _make_graph_module(self.original, self.graph, class_name="KVPassGraph")
         result.meta.update(self.original.meta)
         return result
 

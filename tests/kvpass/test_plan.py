@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from kvpass.kernels.rule import OPS_VERSION
 from models import plain
 from models.graphs import table
 
@@ -27,7 +28,7 @@ def test_every_site_gets_the_rule_and_its_phases_ops():
     made = planned()
     assert [p.site.name for p in made.sites] == ["blocks.0", "blocks.1"]
     assert {p.rule.encode() for p in made.sites} == {
-        "stats=sum queries=-1 decode=add score=sum recent_num=1 recent_den=2 den=5 floor=64"
+        f"ops={OPS_VERSION} stats=sum queries=-1 decode=add score=sum recent_num=1 recent_den=2 den=5 floor=64"
     }
     assert all(p.ops == OPS[Phase.PREFILL] for p in made.sites)
 

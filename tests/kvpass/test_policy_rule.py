@@ -9,7 +9,7 @@ from math import floor
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kvpass.kernels.rule import Rule
+from kvpass.kernels.rule import OPS_VERSION, Rule
 
 from kvpass.policy.load import names
 from kvpass.policy.rule import rule_of
@@ -53,7 +53,7 @@ def test_the_floor_holds_fractions_only(share, seen):
 def test_everything_observes_nothing(name):
     assert rule_of(Policy.load(name).with_budget(1.0)) == Rule()
     assert not Rule().evicts
-    assert Rule().encode() == ""
+    assert Rule().encode() == f"ops={OPS_VERSION}"
 
 
 CHOICES = {
@@ -106,4 +106,4 @@ ROCO = "scope_num=3 scope_den=10 sinks=4 recent=10"
     ],
 )
 def test_what_presets_become(name, text):
-    assert rule_of(Policy.load(name).with_budget(0.2)).encode() == text
+    assert rule_of(Policy.load(name).with_budget(0.2)).encode() == f"ops={OPS_VERSION} {text}"
