@@ -35,7 +35,7 @@ def compile(
 
     Args:
         model: any nn.Module in eval mode. It is left alone; the result is of the same class and shares every parameter.
-        policy: a built-in name (`kvpass.Policy.names()`), a path to a YAML file, a dict or a Policy.
+        policy: a built-in name (docs/policies.md), a path to a YAML file, a dict or a Policy.
         budget: float: fraction of the tokens seen so far that each KV head keeps (never fewer than the policy's
             `min_slots`);
             int: slots per KV head. Sinks, recent and observation windows count inside it.
