@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from kvpass.errors import VerificationError
 from kvpass.isolate import Isolated
@@ -87,8 +87,15 @@ class _Watcher(fx.Interpreter):
         state = inputs[len(inputs) - STATES * len(checks) :]
         self.states = [state[at : at + STATES] for at in range(0, len(state), STATES)]
         self.checks = checks
+        self.borders: dict[str, Any] = dict.fromkeys(n.name for c in checks for n in c.dense.wanted.values())
         self.at = 0
         self.joined: tuple[Any, ...] | None = None
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.name in self.borders:
+            self.borders[n.name] = value
+        return value
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = str(target)
@@ -96,27 +103,28 @@ class _Watcher(fx.Interpreter):
             self.joined = args
         elif name == "kvpass.prefill_attend.default":
             k, v, position = (args[1], args[2], 0) if self.joined is None else self.joined[5:8]
-            self._check(args[0], k, v, args[4], position)
+            self._check(args[0], k, v, args[4], position, args[8:])
         elif name == "kvpass.decode_attend.default":
-            self._check(args[0], args[1], args[2], args[3], args[9])
+            self._check(args[0], args[1], args[2], args[3], args[9], args[12:])
         return super().call_function(target, args, kwargs)
 
-    def _check(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, position: int
-    ) -> None:
-        self.checks[self.at].run(_Call(q, k, v, mask, int(position), self.states[self.at]))
+    def _check(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, position: int, extras: Any) -> None:
+        self.checks[self.at].run(_Call(q, k, v, mask, int(position), extras, self.states[self.at]), self.borders)
         self.at, self.joined = self.at + 1, None
 
 
 @dataclass(frozen=True)
 class _Call:
-    """What one site is given: q `[B, Hq, S, D]`, new k and v `[B, Hkv, S, D]`, 4-d mask, tokens and state before."""
+    """What one site is given: q `[B, Hq, S, D]`, new k and v `[B, Hkv, S, D]`, 4-d mask, tokens and state before;
+    `extras` are sinks and softcap, if the site has any.
+    """
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
     mask: torch.Tensor | None
     position: int
+    extras: tuple[Any, ...]
     state: list[torch.Tensor]
 
 
@@ -128,11 +136,11 @@ class _Check:
         self.rule = replace(planned.rule, slots=0, num=1, den=1).encode()
         self.dense = Isolated(original, planned.site, args)
 
-    def run(self, call: _Call) -> None:
+    def run(self, call: _Call, values: dict[str, Any]) -> None:
         k, v = (_dense_past(call, half) for half in (0, 1))
         state = _all_slots(k, v, call.state[3].shape[0], room=call.q.shape[2] + 1)
         actual = _run_ops(self.site, call, state, self.rule)
-        expected = self.dense(call.q, (call.k, call.v), (k, v), call.mask)
+        expected = self.dense(values, (k, v))
         self._compare_outputs(call, actual, expected, k, v)
         self._compare_state(call, state, k, v)
 
@@ -183,10 +191,10 @@ def _run_ops(site: Site, call: _Call, state: list[torch.Tensor], rule: str) -> t
     ops, core = torch.ops.kvpass, site.core
     k, v, pos, past = call.k, call.v, None, None
     if site.phase is Phase.DECODE:
-        return ops.decode_attend(call.q, k, v, call.mask, *state, call.position, core.scale, rule)  # type: ignore[no-any-return]
+        return ops.decode_attend(call.q, k, v, call.mask, *state, call.position, core.scale, rule, *call.extras)  # type: ignore[no-any-return]
     if site.phase is Phase.EXTEND:
         k, v, pos, past = ops.join_slots(*state, k, v, call.position)
-    out, stats, valid = ops.prefill_attend(call.q, k, v, pos, call.mask, core.scale, core.causal, rule)
+    out, stats, valid = ops.prefill_attend(call.q, k, v, pos, call.mask, core.scale, core.causal, rule, *call.extras)
     score, stats, cursor = ops.score_slots(stats, past, pos, valid, state[4], call.position, rule)
     chosen = ops.select_slots(score, cursor, state[0].shape[2])
     ops.compact_slots(k, v, pos, stats, chosen, cursor, *state)

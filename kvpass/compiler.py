@@ -85,7 +85,7 @@ class Backend:
         record = GraphRecord(table, seconds={"scan": time.perf_counter() - start})
         self.graphs.append(record)
         log.info("graph %d: %s", len(self.graphs), table)
-        if self.strict and table.declined:
+        if self.strict and table.failed:
             with stages(self.debug, len(self.graphs), gm, record, None):
                 raise _strict_error(table)
         if not table.sites:
@@ -145,11 +145,11 @@ class _Refusal:
 
 
 def _strict_error(table: SiteTable) -> DeclinedError:
-    first = table.declined[0]
-    listed = "\n".join(f"  {d}" for d in table.declined[:8])
-    more = f"\n  ... and {len(table.declined) - 8} more" if len(table.declined) > 8 else ""
+    first = table.failed[0]
+    listed = "\n".join(f"  {d}" for d in table.failed[:8])
+    more = f"\n  ... and {len(table.failed) - 8} more" if len(table.failed) > 8 else ""
     return DeclinedError(
-        f"{len(table.declined)} attention site(s) with a KV cache cannot be rewritten:\n{listed}{more}",
+        f"{len(table.failed)} attention site(s) with a KV cache cannot be rewritten:\n{listed}{more}",
         where=f"{first.site}, {first.source}",
         hint=f"{first.reason.hint}; or pass strict=False to leave such sites dense",
     )

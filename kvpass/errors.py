@@ -72,6 +72,8 @@ class Reason(StrEnum):
     PAST_NOT_INPUT = "PAST_NOT_INPUT"
     DROPOUT = "DROPOUT"
     MASK_SHAPE = "MASK_SHAPE"
+    MASK_UNKNOWN = "MASK_UNKNOWN"
+    SLIDING_WINDOW = "SLIDING_WINDOW"
     CAUSAL_WITH_PAST = "CAUSAL_WITH_PAST"
     CROSS_ATTENTION = "CROSS_ATTENTION"
     SHARED_CACHE = "SHARED_CACHE"
@@ -81,6 +83,11 @@ class Reason(StrEnum):
     @property
     def hint(self) -> str:
         return HINTS[self]
+
+    @property
+    def by_choice(self) -> bool:
+        """True for caches that kvpass understands and leaves dense on purpose: no error under strict=True."""
+        return self in (Reason.SLIDING_WINDOW, Reason.CROSS_ATTENTION)
 
 
 HINTS = {
@@ -98,6 +105,8 @@ HINTS = {
     Reason.PAST_NOT_INPUT: "the past must be an input of the graph itself, not a value computed from one",
     Reason.DROPOUT: "call model.eval(): attention dropout is not supported",
     Reason.MASK_SHAPE: "the mask must broadcast to [B, Hq, S, T]",
+    Reason.MASK_UNKNOWN: "hide keys with torch.finfo(dtype).min or -inf: a small number only makes them less likely",
+    Reason.SLIDING_WINDOW: "nothing to do: the model itself keeps only its window, and this cache stays as it is",
     Reason.CAUSAL_WITH_PAST: "is_causal=True with one query and a past hides all but the first key in torch; "
     "pass no mask instead",
     Reason.CROSS_ATTENTION: "keys and values come from another sequence; cross-attention caches stay dense",

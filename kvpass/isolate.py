@@ -16,7 +16,8 @@ from kvpass.terms import Layout
 
 
 class Isolated:
-    """From q, new K and V, past K and V and mask to the attention's output, through the nodes of the captured graph.
+    """From the values of a site's borders and its past K and V to the attention's output, through the nodes of the
+    captured graph.
 
     Args:
         original: the captured graph; not modified.
@@ -40,27 +41,29 @@ class Isolated:
         self.graph.output(self._take(site.core.node))
         self.gm = fx.GraphModule(original, self.graph)
 
-    def __call__(
-        self, q: Tensor, new: tuple[Tensor, Tensor], past: tuple[Tensor, Tensor], mask: Tensor | None
-    ) -> Tensor:
-        """The unmodified attention. q `[B, Hq, S, D]`, new and past K and V `[B, Hkv, ., D]`, mask 4-d."""
+    def __call__(self, values: dict[str, Tensor], past: tuple[Tensor, Tensor]) -> Tensor:
+        """The unmodified attention, [B, Hq, S, Dv].
+
+        Args:
+            values: of `wanted`, by name of the captured node, as the graph computes them.
+            past: K and V, `[B, Hkv, ., D]`.
+        """
         halves = self.site.key, self.site.value
-        given: dict[str, Any] = {"q": q, "mask": self._as_captured(mask)}
-        given |= {f"new_{at}": _as_cached(t, half) for at, (t, half) in enumerate(zip(new, halves, strict=True))}
+        given = {name: values[node.name] for name, node in self.wanted.items()}
         given |= {f"past_{at}": _as_cached(t, half) for at, (t, half) in enumerate(zip(past, halves, strict=True))}
         result: Tensor = self.gm(*(given[name] for name in self.names))
-        return result
+        return _heads_first(result, self.site)
+
+    @property
+    def wanted(self) -> dict[str, fx.Node]:
+        """Nodes of the captured graph whose values a call needs."""
+        key, value, core = self.site.key.update, self.site.value.update, self.site.core
+        found = {"q": core.q, "new_0": key.new, "new_1": value.new}
+        found |= {f"mask_{at}": term.node for at, term in enumerate(core.terms)}
+        return found if core.sinks is None else {**found, "sinks": core.sinks}
 
     def _borders(self) -> dict[str, fx.Node | None]:
-        key, value, core = self.site.key.update, self.site.value.update, self.site.core
-        return {
-            "q": core.q,
-            "new_0": key.new,
-            "new_1": value.new,
-            "past_0": key.past,
-            "past_1": value.past,
-            "mask": core.mask,
-        }
+        return {**self.wanted, "past_0": self.site.key.update.past, "past_1": self.site.value.update.past}
 
     def _take(self, node: fx.Node) -> Any:
         """The copy of a node and of all it needs; sizes become the numbers that they are in this call."""
@@ -86,12 +89,15 @@ class Isolated:
             return tuple(self._number(size) for size in value)
         return self.sizes.read(value)(self.args) if isinstance(value, torch.SymInt) else value
 
-    def _as_captured(self, mask: Tensor | None) -> Tensor | None:
-        """The mask without the leading axes that made it 4-d."""
-        if mask is None or self.site.core.mask is None:
-            return mask
-        return mask.reshape(mask.shape[4 - example(self.site.core.mask).dim() :])
-
 
 def _as_cached(t: Tensor, half: Half) -> Tensor:
     return t if half.layout is Layout.BHTD else t.transpose(1, 2)
+
+
+def _heads_first(out: Tensor, site: Site) -> Tensor:
+    """A core's output in its own axes as [B, Hq, S, Dv]."""
+    axes = site.core.axes.out
+    out = out.permute([axes.index(letter) for letter in "NBHGSD" if letter in axes])
+    if "N" in axes:
+        return out.unflatten(0, (-1, int(site.dims["Hq"])))
+    return out.flatten(1, 2) if "G" in axes else out

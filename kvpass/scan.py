@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from kvpass.errors import Reason
-from kvpass.match.attended import attended_by
+from kvpass.match.attended import PARTS, attended_by
 from kvpass.match.calls import argument, call_name, changes, example, module_path, operand, source_line
 from kvpass.match.dataflow import Flow
 from kvpass.match.miss import Miss
 from kvpass.match.nearby import whole
 from kvpass.match.projections import foreign
-from kvpass.match.shapes import is_one, normal_dim, same, shape_of
-from kvpass.match.views import read_layout, walk_up
+from kvpass.match.shapes import is_one, normal_dim, quotient, same, shape_of
+from kvpass.match.views import chain_scale, read_layout, walk_up
 from kvpass.site import Core, Decline, Half, Site, SiteTable, Update
 from kvpass.terms import CacheForm, Phase
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def scan(gm: fx.GraphModule, patterns: Any) -> SiteTable:
@@ -64,7 +70,7 @@ class _Found:
             try:
                 core = pattern.match(node)
             except Miss as miss:
-                caches = [base for base in self._operands(node) if self._is_cache(base)]
+                caches = [base for base in self._operands(node, miss) if self._is_cache(base)]
                 if caches:
                     self.missed_cores.append(_decline(node, miss))
                     self.blamed.update(caches)
@@ -84,9 +90,11 @@ class _Found:
                 self.updates[node] = update
                 return
 
-    def _operands(self, core: fx.Node) -> list[fx.Node]:
+    def _operands(self, core: fx.Node, miss: Miss | None = None) -> list[fx.Node]:
         """What the keys and values of a refused core are views of."""
-        found = argument(core, 1, "key"), argument(core, 2, "value")
+        found: Sequence[Any] = miss.reads if miss is not None else ()
+        if not found and call_name(core) in PARTS:
+            found = argument(core, 1, "key"), argument(core, 2, "value")
         return [self._walk(arg)[0] for arg in found if isinstance(arg, fx.Node)]
 
     def _is_cache(self, base: fx.Node) -> bool:
@@ -113,9 +121,12 @@ class _Found:
             raise Miss(Reason.KEY_VALUE_MISMATCH, base_k, "keys and values are one tensor")
         if None in updates or updates[0].form != updates[1].form:  # type: ignore[union-attr]
             raise self._mismatch(core, *updates)
-        key = self._half(core, updates[0], chain_k, Reason.KEY_ESCAPES)  # type: ignore[arg-type]
-        value = self._half(core, updates[1], chain_v, Reason.VALUE_ESCAPES)  # type: ignore[arg-type]
-        site = _site(core, key, value, layer)
+        key = self._half(core, updates[0], chain_k, core.axes.k, Reason.KEY_ESCAPES)  # type: ignore[arg-type]
+        value = self._half(core, updates[1], chain_v, core.axes.v, Reason.VALUE_ESCAPES)  # type: ignore[arg-type]
+        if chain_scale(chain_v) != 1.0:
+            raise Miss(Reason.UNSUPPORTED_ATTENTION, chain_v[-1], "the cached values are scaled")
+        self._check_inner(core)
+        site = _site(replace(core, scale=core.scale * chain_scale(chain_k)), key, value, layer)
         self._check(site)
         return site
 
@@ -137,14 +148,20 @@ class _Found:
         returned: Update | None = self.patterns.returned.match(base, self.flow)
         return returned
 
-    def _half(self, core: Core, update: Update, chain: tuple[fx.Node, ...], reason: Reason) -> Half:
-        layout = read_layout(update.node, chain, update.axis)
+    def _check_inner(self, core: Core) -> None:
+        escaped = self.flow.escapes(core.inner, [core.node])
+        if escaped or any(node in self.flow.outputs for node in core.inner):
+            where = escaped[0].name if escaped else "the output"
+            raise Miss(Reason.UNSUPPORTED_ATTENTION, core.node, f"logits or probabilities also feed {where}")
+
+    def _half(self, core: Core, update: Update, chain: tuple[fx.Node, ...], roles: str, reason: Reason) -> Half:
+        layout = read_layout(update.node, chain, update.axis, roles)
         if update.axis is not None and update.axis != layout.token_axis:
             raise Miss(Reason.CAT_AXIS, update.node, f"cat along axis {update.axis} of {layout.value}")
         if self.readers[update.node] > 1:
             raise Miss(Reason.SHARED_CACHE, update.node, f"{self.readers[update.node]} attentions read it")
         region = set(chain) if update.form is CacheForm.RETURNED else {update.node, *chain}
-        escaped = self.flow.escapes(region, [core.node])
+        escaped = self.flow.escapes(region, [core.node, *core.inner])
         if update.past is not None:
             escaped += self.flow.escapes([update.past], [update.node])
         if escaped:
@@ -162,13 +179,17 @@ class _Found:
     def _check(self, site: Site) -> None:
         core, dims = site.core, site.dims
         _check_heads(site)
+        dtypes = {example(half.update.new).dtype for half in (site.key, site.value)}
+        if len(dtypes) != 1 or not dtypes <= set(FLOATS):
+            raise Miss(Reason.DTYPE, core.node, f"keys and values are {sorted(map(str, dtypes))}")
         new_tokens = shape_of(site.key.update.new)[site.key.layout.token_axis]
         if not same(dims["S"], new_tokens):
             raise Miss(Reason.CROSS_ATTENTION, core.node, f"{dims['S']} queries but {new_tokens} new keys")
         if foreign(core.q, site.key.update.new):
             raise Miss(Reason.CROSS_ATTENTION, core.node, "queries and keys are projected from different inputs")
-        if core.mask is not None and not 1 <= len(shape_of(core.mask)) <= 4:
-            raise Miss(Reason.MASK_SHAPE, core.mask, f"mask of shape {shape_of(core.mask)}")
+        for term in core.terms:
+            if not 1 <= len(shape_of(term.node)) <= len(term.axes):
+                raise Miss(Reason.MASK_SHAPE, term.node, f"mask of shape {shape_of(term.node)}")
         if core.causal and site.phase is Phase.DECODE:
             raise Miss(Reason.CAUSAL_WITH_PAST, core.node, "is_causal=True with one query")
 
@@ -239,21 +260,22 @@ def _check_heads(site: Site) -> None:
 
 
 def _site(core: Core, key: Half, value: Half, layer: int) -> Site:
-    q, k, v = shape_of(core.q), shape_of(key.update.new), shape_of(value.update.new)
-    with_past = Phase.DECODE if is_one(q[2]) else Phase.EXTEND
+    k, v = shape_of(key.update.new), shape_of(value.update.new)
+    dims = {**_query_dims(core, k[0]), "Hkv": k[key.layout.head_axis], "Dv": v[3]}
+    with_past = Phase.DECODE if is_one(dims["S"]) else Phase.EXTEND
     phase = Phase.PREFILL if key.update.past is None else with_past
-    dims = {"B": q[0], "Hq": q[1], "Hkv": k[key.layout.head_axis], "S": q[2], "D": q[3], "Dv": v[3]}
-    return Site(
-        _name(core.node) or f"site{layer}",
-        layer,
-        phase,
-        core,
-        key,
-        value,
-        dims,
-        example(core.q).dtype,
-        source_line(core.node),
-    )
+    dims = {letter: dims[letter] for letter in ("B", "Hq", "Hkv", "S", "D", "Dv")}
+    name, dtype = _name(core.node) or f"site{layer}", example(key.update.new).dtype
+    return Site(name, layer, phase, core, key, value, dims, dtype, source_line(core.node))
+
+
+def _query_dims(core: Core, batch: Any) -> dict[str, Any]:
+    """B, Hq, S, D of a core's queries; `batch` is that of its keys."""
+    sizes = dict(zip(core.axes.q, shape_of(core.q), strict=True))
+    if "N" in sizes:
+        return {"B": batch, "Hq": quotient(sizes["N"], batch), "S": sizes["S"], "D": sizes["D"]}
+    heads = sizes["H"] * sizes["G"] if "G" in sizes else sizes["H"]
+    return {"B": sizes["B"], "Hq": heads, "S": sizes["S"], "D": sizes["D"]}
 
 
 def _form(update: Update | None) -> str:

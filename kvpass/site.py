@@ -10,25 +10,62 @@ import torch
 from torch import fx
 
 from kvpass.errors import Reason
-from kvpass.terms import CacheForm, Layout, Phase
+from kvpass.match.calls import is_metadata
+from kvpass.terms import CacheForm, Layout, MaskKind, Phase
+
+
+@dataclass(frozen=True)
+class Term:
+    """One part of a mask: `node` broadcasts to the logits, whose axes are `axes` where it is applied.
+
+    Attributes:
+        kind: added to the logits (times `factor`), or bool: True is kept, or True is hidden.
+    """
+
+    node: fx.Node
+    kind: MaskKind
+    axes: str = "BHST"
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Axis order of a core's operands by letter: `S` queries, `T` keys, `D` head dimension, `G` query heads of one KV
+    head, `N` sequences and heads in one axis.
+    """
+
+    q: str = "BHSD"
+    k: str = "BHTD"
+    v: str = "BHTD"
+    out: str = "BHSD"
 
 
 @dataclass(frozen=True)
 class Core:
-    """An attention core in normal form: `softmax(q k^T * scale + mask) v` with q `[B, Hq, S, D]`.
+    """An attention core in normal form: `softmax(cap(q k^T * scale) + terms) v`, where `cap(x) = softcap * tanh(x /
+    softcap)` (0: none) and `sinks` are logits that only the softmax's denominator sees.
 
     `k` and `v` are the operands as the core reads them, before any view is looked through. `pattern` names who found
-    it.
+    it, `inner` are the nodes between the operands and `node`.
     """
 
     node: fx.Node
     q: fx.Node
     k: fx.Node
     v: fx.Node
-    mask: fx.Node | None
+    terms: tuple[Term, ...]
     scale: float
     causal: bool
     pattern: str
+    axes: Axes = Axes()
+    softcap: float = 0.0
+    sinks: fx.Node | None = None
+    inner: tuple[fx.Node, ...] = ()
+
+    @property
+    def mask(self) -> fx.Node | None:
+        """The first part of the mask, for people; `terms` has them all."""
+        return self.terms[0].node if self.terms else None
 
 
 @dataclass(frozen=True)
@@ -78,6 +115,14 @@ class Site:
     dims: dict[str, Any]
     dtype: torch.dtype
     source: str
+
+    @property
+    def nodes(self) -> set[fx.Node]:
+        """What a rewrite takes out of the captured graph: core, views and updates, not the operands."""
+        halves = {n for half in (self.key, self.value) for n in (half.update.node, *half.chain)}
+        core = {self.core.node, *self.core.inner}
+        sizes = {user for node in core for user in node.users if is_metadata(user) and not user.users}
+        return halves | core | sizes
 
     @property
     def group(self) -> int:
@@ -131,6 +176,11 @@ class SiteTable:
 
     sites: tuple[Site, ...] = ()
     declined: tuple[Decline, ...] = field(default=())
+
+    @property
+    def failed(self) -> tuple[Decline, ...]:
+        """Declined sites that a user would want rewritten: not those left dense by choice."""
+        return tuple(d for d in self.declined if not d.reason.by_choice)
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.sites)

@@ -34,3 +34,11 @@ class CacheForm(StrEnum):
     CONCAT = "cat(past, new)"
     EMPTY = "cat(empty, new)"
     RETURNED = "new returned as the cache"
+
+
+class MaskKind(StrEnum):
+    """What a part of a mask does to the logits."""
+
+    ADD = "added"
+    KEEP = "True is kept"
+    HIDE = "True is hidden"

@@ -50,9 +50,7 @@ def _planned_counts(plan: Plan) -> Counter[str]:
 
 def _untouched(original: fx.GraphModule, nodes: list[fx.Node], plan: Plan) -> bool:
     """All nodes that belong to no site are still there, in order, with the same target."""
-    gone = {n for p in plan.sites for half in (p.site.key, p.site.value) for n in (half.update.node, *half.chain)} | {
-        p.site.core.node for p in plan.sites
-    }
+    gone = {node for planned in plan.sites for node in planned.site.nodes}
     before = [(n.op, str(n.target)) for n in original.graph.nodes if n not in gone and n.op != "output"]
     after = iter([(n.op, str(n.target)) for n in nodes])
     return all(pair in after for pair in before)

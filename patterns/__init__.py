@@ -14,6 +14,8 @@ from kvpass.patterns.cache_concat import ConcatUpdate
 from kvpass.patterns.cache_returned import ReturnedUpdate
 from kvpass.patterns.declined import BufferWrite, PartlyStored
 from kvpass.patterns.sdpa import SdpaCore
+from kvpass.patterns.sliding_window import SlidingWindow
+from kvpass.patterns.softmax import SoftmaxCore
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,8 @@ class PatternSet:
 
 
 DEFAULT = PatternSet(
-    cores=(SdpaCore(),),
+    cores=(SdpaCore(), SoftmaxCore()),
     updates=(ConcatUpdate(),),
     returned=ReturnedUpdate(),
-    refused=(BufferWrite(), PartlyStored()),
+    refused=(SlidingWindow(), BufferWrite(), PartlyStored()),
 )

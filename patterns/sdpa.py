@@ -16,7 +16,8 @@ from kvpass.errors import Reason
 from kvpass.match.calls import argument, call_name, example
 from kvpass.match.miss import Miss
 from kvpass.match.shapes import shape_of
-from kvpass.site import Core
+from kvpass.site import Core, Term
+from kvpass.terms import MaskKind
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -40,7 +41,7 @@ class SdpaCore:
             q=q,
             k=k,
             v=v,
-            mask=argument(node, 3, "attn_mask"),
+            terms=_terms(argument(node, 3, "attn_mask")),
             scale=float(scale) if scale is not None else 1.0 / math.sqrt(shape_of(q)[-1]),
             causal=bool(argument(node, 5, "is_causal", False)),
             pattern=self.name,
@@ -60,3 +61,9 @@ class SdpaCore:
         dtypes = {example(operand).dtype for operand in (q, k, v)}
         if len(dtypes) != 1 or not dtypes <= set(FLOATS):
             raise Miss(Reason.DTYPE, node, f"q, k, v are {sorted(map(str, dtypes))}")
+
+
+def _terms(mask: fx.Node | None) -> tuple[Term, ...]:
+    if mask is None:
+        return ()
+    return (Term(mask, MaskKind.KEEP if example(mask).dtype == torch.bool else MaskKind.ADD),)

@@ -90,8 +90,7 @@ def readable(gm: fx.GraphModule, title: str) -> str:
 
 def site_diff(captured: fx.GraphModule, rewritten: fx.GraphModule, site: Site) -> str:
     """Unified diff of the stretch of the graph in which a site lives, before and after, then the site's new inputs."""
-    halves = (site.key, site.value)
-    gone = {site.core.node, *(n for half in halves for n in (half.update.node, *half.chain))}
+    gone = site.nodes
     before = _stretch(captured.graph, lambda n: n in gone, CONTEXT)
     names = {n.name for n in before}
     after = _stretch(rewritten.graph, lambda n: n.name in names or _layer_of(n) == site.layer, 0)

@@ -14,8 +14,10 @@ class Miss(Exception):
         reason: stable code.
         node: the blocking node.
         detail: one phrase for people.
+        reads: keys or values that the refused attention reads, if it was an attention.
     """
 
     def __init__(self, reason: Reason, node: fx.Node, detail: str = "") -> None:
         super().__init__(f"{reason.value} at {node.name}: {detail}")
         self.reason, self.node, self.detail = reason, node, detail
+        self.reads: tuple[fx.Node, ...] = ()

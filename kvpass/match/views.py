@@ -7,6 +7,7 @@ h // G; `("G", "H")` would be the tiled order. An axis of size one made by unsqu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,36 +17,41 @@ from torch import fx
 from kvpass.errors import Reason
 from kvpass.match.calls import argument, call_name, example, operand
 from kvpass.match.miss import Miss
+from kvpass.match.numbers import factor_of
 from kvpass.match.shapes import is_one, normal_dim, same, shape_of
 from kvpass.terms import Layout
 
 Axis = tuple[str, ...]
 
-_ATTENDED: tuple[list[Axis], ...] = (
-    [("B",), ("H",), ("T",), ("D",)],
-    [("B",), ("H", "G"), ("T",), ("D",)],
-    [("B",), (), ("T",), ("D",)],
-    [("B",), ("G",), ("T",), ("D",)],
-)
-"""What an attention may read: KV heads or query heads in place two; the last two for a single KV head."""
+_ROLES: dict[str, tuple[Axis, ...]] = {
+    "B": (("B",),),
+    "T": (("T",),),
+    "D": (("D",),),
+    "H": (("H",), ("H", "G"), ("G",), ()),
+    "G": ((), ("G",)),
+    "N": (("B", "H"), ("B", "H", "G"), ("B", "G"), ("B",)),
+}
+"""Which letters an attention may find on each axis of its keys: KV heads or query heads in place of `H`, without `H`
+for a single KV head."""
 
 
 def walk_up(node: fx.Node, stop: Callable[[fx.Node], bool]) -> tuple[fx.Node, tuple[fx.Node, ...]]:
-    """Follow views upwards from `node` to the first node that `stop`s or is no view. Returns it and the views below
-    it, top first.
+    """Follow views, and products with a number, upwards from `node` to the first node that `stop`s or is neither.
+    Returns it and the views below it, top first.
     """
     chain: list[fx.Node] = []
-    while not stop(node) and is_view(node):
+    while not stop(node) and (is_view(node) or factor_of(node) is not None):
         chain.append(node)
-        node = operand(node)
+        node = next(n for n in node.all_input_nodes if shape_of(n)) if factor_of(node) is not None else operand(node)
     return node, tuple(reversed(chain))
 
 
-def read_layout(base: fx.Node, chain: Sequence[fx.Node], axis: int | None = None) -> Layout:
-    """Axis order of `base` if the chain turns it into `[B, Hq or Hkv, T, D]` with grouped heads in the right order.
+def read_layout(base: fx.Node, chain: Sequence[fx.Node], axis: int | None = None, roles: str = "BHTD") -> Layout:
+    """Axis order of `base` if the chain turns it into what the attention reads, with grouped heads in the right order.
 
     Args:
         axis: the axis along which the cache grows, if known; it decides where sizes of one leave the order open.
+        roles: axes that the attention reads, `BHTD`, `BHDT`, `NTD`, `BHGTD`, ...; see `kvpass.site.Axes`.
 
     Raises:
         Miss: LAYOUT or GROUP_ORDER, with the view that breaks it.
@@ -58,17 +64,25 @@ def read_layout(base: fx.Node, chain: Sequence[fx.Node], axis: int | None = None
         axes = forward([(letter,) for letter in layout.value], base, chain)
         if axes is not None and is_one(sizes[layout.head_axis]):
             axes = [tuple(letter for letter in names if letter != "H") for names in axes]  # one head: any place will do
-        if axes in _ATTENDED:
+        if axes is None:
+            continue
+        if _fits(axes, roles):
             fitting.append(layout)
-        if axes == [("B",), ("G", "H"), ("T",), ("D",)]:
+        elif any("G" in names and "H" in names[names.index("G") :] for names in axes):
             tiled = chain[-1]
     if fitting:
         return next((layout for layout in fitting if layout.token_axis == axis), fitting[0])
     if tiled is not None:
         raise Miss(Reason.GROUP_ORDER, tiled, "KV heads are tiled (repeat), not interleaved")
     raise Miss(
-        Reason.LAYOUT, chain[-1] if chain else base, "views between cache and attention do not end in [B, H, T, D]"
+        Reason.LAYOUT, chain[-1] if chain else base, f"views between cache and attention do not end in {roles}"
     )
+
+
+def _fits(axes: Sequence[Axis], roles: str) -> bool:
+    if len(axes) != len(roles) or sum("G" in names for names in axes) > 1:
+        return False
+    return all(names in _ROLES[role] for names, role in zip(axes, roles, strict=True))
 
 
 def forward(axes: list[Axis], base: fx.Node, chain: Sequence[fx.Node]) -> list[Axis] | None:
@@ -78,7 +92,8 @@ def forward(axes: list[Axis], base: fx.Node, chain: Sequence[fx.Node]) -> list[A
     for node in chain:
         if current is None:
             return None
-        current = _FORWARD[call_name(node)](current, node, shape_of(before), shape_of(node))
+        if factor_of(node) is None:
+            current = _FORWARD[call_name(node)](current, node, shape_of(before), shape_of(node))
         before = node
     return current
 
@@ -88,9 +103,18 @@ def is_view(node: fx.Node) -> bool:
     if call_name(node) not in _FORWARD or not isinstance(operand(node), fx.Node):
         return False
     before, after = example(operand(node)), example(node)
-    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor) or before.dtype != after.dtype:
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
         return False
+    if before.dtype != after.dtype and not (before.is_floating_point() and after.is_floating_point()):
+        return False
+    if call_name(node) == "getattr":
+        return node.args[1] in ("mT", "T") and (node.args[1] == "mT" or before.dim() == 2)
     return call_name(node) != "getitem" or _full_slices(node.args[1])
+
+
+def chain_scale(chain: Sequence[fx.Node]) -> float:
+    """The number that a chain multiplies its tensor by."""
+    return math.prod(factor_of(node) or 1.0 for node in chain)
 
 
 def _full_slices(index: Any) -> bool:
@@ -101,6 +125,11 @@ def _full_slices(index: Any) -> bool:
 def _transpose(axes: list[Axis], node: fx.Node, before: Sequence[Any], after: Sequence[Any]) -> list[Axis] | None:
     a, b = (normal_dim(argument(node, at, name), len(axes)) for at, name in ((1, "dim0"), (2, "dim1")))
     axes[a], axes[b] = axes[b], axes[a]
+    return axes
+
+
+def _transposed(axes: list[Axis], node: fx.Node, before: Sequence[Any], after: Sequence[Any]) -> list[Axis] | None:
+    axes[-2], axes[-1] = axes[-1], axes[-2]
     return axes
 
 
@@ -211,4 +240,6 @@ _FORWARD: dict[str, Callable[[list[Axis], fx.Node, Sequence[Any], Sequence[Any]]
     "clone": _same_axes,
     "to": _same_axes,
     "type_as": _same_axes,
+    "float": _same_axes,
+    "getattr": _transposed,
 }

@@ -1,0 +1,186 @@
+"""The ops of one site, written in front of its core in the rewritten graph."""
+
+from __future__ import annotations
+
+import operator
+from itertools import count
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+
+import kvpass.ops  # noqa: F401  (registers torch.ops.kvpass)
+from kvpass.match.calls import example
+from kvpass.match.shapes import shape_of
+from kvpass.plan import SitePlan
+from kvpass.site import Half, Term
+from kvpass.terms import Layout, MaskKind, Phase
+
+
+class Rewriting(Protocol):
+    """What an emitter needs of the rewriting that it is a part of.
+
+    Attributes:
+        copy: from nodes of the captured graph to those of the new one.
+        values: fake values of emitted nodes, shared by sites of equal shapes.
+    """
+
+    graph: fx.Graph
+    copy: dict[fx.Node, fx.Node]
+    values: dict[Any, Any]
+
+
+class Emitter:
+    """Writes the ops of one site in front of its core."""
+
+    def __init__(self, lowering: Rewriting, planned: SitePlan, core: fx.Node, state: list[fx.Node]) -> None:
+        self.low, self.graph, self.planned, self.core = lowering, lowering.graph, planned, core
+        self.k, self.v, self.pos, self.stats, self.cursor = state
+        self.rule = planned.rule.encode()
+        self.number = count()
+        site = planned.site
+        self.q = self._queries()
+        self.new_k, self.new_v = self._heads_first(site.key), self._heads_first(site.value)
+        self.mask = self._mask()
+        self.extras = self._extras()
+        self.position = self._position()
+
+    def decode(self) -> fx.Node:
+        args = (self.q, self.new_k, self.new_v, self.mask, self.k, self.v, self.pos, self.stats, self.cursor)
+        scale = self.planned.site.core.scale
+        return self._outside(self._op("decode_attend", *args, self.position, scale, self.rule, *self.extras))
+
+    def multi(self) -> fx.Node:
+        """Prefill or extend."""
+        k: Any = self.new_k
+        v: Any = self.new_v
+        pos = past_stats = None
+        if self.planned.site.phase is Phase.EXTEND:
+            joined = self._op("join_slots", self.k, self.v, self.pos, self.stats, self.cursor, k, v, self.position)
+            k, v, pos, past_stats = self._parts(joined, 4)
+        core = self.planned.site.core
+        args = (self.q, k, v, pos, self.mask, core.scale, core.causal, self.rule, *self.extras)
+        out, stats, valid = self._parts(self._op("prefill_attend", *args), 3)
+        scored = self._op("score_slots", stats, past_stats, pos, valid, self.cursor, self.position, self.rule)
+        score, stats, cursor = self._parts(scored, 3)
+        capacity = self._call_method("size", self.k, 2)
+        chosen = self._op("select_slots", score, cursor, capacity)
+        self._op("compact_slots", k, v, pos, stats, chosen, cursor, self.k, self.v, self.pos, self.stats, self.cursor)
+        return self._outside(out)
+
+    def _queries(self) -> fx.Node:
+        """The core's queries as [B, Hq, S, D], in the dtype of the cache."""
+        core = self.planned.site.core
+        node, axes = self.low.copy[core.q], core.axes.q
+        node = self._permuted(node, axes, _canonical(axes))
+        if "N" in axes:
+            node = self._call_method("unflatten", node, 0, (-1, self.planned.site.dims["Hq"]))
+        elif "G" in axes:
+            node = self._call_method("flatten", node, 1, 2)
+        dtype = self.planned.site.dtype
+        return node if example(core.q).dtype == dtype else self._call_method("to", node, dtype)
+
+    def _outside(self, node: fx.Node) -> fx.Node:
+        """The attention's output in the axes and the dtype that the model's own core gives."""
+        site = self.planned.site
+        axes = site.core.axes.out
+        if "N" in axes:
+            node = self._call_method("flatten", node, 0, 1)
+        elif "G" in axes:
+            node = self._call_method("unflatten", node, 1, (site.dims["Hkv"], site.group))
+        node = self._permuted(node, _canonical(axes), axes)
+        dtype = example(site.core.node).dtype
+        return node if dtype == site.dtype else self._call_method("to", node, dtype)
+
+    def _permuted(self, node: fx.Node, axes: str, wanted: str) -> fx.Node:
+        return node if axes == wanted else self._call_method("permute", node, *(axes.index(x) for x in wanted))
+
+    def _extras(self) -> tuple[Any, ...]:
+        core = self.planned.site.core
+        if core.sinks is None and not core.softcap:
+            return ()
+        sinks = self._call_method("reshape", self.low.copy[core.sinks], -1) if core.sinks is not None else None
+        return sinks, core.softcap
+
+    def _heads_first(self, half: Half) -> fx.Node:
+        node = self.low.copy[half.update.new]
+        return node if half.layout is Layout.BHTD else self._call_method("transpose", node, 1, 2)
+
+    def _mask(self) -> fx.Node | None:
+        """One mask of all terms, 4-d: bool, or float if something is added."""
+        kept: fx.Node | None = None
+        added: fx.Node | None = None
+        for term in self.planned.site.core.terms:
+            node = self._mask4(term)
+            if term.kind is MaskKind.ADD:
+                node = node if term.factor == 1.0 else self._call(operator.mul, node, term.factor)
+                added = node if added is None else self._call(operator.add, added, node)
+            else:
+                node = self._call(operator.invert, node) if term.kind is MaskKind.HIDE else node
+                kept = node if kept is None else self._call(operator.and_, kept, node)
+        if added is None or kept is None:
+            return added if kept is None else kept
+        return self._call(torch.where, kept, added, float("-inf"))
+
+    def _mask4(self, term: Term) -> fx.Node:
+        node, shape = self.low.copy[term.node], shape_of(term.node)
+        missing = len(term.axes) - len(shape)
+        if missing:
+            node = self._call(operator.getitem, node, (None,) * missing + (Ellipsis,))
+        sizes = dict(zip(term.axes, (1,) * missing + tuple(shape), strict=True))
+        site = self.planned.site
+        if "N" in term.axes:
+            heads = (1, 1) if sizes["N"] == 1 else (-1, site.dims["Hq"])
+            node = self._call_method("unflatten", node, 0, heads)
+        elif "G" in term.axes:
+            if sizes["H"] != 1 or sizes["G"] != 1:
+                node = self._call_method("expand", node, -1, site.dims["Hkv"], site.group, -1, -1)
+            node = self._call_method("flatten", node, 1, 2)
+        return node
+
+    def _position(self) -> fx.Node | int:
+        half = self.planned.site.key
+        if half.update.past is None:
+            return 0
+        return self._call_method("size", self.low.copy[half.update.past], half.layout.token_axis)
+
+    def _op(self, name: str, *args: Any) -> fx.Node:
+        return self._call(getattr(torch.ops.kvpass, name).default, *args)
+
+    def _parts(self, node: fx.Node, count: int) -> list[fx.Node]:
+        return [self._call(operator.getitem, node, at) for at in range(count)]
+
+    def _call(self, target: Any, *args: Any) -> fx.Node:
+        return self._described(self.graph.call_function(target, args))
+
+    def _call_method(self, name: str, *args: Any) -> fx.Node:
+        return self._described(self.graph.call_method(name, args))
+
+    def _described(self, node: fx.Node) -> fx.Node:
+        """Give a new node its source, its site and its fake value."""
+        node.meta.update(
+            {key: self.core.meta[key] for key in ("stack_trace", "nn_module_stack") if key in self.core.meta}
+        )
+        node.meta["kvpass"] = {"site": self.planned.site.name, "layer": self.planned.site.layer}
+        node.meta["example_value"] = self._value(node)
+        return node
+
+    def _value(self, node: fx.Node) -> Any:
+        """Fake value of a new node. Sites of equal shapes emit equal sequences, so each value is computed once per
+        graph.
+        """
+        site = self.planned.site
+        masks = [(shape_of(term.node), term.kind, term.factor, example(term.node).dtype) for term in site.core.terms]
+        kind = site.dtype, str(site.dims), str(masks), site.core.axes, str(site.core.softcap), site.core.scale
+        key = (self.rule, site.phase, *kind, site.key.layout, site.value.layout, next(self.number))
+        if key not in self.low.values:
+            args = fx.map_arg(node.args, lambda n: example(n))
+            with example(site.core.q).fake_mode:
+                call = getattr(args[0], node.target) if node.op == "call_method" else node.target  # type: ignore[arg-type]
+                self.low.values[key] = call(*(args[1:] if node.op == "call_method" else args))  # type: ignore[operator]
+        return self.low.values[key]
+
+
+def _canonical(axes: str) -> str:
+    """The order of axes in which an op takes queries and gives outputs."""
+    return "".join(letter for letter in "NBHGSD" if letter in axes)
