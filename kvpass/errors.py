@@ -91,8 +91,8 @@ class Reason(StrEnum):
 
 
 HINTS = {
-    Reason.UNSUPPORTED_ATTENTION: "attention must be F.scaled_dot_product_attention; for transformers models load with "
-    'attn_implementation="sdpa"',
+    Reason.UNSUPPORTED_ATTENTION: "attention must be F.scaled_dot_product_attention, or softmax(q k^T * scale + mask) "
+    "between two products (docs/patterns.md lists the spellings)",
     Reason.UNSUPPORTED_UPDATE: "the cache must grow by torch.cat([past, new], dim); for transformers use the default "
     "DynamicCache (no cache_implementation)",
     Reason.NO_ATTENTION: "the cache is updated here but read in another graph; look for a graph break between the two",

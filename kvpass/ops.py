@@ -17,8 +17,8 @@ from torch import Tensor
 NAMESPACE = "kvpass"
 
 SCHEMAS = {
-    "prefill_attend": "(Tensor q, Tensor k, Tensor v, Tensor? pos, Tensor? mask, float scale, bool causal, str rule) "
-    "-> (Tensor, Tensor, Tensor)",
+    "prefill_attend": "(Tensor q, Tensor k, Tensor v, Tensor? pos, Tensor? mask, float scale, bool causal, str rule, "
+    "Tensor? sinks=None, float softcap=0.0) -> (Tensor, Tensor, Tensor)",
     "join_slots": "(Tensor k, Tensor v, Tensor pos, Tensor stats, Tensor cursor, Tensor k_new, Tensor v_new, "
     "SymInt position) -> (Tensor, Tensor, Tensor, Tensor)",
     "score_slots": "(Tensor stats, Tensor? past_stats, Tensor? pos, Tensor valid, Tensor cursor, SymInt position, "
@@ -27,7 +27,8 @@ SCHEMAS = {
     "compact_slots": "(Tensor k, Tensor v, Tensor? pos, Tensor stats, Tensor idx, Tensor cursor_new, Tensor(a!) k_out, "
     "Tensor(b!) v_out, Tensor(c!) pos_out, Tensor(d!) stats_out, Tensor(e!) cursor_out) -> ()",
     "decode_attend": "(Tensor q, Tensor k_new, Tensor v_new, Tensor? mask, Tensor(a!) k, Tensor(b!) v, Tensor(c!) pos, "
-    "Tensor(d!) stats, Tensor(e!) cursor, SymInt position, float scale, str rule) -> Tensor",
+    "Tensor(d!) stats, Tensor(e!) cursor, SymInt position, float scale, str rule, Tensor? sinks=None, "
+    "float softcap=0.0) -> Tensor",
 }
 
 HOMES = {"join_slots": "join_slots", "score_slots": "scores"}
@@ -54,7 +55,16 @@ def _stat_count(rule: str) -> int:
 
 
 def _fake_prefill_attend(
-    q: Tensor, k: Tensor, v: Tensor, pos: Tensor | None, mask: Tensor | None, scale: float, causal: bool, rule: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    rule: str,
+    sinks: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
     stats = q.new_empty(_stat_count(rule), k.shape[0], k.shape[1], k.shape[2], dtype=torch.float32)

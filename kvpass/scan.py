@@ -54,6 +54,7 @@ class _Found:
         self.flow, self.patterns = flow, patterns
         self.cores: list[Core] = []
         self.missed_cores: list[Decline] = []
+        self.refused_cores: list[fx.Node] = []
         self.updates: dict[fx.Node, Update] = {}
         self.missed_updates: dict[fx.Node, Miss] = {}
         self.blamed: set[fx.Node] = set()
@@ -72,6 +73,7 @@ class _Found:
             except Miss as miss:
                 caches = [base for base in self._operands(node, miss) if self._is_cache(base)]
                 if caches:
+                    self.refused_cores.append(node)
                     self.missed_cores.append(_decline(node, miss))
                     self.blamed.update(caches)
                 continue
@@ -225,6 +227,8 @@ class _Found:
         update = self.updates[node]
         assert update.axis is not None
         blocker = attended_by(self.flow, node, update.axis, [update.new])
+        if blocker is not None and any(self.flow.between(core, blocker) for core in self.refused_cores):
+            return None  # the values of an attention that was refused already
         if blocker is not None:
             what = f"{node.name} feeds {call_name(blocker)}, which is no known attention over it"
             return self._changed(node, blocker) or Miss(Reason.UNSUPPORTED_ATTENTION, blocker, what)

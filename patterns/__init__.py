@@ -14,6 +14,7 @@ from kvpass.patterns.cache_concat import ConcatUpdate
 from kvpass.patterns.cache_returned import ReturnedUpdate
 from kvpass.patterns.declined import BufferWrite, PartlyStored
 from kvpass.patterns.sdpa import SdpaCore
+from kvpass.patterns.sdpa_aten import AtenSdpaCore
 from kvpass.patterns.sliding_window import SlidingWindow
 from kvpass.patterns.softmax import SoftmaxCore
 
@@ -29,7 +30,7 @@ class PatternSet:
 
 
 DEFAULT = PatternSet(
-    cores=(SdpaCore(), SoftmaxCore()),
+    cores=(SdpaCore(), AtenSdpaCore(), SoftmaxCore()),
     updates=(ConcatUpdate(),),
     returned=ReturnedUpdate(),
     refused=(SlidingWindow(), BufferWrite(), PartlyStored()),

@@ -41,7 +41,7 @@ class SdpaCore:
             q=q,
             k=k,
             v=v,
-            terms=_terms(argument(node, 3, "attn_mask")),
+            terms=mask_terms(argument(node, 3, "attn_mask")),
             scale=float(scale) if scale is not None else 1.0 / math.sqrt(shape_of(q)[-1]),
             causal=bool(argument(node, 5, "is_causal", False)),
             pattern=self.name,
@@ -53,17 +53,25 @@ class SdpaCore:
                 raise Miss(Reason.UNSUPPORTED_ATTENTION, node, f"{name} is computed, not a constant")
         if argument(node, 4, "dropout_p", 0.0) != 0.0:
             raise Miss(Reason.DROPOUT, node, f"dropout_p={argument(node, 4, 'dropout_p')}")
-        for operand in (q, k, v):
-            if len(shape_of(operand)) != 4:
-                raise Miss(Reason.LAYOUT, operand, f"operand of shape {shape_of(operand)} is not 4-d")
-        if not all(isinstance(shape_of(operand)[-1], int) for operand in (q, v)):
-            raise Miss(Reason.LAYOUT, node, "the head dimension is not a constant")
-        dtypes = {example(operand).dtype for operand in (q, k, v)}
-        if len(dtypes) != 1 or not dtypes <= set(FLOATS):
-            raise Miss(Reason.DTYPE, node, f"q, k, v are {sorted(map(str, dtypes))}")
+        check_operands(node, q, k, v)
 
 
-def _terms(mask: fx.Node | None) -> tuple[Term, ...]:
+def check_operands(node: fx.Node, q: fx.Node, k: fx.Node, v: fx.Node) -> None:
+    """Raises:
+    Miss: LAYOUT or DTYPE.
+    """
+    for operand in (q, k, v):
+        if len(shape_of(operand)) != 4:
+            raise Miss(Reason.LAYOUT, operand, f"operand of shape {shape_of(operand)} is not 4-d")
+    if not all(isinstance(shape_of(operand)[-1], int) for operand in (q, v)):
+        raise Miss(Reason.LAYOUT, node, "the head dimension is not a constant")
+    dtypes = {example(operand).dtype for operand in (q, k, v)}
+    if len(dtypes) != 1 or not dtypes <= set(FLOATS):
+        raise Miss(Reason.DTYPE, node, f"q, k, v are {sorted(map(str, dtypes))}")
+
+
+def mask_terms(mask: fx.Node | None) -> tuple[Term, ...]:
+    """An SDPA's mask in normal form."""
     if mask is None:
         return ()
     return (Term(mask, MaskKind.KEEP if example(mask).dtype == torch.bool else MaskKind.ADD),)

@@ -11,7 +11,7 @@ from kvpass.match.calls import argument, call_name
 from kvpass.match.dataflow import Flow
 from kvpass.match.shapes import same, shape_of
 
-PARTS = frozenset({"flex_attention", "sdpa"})
+PARTS = frozenset({"flex_attention", "sdpa", "sdpa_aten"})
 PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum", "softmax"})
 
 

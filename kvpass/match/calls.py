@@ -1,4 +1,4 @@
-"""One name per operation, however it is spelled: function, method, builtin or nn function."""
+"""One name per operation, however it is spelled: function, method, builtin, nn function or aten op."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ from typing import Any
 
 import torch
 from torch import fx
+
+_ATEN_CORES = (
+    "flash_attention_for_cpu",
+    "flash_attention",
+    "efficient_attention",
+    "cudnn_attention",
+    "fused_attention_overrideable",
+)
 
 _SAME = {
     "scaled_dot_product_attention": "sdpa",
@@ -22,6 +30,12 @@ _SAME = {
     "expand_as": "expand",
     "broadcast_to": "expand",
     "tile": "repeat",
+    "_unsafe_view": "reshape",
+    "_to_copy": "to",
+    "lift_fresh_copy": "clone",
+    "_softmax": "softmax",
+    "_safe_softmax": "softmax",
+    **dict.fromkeys((f"_scaled_dot_product_{kind}" for kind in _ATEN_CORES), "sdpa_aten"),
 }
 
 _IN_PLACE = frozenset({"setitem", "iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow"})
@@ -36,6 +50,9 @@ METADATA = frozenset(
         "nelement",
         "ndimension",
         "sym_size",
+        "sym_numel",
+        "sym_stride",
+        "_assert_tensor_metadata",
         "is_contiguous",
         "stride",
         "get_device",
@@ -51,6 +68,8 @@ def call_name(node: fx.Node) -> str:
     """
     if node.op == "call_method":
         name = str(node.target)
+    elif isinstance(node.target, torch._ops.OpOverload):
+        name = node.target.overloadpacket.__name__
     elif node.op == "call_function":
         name = getattr(node.target, "__name__", "")
     else:

@@ -11,8 +11,8 @@ from kvpass.match.calls import PROJECTIONS, argument, call_name, is_input, is_me
 from kvpass.match.shapes import is_empty, normal_dim, shape_of
 from kvpass.match.views import is_view
 
-ENDS = PROJECTIONS | {"sdpa", "flex_attention"}
-SLICES = frozenset({"getitem", "narrow", "select", "index_select", "chunk", "split"})
+ENDS = PROJECTIONS | {"sdpa", "sdpa_aten", "flex_attention"}
+SLICES = frozenset({"getitem", "slice", "narrow", "select", "index_select", "chunk", "split"})
 LIMIT = 300
 """Nodes looked at around one value: far more than lies between a projection and a cache."""
 

@@ -109,6 +109,8 @@ def is_view(node: fx.Node) -> bool:
         return False
     if call_name(node) == "getattr":
         return node.args[1] in ("mT", "T") and (node.args[1] == "mT" or before.dim() == 2)
+    if call_name(node) == "slice":
+        return all(same(a, b) for a, b in zip(before.shape, after.shape, strict=True))
     return call_name(node) != "getitem" or _full_slices(node.args[1])
 
 
@@ -242,4 +244,5 @@ _FORWARD: dict[str, Callable[[list[Axis], fx.Node, Sequence[Any], Sequence[Any]]
     "type_as": _same_axes,
     "float": _same_axes,
     "getattr": _transposed,
+    "slice": _same_axes,
 }

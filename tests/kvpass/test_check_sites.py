@@ -103,8 +103,8 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     phases: list[str] = []
     run = check_sites._Check.run
 
-    def counted(self: Any, call: Any) -> None:
-        run(self, call)
+    def counted(self: Any, call: Any, values: Any) -> None:
+        run(self, call, values)
         phases.append(self.site.phase.value)
 
     monkeypatch.setattr(check_sites._Check, "run", counted)

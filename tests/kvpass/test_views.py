@@ -130,7 +130,7 @@ REFUSED = {
     "tokens repeated": (lambda k: k.repeat_interleave(2, 2), Reason.LAYOUT),
     "head dim reversed in blocks": (lambda k: k.unflatten(3, (4, 4)).transpose(3, 4).flatten(3), Reason.LAYOUT),
     "tokens and heads swapped": (lambda k: k.reshape(B, -1, H, D).transpose(1, 2), Reason.LAYOUT),
-    "scaled": (lambda k: k * 2.0, Reason.KEY_ESCAPES),
+    "scaled by a vector": (lambda k: k * torch.arange(16.0), Reason.KEY_ESCAPES),
     "sliced": (lambda k: k[:, :, 1:], Reason.UNSUPPORTED_ATTENTION),
     "other bits": (lambda k: k.view(torch.int32).view(torch.float32), Reason.KEY_ESCAPES),
     "stacked": (lambda k: torch.stack([k] * G, 2).flatten(1, 2), Reason.KEY_ESCAPES),
