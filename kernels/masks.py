@@ -10,8 +10,11 @@ from torch import Tensor
 
 
 def threshold(mask: Tensor) -> float:
-    """An additive mask hides a key when it is not above half of its dtype's smallest number."""
-    return torch.finfo(mask.dtype).min / 2
+    """An additive mask hides a key when it is not above this: -1e8, or half of float16's smallest number.
+
+    Hand-made masks hide with finfo.min, -inf or -1e9; no bias of a visible key (ALiBi's, say) comes near -1e8.
+    """
+    return max(torch.finfo(mask.dtype).min / 2, -1e8)
 
 
 def visible(mask: Tensor) -> Tensor:
@@ -105,3 +108,18 @@ def _is_triangle(bytes_: Tensor, block: int = 256) -> bool:
 def _is(part: Tensor, value: int) -> bool:
     """Whether every byte of a 0/1 tensor is `value`."""
     return part.numel() == 0 or int(part.amin() if value else part.amax()) == value
+
+
+def written(mask: Tensor, end: int) -> Tensor:
+    """The part of a mask that covers the written part of a buffer: `mask[..., :end]`, a copy.
+
+    Raises ValueError if the mask shows a query what is beyond: the attention would read what nobody wrote. On a GPU the
+    check is an assertion of the device.
+    """
+    beyond = ~visible(mask[..., end:]).any()
+    if mask.device.type == "cpu":
+        if not bool(beyond):
+            raise ValueError(f"the mask shows keys of a preallocated cache beyond the {end} tokens that are written")
+    else:
+        torch._assert_async(beyond, "the mask shows keys of a preallocated cache beyond what is written")
+    return mask[..., :end].clone()

@@ -122,7 +122,8 @@ class Backend:
             from kvpass.check_sites import checked_once
 
             inner = checked_once(inner, gm, lowered, record.plan)
-        return Bound(inner, lowered.bindings, lowered.outputs, origin, data_inputs(gm.graph))
+        watched = data_inputs(gm.graph)
+        return Bound(inner, lowered.bindings, lowered.outputs, origin, watched, lowered.takes_position)
 
     @property
     def timings(self) -> dict[str, float]:

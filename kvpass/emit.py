@@ -14,7 +14,7 @@ from kvpass.match.calls import example
 from kvpass.match.shapes import shape_of
 from kvpass.plan import SitePlan
 from kvpass.site import Half, Term
-from kvpass.terms import Layout, MaskKind, Phase
+from kvpass.terms import CacheForm, Layout, MaskKind, Phase
 
 
 class Rewriting(Protocol):
@@ -22,12 +22,16 @@ class Rewriting(Protocol):
 
     Attributes:
         copy: from nodes of the captured graph to those of the new one.
+        masks: masks of attentions over buffers, cut to what is written, by what they were made of.
+        position: where this call's tokens are written into buffers; None if there are none.
         values: fake values of emitted nodes, shared by sites of equal shapes.
     """
 
     graph: fx.Graph
     copy: dict[fx.Node, fx.Node]
     values: dict[Any, Any]
+    masks: dict[Any, fx.Node]
+    position: fx.Node | None
 
 
 class Emitter:
@@ -41,9 +45,9 @@ class Emitter:
         site = planned.site
         self.q = self._queries()
         self.new_k, self.new_v = self._heads_first(site.key), self._heads_first(site.value)
+        self.position = self._position()
         self.mask = self._mask()
         self.extras = self._extras()
-        self.position = self._position()
 
     def decode(self) -> fx.Node:
         args = (self.q, self.new_k, self.new_v, self.mask, self.k, self.v, self.pos, self.stats, self.cursor)
@@ -107,7 +111,19 @@ class Emitter:
         return node if half.layout is Layout.BHTD else self._call_method("transpose", node, 1, 2)
 
     def _mask(self) -> fx.Node | None:
-        """One mask of all terms, 4-d: bool, or float if something is added."""
+        """One mask of all terms, 4-d: bool, or float if something is added. Over a buffer, of what is written."""
+        site = self.planned.site
+        if site.key.update.form is not CacheForm.BUFFER or not site.core.terms:
+            return self._joined_mask()
+        made_of = (site.core.terms, str(site.dims["S"]))
+        if made_of not in self.low.masks:
+            new = self._call_method("size", self.low.copy[site.key.update.new], site.key.layout.token_axis)
+            end = self._call(operator.add, self.position, new)
+            mask = self._joined_mask()
+            self.low.masks[made_of] = self._op("written", mask, end)
+        return self.low.masks[made_of]
+
+    def _joined_mask(self) -> fx.Node | None:
         kept: fx.Node | None = None
         added: fx.Node | None = None
         for term in self.planned.site.core.terms:
@@ -142,6 +158,9 @@ class Emitter:
         half = self.planned.site.key
         if half.update.past is None:
             return 0
+        if half.update.form is CacheForm.BUFFER:
+            assert self.low.position is not None
+            return self.low.position
         return self._call_method("size", self.low.copy[half.update.past], half.layout.token_axis)
 
     def _op(self, name: str, *args: Any) -> fx.Node:

@@ -6,7 +6,7 @@ The captured graph is copied first: Dynamo still needs its own.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,13 @@ from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_modu
 from kvpass.emit import Emitter
 from kvpass.match.calls import example, is_metadata
 from kvpass.match.dataflow import flat_outputs
+from kvpass.match.extract import function_of
+from kvpass.match.shapes import shape_of
 from kvpass.match.symbols import SizeReader, free_size
 from kvpass.plan import Plan, SitePlan
 from kvpass.runtime.bind import Binding
-from kvpass.site import Half
-from kvpass.terms import Phase
+from kvpass.site import Half, Site, Update
+from kvpass.terms import CacheForm, Phase
 
 STATE = ("k", "v", "pos", "stats", "cursor")
 
@@ -34,22 +36,29 @@ class Lowered:
         gm: takes the original inputs, then `STATE` for each site; returns the original outputs that are no cache.
         bindings: one for each planned site, in order.
         outputs: number of outputs of the original graph.
+        takes_position: the last input is the place where the call's tokens are written (caches in buffers).
     """
 
     gm: fx.GraphModule
     bindings: tuple[Binding, ...]
     outputs: int
+    takes_position: bool = False
 
 
 def lower(gm: fx.GraphModule, plan: Plan) -> Lowered:
     """Rewrite the planned sites of a captured graph; all other nodes stay as they are."""
-    work = _Lowering(gm)
+    work = _Lowering(gm, any(is_buffered(site_plan.site) for site_plan in plan.sites))
     bindings = tuple(work.site(site_plan) for site_plan in plan.sites)
-    return Lowered(work.finish(bindings), bindings, len(work.outputs))
+    return Lowered(work.finish(bindings), bindings, len(work.outputs), work.position is not None)
+
+
+def is_buffered(site: Site) -> bool:
+    """Does the site write into a buffer that an earlier call has written to?"""
+    return site.key.update.form is CacheForm.BUFFER and site.key.update.past is not None
 
 
 class _Lowering:
-    def __init__(self, gm: fx.GraphModule) -> None:
+    def __init__(self, gm: fx.GraphModule, buffered: bool) -> None:
         self.original = gm
         self.graph = fx.Graph()
         self.copy: dict[fx.Node, fx.Node] = {}
@@ -60,6 +69,16 @@ class _Lowering:
         self.sizes = SizeReader(self.inputs)
         self.states: dict[Any, list[Any]] = {}
         self.values: dict[Any, Any] = {}
+        self.masks: dict[Any, fx.Node] = {}
+        self.position = self._position_input() if buffered else None
+
+    def _position_input(self) -> fx.Node:
+        """Where this call's tokens are written: the last input, a number that no graph is compiled for."""
+        fake_mode = next(example(n).fake_mode for n in self.inputs if isinstance(example(n), torch.Tensor))
+        with self.graph.inserting_after(self.last_input):
+            node = self.graph.placeholder("kvpass_position")
+        node.meta = {"example_value": free_size(fake_mode.shape_env, "kvpass_position"), "kvpass": {"state": "position"}}
+        return node
 
     def site(self, planned: SitePlan) -> Binding:
         """Replace one site by its ops."""
@@ -112,22 +131,37 @@ class _Lowering:
         for node in reversed(core):
             self._erase(node)
         for half in halves:
+            update = half.update
             for view in reversed(half.chain):
                 if not self.copy[view].users:
                     self.graph.erase_node(self.copy[view])
-            node = self.copy[half.update.node]
-            if half.update.node is half.update.new:
-                continue
-            if node.users:
-                self._stand_in(node, half)
-            self.graph.erase_node(node)
+            if update.write is not None:
+                self._unwrite(update)
+            elif update.node is not update.new:
+                self._drop(self.copy[update.node], half)
+
+    def _drop(self, node: fx.Node, half: Half) -> None:
+        """Erase a cache; whoever reads its size gets a shell's."""
+        if node.users:
+            self._stand_in(node, half)
+        self.graph.erase_node(node)
+
+    def _unwrite(self, update: Update) -> None:
+        """Erase a write to a buffer, the slice that it went to, and a buffer that the graph allocated."""
+        assert update.write is not None
+        write = self.copy[update.write]
+        part = write.args[0]
+        self._erase(write)
+        for node in (part, self.copy[update.node]):
+            if isinstance(node, fx.Node) and node.op != "placeholder":
+                self._erase(node)
 
     def _erase(self, node: fx.Node) -> None:
-        """Erase a node of a core, with the sizes that were read of it if nobody uses them."""
+        """Erase a node that nobody reads any more, with the sizes that were read of it if nobody uses them."""
         for reader in list(node.users):
             if is_metadata(reader) and not reader.users:
                 self.graph.erase_node(reader)
-        if not node.users:
+        if not node.users and not node._erased:
             self.graph.erase_node(node)
 
     def _stand_in(self, node: fx.Node, half: Half) -> None:
@@ -150,6 +184,9 @@ class _Lowering:
     def _binding(self, planned: SitePlan) -> Binding:
         site = planned.site
         fake = example(site.core.q)
+        dims, update = dict(site.dims), site.key.update
+        if update.axis is not None and update.form is CacheForm.BUFFER:
+            dims["L"] = shape_of(update.node)[update.axis]
         return Binding(
             name=site.name,
             layer=site.layer,
@@ -158,11 +195,18 @@ class _Lowering:
             layouts=(site.key.layout, site.value.layout),
             past=None if site.phase is Phase.PREFILL else (self._place(site.key), self._place(site.value)),
             returned=(site.key.places, site.value.places),
-            sizes={letter: self.sizes.read(site.dims[letter]) for letter in ("B", "Hkv", "D", "Dv", "S")},
+            sizes={letter: self.sizes.read(size) for letter, size in dims.items()},
             dtype=site.dtype,
             device=fake.device,
             where=f"{site.name}, {site.source}",
+            start=self._start(update.start) if "L" in dims else None,
+            path=update.path,
         )
+
+    def _start(self, start: Any) -> Callable[[Sequence[Any]], Any]:
+        """Where a buffer is written, as a function of the graph's inputs."""
+        value = example(start) if isinstance(start, fx.Node) else start
+        return function_of(self.original, start) if isinstance(value, torch.Tensor) else self.sizes.read(value)
 
     def _place(self, half: Half) -> int:
         assert half.update.past is not None

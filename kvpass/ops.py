@@ -29,9 +29,10 @@ SCHEMAS = {
     "decode_attend": "(Tensor q, Tensor k_new, Tensor v_new, Tensor? mask, Tensor(a!) k, Tensor(b!) v, Tensor(c!) pos, "
     "Tensor(d!) stats, Tensor(e!) cursor, SymInt position, float scale, str rule, Tensor? sinks=None, "
     "float softcap=0.0) -> Tensor",
+    "written": "(Tensor mask, SymInt end) -> Tensor",
 }
 
-HOMES = {"join_slots": "join_slots", "score_slots": "scores"}
+HOMES = {"written": "masks", "join_slots": "join_slots", "score_slots": "scores"}
 """Modules of kvpass.kernels whose name is not the op's."""
 
 
@@ -107,6 +108,10 @@ def _fake_decode_attend(q: Tensor, k_new: Tensor, v_new: Tensor, *rest: Any) -> 
     return q.new_empty(q.shape[0], q.shape[1], q.shape[2], v_new.shape[3])
 
 
+def _fake_written(mask: Tensor, end: int) -> Tensor:
+    return mask.new_empty(*mask.shape[:-1], end)
+
+
 FAKES: dict[str, Callable[..., Any]] = {
     "prefill_attend": _fake_prefill_attend,
     "join_slots": _fake_join_slots,
@@ -114,6 +119,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "select_slots": _fake_select_slots,
     "compact_slots": _fake_compact_slots,
     "decode_attend": _fake_decode_attend,
+    "written": _fake_written,
 }
 
 

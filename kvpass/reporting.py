@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from kvpass.errors import CacheError
-from kvpass.runtime.shell import find
+from kvpass.runtime.shell import attached, find
 from kvpass.runtime.store import SlotStore
 
 
@@ -19,9 +19,10 @@ def stores(cache: Any) -> list[SlotStore]:
     """
     found: dict[int, SlotStore] = {}
     for tensor in _tensors(cache, set()):
-        store = find(tensor)
-        if store is not None:
-            found.setdefault(id(store), store)
+        standing = attached(tensor).values() if find(tensor) is not None else ()
+        for store in (find(tensor), *standing):
+            if store is not None:
+                found.setdefault(id(store), store)
     return sorted(found.values(), key=lambda s: s.layer)
 
 

@@ -6,23 +6,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import fx
 
 from kvpass.errors import Reason
 from kvpass.match.attended import PARTS, attended_by
-from kvpass.match.calls import argument, call_name, changes, example, module_path, operand, source_line
+from kvpass.match.calls import argument, call_name, changes, module_path, operand, source_line
 from kvpass.match.dataflow import Flow
 from kvpass.match.miss import Miss
 from kvpass.match.nearby import whole
-from kvpass.match.projections import foreign
-from kvpass.match.shapes import is_one, normal_dim, quotient, same, shape_of
-from kvpass.match.views import chain_scale, read_layout, walk_up
+from kvpass.match.shapes import normal_dim, same, shape_of
+from kvpass.match.views import chain_scale, is_front, read_layout, walk_up
 from kvpass.site import Core, Decline, Half, Site, SiteTable, Update
-from kvpass.terms import CacheForm, Phase
-
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+from kvpass.site_rules import buffer_readers, check_buffer, check_site, make_site
+from kvpass.terms import CacheForm
 
 
 def scan(gm: fx.GraphModule, patterns: Any) -> SiteTable:
@@ -89,8 +85,17 @@ class _Found:
                 self.missed_updates[node] = miss
                 return
             if update is not None:
-                self.updates[node] = update
+                self._take(update)
                 return
+
+    def _take(self, update: Update) -> None:
+        """Known by the value that becomes the cache, and by what the write gives back. A buffer is written once."""
+        for node in {update.node, update.write or update.node}:
+            if node in self.updates:
+                assert update.write is not None
+                miss = Miss(Reason.UNSUPPORTED_UPDATE, update.write, f"{update.node.name} is written twice")
+                self.missed_updates[node] = miss
+            self.updates[node] = update
 
     def _operands(self, core: fx.Node, miss: Miss | None = None) -> list[fx.Node]:
         """What the keys and values of a refused core are views of."""
@@ -106,7 +111,17 @@ class _Found:
             return True
 
     def _walk(self, node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:
-        return walk_up(node, lambda n: n in self.updates or n in self.missed_updates or n in self.flow.outputs)
+        """What an operand is a view of; the written part of a buffer counts as a view of it."""
+        base, chain = walk_up(node, self._stops)
+        above = operand(base) if is_front(base) else None
+        if not self._stops(base) and isinstance(above, fx.Node):
+            top, upper = walk_up(above, self._stops)
+            if top in self.updates and self.updates[top].form is CacheForm.BUFFER:
+                return top, (*upper, base, *chain)
+        return base, chain
+
+    def _stops(self, node: fx.Node) -> bool:
+        return node in self.updates or node in self.missed_updates or node in self.flow.outputs
 
     def join(self, core: Core, layer: int) -> Site | None:
         """The site of a core; None if its K and V are no cache.
@@ -123,13 +138,16 @@ class _Found:
             raise Miss(Reason.KEY_VALUE_MISMATCH, base_k, "keys and values are one tensor")
         if None in updates or updates[0].form != updates[1].form:  # type: ignore[union-attr]
             raise self._mismatch(core, *updates)
+        if updates[0].start is not updates[1].start and updates[0].start != updates[1].start:  # type: ignore[union-attr]
+            raise Miss(Reason.KEY_VALUE_MISMATCH, core.node, "keys and values are written at different places")
         key = self._half(core, updates[0], chain_k, core.axes.k, Reason.KEY_ESCAPES)  # type: ignore[arg-type]
         value = self._half(core, updates[1], chain_v, core.axes.v, Reason.VALUE_ESCAPES)  # type: ignore[arg-type]
         if chain_scale(chain_v) != 1.0:
             raise Miss(Reason.UNSUPPORTED_ATTENTION, chain_v[-1], "the cached values are scaled")
         self._check_inner(core)
-        site = _site(replace(core, scale=core.scale * chain_scale(chain_k)), key, value, layer)
-        self._check(site)
+        name = _name(core.node) or f"site{layer}"
+        site = make_site(name, replace(core, scale=core.scale * chain_scale(chain_k)), key, value, layer)
+        check_site(site)
         return site
 
     def _mismatch(self, core: Core, key: Update | None, value: Update | None) -> Miss:
@@ -162,44 +180,35 @@ class _Found:
             raise Miss(Reason.CAT_AXIS, update.node, f"cat along axis {update.axis} of {layout.value}")
         if self.readers[update.node] > 1:
             raise Miss(Reason.SHARED_CACHE, update.node, f"{self.readers[update.node]} attentions read it")
-        region = set(chain) if update.form is CacheForm.RETURNED else {update.node, *chain}
-        escaped = self.flow.escapes(region, [core.node, *core.inner])
-        if update.past is not None:
-            escaped += self.flow.escapes([update.past], [update.node])
+        readers = [core.node, *core.inner]
+        if update.form is CacheForm.BUFFER:
+            escaped = buffer_readers(self.flow, update, chain, readers)
+            check_buffer(self.flow, core, update, chain)
+        else:
+            region = set(chain) if update.form is CacheForm.RETURNED else {update.node, *chain}
+            escaped = self.flow.escapes(region, readers)
+            if update.past is not None:
+                escaped += self.flow.escapes([update.past], [update.node])
         if escaped:
             raise Miss(reason, escaped[0], f"{update.node.name} also feeds {escaped[0].name}")
         self._check_unchanged(core, update)
-        return Half(update, layout, chain, tuple(self.flow.outputs[update.node]))
+        places = {at for node in (update.node, update.write) if node for at in self.flow.outputs.get(node, [])}
+        return Half(update, layout, chain, tuple(sorted(places)))
 
     def _check_unchanged(self, core: Core, update: Update) -> None:
         """The op reads this call's keys where the attention stands; they must still be what the cache took."""
-        taken = self.flow.order[core.node if update.form is CacheForm.RETURNED else update.node]
+        written = update.write if update.write is not None else update.node
+        taken = self.flow.order[core.node if update.form is CacheForm.RETURNED else written]
         for user in update.new.users:
             if changes(user) and operand(user) is update.new and self.flow.order[user] > taken:
                 raise Miss(Reason.UNSUPPORTED_UPDATE, user, f"{update.new.name} is changed after it was cached")
-
-    def _check(self, site: Site) -> None:
-        core, dims = site.core, site.dims
-        _check_heads(site)
-        dtypes = {example(half.update.new).dtype for half in (site.key, site.value)}
-        if len(dtypes) != 1 or not dtypes <= set(FLOATS):
-            raise Miss(Reason.DTYPE, core.node, f"keys and values are {sorted(map(str, dtypes))}")
-        new_tokens = shape_of(site.key.update.new)[site.key.layout.token_axis]
-        if not same(dims["S"], new_tokens):
-            raise Miss(Reason.CROSS_ATTENTION, core.node, f"{dims['S']} queries but {new_tokens} new keys")
-        if foreign(core.q, site.key.update.new):
-            raise Miss(Reason.CROSS_ATTENTION, core.node, "queries and keys are projected from different inputs")
-        for term in core.terms:
-            if not 1 <= len(shape_of(term.node)) <= len(term.axes):
-                raise Miss(Reason.MASK_SHAPE, term.node, f"mask of shape {shape_of(term.node)}")
-        if core.causal and site.phase is Phase.DECODE:
-            raise Miss(Reason.CAUSAL_WITH_PAST, core.node, "is_causal=True with one query")
 
     def unclaimed(self, sites: list[Site], declined: list[Decline]) -> list[Decline]:
         """Cache updates that no site took and no core was blamed for: attention in a form nobody knows, or none at
         all.
         """
-        taken = {half.update.node for site in sites for half in (site.key, site.value)} | self.blamed
+        halves = [half.update for site in sites for half in (site.key, site.value)]
+        taken = {node for update in halves for node in (update.node, update.write)} | self.blamed
         taken |= {node for core in self.cores for arg in (core.k, core.v) for node in whole(arg)}
         named = {decline.site for decline in declined}
         extra: dict[str, Decline] = {}
@@ -214,7 +223,8 @@ class _Found:
 
     def _refused(self, node: fx.Node) -> Miss | None:
         """Why a `cat` is no update, if some attention has its length; else it is no cache either."""
-        axis = normal_dim(argument(node, 1, "dim", 0), len(shape_of(node)))
+        axis = self.updates[node].axis if node in self.updates else argument(node, 1, "dim", 0)
+        axis = normal_dim(axis, len(shape_of(node)))
         blocker = attended_by(self.flow, node, axis, node.all_input_nodes)
         return self.missed_updates[node] if blocker is not None else None
 
@@ -232,6 +242,8 @@ class _Found:
         if blocker is not None:
             what = f"{node.name} feeds {call_name(blocker)}, which is no known attention over it"
             return self._changed(node, blocker) or Miss(Reason.UNSUPPORTED_ATTENTION, blocker, what)
+        if update.form is CacheForm.BUFFER:
+            return None  # a tensor that is written in part may be anything
         length = shape_of(node)[update.axis]
         twins = [
             u for u in self.updates.values() if u.form is update.form and same(shape_of(u.node)[u.axis or 0], length)
@@ -246,40 +258,6 @@ class _Found:
             if base is not cache and self.flow.between(cache, base):
                 return Miss(reason, base, f"{call_name(base)} changes {cache.name} before the attention reads it")
         return None
-
-
-def _check_heads(site: Site) -> None:
-    """Every KV head belongs to the same number of query heads, every sequence of keys to one sequence of queries."""
-    batch, heads, kv_heads = (site.dims[letter] for letter in ("B", "Hq", "Hkv"))
-    node = site.core.node
-    for half in (site.key, site.value):
-        sizes = shape_of(half.update.new)
-        shared = sizes[half.layout.head_axis]
-        if not same(sizes[0], batch):
-            raise Miss(Reason.LAYOUT, node, f"{batch} sequences of queries, {sizes[0]} of keys or values")
-        if not same(shared, kv_heads):
-            raise Miss(Reason.KEY_VALUE_MISMATCH, node, f"{kv_heads} heads of keys, {shared} of values")
-    if not isinstance(heads, int) or not isinstance(kv_heads, int) or heads % kv_heads:
-        raise Miss(Reason.LAYOUT, node, f"{heads} query heads do not share {kv_heads} KV heads evenly")
-
-
-def _site(core: Core, key: Half, value: Half, layer: int) -> Site:
-    k, v = shape_of(key.update.new), shape_of(value.update.new)
-    dims = {**_query_dims(core, k[0]), "Hkv": k[key.layout.head_axis], "Dv": v[3]}
-    with_past = Phase.DECODE if is_one(dims["S"]) else Phase.EXTEND
-    phase = Phase.PREFILL if key.update.past is None else with_past
-    dims = {letter: dims[letter] for letter in ("B", "Hq", "Hkv", "S", "D", "Dv")}
-    name, dtype = _name(core.node) or f"site{layer}", example(key.update.new).dtype
-    return Site(name, layer, phase, core, key, value, dims, dtype, source_line(core.node))
-
-
-def _query_dims(core: Core, batch: Any) -> dict[str, Any]:
-    """B, Hq, S, D of a core's queries; `batch` is that of its keys."""
-    sizes = dict(zip(core.axes.q, shape_of(core.q), strict=True))
-    if "N" in sizes:
-        return {"B": batch, "Hq": quotient(sizes["N"], batch), "S": sizes["S"], "D": sizes["D"]}
-    heads = sizes["H"] * sizes["G"] if "G" in sizes else sizes["H"]
-    return {"B": sizes["B"], "Hq": heads, "S": sizes["S"], "D": sizes["D"]}
 
 
 def _form(update: Update | None) -> str:

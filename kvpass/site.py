@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from kvpass.errors import Reason
-from kvpass.match.calls import is_metadata
+from kvpass.match.calls import call_name, is_metadata, operand
 from kvpass.terms import CacheForm, Layout, MaskKind, Phase
 
 
@@ -72,6 +72,10 @@ class Core:
 class Update:
     """A cache update: `node` is the value that becomes the cache, `new` this call's keys or values, `past` the graph
     input it grows.
+
+    Attributes:
+        write: the node that writes into a buffer; `start` is where: an index tensor, or the first place (a number or
+            its node); `path` the buffer's place in a stack of buffers.
     """
 
     node: fx.Node
@@ -80,6 +84,9 @@ class Update:
     axis: int | None
     form: CacheForm
     pattern: str
+    write: fx.Node | None = None
+    start: Any = None
+    path: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -120,6 +127,8 @@ class Site:
     def nodes(self) -> set[fx.Node]:
         """What a rewrite takes out of the captured graph: core, views and updates, not the operands."""
         halves = {n for half in (self.key, self.value) for n in (half.update.node, *half.chain)}
+        halves |= {half.update.write for half in (self.key, self.value) if half.update.write is not None}
+        halves |= {operand(n) for n in set(halves) if call_name(n) == "copy_"}
         core = {self.core.node, *self.core.inner}
         sizes = {user for node in core for user in node.users if is_metadata(user) and not user.users}
         return halves | core | sizes

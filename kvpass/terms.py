@@ -34,6 +34,7 @@ class CacheForm(StrEnum):
     CONCAT = "cat(past, new)"
     EMPTY = "cat(empty, new)"
     RETURNED = "new returned as the cache"
+    BUFFER = "new written into a buffer"
 
 
 class MaskKind(StrEnum):

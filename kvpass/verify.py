@@ -41,7 +41,7 @@ def _rule(holds: bool, what: str) -> None:
 
 def _op_counts(nodes: list[fx.Node]) -> Counter[str]:
     targets = (str(n.target) for n in nodes if n.op == "call_function")
-    return Counter(t.split(".")[1] for t in targets if t.startswith("kvpass."))
+    return Counter(t.split(".")[1] for t in targets if t.startswith("kvpass.") and not t.startswith("kvpass.written"))
 
 
 def _planned_counts(plan: Plan) -> Counter[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from kvpass.patterns.cache_buffer import BufferUpdate
 from kvpass.patterns.cache_concat import ConcatUpdate
 from kvpass.patterns.cache_returned import ReturnedUpdate
 from kvpass.patterns.declined import BufferWrite, PartlyStored
@@ -31,7 +32,7 @@ class PatternSet:
 
 DEFAULT = PatternSet(
     cores=(SdpaCore(), AtenSdpaCore(), SoftmaxCore()),
-    updates=(ConcatUpdate(),),
+    updates=(ConcatUpdate(), BufferUpdate()),
     returned=ReturnedUpdate(),
     refused=(SlidingWindow(), BufferWrite(), PartlyStored()),
 )

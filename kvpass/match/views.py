@@ -114,6 +114,18 @@ def is_view(node: fx.Node) -> bool:
     return call_name(node) != "getitem" or _full_slices(node.args[1])
 
 
+def is_front(node: fx.Node) -> bool:
+    """`x[:, :n]`: everything but the end along one axis, and no more axes than before."""
+    if call_name(node) != "getitem" or not isinstance(operand(node), fx.Node) or is_view(node):
+        return False
+    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    cuts = [item for item in index if item is not Ellipsis and item != slice(None, None, None)]
+    fits = all(isinstance(item, slice) and item.start in (None, 0) and item.step in (None, 1) for item in cuts)
+    before, after = shape_of(operand(node)), shape_of(node)
+    changed = [at for at, (a, b) in enumerate(zip(before, after, strict=False)) if not same(a, b)]
+    return fits and len(before) == len(after) and len(changed) <= 1
+
+
 def chain_scale(chain: Sequence[fx.Node]) -> float:
     """The number that a chain multiplies its tensor by."""
     return math.prod(factor_of(node) or 1.0 for node in chain)

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from kvpass.errors import StaleCacheError
 from kvpass.kernels.rule import Rule
-from kvpass.runtime.shell import make, refuse, unwrap
+from kvpass.runtime.shell import attach, make, of_buffer, refuse, unwrap
 from kvpass.runtime.store import Origin, SlotStore
 from kvpass.terms import Layout, Phase
 
@@ -23,7 +24,9 @@ class Binding:
     Attributes:
         past: places of the past K and V among the graph's inputs; None in prefill.
         returned: places of the K and V caches among the graph's original outputs.
-        sizes: B, Hkv, D, Dv and S of a call, read from the graph's inputs.
+        sizes: B, Hkv, D, Dv and S of a call, read from the graph's inputs; of a preallocated buffer also L, its length.
+        start: where a call writes its tokens into a buffer: an index tensor or a number.
+        path: place of the keys' buffer in the input, if several are stacked in it.
     """
 
     name: str
@@ -37,10 +40,14 @@ class Binding:
     dtype: torch.dtype
     device: torch.device
     where: str
+    start: Callable[[Sequence[Any]], Any] | None = None
+    path: tuple[int, ...] = ()
 
-    def open(self, args: Sequence[Any], origin: Origin) -> SlotStore:
-        """The store of this site for a call, with room for the call's tokens."""
+    def open(self, args: Sequence[Any], origin: Origin, position: int = 0) -> SlotStore:
+        """The store of this site for a call, with room for the call's tokens, of which the first is at `position`."""
         new = self.sizes["S"](args)
+        if "L" in self.sizes:
+            return self._of_buffer(args, origin, position, new)
         if self.past is None:
             return self._fresh(args, origin, new)
         key, value = (args[at] for at in self.past)
@@ -50,6 +57,19 @@ class Binding:
         store.layouts = self.layouts
         if origin.declined:
             store.origin = origin
+        store.make_room(store.tokens + new)
+        return store
+
+    def _of_buffer(self, args: Sequence[Any], origin: Origin, position: int, new: int) -> SlotStore:
+        if position == 0:
+            store = self._fresh(args, origin, new)
+            store.length = self.sizes["L"](args)
+            if self.past is not None:
+                attach(args[self.past[0]], self.path, store)
+            return store
+        if self.past is None:
+            raise StaleCacheError(f"the first tokens of a new cache are written at {position}", where=self.where)
+        store = of_buffer(args[self.past[0]], self.path, position, self.where)
         store.make_room(store.tokens + new)
         return store
 
@@ -68,6 +88,7 @@ class Bound:
         inner: the compiled rewritten graph; takes the original inputs and then five state tensors for each site.
         outputs: number of outputs of the original graph; the inner one returns those that are no cache.
         watched: places of inputs that the graph reads as data; those that are no past of a site must not be shells.
+        takes_position: the inner graph's last input is where the call's tokens are written (buffers).
     """
 
     def __init__(
@@ -77,7 +98,9 @@ class Bound:
         outputs: int,
         origin: Origin,
         watched: Sequence[int] = (),
+        takes_position: bool = False,
     ) -> None:
+        self.takes_position = takes_position
         self.inner, self.bindings, self.origin = inner, tuple(bindings), origin
         self.watched = tuple(at for at in watched if not any(at in (b.past or ()) for b in bindings))
         cached = {at for b in bindings for half in b.returned for at in half}
@@ -86,8 +109,11 @@ class Bound:
 
     def __call__(self, *args: Any) -> list[Any]:
         refuse(args, self.watched, "")
-        stores = [binding.open(args, self.origin) for binding in self.bindings]
-        results = self.inner(*args, *(t for store in stores for t in store.state))
+        positions = written_at(self.bindings, args)
+        stores = [b.open(args, self.origin, at) for b, at in zip(self.bindings, positions, strict=True)]
+        states = [t for store in stores for t in store.state]
+        shared = [max(positions)] if self.takes_position else []
+        results = self.inner(*args, *states, *shared)
         returned: list[Any] = [None] * self.outputs
         for at, value in zip(self.kept, results, strict=True):
             returned[at] = value
@@ -98,6 +124,36 @@ class Bound:
                 for at in places:
                     returned[at] = shell
         return returned
+
+
+def written_at(bindings: Sequence[Binding], args: Sequence[Any]) -> list[int]:
+    """Where each site's tokens are written into its buffer, 0 for caches that grow. Reads index tensors of all sites
+    at once: one synchronisation with a device.
+
+    Raises:
+        StaleCacheError: the tokens are not written one after the other, or layers disagree where.
+    """
+    starts = [b.start(args) if b.start is not None else 0 for b in bindings]
+    tensors = [at for at, value in enumerate(starts) if isinstance(value, torch.Tensor)]
+    if tensors:
+        read = torch.stack([_first_and_gap(starts[at]) for at in tensors]).tolist()
+        for at, (first, gap) in zip(tensors, read, strict=True):
+            starts[at] = first if gap == 0 else -1
+    growing = {at for at, b in zip(starts, bindings, strict=True) if b.start is not None and b.past is not None}
+    if len(growing) > 1 or min(starts, default=0) < 0:
+        raise StaleCacheError(
+            f"new tokens are written at {sorted(growing)}" if len(growing) > 1 else "new tokens are written with gaps",
+            where=bindings[0].where,
+            hint="write each call's tokens one after the other, at the same place in all layers",
+        )
+    return [int(at) for at in starts]
+
+
+def _first_and_gap(index: torch.Tensor) -> torch.Tensor:
+    """The first place, and how far the others are from following it."""
+    flat = index.reshape(-1)
+    straight = torch.arange(len(flat), device=flat.device, dtype=flat.dtype)
+    return torch.stack([flat[0], (flat - flat[0] - straight).abs().max()])
 
 
 class Untouched:

@@ -18,6 +18,8 @@ from kvpass.runtime.store import SlotStore, sharing_storage
 from kvpass.terms import Layout
 
 _ATTRIBUTE = "_kvpass_store"
+_OWNED = "_kvpass_stores"
+"""Stores that stand for a buffer which the caller owns, by their place in it."""
 
 
 def make(store: SlotStore, half: int) -> torch.Tensor:
@@ -33,7 +35,40 @@ def find(tensor: Any) -> SlotStore | None:
     if not isinstance(tensor, torch.Tensor):
         return None
     store = getattr(tensor, _ATTRIBUTE, None)
+    if store is None:
+        store = next(iter(getattr(tensor, _OWNED, {}).values()), None)
     return store if store is not None else sharing_storage(tensor)
+
+
+def attach(buffer: torch.Tensor, path: tuple[int, ...], store: SlotStore) -> None:
+    """Let a store stand for a buffer, or for one of several stacked in it, that the caller owns."""
+    if not hasattr(buffer, _OWNED):
+        setattr(buffer, _OWNED, {})
+    getattr(buffer, _OWNED)[path] = store
+
+
+def attached(buffer: torch.Tensor) -> dict[tuple[int, ...], SlotStore]:
+    """The stores that stand for a buffer, by their place in it."""
+    return dict(getattr(buffer, _OWNED, {}))
+
+
+def of_buffer(buffer: torch.Tensor, path: tuple[int, ...], position: int, where: str) -> SlotStore:
+    """The store that a call continues by writing at `position` of a buffer.
+
+    Raises:
+        ForeignCacheError: the buffer holds tokens that kvpass did not see.
+        StaleCacheError: the write does not continue what the store has seen.
+    """
+    store = getattr(buffer, _ATTRIBUTE, None) or attached(buffer).get(path)
+    if store is None:
+        raise _foreign(buffer, where)
+    if store.tokens != position:
+        raise StaleCacheError(
+            f"new tokens are written at {position}, but the cache has seen {store.tokens}",
+            where=where,
+            hint="evicted tokens cannot come back: go on where the last call ended, or begin again at 0",
+        )
+    return store
 
 
 def unwrap(past: tuple[torch.Tensor, torch.Tensor], layouts: tuple[Layout, Layout], where: str) -> SlotStore:
@@ -68,7 +103,7 @@ def unwrap(past: tuple[torch.Tensor, torch.Tensor], layouts: tuple[Layout, Layou
 def _sizes(store: SlotStore, half: int, layout: Layout) -> list[int]:
     """Logical shape of a store's keys or values in the host's axis order."""
     batch, heads, _, dim = store.state[half].shape
-    sizes = {"B": batch, "H": heads, "T": store.tokens, "D": dim}
+    sizes = {"B": batch, "H": heads, "T": store.tokens if store.length is None else store.length, "D": dim}
     return [sizes[letter] for letter in layout.value]
 
 

@@ -34,6 +34,7 @@ class SlotStore:
         state: k `[B, Hkv, C, D]`, v `[B, Hkv, C, Dv]`, pos `[B, Hkv, C]` int32, stats `[N, B, Hkv, C]` float32,
             cursor `[B, Hkv, 4]` int32.
         tokens: logical length, padding included; what the host believes its cache holds.
+        length: tokens that the host's preallocated buffer has room for; None for a cache that grows.
         bases: one-element NaN tensors that the shells of K and V expand.
     """
 
@@ -44,6 +45,7 @@ class SlotStore:
     origin: Origin
     state: list[torch.Tensor]
     tokens: int = 0
+    length: int | None = None
     bases: tuple[torch.Tensor, torch.Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -87,18 +89,7 @@ class SlotStore:
         """Grow the slots, if needed, for a logical length of `tokens`. Copies this one layer, once in about n/40 kept
         tokens.
         """
-        if self.slots > self.rule.kept(tokens):
-            return
-        extra = capacity(self.rule, tokens) - self.slots
-        k, v, pos, stats, cursor = self.state
-        with torch.inference_mode(False):
-            self.state = [
-                _longer(k, 2, extra),
-                _longer(v, 2, extra),
-                _longer(pos, 2, extra, -1),
-                _longer(stats, 3, extra, 0),
-                cursor,
-            ]
+        self.state = with_room(self.state, self.rule, tokens)
 
     @property
     def bytes(self) -> int:
@@ -112,9 +103,10 @@ class SlotStore:
 
     @property
     def dense_bytes(self) -> int:
-        """Bytes that an unmodified cache of the same logical length holds."""
+        """Bytes that an unmodified cache holds: of the same logical length, or preallocated."""
         k, v = self.state[:2]
-        return sum(t.shape[0] * t.shape[1] * self.tokens * t.shape[3] * t.element_size() for t in (k, v))
+        tokens = self.tokens if self.length is None else self.length
+        return sum(t.shape[0] * t.shape[1] * tokens * t.shape[3] * t.element_size() for t in (k, v))
 
 
 def sharing_storage(tensor: torch.Tensor) -> SlotStore | None:
@@ -130,6 +122,23 @@ def capacity(rule: Rule, tokens: int) -> int:
     """Slots to allocate: what the budget keeps, one for the incoming token, and up to 2.5 % to grow into."""
     n = rule.kept(tokens)
     return n + max(1, n // 40)
+
+
+def with_room(state: list[torch.Tensor], rule: Rule, tokens: int) -> list[torch.Tensor]:
+    """The same state if it has room for a logical length of `tokens`, else a longer copy."""
+    slots = state[0].shape[2]
+    if slots > rule.kept(tokens):
+        return state
+    extra = capacity(rule, tokens) - slots
+    k, v, pos, stats, cursor = state
+    with torch.inference_mode(False):
+        return [
+            _longer(k, 2, extra),
+            _longer(v, 2, extra),
+            _longer(pos, 2, extra, -1),
+            _longer(stats, 3, extra, 0),
+            cursor,
+        ]
 
 
 def _longer(t: torch.Tensor, dim: int, extra: int, fill: int | None = None) -> torch.Tensor:

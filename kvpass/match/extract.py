@@ -1,0 +1,58 @@
+"""A value of a traced graph as a function of the graph's inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
+
+from kvpass.errors import Reason
+from kvpass.match.calls import changes, operand
+from kvpass.match.miss import Miss
+
+LIMIT = 60
+"""Nodes that a value may depend on: an index is some arithmetic on a counter, not the output of a model."""
+
+
+def ancestors(node: fx.Node) -> list[fx.Node]:
+    """The nodes that a value is computed from, itself last.
+
+    Raises:
+        Miss: UNSUPPORTED_UPDATE: there are too many, or one of them is changed in place before the value is read.
+    """
+    found, queue = {node}, [node]
+    for current in queue:
+        fresh = [upper for upper in current.all_input_nodes if upper not in found]
+        found.update(fresh)
+        queue += fresh
+        if len(queue) > LIMIT:
+            raise Miss(Reason.UNSUPPORTED_UPDATE, node, "where the new tokens are written takes too much computing")
+    order = {n: at for at, n in enumerate(node.graph.nodes)}
+    for upper in found:
+        for user in upper.users:
+            if changes(user) and operand(user) is upper and order[user] < order[node]:
+                raise Miss(Reason.UNSUPPORTED_UPDATE, user, f"{upper.name} is changed before it says where to write")
+    return sorted(found, key=order.__getitem__)
+
+
+def function_of(gm: fx.GraphModule, node: fx.Node) -> Callable[[Sequence[Any]], Any]:
+    """A function from the inputs of a graph to the value of one of its nodes, run eagerly."""
+    graph, copy = fx.Graph(), {}
+    places: list[int] = []
+    inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    for current in ancestors(node):
+        if current.op == "placeholder":
+            places.append(inputs.index(current))
+        copy[current] = graph.node_copy(current, copy.__getitem__)
+    graph.output(copy[node])
+    with _use_lazy_graph_module(True):
+        part = _make_graph_module(gm, graph, class_name="KVPassIndex")
+
+    def call(args: Sequence[Any]) -> Any:
+        with torch.no_grad():
+            return part(*(args[at] for at in places))
+
+    return call

@@ -1,0 +1,196 @@
+"""`kvpass.rewrite`: an exported decode step becomes one that keeps an evicting cache in explicit tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import Dim, ExportedProgram
+
+from kvpass.errors import DeclinedError
+from kvpass.lower import STATE, lower
+from kvpass.match.calls import example
+from kvpass.match.dataflow import flat_outputs
+from kvpass.plan import Plan, plan
+from kvpass.policy.spec import Policy
+from kvpass.runtime.bind import Binding
+from kvpass.runtime.store import SlotStore, with_room
+from kvpass.scan import scan
+from kvpass.site import SiteTable
+from kvpass.standalone import TOKENS, prepared, pure
+from kvpass.terms import Phase
+from kvpass.verify import verify
+
+HINTS = {"capacity": 12, "tokens": 7}
+"""Sizes that `program` is traced with; no result depends on them."""
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A decode step with an evicting cache: `(inputs.., tokens, state..) -> (outputs.., new state..)`.
+
+    Attributes:
+        graph_module: the step as a graph of the original's ops and one `kvpass::decode_step` for each site, which
+            changes nothing in place.
+        inputs: names of its inputs in order: the original ones without the past K and V, `tokens` (int, the logical
+            length so far), then five state tensors for each site (docs/export.md).
+        outputs: names of its outputs in order: the original ones that are no cache, then the new state.
+        plan, table: what was decided, what was found.
+    """
+
+    graph_module: fx.GraphModule
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    plan: Plan
+    table: SiteTable
+    bindings: tuple[Binding, ...]
+
+    @cached_property
+    def program(self) -> ExportedProgram:
+        """The step as an ExportedProgram; `tokens` and the number of slots may change from call to call."""
+        return _exported(self.graph_module, self.bindings)
+
+    def empty_state(self, tokens: int = 1, batch: int | None = None) -> list[torch.Tensor]:
+        """The state before the first token, with room for `tokens` tokens: five tensors for each site, in order.
+
+        batch: only if the program was exported with a dynamic batch.
+
+        Raises:
+            ValueError: the batch is dynamic and none is given.
+        """
+        state: list[torch.Tensor] = []
+        for binding, site in zip(self.bindings, self.table, strict=True):
+            sizes = {letter: site.dims[letter] for letter in ("B", "Hkv", "D", "Dv")}
+            if not isinstance(sizes["B"], int):
+                if batch is None:
+                    raise ValueError("this program takes any batch: say which, empty_state(tokens, batch=..)")
+                sizes["B"] = batch
+            like = torch.empty(0, dtype=binding.dtype, device=binding.device)
+            state += SlotStore.empty_state(binding.rule, tokens, like, *sizes.values())
+        return state
+
+    def step(
+        self, *inputs: Any, tokens: int, state: Sequence[torch.Tensor]
+    ) -> tuple[tuple[Any, ...], list[torch.Tensor]]:
+        """Run one step and return (outputs that are no cache, new state); the given state stays as it is.
+
+        Args:
+            inputs: the original inputs, flat and in order, without the past K and V.
+            tokens: logical length of the cache before this step, padding included.
+            state: of `empty_state` or of the step before. It grows by itself when it is full.
+        """
+        given = [*state]
+        for at, binding in enumerate(self.bindings):
+            five = slice(5 * at, 5 * at + 5)
+            given[five] = with_room(given[five], binding.rule, tokens + 1)
+        with torch.no_grad():
+            results = self.graph_module(*inputs, tokens, *given)
+        kept = len(results) - len(given)
+        return tuple(results[:kept]), list(results[kept:])
+
+    def __str__(self) -> str:
+        inputs, outputs = ", ".join(self.inputs), ", ".join(self.outputs)
+        return f"{self.plan}\ninputs: {inputs}\noutputs: {outputs}"
+
+
+def rewrite(
+    program: ExportedProgram | fx.GraphModule,
+    policy: str | Policy | dict[str, Any],
+    budget: int | float | None = None,
+    *,
+    strict: bool = True,
+    patterns: Any = None,
+) -> Rewritten:
+    """Rewrite an exported decode step (one token, past K and V as inputs, grown K and V as outputs) so that its cache
+    evicts.
+
+    Args:
+        program: from `torch.export.export` with a dynamic past length, or a graph module of aten ops with fake
+            values in its nodes' meta. It is left alone.
+        policy, budget: as for `kvpass.compile`.
+        strict: raise if a site with a cache cannot be rewritten; else it stays dense, past and all.
+        patterns: recognisers; None for `kvpass.patterns.DEFAULT`.
+
+    Raises:
+        PolicyError: bad policy or budget.
+        DeclinedError: a site cannot be rewritten (strict), nothing in the program is a cache, the program is no
+            decode step, or its past has a fixed length.
+    """
+    from kvpass.patterns import DEFAULT
+
+    chosen = Policy.load(policy).with_budget(budget)
+    captured = program.module(check_guards=False) if isinstance(program, ExportedProgram) else program
+    gm = prepared(captured)  # type: ignore[arg-type]
+    table = scan(gm, patterns or DEFAULT)
+    _check(table, strict)
+    planned = plan(chosen, table)
+    lowered = lower(gm, planned)
+    verify(gm, lowered, planned)
+    result = pure(lowered)
+    inputs = tuple(str(n.target) for n in result.graph.nodes if n.op == "placeholder")
+    state = inputs[len(inputs) - len(STATE) * len(lowered.bindings) :]
+    output = next(iter(reversed(result.graph.nodes)))
+    outputs = (*(getattr(value, "name", repr(value)) for value in flat_outputs(output)[: -len(state)]), *state)
+    return Rewritten(result, inputs, outputs, planned, table, lowered.bindings)
+
+
+def _check(table: SiteTable, strict: bool) -> None:
+    if strict and (declined := [d for d in table.declined if not d.reason.by_choice]):
+        raise DeclinedError(
+            f"{len(declined)} attention site(s) with a cache cannot be rewritten:\n" + "\n".join(map(str, declined[:8])),
+            where=f"{declined[0].site}, {declined[0].source}",
+            hint=f"{declined[0].reason.hint}; or pass strict=False to leave such sites dense",
+        )
+    if not table.sites:
+        raise DeclinedError(
+            "no attention with a KV cache in this program",
+            hint="the program must take the past K and V as inputs and return them grown; kvpass.explain shows what "
+            "is found in a model",
+        )
+    wrong = next((site for site in table if site.phase is not Phase.DECODE), None)
+    if wrong is not None:
+        raise DeclinedError(
+            f"this is a {wrong.phase.value} program, and rewrite takes a decode step",
+            where=f"{wrong.name}, {wrong.source}",
+            hint="export one token with a past; prompts go through the step token by token",
+        )
+
+
+def _exported(gm: fx.GraphModule, bindings: Sequence[Binding]) -> ExportedProgram:
+    """Export a pure graph module again: its own fake values belong to another tracer."""
+    args, shapes = [], []
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            arg, shape = _example_input(str(node.target), example(node))
+            args.append(arg)
+            shapes.append(shape)
+    from torch.fx.experimental import _config
+
+    with torch.no_grad(), _config.patch(backed_size_oblivious=True):  # else sizes 0 and 1 would be ruled out
+        return torch.export.export(gm, tuple(args), dynamic_shapes=tuple(shapes))
+
+
+def _example_input(name: str, fake: Any) -> tuple[Any, Any]:
+    """A value to trace with, and which of its sizes change from call to call."""
+    if name == TOKENS:
+        return HINTS["tokens"], Dim.DYNAMIC(min=0)  # type: ignore[operator]
+    if not isinstance(fake, torch.Tensor):
+        return (_hint(fake), Dim.DYNAMIC) if isinstance(fake, torch.SymInt) else (fake, None)
+    sizes = [_hint(size) for size in fake.shape]
+    dynamic = {at: Dim.DYNAMIC for at, size in enumerate(fake.shape) if isinstance(size, torch.SymInt)}
+    value = torch.zeros(sizes, dtype=fake.dtype, device=fake.device)
+    return value, dynamic or None
+
+
+def _hint(size: Any) -> int:
+    """A size for tracing; capacities are hinted at thousands of slots, which need no memory here."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    hint = int(size.node.hint)
+    return HINTS["capacity"] if hint > 4000 else hint
+
+

@@ -1,0 +1,159 @@
+"""Update: new tokens written into a preallocated buffer: HF StaticCache, module buffers, tensors that the caller owns.
+
+`index_copy_`, `buf[:, :, pos] = k`, `buf[:, start:end] = k`, `buf.narrow(..).copy_(k)`, `slice_scatter`, `scatter_`,
+`index_put_`, in place or not. The buffer is a graph input (or one of several stacked in it), or is allocated in the
+graph and returned. Where the tokens go is kept as it stands: an index tensor or a number; the runtime checks that it
+continues what the cache has seen.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from kvpass.match.calls import argument, call_name, changes, example, is_input, operand
+from kvpass.match.dataflow import Flow
+from kvpass.match.shapes import is_one, normal_dim, same, shape_of
+from kvpass.match.views import walk_up
+from kvpass.site import Update
+from kvpass.terms import CacheForm
+
+ALLOCATIONS = frozenset({"zeros", "new_zeros", "empty", "new_empty", "zeros_like", "empty_like", "full", "new_full"})
+Where = tuple[fx.Node, int, Any, Any]
+"""Buffer, axis, index tensor or first place, new tokens."""
+
+
+class BufferUpdate:
+    name = "buffer"
+
+    def match(self, node: fx.Node, flow: Flow) -> Update | None:
+        """The update at a node that writes new tokens into a buffer; None if it is no such write."""
+        read = _READERS.get(call_name(node))
+        found = read(node) if read is not None else None
+        if found is None:
+            return None
+        buffer, axis, start, new = found
+        if not _is_new_tokens(buffer, axis, new):
+            return None
+        home, path = _home(buffer)
+        in_place = changes(node)
+        if in_place and home in flow.outputs or not in_place and node in flow.outputs or in_place and is_input(home):
+            base = buffer if in_place else node
+            past = home if is_input(home) else None
+            if past is None and call_name(home) not in ALLOCATIONS:
+                return None
+            return Update(base, new, past, axis, CacheForm.BUFFER, self.name, node, start, path)
+        return None
+
+
+def _is_new_tokens(buffer: Any, axis: int, new: Any) -> bool:
+    if not isinstance(new, fx.Node) or len(shape_of(buffer)) != 4 or len(shape_of(new)) != 4 or axis in (0, 3):
+        return False
+    others = (at for at in range(4) if at != axis)
+    fits = all(same(shape_of(buffer)[at], shape_of(new)[at]) for at in others)
+    return fits and bool(example(buffer).is_floating_point()) and example(buffer).dtype == example(new).dtype
+
+
+def _home(buffer: fx.Node) -> tuple[fx.Node, tuple[int, ...]]:
+    """The input or allocation that a buffer is, or is one of, and its place there."""
+    path: tuple[int, ...] = ()
+    while call_name(buffer) == "getitem" and not isinstance(operand(buffer), tuple):
+        index = buffer.args[1] if isinstance(buffer.args[1], tuple) else (buffer.args[1],)
+        if not all(isinstance(item, int) for item in index):
+            break
+        path = tuple(index) + path  # type: ignore[assignment]
+        buffer = operand(buffer)
+    return buffer, path
+
+
+def _index_copy(node: fx.Node) -> Where | None:
+    dim, index, new = (argument(node, at, name) for at, name in ((1, "dim"), (2, "index"), (3, "source")))
+    buffer = operand(node)
+    if not isinstance(dim, int) or len(shape_of(index)) != 1:
+        return None
+    return buffer, normal_dim(dim, len(shape_of(buffer))), index, new
+
+
+def _scatter(node: fx.Node) -> Where | None:
+    dim, index, new = (argument(node, at, name) for at, name in ((1, "dim"), (2, "index"), (3, "src")))
+    buffer = operand(node)
+    if not isinstance(dim, int) or len(shape_of(index)) != 4 or "reduce" in node.kwargs or len(node.args) > 4:
+        return None
+    axis = normal_dim(dim, 4)
+    top, chain = walk_up(index, lambda n: False)
+    wide = [at for at, size in enumerate(shape_of(top)) if not is_one(size)]
+    places = [node for node in (top, *chain) if len(shape_of(node)) == 4]
+    grown = len(shape_of(top)) == 1 or (len(shape_of(top)) == 4 and wide in ([axis], []))
+    aligned = bool(places) and [at for at, size in enumerate(shape_of(places[0])) if not is_one(size)] in ([axis], [])
+    return (buffer, axis, top, new) if grown and aligned else None
+
+
+def _index_put(node: fx.Node) -> Where | None:
+    items = argument(node, 1, "indices")
+    if argument(node, 3, "accumulate", False) is not False or not isinstance(items, (list, tuple)):
+        return None
+    return _placed(operand(node), tuple(slice(None) if item is None else item for item in items), node.args[2])
+
+
+def _setitem(node: fx.Node) -> Where | None:
+    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    return _placed(operand(node), index, node.args[2])
+
+
+def _placed(buffer: Any, index: tuple[Any, ...], new: Any) -> Where | None:
+    """A write to all of a buffer but one axis."""
+    rank = len(shape_of(buffer))
+    if Ellipsis in index:
+        at = index.index(Ellipsis)
+        index = index[:at] + (slice(None),) * (rank - len(index) + 1) + index[at + 1 :]
+    index += (slice(None),) * (rank - len(index))
+    cut = [at for at, item in enumerate(index) if not _whole(item, shape_of(buffer)[at])]
+    if len(index) != rank or len(cut) != 1:
+        return None
+    item = index[cut[0]]
+    if isinstance(item, slice):
+        return (buffer, cut[0], item.start or 0, new) if item.step in (None, 1) else None
+    return (buffer, cut[0], item, new) if isinstance(item, fx.Node) and len(shape_of(item)) == 1 else None
+
+
+def _whole(item: Any, size: Any) -> bool:
+    """`:` or `:n` of n."""
+    if not isinstance(item, slice) or item.start not in (None, 0) or item.step not in (None, 1):
+        return False
+    stop = example(item.stop) if isinstance(item.stop, fx.Node) else item.stop
+    return stop is None or same(stop, size)
+
+
+def _copied(node: fx.Node) -> Where | None:
+    """`buffer[..., a:b].copy_(new)`, `buffer.narrow(axis, a, n).copy_(new)`"""
+    part, new = operand(node), argument(node, 1, "src", argument(node, 1, "other"))
+    if not isinstance(part, fx.Node):
+        return None
+    if call_name(part) == "getitem":
+        index = part.args[1] if isinstance(part.args[1], tuple) else (part.args[1],)
+        return _placed(operand(part), index, new)
+    if call_name(part) == "narrow":
+        axis = normal_dim(argument(part, 1, "dim"), len(shape_of(part)))
+        return operand(part), axis, argument(part, 2, "start"), new
+    return None
+
+
+def _slice_scatter(node: fx.Node) -> Where | None:
+    new, dim, start = argument(node, 1, "src"), argument(node, 2, "dim", 0), argument(node, 3, "start", 0)
+    if argument(node, 5, "step", 1) != 1:
+        return None
+    return operand(node), normal_dim(dim, len(shape_of(operand(node)))), start or 0, new
+
+
+_READERS = {
+    "index_copy": _index_copy,
+    "index_copy_": _index_copy,
+    "scatter": _scatter,
+    "scatter_": _scatter,
+    "index_put": _index_put,
+    "index_put_": _index_put,
+    "setitem": _setitem,
+    "copy_": _copied,
+    "slice_scatter": _slice_scatter,
+}
