@@ -18,19 +18,35 @@ _HOMES = {
     "backend": "compiler",
     "compile": "compiled",
     "explain": "explaining",
+    "export_mlir": "mlir",
     "inspect": "reporting",
     "report": "reporting",
+    "rewrite": "rewriting",
 }
 
-__all__ = ["KVPassError", "Policy", "Reason", "__version__", "backend", "compile", "explain", "inspect", "report"]
+__all__ = [
+    "KVPassError",
+    "Policy",
+    "Reason",
+    "__version__",
+    "backend",
+    "compile",
+    "explain",
+    "export_mlir",
+    "inspect",
+    "report",
+    "rewrite",
+]
 
 if TYPE_CHECKING:
     from kvpass.compiled import compile
     from kvpass.compiler import backend
     from kvpass.errors import KVPassError, Reason
     from kvpass.explaining import explain
+    from kvpass.mlir import export_mlir
     from kvpass.policy.spec import Policy
     from kvpass.reporting import inspect, report
+    from kvpass.rewriting import rewrite
 
 
 def __getattr__(name: str) -> Any:

@@ -73,7 +73,9 @@ def check(original: fx.GraphModule, lowered: Any, plan: Plan, args: Sequence[Any
     """
     copies = [_private(a) for a in args]
     with torch.no_grad(), _quiet_random(args):
-        watcher = _Watcher(lowered.gm, [_Check(original, planned, args) for planned in plan.sites], copies)
+        checks = [_Check(original, planned, args) for planned in plan.sites]
+        states = copies[: -1 if lowered.takes_position else None][-STATES * len(checks) :]
+        watcher = _Watcher(lowered.gm, checks, states)
         watcher.run(*copies)
     log.info("verify: %d site(s) agree with the unmodified graph at full budget", len(plan.sites))
 
@@ -81,10 +83,9 @@ def check(original: fx.GraphModule, lowered: Any, plan: Plan, args: Sequence[Any
 class _Watcher(fx.Interpreter):
     """Runs the rewritten graph; hands each site's inputs to its check before the ops change the state."""
 
-    def __init__(self, gm: fx.GraphModule, checks: list[_Check], inputs: list[Any]) -> None:
+    def __init__(self, gm: fx.GraphModule, checks: list[_Check], state: list[Any]) -> None:
         super().__init__(gm)
         self.extra_traceback = False
-        state = inputs[len(inputs) - STATES * len(checks) :]
         self.states = [state[at : at + STATES] for at in range(0, len(state), STATES)]
         self.checks = checks
         self.borders: dict[str, Any] = dict.fromkeys(n.name for c in checks for n in c.dense.wanted.values())

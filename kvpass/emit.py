@@ -156,8 +156,9 @@ class Emitter:
 
     def _position(self) -> fx.Node | int:
         half = self.planned.site.key
-        if half.update.past is None:
+        if self.planned.site.phase is Phase.PREFILL:
             return 0
+        assert half.update.past is not None
         if half.update.form is CacheForm.BUFFER:
             assert self.low.position is not None
             return self.low.position

@@ -10,9 +10,10 @@ from torch import Tensor, fx
 
 from kvpass.errors import VerificationError
 from kvpass.match.calls import example
+from kvpass.match.shapes import shape_of
 from kvpass.match.symbols import SizeReader
 from kvpass.site import Half, Site
-from kvpass.terms import Layout
+from kvpass.terms import CacheForm, Layout
 
 
 class Isolated:
@@ -34,9 +35,10 @@ class Isolated:
         self.graph = fx.Graph()
         self.copy: dict[fx.Node, Any] = {}
         self.names: list[str] = []
-        for name, node in self._borders().items():
-            if node is not None and node not in self.copy:
-                self.copy[node] = self.graph.placeholder(name)
+        for name, nodes in self._borders().items():
+            fresh = [node for node in nodes if node is not None and node not in self.copy]
+            if fresh:
+                self.copy |= dict.fromkeys(fresh, self.graph.placeholder(name))
                 self.names.append(name)
         self.graph.output(self._take(site.core.node))
         self.gm = fx.GraphModule(original, self.graph)
@@ -50,7 +52,11 @@ class Isolated:
         """
         halves = self.site.key, self.site.value
         given = {name: values[node.name] for name, node in self.wanted.items()}
-        given |= {f"past_{at}": _as_cached(t, half) for at, (t, half) in enumerate(zip(past, halves, strict=True))}
+        for at, (t, half) in enumerate(zip(past, halves, strict=True)):
+            dense = _as_cached(t, half)
+            given[f"past_{at}"] = dense
+            if half.update.form is CacheForm.BUFFER:
+                given[f"buffer_{at}"] = self._filled(half, dense, given[f"new_{at}"])
         result: Tensor = self.gm(*(given[name] for name in self.names))
         return _heads_first(result, self.site)
 
@@ -62,8 +68,23 @@ class Isolated:
         found |= {f"mask_{at}": term.node for at, term in enumerate(core.terms)}
         return found if core.sinks is None else {**found, "sinks": core.sinks}
 
-    def _borders(self) -> dict[str, fx.Node | None]:
-        return {**self.wanted, "past_0": self.site.key.update.past, "past_1": self.site.value.update.past}
+    def _borders(self) -> dict[str, tuple[fx.Node | None, ...]]:
+        found: dict[str, tuple[fx.Node | None, ...]] = {name: (node,) for name, node in self.wanted.items()}
+        for at, half in enumerate((self.site.key, self.site.value)):
+            update = half.update
+            buffered = update.form is CacheForm.BUFFER
+            found |= {f"buffer_{at}": (update.node, update.write)} if buffered else {f"past_{at}": (update.past,)}
+        return found
+
+    def _filled(self, half: Half, past: Tensor, new: Tensor) -> Tensor:
+        """A buffer of the captured length with the past and the new tokens in it."""
+        axis = half.layout.token_axis
+        dense = torch.cat([past, new], axis)
+        sizes = list(dense.shape)
+        sizes[axis] = self._number(shape_of(half.update.node)[axis])
+        buffer = dense.new_zeros(sizes)
+        buffer.narrow(axis, 0, dense.shape[axis]).copy_(dense)
+        return buffer
 
     def _take(self, node: fx.Node) -> Any:
         """The copy of a node and of all it needs; sizes become the numbers that they are in this call."""

@@ -54,7 +54,7 @@ def lower(gm: fx.GraphModule, plan: Plan) -> Lowered:
 
 def is_buffered(site: Site) -> bool:
     """Does the site write into a buffer that an earlier call has written to?"""
-    return site.key.update.form is CacheForm.BUFFER and site.key.update.past is not None
+    return site.key.update.form is CacheForm.BUFFER and site.phase is not Phase.PREFILL
 
 
 class _Lowering:
@@ -193,7 +193,7 @@ class _Lowering:
             phase=site.phase,
             rule=planned.rule,
             layouts=(site.key.layout, site.value.layout),
-            past=None if site.phase is Phase.PREFILL else (self._place(site.key), self._place(site.value)),
+            past=None if site.key.update.past is None else (self._place(site.key), self._place(site.value)),
             returned=(site.key.places, site.value.places),
             sizes={letter: self.sizes.read(size) for letter, size in dims.items()},
             dtype=site.dtype,

@@ -22,7 +22,7 @@ from kvpass.runtime.store import SlotStore, with_room
 from kvpass.scan import scan
 from kvpass.site import SiteTable
 from kvpass.standalone import TOKENS, prepared, pure
-from kvpass.terms import Phase
+from kvpass.terms import CacheForm, Phase
 from kvpass.verify import verify
 
 HINTS = {"capacity": 12, "tokens": 7}
@@ -52,7 +52,7 @@ class Rewritten:
     @cached_property
     def program(self) -> ExportedProgram:
         """The step as an ExportedProgram; `tokens` and the number of slots may change from call to call."""
-        return _exported(self.graph_module, self.bindings)
+        return _exported(self.graph_module)
 
     def empty_state(self, tokens: int = 1, batch: int | None = None) -> list[torch.Tensor]:
         """The state before the first token, with room for `tokens` tokens: five tensors for each site, in order.
@@ -151,6 +151,13 @@ def _check(table: SiteTable, strict: bool) -> None:
             hint="the program must take the past K and V as inputs and return them grown; kvpass.explain shows what "
             "is found in a model",
         )
+    buffered = next((site for site in table if site.key.update.form is CacheForm.BUFFER), None)
+    if buffered is not None:
+        raise DeclinedError(
+            "the cache is a preallocated buffer",
+            where=f"{buffered.name}, {buffered.source}",
+            hint="export a step that grows its cache by torch.cat([past, new]); kvpass.compile takes buffers",
+        )
     wrong = next((site for site in table if site.phase is not Phase.DECODE), None)
     if wrong is not None:
         raise DeclinedError(
@@ -160,7 +167,14 @@ def _check(table: SiteTable, strict: bool) -> None:
         )
 
 
-def _exported(gm: fx.GraphModule, bindings: Sequence[Binding]) -> ExportedProgram:
+def any_size() -> Any:
+    """While tracing: let sizes be 0 and 1, as they are in the first steps; torch.export would rule them out."""
+    from torch.fx.experimental import _config
+
+    return _config.patch(backed_size_oblivious=True)
+
+
+def _exported(gm: fx.GraphModule) -> ExportedProgram:
     """Export a pure graph module again: its own fake values belong to another tracer."""
     args, shapes = [], []
     for node in gm.graph.nodes:
@@ -168,16 +182,14 @@ def _exported(gm: fx.GraphModule, bindings: Sequence[Binding]) -> ExportedProgra
             arg, shape = _example_input(str(node.target), example(node))
             args.append(arg)
             shapes.append(shape)
-    from torch.fx.experimental import _config
-
-    with torch.no_grad(), _config.patch(backed_size_oblivious=True):  # else sizes 0 and 1 would be ruled out
+    with torch.no_grad(), any_size():
         return torch.export.export(gm, tuple(args), dynamic_shapes=tuple(shapes))
 
 
 def _example_input(name: str, fake: Any) -> tuple[Any, Any]:
     """A value to trace with, and which of its sizes change from call to call."""
     if name == TOKENS:
-        return HINTS["tokens"], Dim.DYNAMIC(min=0)  # type: ignore[operator]
+        return HINTS["tokens"], Dim.DYNAMIC
     if not isinstance(fake, torch.Tensor):
         return (_hint(fake), Dim.DYNAMIC) if isinstance(fake, torch.SymInt) else (fake, None)
     sizes = [_hint(size) for size in fake.shape]

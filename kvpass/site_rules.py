@@ -24,7 +24,8 @@ def make_site(name: str, core: Core, key: Half, value: Half, layer: int) -> Site
     k, v = shape_of(key.update.new), shape_of(value.update.new)
     dims = {**_query_dims(core, k[0]), "Hkv": k[key.layout.head_axis], "Dv": v[3]}
     with_past = Phase.DECODE if is_one(dims["S"]) else Phase.EXTEND
-    phase = Phase.PREFILL if key.update.past is None else with_past
+    fresh = key.update.past is None or any(reads_only_new(half) for half in (key, value))
+    phase = Phase.PREFILL if fresh else with_past
     dims = {letter: dims[letter] for letter in ("B", "Hq", "Hkv", "S", "D", "Dv")}
     dtype = example(key.update.new).dtype
     return Site(name, layer, phase, core, key, value, dims, dtype, source_line(core.node))
@@ -84,7 +85,7 @@ def check_buffer(flow: Flow, core: Core, update: Update, chain: tuple[fx.Node, .
         return
     whole = shape_of(update.node)[update.axis]
     covering = [term for term in core.terms if same(shape_of(term.node)[-1], whole)]
-    if not covering and not (core.causal and update.past is None):
+    if not covering and not (core.causal and (update.past is None or update.start == 0)):
         raise Miss(Reason.MASK_UNKNOWN, core.node, "the attention reads the whole buffer, and no mask spans it")
 
 
@@ -92,9 +93,22 @@ def _check_front(update: Update, front: fx.Node) -> None:
     """A part of the buffer is read: it must end where the new tokens end."""
     assert update.axis is not None
     start = example(update.start) if isinstance(update.start, fx.Node) else update.start
-    end = shape_of(front)[update.axis]
-    if isinstance(start, torch.Tensor) or not same(end, start + shape_of(update.new)[update.axis]):
+    new, end = shape_of(update.new)[update.axis], shape_of(front)[update.axis]
+    if same(end, new):
+        return  # right where the tokens are the first ones: `reads_only_new`
+    if isinstance(start, torch.Tensor) or not same(end, start + new):
         raise Miss(Reason.UNSUPPORTED_ATTENTION, front, "the part of the buffer that is read does not end with the new")
+
+
+def reads_only_new(half: Half) -> bool:
+    """Does the attention read as much of a buffer as is new? Then the graph is a prefill; the runtime checks that the
+    tokens are written at 0.
+    """
+    update = half.update
+    if update.form is not CacheForm.BUFFER or update.start == 0:
+        return update.start == 0 and update.past is not None
+    axis = half.layout.token_axis
+    return any(is_front(node) and same(shape_of(node)[axis], shape_of(update.new)[axis]) for node in half.chain)
 
 
 def _check_heads(site: Site) -> None:

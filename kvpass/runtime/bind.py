@@ -67,8 +67,10 @@ class Binding:
             if self.past is not None:
                 attach(args[self.past[0]], self.path, store)
             return store
-        if self.past is None:
-            raise StaleCacheError(f"the first tokens of a new cache are written at {position}", where=self.where)
+        if self.past is None or self.phase is Phase.PREFILL:
+            raise StaleCacheError(
+                f"the attention reads the new tokens only, but they are written at {position}", where=self.where
+            )
         store = of_buffer(args[self.past[0]], self.path, position, self.where)
         store.make_room(store.tokens + new)
         return store
@@ -139,7 +141,7 @@ def written_at(bindings: Sequence[Binding], args: Sequence[Any]) -> list[int]:
         read = torch.stack([_first_and_gap(starts[at]) for at in tensors]).tolist()
         for at, (first, gap) in zip(tensors, read, strict=True):
             starts[at] = first if gap == 0 else -1
-    growing = {at for at, b in zip(starts, bindings, strict=True) if b.start is not None and b.past is not None}
+    growing = {at for at, b in zip(starts, bindings, strict=True) if b.start is not None}
     if len(growing) > 1 or min(starts, default=0) < 0:
         raise StaleCacheError(
             f"new tokens are written at {sorted(growing)}" if len(growing) > 1 else "new tokens are written with gaps",
