@@ -58,6 +58,8 @@ class Case:
     """none (is_causal), bool, or float."""
     extends: bool
     rule: Rule
+    sinks: bool = False
+    softcap: float = 0.0
 
 
 CASES = (
@@ -69,6 +71,8 @@ CASES = (
     Case("fp32 d64 bool roco", torch.float32, 64, 3, "bool", False, _ROCO),
     Case("fp32 d128 causal h2o", torch.float32, 128, 4, "none", False, _H2O),
     Case("fp32 d256 bool h2o", torch.float32, 256, 4, "bool", False, _H2O),
+    Case("bf16 d64 bool sinks h2o", torch.bfloat16, 64, 8, "bool", False, _H2O, sinks=True),
+    Case("bf16 d256 bool softcap snapkv", torch.bfloat16, 256, 2, "bool", False, _SNAPKV, softcap=50.0),
 )
 
 
@@ -98,13 +102,14 @@ def launches(case: Case, on: Target) -> list[Launch]:
     state += [torch.zeros(1, heads, slots, dtype=torch.int32), torch.zeros(len(stats), 1, heads, slots)]
     state += [torch.zeros(1, heads, 4, dtype=torch.int32)]
     rule, one = case.rule.encode(), slice(0, 1)
+    extras = torch.zeros(heads * case.group, dtype=case.dtype) if case.sinks else None, case.softcap
     with record(on) as listed:
-        prefill_attend_triton(q, k, v, pos, _mask(case, queries, length), 0.125, case.mask == "none", rule)
+        prefill_attend_triton(q, k, v, pos, _mask(case, queries, length), 0.125, case.mask == "none", rule, *extras)
         idx = select_slots_triton(torch.zeros(1, heads, length), state[4], slots)
         compact_slots_triton(k, v, pos, stats, idx, state[4].clone(), *state)
         step = q[:, :, one], k[:, :, one], v[:, :, one]
         decode: Callable[..., Any] = decode_attend_triton
-        decode(*step, _mask(case, 1, length), *state, length, 0.125, rule)
+        decode(*step, _mask(case, 1, length), *state, length, 0.125, rule, *extras)
     return listed
 
 

@@ -1,4 +1,4 @@
-"""Device helpers that two or more Triton kernels share: masks, softmax in base 2, exact selection.
+"""Device helpers that two or more Triton kernels share: logits, masks, softmax in base 2, exact selection.
 
 Every offset that can pass 2^31 is made of int64 program ids (`rows` below); offsets inside a row are int32. No
 kernel of this package has been run on a GPU yet: they are tested with Triton's interpreter and compiled ahead of time.
@@ -19,6 +19,18 @@ FLOAT_MASK = tl.constexpr(2)
 def rows(axis: tl.constexpr):
     """A program id as int64: the start of every offset that multiplies it."""
     return tl.program_id(axis).to(tl.int64)
+
+
+@triton.jit
+def capped(b_s, SOFTCAP: tl.constexpr):
+    """Base-2 logits, capped if SOFTCAP is not 0: cap * tanh(x / cap).
+
+    tanh(y) = 1 - 2 / (exp(2y) + 1) needs few registers, and an exponential that overflows gives 1.
+    """
+    if SOFTCAP > 0.0:
+        b_e = tl.exp2(b_s * (2.0 / SOFTCAP))
+        b_s = SOFTCAP * LOG2E - (2.0 * SOFTCAP * LOG2E) / (b_e + 1.0)
+    return b_s
 
 
 @triton.jit

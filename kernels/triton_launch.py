@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from kvpass.kernels.masks import threshold
 from torch import Tensor
 
 
@@ -119,4 +120,4 @@ def mask_arguments(mask: Tensor | None) -> dict[str, Any]:
     }
     if mask.dtype == torch.bool:
         return {**arguments, "p_mask": mask.view(torch.uint8), "MASK": 1, "HIDDEN": 0.0}
-    return {**arguments, "p_mask": mask, "MASK": 2, "HIDDEN": torch.finfo(mask.dtype).min / 2}
+    return {**arguments, "p_mask": mask, "MASK": 2, "HIDDEN": threshold(mask)}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from kvpass.kernels.choose import kernel
+from kvpass.kernels.softmax import check_softmax
 from torch import Tensor
 
 
@@ -23,13 +24,17 @@ def decode_attend(
     position: int,
     scale: float,
     rule: str,
+    sinks: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """Append one token, attend over the slots in use, update statistics, evict one slot if over budget.
 
     q [B, Hq, 1, D], k_new [B, Hkv, 1, D], v_new [B, Hkv, 1, Dv], one float dtype; mask None, bool or additive float,
     broadcastable to [B, Hq, 1, T], looked up at the slots' positions. The state, changed in place: k [B, Hkv, C, D],
     v [B, Hkv, C, Dv], pos int32 [B, Hkv, C], stats float32 [N, B, Hkv, C], cursor int32 [B, Hkv, 4]; contiguous,
-    C > LIVE. A row whose mask hides `position` from its own query in every head (padding) changes nothing.
+    C > LIVE. A row whose mask hides `position` from its own query in every head (padding) changes nothing. softcap:
+    above 0, logits become softcap * tanh(logit / softcap) before the mask is added. sinks: any float dtype [Hq], one
+    more logit per query head in the softmax's denominator, neither capped nor masked.
 
     Returns out [B, Hq, 1, Dv] = softmax(q k^T scale + mask) v. Raises ValueError on shapes or dtypes that do not fit.
     """
@@ -42,6 +47,8 @@ def decode_attend(
         raise ValueError(
             f"decode_attend: q {q.dtype} and k {k.dtype} must agree, pos {pos.dtype} and cursor {cursor.dtype} be int32"
         )
+    if sinks is not None or softcap:
+        check_softmax("decode_attend", q.shape[1], sinks, softcap)
     run = kernel("decode_attend", q.device)
-    out: Tensor = run(q, k_new, v_new, mask, k, v, pos, stats, cursor, position, scale, rule)
+    out: Tensor = run(q, k_new, v_new, mask, k, v, pos, stats, cursor, position, scale, rule, sinks, softcap)
     return out

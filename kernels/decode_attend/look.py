@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from kvpass.kernels.masks import additive, at_positions, by_kv_head, visible
 from kvpass.kernels.rule import FREE, LIVE
+from kvpass.kernels.softmax import Softmax
 from torch import Tensor
 
 
-def look(q: Tensor, mask: Tensor, k: Tensor, v: Tensor, pos: Tensor, cursor: Tensor, scale: float) -> Tensor:
+def look(q: Tensor, mask: Tensor, k: Tensor, v: Tensor, pos: Tensor, cursor: Tensor, softmax: Softmax) -> Tensor:
     """softmax(q k^T scale + mask) v over the used slots; shapes as in decode_attend, the result is [B, Hq, 1, Dv].
 
     Rows that see nothing get zeros.
@@ -19,8 +20,9 @@ def look(q: Tensor, mask: Tensor, k: Tensor, v: Tensor, pos: Tensor, cursor: Ten
     here = at_positions(by_kv_head(mask, heads), pos).squeeze(3)
     shown = visible(here) & used.unsqueeze(2)
     keys, values = (x.float().masked_fill(~used[..., None], 0.0) for x in (k, v))
-    logits = (q.float() * scale).reshape(len(q), heads, -1, q.shape[3]) @ keys.mT
+    logits = softmax.capped((q.float() * softmax.factor).reshape(len(q), heads, -1, q.shape[3]) @ keys.mT)
     if mask.dtype != torch.bool:
         logits = logits + additive(here, torch.float32)
-    probs = logits.masked_fill(~shown, float("-inf")).softmax(-1).masked_fill(~shown.any(-1, keepdim=True), 0.0)
+    probs = softmax.probabilities(logits.masked_fill(~shown, float("-inf")))
+    probs = probs.masked_fill(~shown.any(-1, keepdim=True), 0.0)
     return (probs @ values).to(q.dtype).view(*q.shape[:3], v.shape[3])

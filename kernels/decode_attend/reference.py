@@ -15,6 +15,7 @@ from kvpass.kernels.decode_attend.look import look
 from kvpass.kernels.masks import additive, at_positions, by_kv_head, visible
 from kvpass.kernels.rule import FIRST, FREE, LIVE, SEEN, UNTOUCHABLE, Rule
 from kvpass.kernels.scores import INF, deviations, slot_scores, untouchable
+from kvpass.kernels.softmax import Softmax
 from torch import Tensor
 
 
@@ -31,20 +32,22 @@ def decode_attend_reference(
     position: int,
     scale: float,
     rule: str,
+    sinks: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """See `kvpass.kernels.decode_attend.decode_attend`."""
-    plan = Rule.parse(rule)
+    plan, softmax = Rule.parse(rule), Softmax(scale, sinks, softcap)
     cells = cursor.view(-1, 4).tolist()
     if mask is not None and _hides_nothing(mask, cells, position):
         mask = None
     if mask is not None:
         arrived = _arrived(mask, position, len(q))
         if not all(arrived):
-            return _with_padding(q, k_new, v_new, mask, (k, v, pos, stats, cursor), position, scale, rule, arrived)
+            return _with_padding(q, k_new, v_new, mask, (k, v, pos, stats, cursor), position, softmax, rule, arrived)
     step = _read(cells, cursor, position, plan)
     _append(cells, k_new, v_new, k, v, pos, stats, position)
     used = pos[..., : step.slots]
-    probs, seen = _probabilities(q, k, mask, used, step, scale)
+    probs, seen = _probabilities(q, k, mask, used, step, softmax)
     if plan.stats and plan.decode != "none":
         _observe(stats, probs, seen, step, plan)
     out = _mix(probs, v, step).to(q.dtype).view(*q.shape[:3], v.shape[3])
@@ -137,27 +140,28 @@ def _append(
 
 
 def _probabilities(
-    q: Tensor, k: Tensor, mask: Tensor | None, pos: Tensor, step: _Step, scale: float
+    q: Tensor, k: Tensor, mask: Tensor | None, pos: Tensor, step: _Step, softmax: Softmax
 ) -> tuple[Tensor, Tensor | None]:
     """float32 [B*Hkv, G, n], 0 on empty slots; and if masked bool [B*Hkv, n], what some query of the group sees."""
     keys = k.view(-1, *k.shape[2:])
     queries = q.reshape(keys.shape[0], -1, q.shape[3])
     if len(step.runs) == 1:
-        logits = _logits(queries, keys[:, : step.slots], scale)
+        logits = _logits(queries, keys[:, : step.slots], softmax)
     else:  # a run of heads at a time: undefined keys of empty slots are not read
         logits = torch.full((*queries.shape[:2], step.slots), -INF, device=q.device)
         for start, stop, slots in step.runs:
-            logits[start:stop, :, :slots] = _logits(queries[start:stop], keys[start:stop, :slots], scale)
+            logits[start:stop, :, :slots] = _logits(queries[start:stop], keys[start:stop, :slots], softmax)
     if mask is None:
-        return logits.softmax(-1), None
-    return _masked_softmax(logits, mask, pos)
+        return softmax.probabilities(logits), None
+    return _masked_softmax(logits, mask, pos, softmax)
 
 
-def _logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    return torch.baddbmm(q.new_empty(1, dtype=torch.float32), q.float(), k.float().mT, beta=0, alpha=scale)
+def _logits(q: Tensor, k: Tensor, softmax: Softmax) -> Tensor:
+    unused = q.new_empty(1, dtype=torch.float32)
+    return softmax.capped(torch.baddbmm(unused, q.float(), k.float().mT, beta=0, alpha=softmax.factor))
 
 
-def _masked_softmax(logits: Tensor, mask: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
+def _masked_softmax(logits: Tensor, mask: Tensor, pos: Tensor, softmax: Softmax) -> tuple[Tensor, Tensor]:
     """Softmax over what the mask shows: probabilities (0 in rows that see nothing), and what any of the group sees."""
     batch, heads, slots = pos.shape
     here = at_positions(by_kv_head(mask, heads), pos).squeeze(3)
@@ -165,7 +169,7 @@ def _masked_softmax(logits: Tensor, mask: Tensor, pos: Tensor) -> tuple[Tensor, 
     logits = logits.view(batch, heads, -1, slots)
     if mask.dtype != torch.bool:
         logits = logits + additive(here, torch.float32)
-    probs = logits.masked_fill(~shown, -INF).softmax(-1)
+    probs = softmax.probabilities(logits.masked_fill(~shown, -INF))
     probs = probs.masked_fill_(~shown.any(-1, keepdim=True), 0.0)
     return probs.flatten(0, 1), shown.any(2).expand(pos.shape).flatten(0, 1)
 
@@ -263,7 +267,7 @@ def _with_padding(
     mask: Tensor,
     state: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     position: int,
-    scale: float,
+    softmax: Softmax,
     rule: str,
     arrived: list[bool],
 ) -> Tensor:
@@ -275,7 +279,8 @@ def _with_padding(
         seen = mask if mask.shape[0] == 1 else mask[one]
         if real:
             row = (k[one], v[one], pos[one], stats[:, one], cursor[one])
-            outs.append(decode_attend_reference(q[one], k_new[one], v_new[one], seen, *row, position, scale, rule))
+            new, (scale, sinks, softcap) = (q[one], k_new[one], v_new[one]), softmax
+            outs.append(decode_attend_reference(*new, seen, *row, position, scale, rule, sinks, softcap))
         else:
-            outs.append(look(q[one], seen, k[one], v[one], pos[one], cursor[one], scale))
+            outs.append(look(q[one], seen, k[one], v[one], pos[one], cursor[one], softmax))
     return torch.cat(outs)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from kvpass.kernels.rule import Rule
+from kvpass.kernels.softmax import Softmax
 from kvpass.kernels.triton_launch import (
     Target,
     blocks,
@@ -43,10 +44,12 @@ def decode_attend_triton(
     position: int,
     scale: float,
     rule: str,
+    sinks: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """See `kvpass.kernels.decode_attend.decode_attend`. The state tensors are contiguous."""
     check_head_dims(q.shape[3], v.shape[3])
-    plan = Rule.parse(rule)
+    plan, softmax = Rule.parse(rule), Softmax(scale, sinks, softcap)
     hidden = mask_arguments(mask)
     hidden.pop("s_mq")
     heads = 1 if mask is None else mask.shape[1]
@@ -60,7 +63,7 @@ def decode_attend_triton(
         "C": k.shape[2],
         "HKV": k.shape[1],
     }
-    out = _attend(rows_last(q), rows_last(k_new), rows_last(v_new), k, v, pos, scale, plan, shared)
+    out = _attend(rows_last(q), rows_last(k_new), rows_last(v_new), k, v, pos, softmax, plan, shared)
     _evict(pos, stats, cursor, plan, shared)
     return out
 
@@ -72,7 +75,7 @@ def _attend(
     k: Tensor,
     v: Tensor,
     pos: Tensor,
-    scale: float,
+    softmax: Softmax,
     plan: Rule,
     shared: dict[str, Any],
 ) -> Tensor:
@@ -107,11 +110,12 @@ def _attend(
         s_kh=k_new.stride(1),
         s_vb=v_new.stride(0),
         s_vh=v_new.stride(1),
-        scale=scale,
+        scale=softmax.scale,
         D=dim,
         BD=power_of_two(dim, 16),
         N=len(plan.stats),
         LOGITS=observes,
+        SOFTCAP=float(softmax.softcap),
         PRECISION=precision(target(q.device)),
     )
     out = q.new_empty(batch, heads, 1, wide)
@@ -121,9 +125,11 @@ def _attend(
         q.device,
         **shared,
         **parts,
+        p_sinks=None if softmax.sinks is None else softmax.sinks.contiguous(),
         p_out=out,
         BS=power_of_two(splits),
         BC=max(1, min(power_of_two(splits), 4096 // parts["BDV"])),
+        SINKS=softmax.sinks is not None,
         ADD=plan.decode == "add",
         MEAN=plan.group == "mean",
         SUM=plan.stat("sum") if observes else -1,

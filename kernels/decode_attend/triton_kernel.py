@@ -8,7 +8,7 @@ FREE, which no program of that launch reads.
 
 import triton
 import triton.language as tl
-from kvpass.kernels.triton_common import LOG2E, arrives, finite, masked, rows, softmax_step
+from kvpass.kernels.triton_common import LOG2E, arrives, capped, finite, masked, rows, softmax_step
 
 
 @triton.jit
@@ -78,6 +78,7 @@ def split_kernel(
     LOGITS: tl.constexpr,
     MASK: tl.constexpr,
     HIDDEN: tl.constexpr,
+    SOFTCAP: tl.constexpr,
 ):
     """Append the token; per split: maximum, sum [B, Hq, splits], raw output [B, Hq, splits, Dv]; logits [B, Hq, C].
 
@@ -104,6 +105,7 @@ def split_kernel(
     b_knew = tl.load(p_knew + i_b * s_kb + i_h * s_kh + o_d, mask=m_d, other=0.0)
     b_vnew = tl.load(p_vnew + i_b * s_vb + i_h * s_vh + o_v, mask=m_v, other=0.0)
     b_own = tl.sum(b_q.to(tl.float32) * b_knew.to(tl.float32)[None, :], 1) * (scale * LOG2E)  # [GP]
+    b_own = capped(b_own, SOFTCAP)
     b_max, m_seen = masked(b_own, p_mask, o_mask + tl.cast(position, tl.int64) * s_mt, m_new, MASK, HIDDEN)
     b_sum = m_seen.to(tl.float32)
     b_o = b_sum[:, None] * b_vnew.to(tl.float32)[None, :]  # [GP, BDV]
@@ -124,7 +126,7 @@ def split_kernel(
         b_k = tl.load(p_kn, mask=m_n[:, None] & m_d[None, :], other=0.0)  # [BN, BD]
         p_vn = p_v + tl.cast(i_n, tl.int64) * DV + (o_t[:, None] * DV + o_v[None, :])
         b_v = tl.load(p_vn, mask=m_n[:, None] & m_v[None, :], other=0.0)  # [BN, BDV]
-        b_s = products(b_q, b_k, GP == 1, PRECISION) * (scale * LOG2E)  # [GP, BN]
+        b_s = capped(products(b_q, b_k, GP == 1, PRECISION) * (scale * LOG2E), SOFTCAP)  # [GP, BN]
         o_seen = o_mask[:, None]
         if MASK:
             b_pos = tl.load(p_pos + i_r * C + o_n, mask=m_n, other=0)
@@ -150,6 +152,7 @@ def combine_kernel(
     p_max,
     p_sum,
     p_acc,
+    p_sinks,
     p_out,
     s_mb,
     s_mh,
@@ -174,6 +177,7 @@ def combine_kernel(
     COUNT: tl.constexpr,
     MASK: tl.constexpr,
     HIDDEN: tl.constexpr,
+    SINKS: tl.constexpr,
 ):
     """out [B, Hq, 1, Dv] from the splits; statistics of the slots from the logits, if any of SUM, SUMSQ, COUNT is >= 0.
 
@@ -187,8 +191,15 @@ def combine_kernel(
     m_part = (o_g < G)[:, None] & (o_s < splits)[None, :]
     b_m = tl.load(p_max + o_part, mask=m_part, other=float("-inf"))  # [GP, BS]
     b_l = tl.load(p_sum + o_part, mask=m_part, other=0.0)
-    b_max = finite(tl.max(b_m, 1))
+    b_max = tl.max(b_m, 1)
+    if SINKS:  # here and not in the splits: once per head
+        p_sink = p_sinks + tl.program_id(0) % HKV * G + o_g
+        b_sink = tl.load(p_sink, mask=o_g < G, other=float("-inf")).to(tl.float32) * LOG2E
+        b_max = tl.maximum(b_max, b_sink)
+    b_max = finite(b_max)
     b_sum = tl.sum(b_l * tl.exp2(b_m - b_max[:, None]), 1)
+    if SINKS:
+        b_sum += tl.exp2(b_sink - b_max)
     b_lse = tl.where(b_sum == 0.0, float("inf"), b_max + tl.log2(tl.where(b_sum == 0.0, 1.0, b_sum)))  # [GP]
     for g in range(i_s, G, splits):
         lse = tl.min(tl.where(o_g == g, b_lse, float("inf")), 0)

@@ -7,25 +7,39 @@ from __future__ import annotations
 
 import torch
 from kvpass.kernels.choose import kernel
+from kvpass.kernels.softmax import check_softmax
 from torch import Tensor
 
 
 def prefill_attend(
-    q: Tensor, k: Tensor, v: Tensor, pos: Tensor | None, mask: Tensor | None, scale: float, causal: bool, rule: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    rule: str,
+    sinks: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attend, and observe the rows of probabilities that the rule asks for.
 
     q [B, Hq, S, D], k [B, Hkv, L, D], v [B, Hkv, L, Dv], one float dtype, Hq a multiple of Hkv. pos None: L == S and
     key l has position l; else int32 [B, Hkv, L], -1 = empty (finite k and v), the last S keys are the call's own. mask:
     bool (True = attend) or additive float, broadcastable to [B, Hq, S, T], looked up at the keys' positions. causal:
-    query i sees positions <= i (top-left, as in torch).
+    query i sees positions <= i (top-left, as in torch). softcap: above 0, logits become softcap * tanh(logit / softcap)
+    before the mask is added. sinks: any float dtype [Hq], one more logit per query head in the softmax's denominator,
+    neither capped nor masked.
 
     Returns (out [B, Hq, S, Dv] = softmax(q k^T scale + mask) v, in memory [B, S, Hq, Dv]: models transpose and view
     it so; statistics of this call, float32 [N, B, Hkv, L]; valid bool [B, S]). Raises ValueError on shapes or dtypes
     that do not fit.
     """
     _check(q, k, v, pos, mask)
-    out, stats, valid = kernel("prefill_attend", q.device)(q, k, v, pos, mask, scale, causal, rule)
+    check_softmax("prefill_attend", q.shape[1], sinks, softcap)
+    run = kernel("prefill_attend", q.device)
+    out, stats, valid = run(q, k, v, pos, mask, scale, causal, rule, sinks, softcap)
     return out.transpose(1, 2).contiguous().transpose(1, 2), stats, valid
 
 

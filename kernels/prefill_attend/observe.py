@@ -2,6 +2,7 @@
 
 With the saved log-sum-exp a probability is one exponential, so a tile of rows and keys is recomputed, reduced and
 forgotten. Scale and log-sum-exp ride in the matmul: [q * scale, -lse] @ [k, 1] is the logarithm of the probability.
+With a soft cap the log-sum-exp is subtracted after the tanh.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from kvpass.kernels.rule import Rule
+from kvpass.kernels.softmax import Softmax
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ class _Head(NamedTuple):
     """float32 [1 or G, 1 or r, 1 or c]"""
     offset: int | None
     """causal: row i sees keys up to i + offset; None: not causal."""
+    softcap: float
 
 
 def observe(
@@ -41,7 +44,7 @@ def observe(
     k: Tensor,
     lse: Tensor,
     bias: Tensor | None,
-    scale: float,
+    softmax: Softmax,
     watched: Tensor,
     rule: Rule,
     stats: Tensor,
@@ -60,7 +63,7 @@ def observe(
     watched = watched[:, low:high]
     heads = k.shape[1]
     columns = lse[:, :, low:high].masked_fill(~watched[:, None], NEVER)[..., None]
-    queries = torch.cat([q[piece.batch, :, top + low : top + high].float() * scale, -columns], -1)
+    queries = torch.cat([q[piece.batch, :, top + low : top + high].float() * softmax.factor, -columns], -1)
     queries = queries.view(len(queries), heads, -1, *queries.shape[2:])
     keys = k[piece.batch, :, left:right].float().mT
     if bias is not None and bias.shape[3] > 1:
@@ -71,7 +74,7 @@ def observe(
         for h in range(heads):
             one = None if bias is None else bias[min(b, len(bias) - 1), min(h, bias.shape[1] - 1)]
             full = torch.cat([keys[b, h], keys.new_ones(1, right - left)])
-            _add(_Head(queries[b, h], full, one, offset), watched[b], rule, target[:, b, h])
+            _add(_Head(queries[b, h], full, one, offset, softmax.softcap), watched[b], rule, target[:, b, h])
 
 
 def _add(head: _Head, watched: Tensor, rule: Rule, target: Tensor) -> None:
@@ -95,7 +98,11 @@ def _add(head: _Head, watched: Tensor, rule: Rule, target: Tensor) -> None:
 def _fill(probs: Tensor, head: _Head, block: Tensor, rows: tuple[int, int], cols: tuple[int, int]) -> None:
     """Probabilities of one tile, 0 where hidden; probs is a scratch [G * r, c]."""
     (i, j), (x, y) = rows, cols
-    torch.mm(block, head.keys[:, x:y], out=probs)
+    if head.softcap:
+        torch.mm(block[:, :-1], head.keys[:-1, x:y], out=probs)
+        torch.add(block[:, -1:], probs.tanh_(), alpha=head.softcap, out=probs)
+    else:
+        torch.mm(block, head.keys[:, x:y], out=probs)
     grouped = probs.view(-1, j - i, y - x)
     if head.bias is not None:
         bias = head.bias if head.bias.shape[1] == 1 else head.bias[:, i:j]

@@ -2,7 +2,8 @@
 
 A call is cut into pieces (batch rows x query rows x key columns) that are either causal squares, full rectangles, or
 rectangles with a bias. The flash kernel of torch attends piece by piece and gives the log-sum-exp, from which
-`observe` computes the statistics in a second pass over the queries that the rule watches.
+`observe` computes the statistics in a second pass over the queries that the rule watches. A soft cap is beyond that
+kernel: then blocks of rows are attended to plainly.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from kvpass.kernels.masks import additive, arrivals, at_positions, by_kv_head, causal_span, simplified, visible
 from kvpass.kernels.prefill_attend.observe import NEVER, observe
 from kvpass.kernels.rule import Rule
+from kvpass.kernels.softmax import Softmax
 from torch import Tensor
 
 BLOCK = 256
@@ -36,9 +38,19 @@ class Piece:
 
 
 def prefill_attend_reference(
-    q: Tensor, k: Tensor, v: Tensor, pos: Tensor | None, mask: Tensor | None, scale: float, causal: bool, rule: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    rule: str,
+    sinks: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `kvpass.kernels.prefill_attend.prefill_attend`."""
+    softmax = Softmax(scale, sinks, softcap)
     plan = Rule.parse(rule)
     batch, _, queries, _ = q.shape
     start = 0 if pos is None else int(pos[0, 0, k.shape[2] - queries])
@@ -53,14 +65,14 @@ def prefill_attend_reference(
         bias = None
         if piece.kind == "bias":
             piece, bias = _trimmed(piece, _bias(piece, q, k, pos, mask, causal))
-        result, lse = _attend(piece, q, k, v, bias, scale)
+        result, lse = _attend(piece, q, k, v, bias, softmax)
         if out is None and result.shape[:3] == q.shape[:3]:
             out = result.contiguous()
         else:
             out = q.new_zeros(*q.shape[:3], v.shape[3]) if out is None else out
             out[piece.batch, :, slice(*piece.rows)] = result
         if watched is not None:
-            observe(piece, q, k, lse, bias, scale, watched, plan, stats)
+            observe(piece, q, k, lse, bias, softmax, watched, plan, stats)
     return out if out is not None else q.new_zeros(*q.shape[:3], v.shape[3]), stats, valid
 
 
@@ -139,7 +151,7 @@ def _trimmed(piece: Piece, bias: Tensor) -> tuple[Piece, Tensor]:
 
 
 def _attend(
-    piece: Piece, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
+    piece: Piece, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, softmax: Softmax
 ) -> tuple[Tensor, Tensor]:
     """Attention of one piece: (out [b, Hq, rows, Dv], log-sum-exp float32 [b, Hq, rows]).
 
@@ -147,17 +159,25 @@ def _attend(
     """
     rows, cols = slice(*piece.rows), slice(*piece.cols)
     q, k, v = q[piece.batch, :, rows], k[piece.batch, :, cols], v[piece.batch, :, cols]
-    run = _flash_attend if q.device.type == "cpu" else _plain_attend
-    result, lse = run(q, k, v, bias, scale, piece.kind == "causal")
-    if bias is None:
-        return result, lse
-    blind = bias.amax(-1) == -INF
-    blind = blind.expand(q.shape[0], k.shape[1], q.shape[1] // k.shape[1], q.shape[2]).reshape(q.shape[:3])
-    return result, lse.masked_fill(blind, NEVER)
+    run = _flash_attend if q.device.type == "cpu" and not softmax.softcap else _plain_attend
+    result, lse = run(q, k, v, bias, softmax, piece.kind == "causal")
+    if bias is not None:
+        blind = bias.amax(-1) == -INF
+        blind = blind.expand(q.shape[0], k.shape[1], q.shape[1] // k.shape[1], q.shape[2]).reshape(q.shape[:3])
+        lse = lse.masked_fill(blind, NEVER)
+    return (result, lse) if softmax.sinks is None else _with_sinks(result, lse, softmax.sinks)
+
+
+def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """The same with one more logit per head in the denominator, which may come last: a piece holds whole rows of
+    keys. Changes out; rows that see no key keep what they have.
+    """
+    column = sinks.float()[:, None]
+    return out.mul_(torch.sigmoid(lse - column)[..., None]), torch.logaddexp(lse, column)
 
 
 def _flash_attend(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, causal: bool
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, softmax: Softmax, causal: bool
 ) -> tuple[Tensor, Tensor]:
     """torch's CPU kernel; it wants one head size for k and v, and a mask of the query's dtype per query head."""
     heads, kv_heads, wide = q.shape[1], k.shape[1], v.shape[3]
@@ -168,25 +188,28 @@ def _flash_attend(
         if full.shape[1] != 1 or full.shape[2] != 1:
             full = full.expand(-1, kv_heads, heads // kv_heads, -1, -1)
         bias = full.flatten(1, 2)
-    out, lse = _flash(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
+    out, lse = _flash(q, k, v, 0.0, causal, attn_mask=bias, scale=softmax.scale)
     return out[..., :wide], lse
 
 
 def _plain_attend(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, causal: bool
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, softmax: Softmax, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """The same without the CPU kernel, for the reference on other devices: block by block of query rows."""
+    """The same without the CPU kernel, for capped logits and other devices: block by block of query rows."""
     outs, sums = [], []
-    group = q.shape[1] // k.shape[1]
-    kf, vf = (x.float().repeat_interleave(group, 1) for x in (k, v))
+    heads, group = k.shape[1], q.shape[1] // k.shape[1]
+    keys, values = k.float().mT, v.float()
     for top in range(0, q.shape[2], BLOCK):
-        logits = (q[:, :, top : top + BLOCK].float() * scale) @ kf.transpose(-1, -2)
+        rows = (q[:, :, top : top + BLOCK].float() * softmax.factor).unflatten(1, (heads, group))
+        count = rows.shape[3]
+        end = top + count if causal else k.shape[2]
+        logits = softmax.capped(rows.flatten(2, 3) @ keys[..., :end]).unflatten(2, (group, count))
         if causal:
-            logits.masked_fill_(torch.ones_like(logits[0, 0], dtype=torch.bool).triu(top + 1), float("-inf"))
+            logits.masked_fill_(torch.ones(count, end, dtype=torch.bool, device=q.device).triu(top + 1), -INF)
         if bias is not None:
-            part = bias if bias.shape[3] == 1 else bias[:, :, :, top : top + BLOCK]
-            logits = (logits.view(len(q), -1, group, *logits.shape[2:]) + part).flatten(1, 2)
-        lse = logits.logsumexp(-1)
-        outs.append((logits - lse[..., None].nan_to_num(neginf=0.0)).exp() @ vf)
-        sums.append(lse.nan_to_num(neginf=0.0))
+            logits += bias if bias.shape[3] == 1 else bias[:, :, :, top : top + BLOCK]
+        lse = logits.logsumexp(-1, keepdim=True).nan_to_num(neginf=0.0)
+        probs = logits.sub_(lse).exp_()
+        outs.append((probs.flatten(2, 3) @ values[:, :, :end]).view(*q.shape[:2], count, v.shape[3]))
+        sums.append(lse.view(*q.shape[:2], count))
     return torch.cat(outs, 2).to(q.dtype), torch.cat(sums, 2)

@@ -26,7 +26,16 @@ _TILE = int(TILE.value)
 
 
 def prefill_attend_triton(
-    q: Tensor, k: Tensor, v: Tensor, pos: Tensor | None, mask: Tensor | None, scale: float, causal: bool, rule: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    rule: str,
+    sinks: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `kvpass.kernels.prefill_attend.prefill_attend`. Saves a log-sum-exp [B, Hq, S]; no S x L matrix exists."""
     check_head_dims(q.shape[3], v.shape[3])
@@ -54,8 +63,9 @@ def prefill_attend_triton(
         "CAUSAL": causal,
         "POS": pos is not None,
         "PRECISION": precision(target(q.device)),
+        "SOFTCAP": float(softcap),
     }
-    _attend(v, out, survey, shared)
+    _attend(v, out, survey, sinks, shared)
     watched = plan.queries != 0 and bool(plan.stats)
     make = q.new_empty if watched else q.new_zeros
     stats = make(len(plan.stats), batch, kv_heads, length, dtype=torch.float32)
@@ -116,7 +126,7 @@ def _survey(q: Tensor, k: Tensor, pos: Tensor | None, mask: Tensor | None) -> _S
     )
 
 
-def _attend(v: Tensor, out: Tensor, survey: _Survey, shared: dict[str, Any]) -> None:
+def _attend(v: Tensor, out: Tensor, survey: _Survey, sinks: Tensor | None, shared: dict[str, Any]) -> None:
     """The first pass: fills out and the log-sum-exp."""
     batch, heads, queries, dim = out.shape
     spans = survey.queries
@@ -130,6 +140,7 @@ def _attend(v: Tensor, out: Tensor, survey: _Survey, shared: dict[str, Any]) -> 
         **size,
         p_v=v,
         p_span=spans,
+        p_sinks=None if sinks is None else sinks.contiguous(),
         p_out=out,
         s_vb=v.stride(0),
         s_vh=v.stride(1),
@@ -140,6 +151,7 @@ def _attend(v: Tensor, out: Tensor, survey: _Survey, shared: dict[str, Any]) -> 
         tiles=0 if spans is None else spans.shape[2],
         DV=dim,
         BDV=wide,
+        SINKS=sinks is not None,
     )
 
 

@@ -4,7 +4,7 @@
 
 import triton
 import triton.language as tl
-from kvpass.kernels.triton_common import LOG2E, finite, masked, rows, softmax_step
+from kvpass.kernels.triton_common import LOG2E, capped, finite, masked, rows, softmax_step
 
 from .triton_survey import covered
 
@@ -26,6 +26,7 @@ def attend_kernel(
     p_pos,
     p_mask,
     p_span,
+    p_sinks,
     p_out,
     p_lse,
     s_qb,
@@ -59,8 +60,10 @@ def attend_kernel(
     MASK: tl.constexpr,
     HIDDEN: tl.constexpr,
     PRECISION: tl.constexpr,
+    SINKS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
 ):
-    """out [B, Hq, S, Dv] = softmax(q k^T scale + mask) v; lse [B, Hq, S], base 2, +inf for rows that see nothing.
+    """out [B, Hq, S, Dv] = softmax(q k^T scale + mask) v; lse [B, Hq, S], base 2, +inf (or the sink) if blind.
 
     Program: (b, query head) x query block, the longest blocks first. p_span [B, spanning, tiles, 2]: which key tiles a
     query tile can see at all.
@@ -88,6 +91,9 @@ def attend_kernel(
         last = tl.minimum(last, (i_m + 1) * BM)
     b_max = tl.full([BM], float("-inf"), tl.float32)
     b_sum = tl.zeros([BM], tl.float32)
+    if SINKS:  # as if a key had been seen whose value is zero
+        b_max = tl.zeros([BM], tl.float32) + tl.load(p_sinks + i_h).to(tl.float32) * LOG2E
+        b_sum += 1.0
     b_o = tl.zeros([BM, BDV], tl.float32)
     for i_n in range(first, last, BN):
         o_n = i_n + o_t
@@ -98,7 +104,7 @@ def attend_kernel(
         m_s = m_m[:, None] & m_key[None, :]
         if CAUSAL:
             m_s = m_s & (b_pos[None, :] <= o_m[:, None])
-        b_s = tl.dot(b_q, b_k, input_precision=PRECISION) * (scale * LOG2E)  # [BM, BN]
+        b_s = capped(tl.dot(b_q, b_k, input_precision=PRECISION) * (scale * LOG2E), SOFTCAP)  # [BM, BN]
         o_mask = tl.arange(0, BM)[:, None] * s_mq + b_pos[None, :] * s_mt
         b_s, m_s = masked(b_s, p_mask, o_mask, m_s, MASK, HIDDEN)
         b_p, b_max, b_sum, b_f = softmax_step(b_s, b_max, b_sum)
@@ -150,6 +156,7 @@ def statistics_kernel(
     MASK: tl.constexpr,
     HIDDEN: tl.constexpr,
     PRECISION: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
     MEAN: tl.constexpr,
     SUM: tl.constexpr,
@@ -206,7 +213,7 @@ def statistics_kernel(
             p_qm += o_t[None, :] * s_qs + o_d[:, None]
             b_q = tl.load(p_qm, mask=m_m[None, :] & m_d[:, None], other=0.0)  # [BD, BM]
             b_lse = tl.load(p_lse + (i_r * G + g) * S + o_m, mask=m_m, other=float("inf"))
-            b_s = tl.dot(b_k, b_q, input_precision=PRECISION) * (scale * LOG2E)  # [BN, BM]
+            b_s = capped(tl.dot(b_k, b_q, input_precision=PRECISION) * (scale * LOG2E), SOFTCAP)  # [BN, BM]
             p_m = p_mask
             if MASK:
                 p_m += i_b * s_mb + i_q * s_mh + tl.cast(i_m, tl.int64) * s_mq

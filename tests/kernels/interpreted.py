@@ -56,6 +56,8 @@ RULES = {
     "full": Rule(),
 }  # fmt: skip
 SCALE = 0.3
+SINKS = torch.tensor([0.7, -1.5, 4.0, 9.0])
+"""Logits of four query heads."""
 SHAPES = {
     "one head": (1, 1, 1, 33, 16, 16),
     "group 3": (2, 6, 2, 70, 24, 20),

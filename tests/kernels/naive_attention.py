@@ -8,23 +8,42 @@ from kvpass.kernels.testing import State
 from torch import Tensor
 
 
+def hidden(mask: Tensor) -> float:
+    """An additive mask shows what is above this."""
+    return max(torch.finfo(mask.dtype).min / 2, -1e8)
+
+
+def capped(logits: Tensor, softcap: float) -> Tensor:
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
 def softmax_row(
-    q: Tensor, k: Tensor, scale: float, mask: Tensor | None, seen: Tensor
+    q: Tensor, k: Tensor, scale: float, mask: Tensor | None, seen: Tensor, sink: Tensor | None, softcap: float
 ) -> tuple[Tensor, Tensor]:
     """Probabilities float64 [L] of one query over keys [L, D], and which keys it sees."""
-    logits = (k.double() @ q.double()) * scale
+    logits = capped((k.double() @ q.double()) * scale, softcap)
     if mask is not None and mask.dtype == torch.bool:
         seen = seen & mask
     elif mask is not None:
-        seen = seen & (mask > torch.finfo(mask.dtype).min / 2)
+        seen = seen & (mask > hidden(mask))
         logits = logits + mask.double()
     if not seen.any():
         return torch.zeros_like(logits), seen
-    return logits.masked_fill(~seen, float("-inf")).softmax(-1), seen
+    weights = logits.exp() * seen
+    return weights / (weights.sum() + (0.0 if sink is None else sink.double().exp())), seen
 
 
 def naive_prefill(
-    q: Tensor, k: Tensor, v: Tensor, pos: None, mask: Tensor | None, scale: float, causal: bool, rule: Rule
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos: None,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    rule: Rule,
+    sinks: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """prefill_attend without a past."""
     batch, heads, length, _ = q.shape
@@ -36,7 +55,7 @@ def naive_prefill(
     index = torch.arange(length)
     for b in range(batch):
         if wide is not None:
-            shown = wide[b] if wide.dtype == torch.bool else wide[b] > torch.finfo(wide.dtype).min / 2
+            shown = wide[b] if wide.dtype == torch.bool else wide[b] > hidden(wide)
             valid[b] = torch.tensor([bool(shown[:, :, j].any()) for j in range(length)])
         last = max([j for j in range(length) if valid[b, j]], default=-1)
         for h in range(k.shape[1]):
@@ -45,7 +64,8 @@ def naive_prefill(
                 for g in range(group):
                     allowed = index <= i if causal else index >= 0
                     row = None if wide is None else wide[b, h * group + g, i]
-                    p, s = softmax_row(q[b, h * group + g, i], k[b, h], scale, row, allowed)
+                    sink = None if sinks is None else sinks[h * group + g]
+                    p, s = softmax_row(q[b, h * group + g, i], k[b, h], scale, row, allowed, sink, softcap)
                     out[b, h * group + g, i] = (p @ v[b, h].double()).float()
                     rows.append(p)
                     seen.append(s)
@@ -69,7 +89,15 @@ def naive_select(score: Tensor, live: Tensor, capacity: int) -> Tensor:
 
 
 def naive_decode(
-    q: Tensor, k_new: Tensor, v_new: Tensor, state: State, position: int, scale: float, rule: Rule
+    q: Tensor,
+    k_new: Tensor,
+    v_new: Tensor,
+    state: State,
+    position: int,
+    scale: float,
+    rule: Rule,
+    sinks: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """decode_attend without a mask; changes the state."""
     batch, heads, _, _ = q.shape
@@ -84,8 +112,9 @@ def naive_decode(
             state.stats[:, b, h, free] = 0
             rows = []
             for g in range(group):
-                keys = state.k[b, h, : live + 1]
-                p, _ = softmax_row(q[b, h * group + g, 0], keys, scale, None, torch.ones(live + 1, dtype=torch.bool))
+                keys, seen = state.k[b, h, : live + 1], torch.ones(live + 1, dtype=torch.bool)
+                sink = None if sinks is None else sinks[h * group + g]
+                p, _ = softmax_row(q[b, h * group + g, 0], keys, scale, None, seen, sink, softcap)
                 out[b, h * group + g, 0] = (p @ state.v[b, h, : live + 1].double()).float()
                 rows.append(p)
             a = torch.stack(rows).mean(0) if rule.group == "mean" else torch.stack(rows).amax(0)

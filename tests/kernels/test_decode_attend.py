@@ -13,7 +13,7 @@ RAGGED = torch.tensor([[7, 3], [0, 11]])
 EVEN = torch.full((2, 2), 9)
 
 
-def oracle(q, k_new, v_new, mask, state, position, scale):
+def oracle(q, k_new, v_new, mask, state, position, scale, sinks=None, softcap=0.0):
     """Outputs and reduced-row inputs head by head: (out [B, Hq, Dv], probs {(b, h): (slots, [G, n])}) in float64."""
     batch, heads = q.shape[:2]
     group = heads // state.k.shape[1]
@@ -29,27 +29,37 @@ def oracle(q, k_new, v_new, mask, state, position, scale):
             for g in range(group):
                 n = h * group + g
                 logits = torch.stack([q[b, n, 0].double() @ x * scale for x in keys])
+                if softcap:
+                    logits = softcap * torch.tanh(logits / softcap)
                 if mask is not None:
                     here = mask.expand(batch, heads, 1, mask.shape[-1])[b, n, 0]
                     here = here.expand(position + 1) if here.shape[0] == 1 else here
                     seen = here[where]
                     logits += 0 if mask.dtype == torch.bool else seen.double()
-                    shown = seen if mask.dtype == torch.bool else seen > torch.finfo(mask.dtype).min / 2
+                    shown = seen if mask.dtype == torch.bool else seen > max(torch.finfo(mask.dtype).min / 2, -1e8)
                     logits[~shown] = -torch.inf
-                probs[g] = logits.softmax(-1).nan_to_num(0.0)
+                sink = -torch.inf if sinks is None else sinks[n].double()
+                row = torch.cat([logits, torch.full((1,), sink, dtype=torch.float64)])
+                probs[g] = row.softmax(-1).nan_to_num(0.0)[:-1]
                 out[b, n] = probs[g] @ torch.stack(values)
             rows[b, h] = ([*slots, int(state.cursor[b, h, FREE])], probs)
     return out[:, :, None], rows
 
 
-def step(live, rule, *, mask=None, heads=4, dim=16, value_dim=None, dtype=torch.float32, position=60, holes=True):
-    """One step against the oracle; returns the state before and after."""
-    kv_heads = live.shape[1]
-    q, k_new, v_new = qkv(live.shape[0], heads, kv_heads, 1, dim, value_dim=value_dim, dtype=dtype, seed=5)
+def step(
+    live, rule, *, mask=None, heads=4, dim=16, value_dim=None, dtype=torch.float32, position=60, holes=True, **extras
+):
+    """One step from a random state; returns the state before and after."""
+    new = qkv(live.shape[0], heads, live.shape[1], 1, dim, value_dim=value_dim, dtype=dtype, seed=5)
     state = random_state(live, 20, dim, rule, seen=60, value_dim=value_dim, dtype=dtype, holes=holes)
-    before = state.clone()
-    out = decode_attend(q, k_new, v_new, mask, *state.tensors(), position, 0.3, rule.encode())
-    want, rows = oracle(q, k_new, v_new, mask, before, position, 0.3)
+    return advance(new, state, rule, mask, position, **extras), state
+
+
+def advance(new, state, rule, mask, position, **extras):
+    """One step against the oracle; returns the state before."""
+    before, dtype = state.clone(), new[0].dtype
+    out = decode_attend(*new, mask, *state.tensors(), position, 0.3, rule.encode(), **extras)
+    want, rows = oracle(*new, mask, before, position, 0.3, **extras)
     assert_close(out, want, dtype, what="out")
     for (b, h), (slots, probs) in rows.items():
         row = probs.mean(0) if rule.group == "mean" else probs.amax(0)
@@ -63,7 +73,7 @@ def step(live, rule, *, mask=None, heads=4, dim=16, value_dim=None, dtype=torch.
         for new_t, old_t in zip(state.tensors()[:3], before.tensors()[:3], strict=True):
             assert torch.equal(bits(new_t[b, h, beyond]), bits(old_t[b, h, beyond]))
         assert torch.equal(bits(state.stats[:, b, h, beyond]), bits(before.stats[:, b, h, beyond]))
-    return before, state
+    return before
 
 
 @pytest.mark.parametrize("live", [RAGGED, EVEN], ids=["ragged", "even"])
@@ -105,6 +115,7 @@ def masks(heads, position):
         "wider": torch.nn.functional.pad(noise, (0, 4)),
         "float": torch.randn(2, heads, 1, position + 1, generator=g),
         "float hidden": torch.zeros(noise.shape).masked_fill(~noise, smallest),
+        "float 1e9": torch.zeros(noise.shape).masked_fill(~noise, -1e9),
         "float inf": torch.zeros(noise.shape).masked_fill(~noise, -torch.inf),
     }
 
@@ -114,6 +125,53 @@ def masks(heads, position):
 @pytest.mark.parametrize("rule", [ALL, LAST], ids=["add", "replace"])
 def test_masks_are_looked_up_by_position(name, live, rule):
     step(live, rule, mask=masks(4, 60)[name])
+
+
+EXTRAS = {
+    "sinks": {"sinks": torch.tensor([0.7, -1.5, 4.0, 9.0])},
+    "softcap": {"softcap": 0.7},
+    "both": {"sinks": torch.tensor([3.0, 0.0, -2.0, 0.5], dtype=torch.bfloat16), "softcap": 0.9},
+}
+
+
+@pytest.mark.parametrize("extras", EXTRAS.values(), ids=EXTRAS)
+@pytest.mark.parametrize("live", [RAGGED, EVEN], ids=["ragged", "even"])
+@pytest.mark.parametrize("rule", [ALL, LAST, Rule()], ids=["add", "replace", "full"])
+@pytest.mark.parametrize("name", ["none", "heads", "a head sees nothing", "float", "float 1e9"])
+def test_sinks_and_softcap(name, live, rule, extras):
+    step(live, rule, mask=masks(4, 60).get(name), value_dim=24, **extras)
+
+
+@pytest.mark.parametrize("extras", EXTRAS.values(), ids=EXTRAS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sinks_and_softcap_in_half_precision(dtype, extras):
+    step(RAGGED, H2O, dtype=dtype, dim=32, **extras)
+
+
+@pytest.mark.parametrize("extras", EXTRAS.values(), ids=EXTRAS)
+@pytest.mark.parametrize("live", [7, 9], ids=["grows", "evicts"])
+def test_sinks_and_softcap_over_evictions(live, extras):
+    """The statistics that pick the victims have the sink in the denominator."""
+    rule = Rule(stats=ALL.stats, queries=-1, decode="add", score="sum", recent=2, slots=9)
+    state = random_state(torch.full((2, 2), live), 11, 16, rule, seen=30)
+    for i in range(6):
+        before = advance(qkv(2, 4, 2, 1, 16, seed=i), state, rule, None, 30 + i, **extras)
+        if live + i >= rule.slots:
+            gone = state.cursor[..., FREE, None].long()
+            past = before.pos.where(before.used(), -1)
+            score = state.stats[0].where((past >= 0) & (past < 29 + i), torch.inf)
+            assert torch.equal(score.amin(-1, keepdim=True), score.gather(2, gone))
+
+
+@pytest.mark.parametrize("extras", EXTRAS.values(), ids=EXTRAS)
+def test_a_pad_looks_with_sinks_and_softcap(extras):
+    mask = torch.ones(2, 1, 1, 61, dtype=torch.bool)
+    mask[0, ..., 60] = False
+    q, k_new, v_new = qkv(2, 4, 2, 1, 16, value_dim=24)
+    state = random_state(RAGGED, 20, 16, H2O, seen=60, value_dim=24)
+    want, _ = oracle(q, k_new, v_new, mask, state, 60, 0.3, **extras)
+    out = decode_attend(q, k_new, v_new, mask, *state.tensors(), 60, 0.3, H2O.encode(), **extras)
+    assert_close(out, want)
 
 
 @pytest.mark.parametrize("padded", [[0], [1], [0, 1]])
@@ -189,12 +247,14 @@ def test_shared_heads_evict_the_same_token():
         (0, torch.zeros(2, 4, 2, 16), "fit"),
         (0, torch.zeros(2, 3, 1, 16), "fit"),
         (0, torch.zeros(2, 4, 1, 16).half(), "agree"),
+        (12, torch.zeros(3), "sinks"),
+        (13, -1.0, "softcap"),
     ],
 )
 def test_refuses(index, value, word):
     q, k_new, v_new = qkv(2, 4, 2, 1, 16)
     state = random_state(EVEN, 20, 16, H2O, seen=60)
-    args = [q, k_new, v_new, None, *state.tensors(), 60, 0.3, H2O.encode()]
+    args = [q, k_new, v_new, None, *state.tensors(), 60, 0.3, H2O.encode(), None, 0.0]
     args[index] = value
     with pytest.raises(ValueError, match=word):
         decode_attend(*args)

@@ -44,6 +44,9 @@ def test_visible_threshold_and_arrivals():
     smallest = torch.finfo(torch.float16).min
     mask = torch.tensor([[[[0.0, smallest, smallest / 2, -1000.0]]]], dtype=torch.float16)
     assert visible(mask).flatten().tolist() == [True, False, False, True]
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        wide = torch.tensor([-1e9, -2e8, -1e7, -float("inf")], dtype=dtype)
+        assert visible(wide).tolist() == [False, False, True, False]
     assert arrivals(mask, 2, 2, 2, mask.device).tolist() == [[False, True]] * 2
     assert arrivals(None, 1, 2, 0, mask.device).tolist() == [[True, True]]
 
@@ -51,7 +54,7 @@ def test_visible_threshold_and_arrivals():
 def test_float_masks_that_only_switch_become_bool():
     smallest = torch.finfo(torch.float32).min
     causal = causal_mask(6, 6)
-    for hidden in (smallest, -torch.inf):
+    for hidden in (smallest, -1e9, -torch.inf):
         assert torch.equal(simplified(torch.zeros(causal.shape).masked_fill(~causal, hidden)), causal)
     biased = torch.zeros(causal.shape).masked_fill(~causal, smallest)
     biased[..., 2, 1] = -0.5

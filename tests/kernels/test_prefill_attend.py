@@ -13,6 +13,10 @@ WINDOW = Rule(stats=("sum", "count"), queries=7)
 NONE = Rule()
 
 
+def lowest(mask):
+    return max(torch.finfo(mask.dtype).min / 2, -1e8)
+
+
 def visibility(q, k, pos, mask, causal):
     """Bool [B, Hq, S, L] and the bias [B, Hq, S, L], by plain loops over batch and heads."""
     batch, heads, queries, _ = q.shape
@@ -29,23 +33,28 @@ def visibility(q, k, pos, mask, causal):
                 row &= where <= torch.arange(queries)[:, None]
             if wide is not None:
                 here = wide[b, h][:, where.clamp(min=0)]
-                row &= here if mask.dtype == torch.bool else here > torch.finfo(mask.dtype).min / 2
+                row &= here if mask.dtype == torch.bool else here > lowest(mask)
                 if mask.dtype != torch.bool:
                     bias[b, h] = here.double()
             shown[b, h] = row
     return shown, bias
 
 
-def oracle(q, k, v, pos, mask, scale, causal, rule):
+def oracle(q, k, v, pos, mask, scale, causal, rule, sinks=None, softcap=0.0):
     """(out, stats, valid, rows that see something) in float64."""
     shown, bias = visibility(q, k, pos, mask, causal)
     group = q.shape[1] // k.shape[1]
     kk, vv = (x.double().repeat_interleave(group, 1) for x in (k, v))
-    logits = q.double() @ kk.transpose(-1, -2) * scale + bias
-    probs = torch.where(shown, logits, -INF).softmax(-1).nan_to_num(0.0)
+    logits = q.double() @ kk.transpose(-1, -2) * scale
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = torch.where(shown, logits + bias, -INF)
+    if sinks is not None:
+        logits = torch.cat([logits, sinks.double().view(1, -1, 1, 1).expand(*logits.shape[:3], 1)], -1)
+    probs = logits.softmax(-1).nan_to_num(0.0)[..., : k.shape[2]]
     valid = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool)
     if mask is not None:
-        seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        seen = mask if mask.dtype == torch.bool else mask > lowest(mask)
         seen = seen.expand(q.shape[0], -1, -1, -1)
         start = 0 if pos is None else int(pos[0, 0, -q.shape[2]])
         for s in range(q.shape[2]):
@@ -65,10 +74,10 @@ def oracle(q, k, v, pos, mask, scale, causal, rule):
     return probs @ vv, stats, valid, shown.any(-1)
 
 
-def check(q, k, v, pos=None, mask=None, causal=False, rule=ALL, scale=None):
+def check(q, k, v, pos=None, mask=None, causal=False, rule=ALL, scale=None, **extras):
     scale = scale or q.shape[-1] ** -0.5
-    out, stats, valid = prefill_attend(q, k, v, pos, mask, scale, causal, rule.encode())
-    want_out, want_stats, want_valid, sees = oracle(q, k, v, pos, mask, scale, causal, rule)
+    out, stats, valid = prefill_attend(q, k, v, pos, mask, scale, causal, rule.encode(), **extras)
+    want_out, want_stats, want_valid, sees = oracle(q, k, v, pos, mask, scale, causal, rule, **extras)
     assert out.transpose(1, 2).is_contiguous()
     assert out.dtype == q.dtype
     assert stats.dtype == torch.float32
@@ -130,6 +139,7 @@ def masks(batch, heads, length):
         "one column": noise[:, :, :, :1] | (torch.arange(length)[:, None] == 0),
         "nothing": torch.zeros(1, 1, length, length, dtype=torch.bool),
         "additive": additive,
+        "additive 1e9": torch.zeros(left.shape).masked_fill(~left, -1e9),
         "additive inf": torch.zeros(left.shape).masked_fill(~left, -INF),
         "alibi": (slopes * distance)[None].masked_fill(~causal, smallest),
         "wider": torch.nn.functional.pad(causal, (0, 5)),
@@ -192,6 +202,60 @@ def test_extend_looks_masks_up_by_position(kind, rule):
     check(q, k, v, pos, mask, causal=kind == "is_causal", rule=rule)
 
 
+EXTRAS = {
+    "sinks": {"sinks": torch.tensor([0.7, -1.5, 4.0, 9.0])},
+    "softcap": {"softcap": 1.5},
+    "both": {"sinks": torch.tensor([3.0, 0.0, -2.0, 0.5], dtype=torch.bfloat16), "softcap": 2.0},
+}
+"""Far from what they change: with scale 1 the logits of D = 16 reach about 15."""
+
+
+@pytest.mark.parametrize("extras", EXTRAS.values(), ids=EXTRAS)
+@pytest.mark.parametrize("rule", [ALL, SUM, WINDOW, NONE], ids=["all", "sum", "window", "none"])
+@pytest.mark.parametrize("name", ["none", "left", "right", "noise", "nothing", "additive 1e9", "alibi", "window"])
+def test_sinks_and_softcap(name, rule, extras):
+    q, k, v = qkv(3, 4, 2, 70, 16, value_dim=24)
+    check(q, k, v, mask=masks(3, 4, 70)[name], causal=name == "none", rule=rule, scale=1.0, **extras)
+
+
+@pytest.mark.parametrize("extras", EXTRAS.values(), ids=EXTRAS)
+@pytest.mark.parametrize("kind", ["none", "left", "heads", "is_causal"])
+def test_sinks_and_softcap_with_a_past(kind, extras):
+    slots, queries, position = 19, 13, 40
+    q, k, v = qkv(2, 4, 1, queries, 24, keys=slots + queries, value_dim=16)
+    pos = past(2, 1, slots, queries, position)
+    k, v = (x.masked_fill((pos < 0)[..., None], 0.0) for x in (k, v))
+    noise = torch.rand(2, 4, queries, position + queries, generator=torch.Generator().manual_seed(2)) > 0.4
+    mask = {"left": causal_mask(queries, position + queries, left=[0, 44]), "heads": noise}.get(kind)
+    check(q, k, v, pos, mask, causal=kind == "is_causal", scale=1.0, **extras)
+
+
+@pytest.mark.parametrize("extras", EXTRAS.values(), ids=EXTRAS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sinks_and_softcap_in_half_precision(dtype, extras):
+    q, k, v = qkv(2, 4, 2, 70, 32, dtype=dtype)
+    check(q, k, v, causal=True, **extras)
+    check(q, k, v, mask=causal_mask(70, 70, left=[0, 30]), **extras)
+
+
+@pytest.mark.parametrize("extras", EXTRAS.values(), ids=EXTRAS)
+def test_sinks_and_softcap_over_several_tiles(extras):
+    """Longer than a block of rows, and than a tile of the second pass."""
+    q, k, v = qkv(1, 4, 2, 1100, 16)
+    check(q, k, v, causal=True, rule=WINDOW, **extras)
+    check(q, k, v, mask=causal_mask(1100, 1100, left=[300]), rule=SUM, **extras)
+
+
+def test_sinks_keep_a_share_of_the_probability():
+    """gpt-oss: equal logits and an equal sink halve the row of one key; a softcap does not touch the sink."""
+    one = torch.ones(1, 1, 1, 16)
+    for softcap, logit in ((0.0, 16.0), (4.0, 4.0 * torch.tanh(torch.tensor(4.0)).item())):
+        sinks = torch.tensor([logit])
+        out, stats, _ = prefill_attend(one, one, one, None, None, 1.0, True, SUM.encode(), sinks, softcap)
+        assert_close(out, one / 2)
+        assert_close(stats.flatten(), torch.tensor([0.5]), stats=True)
+
+
 def test_extend_over_several_blocks():
     q, k, v = qkv(2, 2, 1, 530, 16, keys=40 + 530)
     pos = past(2, 1, 40, 530, 60)
@@ -241,6 +305,9 @@ def test_rules_without_observation_have_no_second_pass():
         ({"mask": torch.ones(8, 8, dtype=torch.bool)}, "mask"),
         ({"mask": torch.ones(1, 3, 8, 8, dtype=torch.bool)}, "mask"),
         ({"mask": torch.ones(1, 1, 8, 8, dtype=torch.int32)}, "mask"),
+        ({"sinks": torch.ones(2)}, "sinks"),
+        ({"sinks": torch.ones(4, dtype=torch.int32)}, "sinks"),
+        ({"softcap": -1.0}, "softcap"),
     ],
 )
 def test_refuses(change, word):
@@ -256,3 +323,4 @@ def test_plain_attention_of_other_devices(name, monkeypatch):
     monkeypatch.setattr(reference, "_flash_attend", reference._plain_attend)
     q, k, v = qkv(3, 4, 2, 300, 16, value_dim=24)
     check(q, k, v, mask=masks(3, 4, 300)[name], causal=name == "none")
+    check(q, k, v, mask=masks(3, 4, 300)[name], causal=name == "none", **EXTRAS["sinks"])

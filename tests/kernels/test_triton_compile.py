@@ -22,11 +22,14 @@ PINNED_WITH = (3, 9)
 
 
 def spill_limit(case: Case, target: str) -> int:
-    """Bytes (NVIDIA) or vector registers and bytes (AMD) that may spill. float32 heads of 256 always spill some."""
+    """Bytes (NVIDIA) or vector registers and bytes (AMD) that may spill. float32 heads of 256 always spill some, capped
+    ones a little.
+    """
     if case.dtype == torch.float32 and case.dim > 128:
         return 512
     version = tuple(int(n) for n in triton.__version__.split(".")[:2])
-    return 0 if target == "sm_90" and version == PINNED_WITH else 64
+    wide_and_capped = case.softcap > 0.0 and case.dim > 128
+    return 0 if target == "sm_90" and version == PINNED_WITH and not wide_and_capped else 64
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -9,11 +9,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from interpreted import RULES, SCALE, masks
+from interpreted import RULES, SCALE, SINKS, masks
 from kvpass.kernels.compact_slots.reference import compact_slots_reference
 from kvpass.kernels.compact_slots.triton import compact_slots_triton
 from kvpass.kernels.decode_attend.reference import decode_attend_reference
-from kvpass.kernels.decode_attend.triton import decode_attend_triton
+from kvpass.kernels.decode_attend.triton import _splits, decode_attend_triton
 from kvpass.kernels.prefill_attend.reference import prefill_attend_reference
 from kvpass.kernels.prefill_attend.triton import prefill_attend_triton
 from kvpass.kernels.rule import FREE, LIVE, Rule
@@ -21,11 +21,20 @@ from kvpass.kernels.scores import score_slots
 from kvpass.kernels.select_slots.reference import select_slots_reference
 from kvpass.kernels.select_slots.triton import select_slots_triton
 from kvpass.kernels.testing import State, assert_close, bits, empty_state, qkv, random_state
+from kvpass.kernels.triton_launch import Target
 from naive_attention import naive_decode
+from torch import Tensor
 
 
 def run_decode(
-    rule: Rule, state: State, mask: str, group: int, start: int, steps: int, dtype: torch.dtype = torch.float32
+    rule: Rule,
+    state: State,
+    mask: str,
+    group: int,
+    start: int,
+    steps: int,
+    dtype: torch.dtype = torch.float32,
+    extras: tuple[Tensor | None, float] = (None, 0.0),
 ) -> None:
     """Several steps; after each, everything equals the reference and nothing unused was written."""
     batch, kv_heads, _, dim = state.k.shape
@@ -33,7 +42,7 @@ def run_decode(
     for i in range(steps):
         new = qkv(batch, group * kv_heads, kv_heads, 1, dim, value_dim=state.v.shape[3], seed=i, dtype=dtype)
         given = masks(mask, batch, group * kv_heads, 1, start + i + 1)
-        before, args = got.clone(), (start + i, SCALE, rule.encode())
+        before, args = got.clone(), (start + i, SCALE, rule.encode(), *extras)
         x = decode_attend_triton(*new, given, *got.tensors(), *args)
         y = decode_attend_reference(*new, given, *want.tensors(), *args)
         assert_close(x, y, dtype, what=f"out at step {i}")
@@ -78,6 +87,25 @@ def test_decode_half(dtype: torch.dtype, group: int) -> None:
     run_decode(RULES["h2o"], state, "none", group, 60, 2, dtype)
 
 
+@pytest.mark.parametrize("softcap", [0.0, 0.8])
+@pytest.mark.parametrize("mask", ["none", "heads"])
+@pytest.mark.parametrize("name", ["h2o", "max"])
+def test_decode_sinks_and_softcap(name: str, mask: str, softcap: float) -> None:
+    state = random_state(torch.tensor([[20, 13], [2, 19]]), 24, 24, RULES[name], seen=70, value_dim=20)
+    run_decode(RULES[name], state, mask, 2, 70, 3, extras=(SINKS, softcap))
+    run_decode(RULES[name], state, mask, 1, 73, 1, extras=(SINKS[:2].bfloat16(), softcap))
+    run_decode(RULES[name], state, mask, 1, 74, 1, extras=(None, softcap))
+
+
+@pytest.mark.parametrize("live", [5, 110])
+@pytest.mark.parametrize("mask", ["none", "holes"])
+def test_decode_sinks_in_splits(mask: str, live: int) -> None:
+    """Four splits, of which some may be empty: the sink counts once."""
+    state = random_state(torch.tensor([[live]]), 140, 24, RULES["roco"], seen=300, value_dim=20)
+    run_decode(RULES["roco"], state, mask, 4, 300, 2, extras=(SINKS, 0.8))
+    assert _splits(1, 140, 16, Target("interpret", 0, 2)) == 4
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_decode_from_nothing(name: str) -> None:
     """From an empty cache to six evictions; with heads="all" every head holds the same tokens."""
@@ -101,8 +129,9 @@ def test_decode_naive(name: str) -> None:
     got = state.clone()
     for i in range(3):
         new = qkv(2, 4, 2, 1, 16, seed=i)
-        out = decode_attend_triton(*new, None, *got.tensors(), 64 + i, SCALE, rule.encode())
-        expected = naive_decode(*new, state, 64 + i, SCALE, rule)
+        extras = (SINKS, 0.8) if i else (None, 0.0)
+        out = decode_attend_triton(*new, None, *got.tensors(), 64 + i, SCALE, rule.encode(), *extras)
+        expected = naive_decode(*new, state, 64 + i, SCALE, rule, *extras)
         assert_close(out, expected, what="out")
         assert torch.equal(got.pos, state.pos)
         assert torch.equal(got.cursor, state.cursor)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from interpreted import RULES, SCALE, SHAPES, masks
+from interpreted import RULES, SCALE, SHAPES, SINKS, masks
 from kvpass.kernels.compact_slots.reference import compact_slots_reference
 from kvpass.kernels.compact_slots.triton import compact_slots_triton
 from kvpass.kernels.join_slots import join_slots
@@ -67,6 +67,18 @@ def test_prefill_half(dtype: torch.dtype) -> None:
     check_prefill((q, k, v, None, masks("left", 1, 4, 40, 40), SCALE, False, RULES["h2o"].encode()), dtype)
 
 
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
+@pytest.mark.parametrize("mask", ["none", "left", "heads", "holes"])
+def test_prefill_sinks_and_softcap(mask: str, softcap: float) -> None:
+    q, k, v = qkv(2, 4, 2, 21, 16, value_dim=24)
+    args = (q, k, v, None, masks(mask, 2, 4, 21, 21), 1.0, mask == "none")
+    for rule, sinks in ((RULES["roco"], SINKS), (RULES["max"], SINKS.bfloat16()), (RULES["snapkv"], None)):
+        got = prefill_attend_triton(*args, rule.encode(), sinks, softcap)
+        want = naive_prefill(*args, rule, sinks, softcap)
+        for name, x, y in zip(("out", "stats", "valid"), got, want, strict=True):
+            assert_close(x, y, torch.float32, stats=name == "stats", what=name)
+
+
 def test_prefill_strided() -> None:
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv(2, 4, 2, 37, 16))
     assert not q.is_contiguous()
@@ -81,7 +93,10 @@ def test_extend(name: str, mask: str) -> None:
     state = random_state(torch.tensor([[20, 5], [0, 12]]), 26, 24, rule, seen=seen, value_dim=20)
     q, k_new, v_new = qkv(2, 6, 2, queries, 24, value_dim=20, seed=4)
     k, v, pos, _ = join_slots(*state.tensors(), k_new, v_new, seen)
-    check_prefill((q, k, v, pos, masks(mask, 2, 6, queries, seen + queries), SCALE, False, rule.encode()))
+    given = masks(mask, 2, 6, queries, seen + queries)
+    check_prefill((q, k, v, pos, given, SCALE, False, rule.encode()))
+    if mask in ("left", "holes"):
+        check_prefill((q, k, v, pos, given, SCALE, False, rule.encode(), SINKS.repeat(2)[:6], 0.8))
 
 
 def cursor_of(live: Tensor) -> Tensor:

@@ -32,9 +32,11 @@ def calls():
     cursor = torch.tensor([3, 3, 6, 0], dtype=torch.int32).expand(2, 2, 4).contiguous()
     mask = causal_mask(6, 6, left=[0, 2])
     row = torch.ones(2, 1, 1, 31, dtype=torch.bool)
+    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0])
     return {
         "prefill_attend": (q, k, v, None, None, 0.25, True, TEXT),
         "prefill_attend masked": (q, k, v, None, mask, 0.25, False, TEXT),
+        "prefill_attend capped": (q, k, v, None, mask, 0.25, False, TEXT, sinks, 5.0),
         "prefill_attend strided": (*strided, None, None, 0.25, True, ""),
         "prefill_attend extend": (q, k, v, pos, mask, 0.25, False, TEXT),
         "join_slots": (*now, k, v, 30),
@@ -46,6 +48,7 @@ def calls():
         "compact_slots extend": (k, v, pos, stats, idx, cursor, *state()),
         "decode_attend": (*one, None, *state(), 30, 0.25, TEXT),
         "decode_attend masked": (*one, row, *state(), 30, 0.25, TEXT),
+        "decode_attend capped": (*one, row, *state(), 30, 0.25, TEXT, sinks, 5.0),
     }
 
 
