@@ -33,8 +33,8 @@ def _fake(q: Tensor, k_new: Tensor, v_new: Tensor, mask: Tensor | None, *rest: A
     k, v, pos, stats, cursor = state = rest[:5]
     for other in (v.shape[2], pos.shape[2], stats.shape[3]):
         torch._check(other == k.shape[2])
-    for other in (q.shape[0], k_new.shape[0], v_new.shape[0], v.shape[0], pos.shape[0], stats.shape[1], cursor.shape[0]):
-        torch._check(other == k.shape[0])
+    for rows in (q.shape[0], k_new.shape[0], v_new.shape[0], v.shape[0], pos.shape[0], stats.shape[1], cursor.shape[0]):
+        torch._check(rows == k.shape[0])
     return q.new_empty(q.shape[0], q.shape[1], q.shape[2], v_new.shape[3]), *(t.new_empty(t.shape) for t in state)
 
 

@@ -140,8 +140,9 @@ def rewrite(
 
 def _check(table: SiteTable, strict: bool) -> None:
     if strict and (declined := [d for d in table.declined if not d.reason.by_choice]):
+        listed = "\n".join(map(str, declined[:8]))
         raise DeclinedError(
-            f"{len(declined)} attention site(s) with a cache cannot be rewritten:\n" + "\n".join(map(str, declined[:8])),
+            f"{len(declined)} attention site(s) with a cache cannot be rewritten:\n{listed}",
             where=f"{declined[0].site}, {declined[0].source}",
             hint=f"{declined[0].reason.hint}; or pass strict=False to leave such sites dense",
         )

@@ -23,7 +23,8 @@ from kvpass.pure import STATE, decode_step
 from kvpass.runtime.bind import Binding
 
 TOKENS = "tokens"
-_CHECKS = frozenset({"_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size"})
+_RANGES = {"sym_constrain_range", "sym_constrain_range_for_size"}
+_CHECKS = frozenset({"_assert_tensor_metadata", "_assert_scalar"} | _RANGES)
 
 
 def prepared(gm: fx.GraphModule) -> fx.GraphModule:

@@ -15,7 +15,8 @@ FILES = sorted(file for room in ROOMS for file in (ROOT / room).rglob("*.py"))
 
 WORDS = {"terms", "errors"}
 ARROWS = {
-    "__init__": {"compiler", "compiled", "explaining", "reporting", "policy", "errors"},  # resolved on first use
+    # resolved on first use
+    "__init__": {"compiler", "compiled", "explaining", "mlir", "reporting", "rewriting", "policy", "errors"},
     "terms": set(),
     "errors": set(),
     "kernels": {"kernels"},
@@ -23,7 +24,8 @@ ARROWS = {
     "policy": {"policy", "kernels.rule"} | WORDS,  # a policy ends as a Rule: data, no tensors
     "patterns": {"patterns", "match", "site"} | WORDS,
     "site": {"match"} | WORDS,
-    "scan": {"match", "site"} | WORDS,
+    "scan": {"match", "site", "site_rules"} | WORDS,
+    "site_rules": {"match", "site"} | WORDS,
     "ops": {"terms", "kernels"},
     "runtime": {"runtime", "ops", "kernels.rule"} | WORDS,
     "plan": {"policy", "site", "kernels.rule"} | WORDS,
@@ -38,8 +40,11 @@ ARROWS = {
     "explaining": {"twin", "policy", "site", "scan", "plan", "patterns", "match"} | WORDS,
     "compiled": {"compiler", "policy", "errors", "twin"},
     "twin": set(),
+    "pure": {"ops", "kernels"},
+    "standalone": {"lower", "pure", "ops", "match", "runtime.bind"} | WORDS,
+    "mlir": {"rewriting", "pure"} | WORDS,
 }
-ROOTS = {"compiler"}  # composes all the others
+ROOTS = {"compiler", "rewriting"}  # composes all the others
 ENVIRONMENT_READERS = {"kvpass/debug", "kernels/choose.py", "kernels/triton_launch.py"}
 
 

@@ -69,8 +69,13 @@ def _arrived(mask: Tensor | None, position: int, q: Tensor) -> Tensor:
     """Bool, broadcastable to [B, 1, 1]: is the row's token valid, that is, visible to its own query in some head."""
     if mask is None:
         return torch.ones(1, 1, 1, dtype=torch.bool, device=q.device)
-    own = mask if mask.shape[-1] == 1 else mask.narrow(-1, position, 1)
+    own = mask if _is_column(mask) else mask.narrow(-1, position, 1)
     return visible(own).any(1)
+
+
+def _is_column(mask: Tensor) -> bool:
+    """One column for all positions. A traced width is none, and asking would rule out the step at position 0."""
+    return isinstance(mask.shape[-1], int) and mask.shape[-1] == 1
 
 
 def _shown(mask: Tensor | None, pos: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -79,7 +84,7 @@ def _shown(mask: Tensor | None, pos: Tensor) -> tuple[Tensor, Tensor | None]:
     if mask is None:
         return used, None
     grouped = by_kv_head(mask, pos.shape[1])[..., 0, :]
-    if mask.shape[-1] != 1:
+    if not _is_column(mask):
         index = pos.clamp(min=0).long()[:, :, None]
         shape = (*pos.shape[:2], grouped.shape[2], pos.shape[2])
         grouped = grouped.expand(*shape[:3], mask.shape[-1]).gather(-1, index.expand(shape))

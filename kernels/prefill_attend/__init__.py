@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from kvpass.kernels.choose import kernel
+from kvpass.kernels.masks import visible
 from kvpass.kernels.softmax import check_softmax
 from torch import Tensor
 
@@ -30,7 +31,8 @@ def prefill_attend(
     bool (True = attend) or additive float, broadcastable to [B, Hq, S, T], looked up at the keys' positions. causal:
     query i sees positions <= i (top-left, as in torch). softcap: above 0, logits become softcap * tanh(logit / softcap)
     before the mask is added. sinks: any float dtype [Hq], one more logit per query head in the softmax's denominator,
-    neither capped nor masked.
+    neither capped nor masked. A query that a float mask shows no key gets the mean of v, as softmax gives it; with a
+    bool mask, zeros.
 
     Returns (out [B, Hq, S, Dv] = softmax(q k^T scale + mask) v, in memory [B, S, Hq, Dv]: models transpose and view
     it so; statistics of this call, float32 [N, B, Hkv, L]; valid bool [B, S]). Raises ValueError on shapes or dtypes
@@ -40,7 +42,20 @@ def prefill_attend(
     check_softmax("prefill_attend", q.shape[1], sinks, softcap)
     run = kernel("prefill_attend", q.device)
     out, stats, valid = run(q, k, v, pos, mask, scale, causal, rule, sinks, softcap)
+    if mask is not None and mask.dtype != torch.bool and pos is None and sinks is None:
+        out = _blind_rows_averaged(out, v, mask)
     return out.transpose(1, 2).contiguous().transpose(1, 2), stats, valid
+
+
+def _blind_rows_averaged(out: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Queries that a float mask shows no key: all their logits are the smallest number, so softmax weighs all keys
+    alike. They are padding, but some models read the output of padding.
+    """
+    blind = ~visible(mask[..., : v.shape[2]]).any(-1, keepdim=True)
+    if mask.device.type == "cpu" and not bool(blind.any()):
+        return out
+    mean = v.float().mean(2, keepdim=True).to(out.dtype).repeat_interleave(out.shape[1] // v.shape[1], 1)
+    return torch.where(blind, mean, out)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, pos: Tensor | None, mask: Tensor | None) -> None:

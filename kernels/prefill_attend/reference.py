@@ -183,6 +183,7 @@ def _flash_attend(
     heads, kv_heads, wide = q.shape[1], k.shape[1], v.shape[3]
     dim = max(q.shape[3], wide)
     q, k, v = (x if x.shape[3] == dim else F.pad(x, (0, dim - x.shape[3])) for x in (q, k, v))
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))  # the kernel assumes it, unchecked
     if bias is not None:
         full = bias.to(q.dtype)
         if full.shape[1] != 1 or full.shape[2] != 1:

@@ -324,3 +324,22 @@ def test_plain_attention_of_other_devices(name, monkeypatch):
     q, k, v = qkv(3, 4, 2, 300, 16, value_dim=24)
     check(q, k, v, mask=masks(3, 4, 300)[name], causal=name == "none")
     check(q, k, v, mask=masks(3, 4, 300)[name], causal=name == "none", **EXTRAS["sinks"])
+
+
+def test_operands_whose_last_axis_is_strided() -> None:
+    """A convolution before the cache leaves K and V as [B, H, D, T] in memory."""
+    q, k, v = (torch.randn(2, heads, 8, 40).mT for heads in (4, 2, 2))
+    expected = prefill_attend(q.contiguous(), k.contiguous(), v.contiguous(), None, None, 0.25, True, "")
+    found = prefill_attend(q, k, v, None, None, 0.25, True, "")
+    torch.testing.assert_close(found[0], expected[0])
+
+
+def test_a_row_that_a_float_mask_hides_from_all_gets_the_mean() -> None:
+    """What softmax makes of equal logits; with a bool mask torch gives zeros."""
+    q, k, v = torch.randn(1, 2, 5, 8), torch.randn(1, 1, 5, 8), torch.randn(1, 1, 5, 8)
+    seen = torch.ones(5, 5, dtype=torch.bool).tril() & (torch.arange(5) >= 2)
+    mask = torch.where(seen, 0.0, torch.finfo(torch.float32).min)[None, None]
+    out = prefill_attend(q, k, v, None, mask, 0.3, False, "")[0]
+    expected = (q @ k.mT * 0.3 + mask).softmax(-1) @ v
+    torch.testing.assert_close(out, expected)
+    assert torch.equal(prefill_attend(q, k, v, None, seen[None, None], 0.3, False, "")[0][:, :, :2], torch.zeros(1, 2, 2, 8))
