@@ -8,11 +8,11 @@ from corpus.case import conversation
 from models.attention import attend, hidden
 
 
-def indexed(self, x, at):
+def indexed(self, x, at, room=ROOM):
     """gpt-fast."""
     q, k, v = self.project(x)
     write(self, k, v, at)
-    return self.finish(attend(q, self.keys, self.values, attn_mask=up_to(at)))
+    return self.finish(attend(q, self.keys, self.values, attn_mask=up_to(at, room)))
 
 
 def given_mask(self, x, at, mask):
@@ -186,3 +186,31 @@ def a_prompt_loaded_from_elsewhere(call):
     yield begin(call, 4)
     yield call(hidden(), torch.tensor([4]), torch.ones(2, 2, 4, 8))
     yield one(call, 4)
+
+
+@conversation(indexed, buffers)
+def cleared_by_the_host(call):
+    """Old keys are zeros from here on, and seen as such; no graph shows it."""
+    yield begin(call)
+    call.keys.zero_()
+    call.values.zero_()
+    yield one(call, 5)
+
+
+@conversation(indexed, buffers)
+def restored_by_the_host(call):
+    """A prefix is put back from a copy: the next token goes on from there."""
+    yield begin(call)
+    saved = call.keys.clone(), call.values.clone()
+    yield begin(call)
+    call.keys.copy_(saved[0])
+    call.values.copy_(saved[1])
+    yield one(call, 5)
+
+
+@conversation(indexed, buffers)
+def new_buffers_in_the_middle(call):
+    """Larger buffers, filled from the old ones."""
+    yield begin(call)
+    call.keys, call.values = (torch.cat([t, torch.zeros_like(t)], 2) for t in (call.keys, call.values))
+    yield call(hidden(), torch.tensor([5]), 2 * ROOM)

@@ -1,0 +1,209 @@
+"""Decoders as people write them: matched everywhere, the same at full budget, and evicting as the oracle does."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from models.plain import causal_mask, tokens
+from models.styles import (
+    alibi,
+    einsum,
+    gpt_fast,
+    llama_reference,
+    multihead,
+    nanogpt,
+    packed_groups,
+    rebinding,
+    sinks,
+    softcap,
+    stacked,
+)
+from models.styles.style import DIM, LAYERS, Attention, greedy, make
+from oracle.simulator import Simulator
+from torch._subclasses.fake_tensor import FakeTensor
+
+import kvpass
+from kvpass.terms import Phase
+
+KINDS = [
+    nanogpt.GPT,
+    gpt_fast.Transformer,
+    gpt_fast.FusedTransformer,
+    gpt_fast.CopiedTransformer,
+    gpt_fast.ScatteredTransformer,
+    llama_reference.Llama,
+    llama_reference.MovingLlama,
+    rebinding.Rebinding,
+    einsum.Einsum,
+    einsum.GroupedEinsum,
+    alibi.Alibi,
+    alibi.Bloom,
+    sinks.Sinks,
+    multihead.Multihead,
+    softcap.Softcap,
+    packed_groups.Packed,
+    packed_groups.MultiQuery,
+    stacked.Stacked,
+]
+INDUCTOR = [gpt_fast.Transformer, llama_reference.Llama, alibi.Bloom, sinks.Sinks]
+"""Both ways to write into buffers, and the cores with most to them."""
+KEEPING = [gpt_fast.Transformer, llama_reference.Llama, rebinding.Rebinding, stacked.Stacked]
+"""Those whose cache is no value that the caller passes from call to call."""
+TOP_LEFT = (nanogpt.GPT, multihead.Multihead)
+"""is_causal counts from the top left, so they take one token at a time after the prompt."""
+
+BATCH, PROMPT, BUDGET = 2, 50, 24
+FLOAT32 = {"rtol": 1e-4, "atol": 1e-4}
+"""Logits of order 1 after two layers of sums of 32 to 64 float32 products."""
+
+
+def name(kind: Any) -> str:
+    return kind.__name__
+
+
+class Oracle:
+    """A style whose attention is computed from its definition, in float64 over full matrices, by the simulator's
+    leave.
+    """
+
+    def __init__(self, model: Any, policy: str, budget: int) -> None:
+        self.model, self.simulator, self.start = copy.deepcopy(model), Simulator(policy, budget), 0
+        for attention in self.model.attentions():
+            attention.attend = partial(self.attend, attention)
+        self.cache = self.model.init_cache(BATCH, 128)
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            logits, self.cache = self.model.step(ids, self.cache, self.start)
+        self.start += ids.shape[1]
+        return logits[:, -1]
+
+    def attend(self, attention: Attention, q: Any, k: Any, v: Any, extra: Any) -> torch.Tensor:
+        if attention.tokens_first:
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        length = self.start + q.shape[2]
+        out = self.weighted(attention, q.double(), k[:, :, :length].double(), v[:, :, :length].double()).to(q.dtype)
+        return out.transpose(1, 2) if attention.tokens_first else out
+
+    def weighted(self, attention: Attention, q: Any, k: Any, v: Any) -> torch.Tensor:
+        (rows, heads, queries, _), kv_heads = q.shape, k.shape[1]
+        sees = causal_mask(queries, self.start).expand(rows, heads, -1, -1)
+        visible = self.simulator.enter(attention.index, sees, kv_heads)
+        logits = self.logits(attention, q, k.repeat_interleave(heads // kv_heads, 1))
+        weights = normalised(logits.masked_fill(~visible, -torch.inf), attention.sink_logits())
+        for b in range(rows):
+            for h in range(kv_heads):
+                group = slice(h * heads // kv_heads, (h + 1) * heads // kv_heads)
+                self.simulator.observe(attention.index, b, h, weights[b, group], visible[b, group])
+        self.simulator.leave(attention.index)
+        return weights @ v.repeat_interleave(heads // kv_heads, 1)
+
+    def logits(self, attention: Attention, q: Any, k: Any) -> torch.Tensor:
+        logits = q @ k.transpose(-1, -2) * attention.scale
+        if attention.softcap:
+            logits = attention.softcap * torch.tanh(logits / attention.softcap)
+        bias = attention.bias(torch.arange(self.start, k.shape[2]), torch.arange(k.shape[2]))
+        return logits if bias is None else logits + bias.double()
+
+
+def normalised(logits: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    """Softmax over the keys, and over a sink of each head that keeps its share."""
+    if sinks is None:
+        return logits.softmax(-1)
+    column = sinks.double().view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+    return torch.cat([logits, column], -1).softmax(-1)[..., :-1]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=name)
+def test_every_attention_is_matched(kind: Any) -> None:
+    """In the prefill and in both decode graphs."""
+    model = kvpass.compile(make(kind), "full", inner="eager")
+    greedy(model, tokens(BATCH, PROMPT), 3)
+    graphs = [record.table for record in model.kvpass.graphs]
+    assert len(graphs) in (2, 3)
+    assert [len(found.sites) for found in graphs] == [LAYERS] * len(graphs)
+    assert not any(found.declined for found in graphs)
+    assert all(site.phase is Phase.DECODE for found in graphs[1:] for site in found)
+    assert all(site.phase is not Phase.DECODE for site in graphs[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "inner"),
+    [(kind, "eager") for kind in KINDS] + [(kind, "inductor") for kind in INDUCTOR],
+    ids=lambda value: value if isinstance(value, str) else name(value),
+)
+def test_full_budget_is_the_model(kind: Any, inner: str) -> None:
+    model = make(kind)
+    prompt = tokens(BATCH, PROMPT)
+    chosen, logits, _ = greedy(copy.deepcopy(model), prompt, 8)
+    found, theirs, _ = greedy(kvpass.compile(model, "h2o", 1.0, inner=inner), prompt, 8)
+    assert torch.equal(found, chosen)
+    torch.testing.assert_close(theirs, logits, **FLOAT32)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=name)
+def test_eviction_is_the_oracles(kind: Any) -> None:
+    """Prompt, tokens one by one, several at once, one by one again."""
+    original = make(kind)
+    compiled = kvpass.compile(copy.deepcopy(original), "h2o", BUDGET, inner="eager")
+    oracle, cache, start = Oracle(original, "h2o", BUDGET), compiled.init_cache(BATCH, 128), 0
+    calls = [PROMPT, 1, 1, 1, 1, 1, 1 if kind in TOP_LEFT else 9, 1, 1, 1]
+    for length in calls:
+        ids = tokens(BATCH, length, seed=start)
+        with torch.no_grad():
+            logits, cache = compiled.step(ids, cache, start)
+        start += length
+        expected = oracle(ids)
+        oracle.simulator.follow([layer.positions for layer in kvpass.inspect(cache).layers])
+        torch.testing.assert_close(logits[:, -1], expected, **FLOAT32)
+    kv_heads = original.attentions()[0].kv_heads
+    assert oracle.simulator.near_ties == 0
+    assert oracle.simulator.compared == len(calls) * LAYERS * BATCH * kv_heads
+    assert all(len(held) == BUDGET for row in oracle.simulator.kept(LAYERS - 1) for held in row)
+    assert kvpass.report(cache).to_dict()["bytes"] == LAYERS * 2 * BATCH * kv_heads * (BUDGET + 1) * DIM * 4
+
+
+def kv_bytes() -> int:
+    """Memory behind all tensors that look like keys and values, dense or compact."""
+    gc.collect()
+    found = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and not isinstance(t, FakeTensor)]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in found if t.ndim > 3 and t.shape[-1] == DIM}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=name)
+def test_dense_keys_and_values_are_gone(kind: Any) -> None:
+    """Also those that the model has preallocated: slots beside dense buffers would be more memory, not less."""
+    model = kvpass.compile(make(kind), "h2o", BUDGET, inner="eager")
+    before = kv_bytes()
+    cache = greedy(model, tokens(BATCH, PROMPT), 2)[2]
+    slots = LAYERS * 2 * BATCH * model.attentions()[0].kv_heads * (BUDGET + 1) * DIM * 4
+    assert slots <= kv_bytes() - before <= 1.03 * slots
+    assert cache is not None
+
+
+@pytest.mark.parametrize("kind", KEEPING, ids=name)
+def test_a_second_conversation(kind: Any) -> None:
+    """The same compiled model on another prompt, from an empty cache."""
+    model = make(kind)
+    compiled = kvpass.compile(copy.deepcopy(model), "h2o", 1.0, inner="eager")
+    for seed, length in ((0, PROMPT), (1, 20)):
+        prompt = tokens(BATCH, length, seed)
+        expected, _, _ = greedy(copy.deepcopy(model), prompt, 4)
+        assert torch.equal(greedy(compiled, prompt, 4)[0], expected)
+
+
+def test_a_decoder_without_a_cache_is_left_alone() -> None:
+    model = make(multihead.Recomputing)
+    compiled = kvpass.compile(copy.deepcopy(model), "h2o", BUDGET, inner="eager")
+    prompt = tokens(BATCH, PROMPT)
+    found, theirs, _ = greedy(compiled, prompt, 3)
+    expected, logits, _ = greedy(model, prompt, 3)
+    assert torch.equal(found, expected)
+    torch.testing.assert_close(theirs, logits, rtol=0, atol=0)
+    assert not any(record.table for record in compiled.kvpass.graphs)
