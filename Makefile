@@ -1,8 +1,8 @@
-# kvpass: make demo | test | bench | lint | clean. Every target makes the environment it needs, once, in $(VENV).
+# kvpass: make demo | test | bench | support | lint | clean. Every target makes the environment it needs, once, in $(VENV).
 #
 #   PYTHON  the interpreter to build the environment from (3.11 to 3.13)
 #   TORCH   what pip installs as torch. It comes first and alone: as somebody's dependency a plain "torch" may pull gigabytes of CUDA packages.
-#   ARGS    passed on to the demo or the benchmark, e.g. make bench ARGS=--quick
+#   ARGS    passed on to the demo, the benchmark or the sweep, e.g. make bench ARGS=--quick, make support ARGS="--only llama,gpt2"
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
@@ -13,7 +13,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench lint env clean
+.PHONY: help demo test bench support lint env clean
 
 BIN   := $(VENV)/bin
 PIP   := $(BIN)/python -m pip --disable-pip-version-check -qq
@@ -30,6 +30,10 @@ demo: $(STAMP)
 
 bench: $(STAMP)
 	@$(BIN)/python -P examples/bench/run.py $(ARGS)
+
+# Every causal-LM family of transformers, tiny: docs/support.md and docs/support.json. An hour or so.
+support: $(STAMP)
+	@$(BIN)/python -P tests/support/sweep.py $(ARGS)
 
 # mypy looks for kvpass.kernels inside kvpass/: give it the packages as they install, by links.
 TYPES := .cache/typecheck

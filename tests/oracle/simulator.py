@@ -54,6 +54,7 @@ class Layer:
         self.end = [0] * rows
         self.seen = [0] * rows
         self.votes = 0
+        self.rows: list[Row] = []  # of the call that is running
 
     def enter(self, b: int, start: int, valid: Array) -> Row:
         """Count the call's valid tokens of row b."""
@@ -83,25 +84,49 @@ class Simulator:
         """q [B,Hq,S,D]; k, v [B,Hkv,T,*] of all tokens so far; mask broadcastable to [B,Hq,S,T], bool or
         additive. Evicts at the end."""
         (B, Hq, S, _), (Hkv, T) = q.shape, k.shape[1:3]
-        layer = self.layers.setdefault(index, Layer(B, Hkv))
         sees, bias = split_mask(mask, (B, Hq, S, T))
+        visible = self.enter(index, sees, Hkv)
         out = torch.empty(B, Hq, S, v.shape[-1], dtype=torch.float64)
         for b in range(B):
-            own = sees[b, :, :, T - S :]
-            row = layer.enter(b, T - S, own.any(0).any(0).numpy())
-            for h, head in enumerate(layer.heads[b]):
+            for h in range(Hkv):
+                group = slice(h * Hq // Hkv, (h + 1) * Hq // Hkv)
+                extra = bias[b, group] if bias is not None else None
+                rows = probabilities(q[b, group], k[b, h], visible[b, group], extra, scale)
+                out[b, group] = rows @ v[b, h].double()
+                self.observe(index, b, h, rows, visible[b, group])
+        self.leave(index)
+        return out.to(q.dtype)
+
+    def enter(self, index: int, sees: torch.Tensor, kv_heads: int) -> torch.Tensor:
+        """A call reaches a layer: `sees` [B,Hq,S,T] says whom its queries may see, the call's tokens are the last S.
+        Returns what is visible of it. Then `observe` for every row and KV head, and `leave`."""
+        B, _, S, T = sees.shape
+        layer = self.layers.setdefault(index, Layer(B, kv_heads))
+        own = sees[..., T - S :].any(2).any(1).numpy()
+        layer.rows = [layer.enter(b, T - S, own[b]) for b in range(B)]
+        layer.votes += S
+        for row, heads in zip(layer.rows, layer.heads, strict=True):
+            for head in heads:
                 head.grow(T)
                 head.holds[T - S :] = row.valid
-                group = slice(h * Hq // Hkv, (h + 1) * Hq // Hkv)
-                visible = sees[b, group] & torch.from_numpy(head.holds)
-                extra = bias[b, group] if bias is not None else None
-                rows = probabilities(q[b, group], k[b, h], visible, extra, scale)
-                out[b, group] = rows @ v[b, h].double()
-                a, may_see = rows.mean(0).numpy(), visible.any(0).numpy()
-                self.policy.observe(head.memory, a, may_see, row, head.positions)
-            layer.votes += S
-            self.evict(layer, b, row)
-        return out.to(q.dtype)
+        return self.visible(index, sees)
+
+    def visible(self, index: int, sees: torch.Tensor) -> torch.Tensor:
+        """`sees` without the tokens that were evicted."""
+        holds = np.array([[head.holds for head in row] for row in self.layers[index].heads])
+        group = sees.shape[1] // holds.shape[1]
+        return sees & torch.from_numpy(holds).repeat_interleave(group, 1)[:, :, None]
+
+    def observe(self, index: int, b: int, h: int, rows: torch.Tensor, visible: torch.Tensor) -> None:
+        """Probabilities and visibility [G,S,T] of the query heads that share KV head h of row b."""
+        layer, a = self.layers[index], rows.mean(0).numpy()
+        head = layer.heads[b][h]
+        self.policy.observe(head.memory, a, visible.any(0).numpy(), layer.rows[b], head.positions)
+
+    def leave(self, index: int) -> None:
+        """End of the call for this layer: evict."""
+        for b, row in enumerate(self.layers[index].rows):
+            self.evict(self.layers[index], b, row)
 
     def evict(self, layer: Layer, b: int, row: Row) -> None:
         """Each head of row b drops to its budget."""
@@ -127,11 +152,11 @@ class Simulator:
         self.history.append([self.kept(i) for i in sorted(self.layers)])
 
     def follow(self, theirs: list[torch.Tensor]) -> None:
-        """Compare with positions [B,Hkv,C] (-1 = empty) of every layer. What float32 rounding explains is
-        adopted and counted, the rest fails."""
+        """Compare with positions [B,Hkv,C] (-1 = empty) of every layer that was simulated. What float32 rounding
+        explains is adopted and counted, the rest fails."""
         self.record()
         assert len(theirs) == len(self.layers), f"{len(theirs)} layers reported, the model has {len(self.layers)}"
-        for index, tensor in enumerate(theirs):
+        for index, tensor in zip(sorted(self.layers), theirs, strict=True):
             shape = (len(self.layers[index].heads), len(self.layers[index].heads[0]))
             assert tensor.shape[:2] == shape, f"layer {index}: {tuple(tensor.shape[:2])} rows, heads; not {shape}"
             for b, row in enumerate(self.layers[index].heads):

@@ -1,0 +1,69 @@
+"""One family for each way of spelling attention, through the same checks as `make support` (tests/support)."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "support"))
+
+import case
+import scoreboard
+from families import build
+from feed import Feed, own_cache, prompt
+from oracle.anyhf import AnyOracle
+from oracle.hf import Oracle
+
+COMING = pytest.mark.xfail(strict=False, reason="not matched yet")
+
+FAMILIES = [
+    ("llama", "sdpa"),
+    ("llama", "eager"),
+    ("gpt2", "eager"),
+    ("bloom", "eager"),  # ALiBi by baddbmm, heads and sequences in one axis
+    ("mpt", "eager"),  # ALiBi added to the logits
+    ("falcon", "eager"),  # one KV head
+    ("gptj", "eager"),
+    ("gpt_neox", "eager"),
+    ("gemma2", "eager"),  # softcap, sliding layers
+    ("gpt_oss", "eager"),  # sinks, sliding layers
+    pytest.param("deepseek_v3", "sdpa", marks=COMING),  # latent attention: values narrower than keys
+    ("qwen3_next", "sdpa"),  # linear attention beside
+    ("bamba", "sdpa"),  # state-space layers beside
+    pytest.param("diffllama", "eager", marks=COMING),  # two attentions read one cache
+    ("phi3", "eager"),
+]
+
+
+@pytest.mark.parametrize(("family", "attention"), FAMILIES)
+def test_family(family: str, attention: str) -> None:
+    result = case.run(family, attention)
+    assert scoreboard.runs(result), result
+    assert scoreboard.passes(result), scoreboard.reason(result)
+
+
+def test_a_wrong_policy_is_noticed() -> None:
+    """The naive side really decides: another policy's choices are not float32's view of h2o's."""
+    with pytest.raises(AssertionError, match=r"layer 0, row 0, head 0: it (keeps|evicts)"):
+        case.against_oracle("gpt2", build("gpt2", "eager"), "streaming_llm", {"padded": True})
+
+
+@pytest.mark.parametrize("policy", ["h2o", "tova", "snapkv", "roco"])
+def test_both_oracles_agree(policy: str) -> None:
+    """The oracle that follows keys through any model, and the one that replaces the attention function."""
+    model = build("llama", "eager")
+    known, feed = Oracle(model, policy, 40), Feed(model)
+    oracle = AnyOracle(model, policy, 40, 0, {0, 1})
+    feed.call = lambda **inputs: oracle(own_cache(feed.cache), **inputs)
+    ids, mask = prompt()
+    for step in range(4):
+        logits = feed(ids, mask if step == 0 else None)
+        inputs = {name: t for name, t in feed.inputs(ids).items() if name in ("attention_mask", "position_ids")}
+        torch.testing.assert_close(logits, known(ids, **inputs), rtol=1e-4, atol=1e-4)
+        for layer in (0, 1):
+            for ours, theirs in zip(oracle.simulator.kept(layer), known.simulator.kept(layer), strict=True):
+                assert [p.tolist() for p in ours] == [p.tolist() for p in theirs]
+        ids = logits.argmax(-1, keepdim=True)

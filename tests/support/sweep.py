@@ -1,0 +1,147 @@
+"""Which families of transformers work, proven on tiny random models: writes docs/support.md and docs/support.json.
+
+python -P tests/support/sweep.py [--jobs N] [--only llama,gpt2] [--resume] [--limit SECONDS]
+
+Each family runs in a process of its own. Exits with 1 if a family that passed in the committed docs/support.json fails
+now. With --only nothing is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+PARTS = ROOT / ".cache" / "support"
+ATTENTIONS = ("sdpa", "eager")
+
+
+def find_packages() -> None:
+    """Make the test packages importable, as tests/conftest.py does for pytest."""
+    sys.path.insert(0, str(HERE))
+    for name in ("oracle", "models"):
+        package = types.ModuleType(name)
+        package.__path__ = [str(ROOT / "tests" / name)]
+        sys.modules[name] = package
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def child(family: str) -> None:
+    """Run one family, both attention implementations, and leave the results in its file as they come."""
+    import torch
+    import transformers
+    from case import run
+
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    results: dict[str, Any] = {}
+
+    def save(attention: str, result: Any) -> None:
+        results[attention] = result
+        part(family).write_text(json.dumps(results, indent=1))
+
+    for attention in ATTENTIONS:
+        save(attention, run(family, attention, lambda result, a=attention: save(a, result)))
+    save("done", True)
+
+
+def part(family: str) -> Path:
+    return PARTS / f"{family}.json"
+
+
+def finished(family: str) -> dict[str, Any] | None:
+    """What an earlier run left for this family, if it came to its end."""
+    found = json.loads(part(family).read_text()) if part(family).exists() else {}
+    return found if found.get("done") else None
+
+
+def measure(family: str, limit: float) -> dict[str, Any]:
+    """Results of one family by attention implementation, from a process with a time limit."""
+    part(family).unlink(missing_ok=True)
+    start = time.monotonic()
+    with open(PARTS / f"{family}.log", "w") as log:
+        command = [sys.executable, "-P", str(HERE / "sweep.py"), "--child", family]
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        try:
+            why = f"the process ended with {process.wait(limit)}"
+        except subprocess.TimeoutExpired:
+            why = f"took longer than {limit:.0f} s"
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    results = json.loads(part(family).read_text()) if part(family).exists() else {}
+    if not results.get("done"):
+        for attention in ATTENTIONS:
+            cut = results.setdefault(attention, {"status": "not started"})
+            if cut["status"].startswith(("building", "running", "checking", "not started")):
+                cut |= {"status": "cut off", "why": f"{why}, while {cut['status']}"}
+        results["done"] = True
+    results["seconds"] = round(time.monotonic() - start, 1)
+    part(family).write_text(json.dumps(results, indent=1))
+    return results
+
+
+def sweep(families: list[str], jobs: int, limit: float, resume: bool) -> dict[str, Any]:
+    """All families, with a line for each as it ends."""
+    from scoreboard import line
+
+    PARTS.mkdir(parents=True, exist_ok=True)
+    known = {f: old for f in families if resume and (old := finished(f))}
+    todo = [f for f in families if f not in known]
+    print(f"{len(families)} families, {len(known)} known from before, {jobs} at a time", flush=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        running = {pool.submit(measure, family, limit): family for family in todo}
+        for future in as_completed(running):
+            family = running[future]
+            known[family] = future.result()
+            print(f"[{len(known)}/{len(families)}] {line(family, known[family])}", flush=True)
+    return {family: known[family] for family in families}
+
+
+def committed() -> dict[str, Any]:
+    """The families of the committed docs/support.json."""
+    shown = subprocess.run(["git", "show", "HEAD:docs/support.json"], cwd=ROOT, capture_output=True, text=True)
+    return json.loads(shown.stdout)["families"] if shown.returncode == 0 else {}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=2, help="families at a time (2)")
+    parser.add_argument("--only", default="", help="these families, by commas; writes nothing")
+    parser.add_argument("--resume", action="store_true", help="keep what an interrupted sweep has finished")
+    parser.add_argument("--limit", type=float, default=240, help="seconds for one family (240)")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        child(options.child)
+        return 0
+    from families import FAMILIES
+    from scoreboard import document, regressions
+
+    only = [f for f in options.only.split(",") if f]
+    unknown = sorted(set(only) - set(FAMILIES))
+    if unknown:
+        parser.error(f"no such families: {', '.join(unknown)}")
+    results = sweep(only or FAMILIES, options.jobs, options.limit, options.resume)
+    if not only:
+        record = document(results, command="make support")
+        for name, text in record.items():
+            (ROOT / "docs" / name).write_text(text)
+        print("wrote docs/support.md and docs/support.json")
+    worse = regressions(committed(), results)
+    print("\n".join(["worse than the committed docs/support.json:", *worse] if worse else ["nothing got worse"]))
+    return 1 if worse else 0
+
+
+if __name__ == "__main__":
+    find_packages()
+    sys.exit(main())
