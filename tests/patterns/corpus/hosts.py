@@ -253,3 +253,17 @@ def softened(self, x, cache=None):
 
 
 register("row_maximum_taken_off", softened)
+
+
+def cut_mask(self, x, cache=None):
+    """transformers' eager attention: the mask is cut to the length of the repeated keys."""
+    q, k, v = self.project(x)
+    k, v = (k, v) if cache is None else grow(cache, k, v)
+    wide_k, wide_v = wide(k, v)
+    scores = logits(q, wide_k)
+    length = wide_k.shape[-2]
+    future = torch.full((x.shape[1], 32), torch.finfo(x.dtype).min).triu(length - x.shape[1] + 1)
+    return self.finish((scores + future[None, None, :, :length]).softmax(-1) @ wide_v), (k, v)
+
+
+register("length_of_the_repeated_keys_is_read", cut_mask, quiet=True)
