@@ -23,6 +23,10 @@ _forced: ContextVar[str | None] = ContextVar("kvpass_implementation", default=No
 _loaded: dict[tuple[str, str], Callable[..., Any]] = {}
 
 
+WIDEST = 256
+"""Head dimension up to which the triton kernels fit into shared memory."""
+
+
 @contextmanager
 def use(name: str) -> Iterator[None]:
     """Force one implementation for the calls inside the block.
@@ -54,9 +58,12 @@ def implementation(op: str, device: torch.device) -> str:
     return forced
 
 
-def kernel(op: str, device: torch.device) -> Callable[..., Any]:
-    """The function that runs `op` on `device`; imported on first use, then cached."""
-    key = (op, implementation(op, device))
+def kernel(op: str, device: torch.device, wide: bool = False) -> Callable[..., Any]:
+    """The function that runs `op` on `device`; imported on first use, then cached. `wide`: heads that no triton kernel
+    takes, so the reference runs unless triton is forced.
+    """
+    forced = _forced.get()
+    key = (op, "reference" if wide and forced is None else implementation(op, device))
     found = _loaded.get(key)
     if found is None:
         module = import_module(f"kvpass.kernels.{op}.{key[1]}")

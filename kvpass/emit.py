@@ -13,7 +13,7 @@ import kvpass.ops  # noqa: F401  (registers torch.ops.kvpass)
 from kvpass.match.calls import example
 from kvpass.match.shapes import shape_of
 from kvpass.plan import SitePlan
-from kvpass.site import Half, Term
+from kvpass.site import Half, Latent, Term, UpProjection
 from kvpass.terms import CacheForm, Layout, MaskKind, Phase
 
 
@@ -45,6 +45,10 @@ class Emitter:
         site = planned.site
         self.q = self._queries()
         self.new_k, self.new_v = self._heads_first(site.key), self._heads_first(site.value)
+        if site.core.latent is not None:
+            self.q = self._absorbed(self.q, site.core.latent)
+            self.new_k = self._call(torch.cat, [self.new_k, self.new_v], -1)
+            self.new_v = self._call_method("narrow", self.new_k, -1, 0, 0)
         self.position = self._position()
         self.mask = self._mask()
         self.extras = self._extras()
@@ -52,7 +56,9 @@ class Emitter:
     def decode(self) -> fx.Node:
         args = (self.q, self.new_k, self.new_v, self.mask, self.k, self.v, self.pos, self.stats, self.cursor)
         scale = self.planned.site.core.scale
-        return self._outside(self._op("decode_attend", *args, self.position, scale, self.rule, *self.extras))
+        latent = self.planned.site.core.latent
+        extras = (*(self.extras or (None, 0.0)), latent.rank) if latent is not None else self.extras
+        return self._outside(self._op("decode_attend", *args, self.position, scale, self.rule, *extras))
 
     def multi(self) -> fx.Node:
         """Prefill or extend."""
@@ -63,7 +69,8 @@ class Emitter:
             joined = self._op("join_slots", self.k, self.v, self.pos, self.stats, self.cursor, k, v, self.position)
             k, v, pos, past_stats = self._parts(joined, 4)
         core = self.planned.site.core
-        args = (self.q, k, v, pos, self.mask, core.scale, core.causal, self.rule, *self.extras)
+        values = v if core.latent is None else self._call_method("narrow", k, -1, 0, core.latent.rank)
+        args = (self.q, k, values, pos, self.mask, core.scale, core.causal, self.rule, *self.extras)
         out, stats, valid = self._parts(self._op("prefill_attend", *args), 3)
         scored = self._op("score_slots", stats, past_stats, pos, valid, self.cursor, self.position, self.rule)
         score, stats, cursor = self._parts(scored, 3)
@@ -88,6 +95,9 @@ class Emitter:
         """The attention's output in the axes and the dtype that the model's own core gives."""
         site = self.planned.site
         axes = site.core.axes.out
+        if site.core.latent is not None:
+            weight = self._rows(site.core.latent.values)
+            node = self._call(torch.matmul, node, self._call_method("transpose", weight, 1, 2))
         if "N" in axes:
             node = self._call_method("flatten", node, 0, 1)
         elif "G" in axes:
@@ -95,6 +105,20 @@ class Emitter:
         node = self._permuted(node, _canonical(axes), axes)
         dtype = example(site.core.node).dtype
         return node if dtype == site.dtype else self._call_method("to", node, dtype)
+
+    def _absorbed(self, q: fx.Node, latent: Latent) -> fx.Node:
+        """Queries of latents: [q_nope W_k, q_rot], so that their product with [latent, k_rot] is that of q and k."""
+        sizes = latent.keys.size, int(example(q).shape[-1]) - latent.keys.size
+        starts = (0, sizes[0]) if latent.nope_first else (sizes[1], 0)
+        nope, turned = (
+            self._call_method("narrow", q, -1, at, size) for at, size in zip(starts, sizes, strict=True)
+        )
+        return self._call(torch.cat, [self._call(torch.matmul, nope, self._rows(latent.keys)), turned], -1)
+
+    def _rows(self, up: UpProjection) -> fx.Node:
+        """[heads, size, rank]"""
+        weight = self._call_method("reshape", self.low.copy[up.weight], up.heads, up.width, -1)
+        return self._call_method("narrow", weight, 1, up.start, up.size)
 
     def _permuted(self, node: fx.Node, axes: str, wanted: str) -> fx.Node:
         return node if axes == wanted else self._call_method("permute", node, *(axes.index(x) for x in wanted))
@@ -192,6 +216,7 @@ class Emitter:
         site = self.planned.site
         masks = [(shape_of(term.node), term.kind, term.factor, example(term.node).dtype) for term in site.core.terms]
         kind = site.dtype, str(site.dims), str(masks), site.core.axes, str(site.core.softcap), site.core.scale
+        kind += (str(site.core.latent),)
         key = (self.rule, site.phase, *kind, site.key.layout, site.value.layout, next(self.number))
         if key not in self.low.values:
             args = fx.map_arg(node.args, lambda n: example(n))

@@ -201,6 +201,9 @@ class _Lowering:
             where=f"{site.name}, {site.source}",
             start=self._start(update.start) if "L" in dims else None,
             path=update.path,
+            widths=tuple(shape_of(half.update.new)[3] for half in (site.key, site.value))  # type: ignore[arg-type]
+            if site.core.latent is not None
+            else None,
         )
 
     def _start(self, start: Any) -> Callable[[Sequence[Any]], Any]:

@@ -28,7 +28,7 @@ SCHEMAS = {
     "Tensor(b!) v_out, Tensor(c!) pos_out, Tensor(d!) stats_out, Tensor(e!) cursor_out) -> ()",
     "decode_attend": "(Tensor q, Tensor k_new, Tensor v_new, Tensor? mask, Tensor(a!) k, Tensor(b!) v, Tensor(c!) pos, "
     "Tensor(d!) stats, Tensor(e!) cursor, SymInt position, float scale, str rule, Tensor? sinks=None, "
-    "float softcap=0.0) -> Tensor",
+    "float softcap=0.0, int latent=0) -> Tensor",
     "written": "(Tensor mask, SymInt end) -> Tensor",
 }
 
@@ -105,7 +105,8 @@ def _fake_compact_slots(*args: Tensor | None) -> None:
 
 
 def _fake_decode_attend(q: Tensor, k_new: Tensor, v_new: Tensor, *rest: Any) -> Tensor:
-    return q.new_empty(q.shape[0], q.shape[1], q.shape[2], v_new.shape[3])
+    latent = rest[11] if len(rest) > 11 else 0
+    return q.new_empty(q.shape[0], q.shape[1], q.shape[2], latent or v_new.shape[3])
 
 
 def _fake_written(mask: Tensor, end: int) -> Tensor:

@@ -163,6 +163,8 @@ def _layer_view(store: SlotStore) -> LayerView:
     from kvpass.kernels.scores import slot_scores
 
     k, v, pos, stats, _ = store.state
+    if store.widths is not None:
+        k, v = k.split(store.widths, dim=-1)
     c = int(store.live().max())
     far = torch.iinfo(torch.int64).max
     order = torch.where(pos >= 0, pos.long(), far).argsort(dim=-1)[..., :c]

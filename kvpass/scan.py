@@ -74,7 +74,7 @@ class _Found:
                     self.blamed.update(caches)
                 continue
             if core is not None:
-                self.cores.append(core)
+                self.cores.append(next(filter(None, (p.match(core) for p in self.patterns.expanded)), core))
                 return
 
     def _try_updates(self, node: fx.Node) -> None:

@@ -41,12 +41,34 @@ class Axes:
 
 
 @dataclass(frozen=True)
+class UpProjection:
+    """Rows of a weight `[heads * width, rank]` that make one part of each head: `start` .. `start + size` of `width`."""
+
+    weight: fx.Node
+    heads: int
+    width: int
+    start: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Keys and values are projections of a cached latent of `rank` entries; the rest of a key is cached as it is."""
+
+    keys: UpProjection
+    values: UpProjection
+    nope_first: bool
+    rank: int
+
+
+@dataclass(frozen=True)
 class Core:
     """An attention core in normal form: `softmax(cap(q k^T * scale) + terms) v`, where `cap(x) = softcap * tanh(x /
     softcap)` (0: none) and `sinks` are logits that only the softmax's denominator sees.
 
     `k` and `v` are the operands as the core reads them, before any view is looked through. `pattern` names who found
-    it, `inner` are the nodes between the operands and `node`.
+    it, `inner` are the nodes between the operands and `node`. With `latent`, `k` are latents and `v` rotated keys, and
+    keys and values are made from them.
     """
 
     node: fx.Node
@@ -61,6 +83,7 @@ class Core:
     softcap: float = 0.0
     sinks: fx.Node | None = None
     inner: tuple[fx.Node, ...] = ()
+    latent: Latent | None = None
 
     @property
     def mask(self) -> fx.Node | None:

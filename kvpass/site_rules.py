@@ -24,6 +24,8 @@ def make_site(name: str, core: Core, key: Half, value: Half, layer: int) -> Site
     k, v = shape_of(key.update.new), shape_of(value.update.new)
     dims = {**_query_dims(core, k[0]), "Hkv": k[key.layout.head_axis], "Dv": v[3]}
     with_past = Phase.DECODE if is_one(dims["S"]) else Phase.EXTEND
+    if core.latent is not None:
+        dims |= {"D": core.latent.rank + v[3], "Dv": 0}  # latent and rotated key in one slot; values are a part of it
     fresh = key.update.past is None or any(reads_only_new(half) for half in (key, value))
     phase = Phase.PREFILL if fresh else with_past
     dims = {letter: dims[letter] for letter in ("B", "Hq", "Hkv", "S", "D", "Dv")}

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from kvpass.errors import DeclinedError
 from kvpass.lower import Lowered
 from kvpass.match.calls import argument, call_name, example
-from kvpass.match.shapes import normal_dim, shape_of
+from kvpass.match.shapes import normal_dim, same, shape_of
 from kvpass.ops import decode_attend
 from kvpass.pure import STATE, decode_step
 from kvpass.runtime.bind import Binding
@@ -28,7 +28,9 @@ _CHECKS = frozenset({"_assert_tensor_metadata", "_assert_scalar"} | _RANGES)
 
 
 def prepared(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy with flat outputs, without run-time checks, unread parts of tuples and decomposed `_safe_softmax`."""
+    """A copy with flat outputs, without run-time checks and unread parts of tuples, and without what decomposing SDPA
+    leaves behind: views that change nothing, and `_safe_softmax` in its parts.
+    """
     graph, copy = fx.Graph(), dict[fx.Node, fx.Node]()
     result = graph.graph_copy(gm.graph, copy)
     graph.output(tuple(pytree.tree_leaves(result)))
@@ -37,10 +39,18 @@ def prepared(gm: fx.GraphModule) -> fx.GraphModule:
             graph.erase_node(node)
         elif call_name(node) == "where":
             _restore_softmax(node)
+        elif call_name(node) == "expand" and _changes_nothing(node):
+            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            graph.erase_node(node)
     for node in reversed(list(graph.nodes)):
         if call_name(node) == "getitem" and not node.users:
             graph.erase_node(node)
     return fx.GraphModule(gm, graph)
+
+
+def _changes_nothing(node: fx.Node) -> bool:
+    before, after = shape_of(node.args[0]), shape_of(node)
+    return len(before) == len(after) and all(same(a, b) for a, b in zip(before, after, strict=True))
 
 
 def _restore_softmax(node: fx.Node) -> None:

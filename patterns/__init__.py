@@ -14,6 +14,7 @@ from kvpass.patterns.cache_buffer import BufferUpdate
 from kvpass.patterns.cache_concat import ConcatUpdate
 from kvpass.patterns.cache_returned import ReturnedUpdate
 from kvpass.patterns.declined import BufferWrite, PartlyStored
+from kvpass.patterns.latent import LatentAttention
 from kvpass.patterns.sdpa import SdpaCore
 from kvpass.patterns.sdpa_aten import AtenSdpaCore
 from kvpass.patterns.sliding_window import SlidingWindow
@@ -28,6 +29,7 @@ class PatternSet:
     updates: tuple[Any, ...]
     returned: Any
     refused: tuple[Any, ...] = ()
+    expanded: tuple[Any, ...] = ()
 
 
 DEFAULT = PatternSet(
@@ -35,4 +37,5 @@ DEFAULT = PatternSet(
     updates=(ConcatUpdate(), BufferUpdate()),
     returned=ReturnedUpdate(),
     refused=(SlidingWindow(), BufferWrite(), PartlyStored()),
+    expanded=(LatentAttention(),),
 )

@@ -6,7 +6,7 @@ The reference is the meaning; triton runs on CUDA and ROCm.
 from __future__ import annotations
 
 import torch
-from kvpass.kernels.choose import kernel
+from kvpass.kernels.choose import WIDEST, kernel
 from torch import Tensor
 
 
@@ -39,5 +39,5 @@ def compact_slots(
         raise ValueError(f"compact_slots: stats {list(stats.shape)} do not fit stats_out {list(stats_out.shape)}")
     if idx.dtype != torch.int32 or idx.shape[:2] != k.shape[:2] or idx.shape[2] > k_out.shape[2]:
         raise ValueError(f"compact_slots: idx must be int32 [B, Hkv, <= C], got {idx.dtype} {list(idx.shape)}")
-    run = kernel("compact_slots", k.device)
+    run = kernel("compact_slots", k.device, wide=k.shape[3] > WIDEST or v.shape[3] == 0)
     run(k, v, pos, stats, idx, cursor_new, k_out, v_out, pos_out, stats_out, cursor_out)

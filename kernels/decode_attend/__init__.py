@@ -6,7 +6,7 @@ The reference is the meaning; triton runs on CUDA and ROCm.
 from __future__ import annotations
 
 import torch
-from kvpass.kernels.choose import kernel
+from kvpass.kernels.choose import WIDEST, kernel
 from kvpass.kernels.softmax import check_softmax
 from torch import Tensor
 
@@ -26,6 +26,7 @@ def decode_attend(
     rule: str,
     sinks: Tensor | None = None,
     softcap: float = 0.0,
+    latent: int = 0,
 ) -> Tensor:
     """Append one token, attend over the slots in use, update statistics, evict one slot if over budget.
 
@@ -34,7 +35,9 @@ def decode_attend(
     v [B, Hkv, C, Dv], pos int32 [B, Hkv, C], stats float32 [N, B, Hkv, C], cursor int32 [B, Hkv, 4]; contiguous,
     C > LIVE. A row whose mask hides `position` from its own query in every head (padding) changes nothing. softcap:
     above 0, logits become softcap * tanh(logit / softcap) before the mask is added. sinks: any float dtype [Hq], one
-    more logit per query head in the softmax's denominator, neither capped nor masked.
+    more logit per query head in the softmax's denominator, neither capped nor masked. latent: above 0, the values are
+    the first `latent` entries of the keys (multi-head latent attention), v_new and v have no entries; runs the
+    reference on every device.
 
     Returns out [B, Hq, 1, Dv] = softmax(q k^T scale + mask) v. Raises ValueError on shapes or dtypes that do not fit.
     """
@@ -49,6 +52,7 @@ def decode_attend(
         )
     if sinks is not None or softcap:
         check_softmax("decode_attend", q.shape[1], sinks, softcap)
-    run = kernel("decode_attend", q.device)
-    out: Tensor = run(q, k_new, v_new, mask, k, v, pos, stats, cursor, position, scale, rule, sinks, softcap)
+    run = kernel("decode_attend", q.device, wide=latent > 0 or dim > WIDEST)
+    extras = (sinks, softcap, latent) if latent else (sinks, softcap)
+    out: Tensor = run(q, k_new, v_new, mask, k, v, pos, stats, cursor, position, scale, rule, *extras)
     return out

@@ -34,6 +34,7 @@ def decode_attend_reference(
     rule: str,
     sinks: Tensor | None = None,
     softcap: float = 0.0,
+    latent: int = 0,
 ) -> Tensor:
     """See `kvpass.kernels.decode_attend.decode_attend`."""
     plan, softmax = Rule.parse(rule), Softmax(scale, sinks, softcap)
@@ -43,14 +44,16 @@ def decode_attend_reference(
     if mask is not None:
         arrived = _arrived(mask, position, len(q))
         if not all(arrived):
-            return _with_padding(q, k_new, v_new, mask, (k, v, pos, stats, cursor), position, softmax, rule, arrived)
+            state = (k, v, pos, stats, cursor)
+            return _with_padding(q, k_new, v_new, mask, state, position, softmax, rule, latent, arrived)
     step = _read(cells, cursor, position, plan)
     _append(cells, k_new, v_new, k, v, pos, stats, position)
     used = pos[..., : step.slots]
     probs, seen = _probabilities(q, k, mask, used, step, softmax)
     if plan.stats and plan.decode != "none":
         _observe(stats, probs, seen, step, plan)
-    out = _mix(probs, v, step).to(q.dtype).view(*q.shape[:3], v.shape[3])
+    values = k[..., :latent] if latent else v
+    out = _mix(probs, values, step).to(q.dtype).view(*q.shape[:3], values.shape[3])
     _settle(used, stats[..., : step.slots], cursor, step, plan)
     return out
 
@@ -133,7 +136,8 @@ def _append(
     slots = k.shape[2]
     rows = torch.tensor([i * slots + c[FREE] for i, c in enumerate(cells)], device=k.device)
     k.view(-1, k.shape[3]).index_copy_(0, rows, k_new.reshape(-1, k.shape[3]))
-    v.view(-1, v.shape[3]).index_copy_(0, rows, v_new.reshape(-1, v.shape[3]))
+    if v.shape[3]:
+        v.view(-1, v.shape[3]).index_copy_(0, rows, v_new.reshape(-1, v.shape[3]))
     pos.view(-1).index_fill_(0, rows, position)
     if stats.shape[0]:
         stats.view(stats.shape[0], -1).index_fill_(1, rows, 0.0)
@@ -269,6 +273,7 @@ def _with_padding(
     position: int,
     softmax: Softmax,
     rule: str,
+    latent: int,
     arrived: list[bool],
 ) -> Tensor:
     """Some rows carry a pad token: one row at a time, pad rows only look."""
@@ -280,7 +285,8 @@ def _with_padding(
         if real:
             row = (k[one], v[one], pos[one], stats[:, one], cursor[one])
             new, (scale, sinks, softcap) = (q[one], k_new[one], v_new[one]), softmax
-            outs.append(decode_attend_reference(*new, seen, *row, position, scale, rule, sinks, softcap))
+            outs.append(decode_attend_reference(*new, seen, *row, position, scale, rule, sinks, softcap, latent))
         else:
-            outs.append(look(q[one], seen, k[one], v[one], pos[one], cursor[one], softmax))
+            values = k[one, ..., :latent] if latent else v[one]
+            outs.append(look(q[one], seen, k[one], values, pos[one], cursor[one], softmax))
     return torch.cat(outs)

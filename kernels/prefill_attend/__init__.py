@@ -6,7 +6,7 @@ The reference is the meaning; triton runs on CUDA and ROCm.
 from __future__ import annotations
 
 import torch
-from kvpass.kernels.choose import kernel
+from kvpass.kernels.choose import WIDEST, kernel
 from kvpass.kernels.masks import visible
 from kvpass.kernels.softmax import check_softmax
 from torch import Tensor
@@ -40,7 +40,7 @@ def prefill_attend(
     """
     _check(q, k, v, pos, mask)
     check_softmax("prefill_attend", q.shape[1], sinks, softcap)
-    run = kernel("prefill_attend", q.device)
+    run = kernel("prefill_attend", q.device, wide=q.shape[3] > WIDEST)
     out, stats, valid = run(q, k, v, pos, mask, scale, causal, rule, sinks, softcap)
     if mask is not None and mask.dtype != torch.bool and pos is None and sinks is None:
         out = _blind_rows_averaged(out, v, mask)

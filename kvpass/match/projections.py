@@ -7,6 +7,7 @@ from typing import Any
 from torch import fx
 
 from kvpass.match.calls import PROJECTIONS, argument, call_name, example
+from kvpass.match.views import walk_up
 
 
 def foreign(q: fx.Node, k: fx.Node) -> bool:
@@ -36,7 +37,12 @@ def _inputs(node: fx.Node) -> list[fx.Node]:
         fresh = [n for n in current.all_input_nodes if n not in seen and example(n) is not None]
         seen.update(fresh)
         queue += fresh
-    return [data for data in found if isinstance(data, fx.Node)]
+    return [_seen_through(data) for data in found if isinstance(data, fx.Node)]
+
+
+def _seen_through(node: fx.Node) -> fx.Node:
+    """What a value is a view of: decomposed projections each make a matrix of the same tokens."""
+    return walk_up(node, lambda n: False)[0]
 
 
 def _data(projection: fx.Node) -> Any:

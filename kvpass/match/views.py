@@ -79,6 +79,12 @@ def read_layout(base: fx.Node, chain: Sequence[fx.Node], axis: int | None = None
     )
 
 
+def lands(base: fx.Node, chain: Sequence[fx.Node], roles: str) -> bool:
+    """Does a chain turn `[B, H, T, D]` into the axes that an attention reads?"""
+    axes = forward([("B",), ("H",), ("T",), ("D",)], base, chain)
+    return axes is not None and _fits(axes, roles)
+
+
 def _fits(axes: Sequence[Axis], roles: str) -> bool:
     if len(axes) != len(roles) or sum("G" in names for names in axes) > 1:
         return False

@@ -27,6 +27,7 @@ class Binding:
         sizes: B, Hkv, D, Dv and S of a call, read from the graph's inputs; of a preallocated buffer also L, its length.
         start: where a call writes its tokens into a buffer: an index tensor or a number.
         path: place of the keys' buffer in the input, if several are stacked in it.
+        widths: entries of the host's keys and values, if a slot holds both as its key.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Binding:
     where: str
     start: Callable[[Sequence[Any]], Any] | None = None
     path: tuple[int, ...] = ()
+    widths: tuple[int, int] | None = None
 
     def open(self, args: Sequence[Any], origin: Origin, position: int = 0) -> SlotStore:
         """The store of this site for a call, with room for the call's tokens, of which the first is at `position`."""
@@ -80,7 +82,7 @@ class Binding:
         with torch.inference_mode(False):  # a cache begun in inference mode can go on under no_grad
             like = torch.empty(0, dtype=self.dtype, device=self.device)
             state = SlotStore.empty_state(self.rule, tokens, like, b, hkv, d, dv)
-        return SlotStore(self.name, self.layer, self.rule, self.layouts, origin, state)
+        return SlotStore(self.name, self.layer, self.rule, self.layouts, origin, state, widths=self.widths)
 
 
 class Bound:

@@ -34,6 +34,7 @@ class SlotStore:
         state: k `[B, Hkv, C, D]`, v `[B, Hkv, C, Dv]`, pos `[B, Hkv, C]` int32, stats `[N, B, Hkv, C]` float32,
             cursor `[B, Hkv, 4]` int32.
         tokens: logical length, padding included; what the host believes its cache holds.
+        widths: entries of a key and a value in the host's cache, where a slot holds both as its key (latent attention).
         length: tokens that the host's preallocated buffer has room for; None for a cache that grows.
         bases: one-element NaN tensors that the shells of K and V expand.
     """
@@ -46,6 +47,7 @@ class SlotStore:
     state: list[torch.Tensor]
     tokens: int = 0
     length: int | None = None
+    widths: tuple[int, int] | None = None
     bases: tuple[torch.Tensor, torch.Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
