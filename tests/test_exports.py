@@ -8,7 +8,10 @@ import pytest
 
 import kvpass
 
-PUBLIC = ["KVPassError", "Policy", "Reason", "__version__", "backend", "compile", "explain", "inspect", "report"]
+PUBLIC = [
+    "KVPassError", "Policy", "Reason", "__version__", "backend", "compile", "explain", "export_mlir", "inspect",
+    "report", "rewrite",
+]  # fmt: skip
 
 
 def test_all_is_what_users_were_promised():

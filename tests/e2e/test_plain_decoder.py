@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from models import plain
+from oracle.plain import naive
 from oracle.policies import EVICTING, RoCo
 from oracle.simulator import Simulator
 
@@ -39,19 +39,6 @@ class Chat:
                 return self.model(ids)
             logits, self.tuples = self.model(ids, self.tuples)
             return logits
-
-
-def naive(model: Any, simulator: Simulator) -> Any:
-    """The decoder with its attention computed by the simulator."""
-    other = copy.deepcopy(model)
-    for block in other.blocks:
-        block.core = partial(attend, simulator, block)
-    return other
-
-
-def attend(simulator: Simulator, block: Any, q: Any, k: Any, v: Any) -> Any:
-    mask = plain.causal_mask(q.shape[2], k.shape[2] - q.shape[2])
-    return simulator.attend(block.index, q, k, v, mask, block.head_dim**-0.5)
 
 
 def greedy(step: Step, ids: torch.Tensor, steps: int) -> torch.Tensor:

@@ -1,0 +1,186 @@
+"""`kvpass.rewrite` and `kvpass.export_mlir`: what they take and refuse, what the results look like."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from models import exported, plain
+from models.exported import Step, export
+from torch.export import Dim
+
+import kvpass
+from kvpass.errors import DeclinedError, PolicyError
+from kvpass.pure import decompositions
+from kvpass.rewriting import any_size
+
+STATE = [f"kvpass_{layer}_{name}" for layer in (0, 1) for name in ("k", "v", "pos", "stats", "cursor")]
+
+
+@pytest.fixture(scope="module")
+def step() -> Any:
+    return exported.program("plain")[1]
+
+
+class Widened(Step):
+    """Also returns the cached keys doubled."""
+
+    def forward(self, ids: Any, k0: Any, v0: Any, k1: Any, v1: Any) -> tuple[Any, ...]:
+        outputs = super().forward(ids, k0, v0, k1, v1)
+        return (*outputs, outputs[1] * 2)
+
+
+def test_inputs_and_outputs(step: Any) -> None:
+    before = str(step.graph)
+    rewritten = kvpass.rewrite(step, "h2o", 8)
+    assert list(rewritten.inputs) == ["ids", "tokens", *STATE]
+    assert rewritten.outputs[1:] == tuple(STATE)
+    assert [site.name for site in rewritten.table] == ["model.blocks.0", "model.blocks.1"]
+    assert str(rewritten.plan) in str(rewritten)
+    assert "kvpass_1_cursor" in str(rewritten)
+    assert str(step.graph) == before
+
+
+def test_a_graph_module_is_as_good(step: Any) -> None:
+    ours = kvpass.rewrite(step.module(), "h2o", 8)
+    assert ours.inputs == kvpass.rewrite(step, "h2o", 8).inputs
+
+
+def test_first_state_and_step(step: Any) -> None:
+    rewritten = kvpass.rewrite(step, "roco", 16)
+    state = rewritten.empty_state(100)
+    assert [tuple(t.shape) for t in state[:5]] == [(2, 2, 17, 8), (2, 2, 17, 8), (2, 2, 17), (3, 2, 2, 17), (2, 2, 4)]
+    kept = [t.clone() for t in state]
+    (logits,), after = rewritten.step(plain.tokens(2, 1), tokens=0, state=state)
+    assert logits.shape == (2, 1, plain.VOCABULARY)
+    assert after[2][0, 0].tolist() == [0] + [-1] * 16
+    for now, then in zip(state[2:5], kept[2:5], strict=True):
+        assert torch.equal(now, then)
+
+
+def test_a_dynamic_batch_must_be_named() -> None:
+    program = export(Step(plain.make(plain.Decoder)), 8, rows=Dim.DYNAMIC)
+    rewritten = kvpass.rewrite(program, "h2o", 8)
+    with pytest.raises(ValueError, match="batch="):
+        rewritten.empty_state()
+    for batch in (1, 3):
+        state = rewritten.empty_state(batch=batch)
+        (logits,), _ = rewritten.step(plain.tokens(batch, 1), tokens=0, state=state)
+        assert logits.shape[0] == batch
+    assert rewritten.program.module()(plain.tokens(3, 1), 4, *rewritten.empty_state(9, batch=3))[0].shape[0] == 3
+
+
+@pytest.mark.parametrize("decompositions", [{}, None], ids=["inference", "core aten"])
+def test_decomposed_programs(step: Any, decompositions: Any) -> None:
+    """torch.export's other forms: SDPA is then a matmul, a softmax and a matmul."""
+    rewritten = kvpass.rewrite(step.run_decompositions(decompositions), "h2o", 8)
+    direct = kvpass.rewrite(step, "h2o", 8)
+    state = direct.empty_state(20)
+    for t in range(20):
+        ids = plain.tokens(2, 1, seed=t)
+        (ours,), after = rewritten.step(ids, tokens=t, state=state)
+        (want,), state = direct.step(ids, tokens=t, state=state)
+        torch.testing.assert_close(ours, want)
+        assert torch.equal(after[2], state[2])
+
+
+class Flash(plain.TupleBlock):
+    """What SDPA is on a CPU below autograd."""
+
+    def core(self, q: Any, k: Any, v: Any) -> Any:
+        group = self.heads // self.kv_heads
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=0.3)[0]
+
+
+class FlashDecoder(plain.Decoder):
+    block = Flash
+
+
+def test_the_cores_that_sdpa_becomes() -> None:
+    program = export(Step(plain.make(FlashDecoder)), 8)
+    rewritten = kvpass.rewrite(program, "h2o", 8)
+    assert {(site.core.pattern, site.core.scale) for site in rewritten.table} == {("sdpa_aten", 0.3)}
+    (logits,), _ = rewritten.step(plain.tokens(2, 1), tokens=0, state=rewritten.empty_state())
+    assert logits.isfinite().all()
+
+
+def test_nothing_of_the_logical_length_is_a_float(step: Any) -> None:
+    """Masks and positions may be as long as the text, keys and values may not."""
+    for name in ("plain", "llama"):
+        rewritten = kvpass.rewrite(exported.program(name)[1], "h2o", 8)
+        with any_size():
+            program = rewritten.program.run_decompositions(decompositions())
+        tokens = next(n.meta["val"] for n in program.graph.nodes if n.name == "tokens").node.expr
+        for node in program.graph.nodes:
+            value = node.meta.get("val")
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                sizes = [s.node.expr for s in value.shape if isinstance(s, torch.SymInt)]
+                assert not any(tokens in size.free_symbols for size in sizes), node
+
+
+def test_bad_policies(step: Any) -> None:
+    with pytest.raises(PolicyError, match="did you mean 'h2o'"):
+        kvpass.rewrite(step, "h20", 8)
+    with pytest.raises(PolicyError, match="no budget"):
+        kvpass.rewrite(step, "h2o")
+
+
+def test_a_declined_site_is_named() -> None:
+    program = export(Widened(plain.make(plain.Decoder)), 8)
+    with pytest.raises(DeclinedError, match=r"model.blocks.0: KEY_ESCAPES at mul"):
+        kvpass.rewrite(program, "h2o", 8)
+    rewritten = kvpass.rewrite(program, "h2o", 8, strict=False)
+    assert [site.name for site in rewritten.table] == ["model.blocks.1"]
+    assert rewritten.inputs[:4] == ("ids", "k0", "v0", "tokens")
+
+
+def test_nothing_to_rewrite() -> None:
+    program = torch.export.export(torch.nn.Linear(3, 3), (torch.randn(2, 3),))
+    with pytest.raises(DeclinedError, match="no attention with a KV cache"):
+        kvpass.rewrite(program, "h2o", 8)
+
+
+def test_a_prefill_is_no_step() -> None:
+    program = torch.export.export(plain.make(plain.Decoder), (plain.tokens(2, 6),))
+    with pytest.raises(DeclinedError, match="prefill program"):
+        kvpass.rewrite(program, "h2o", 8)
+
+
+def test_a_fixed_past_is_refused() -> None:
+    program = export(Step(plain.make(plain.Decoder)), 8, past=None)
+    with pytest.raises(DeclinedError, match="fixed length of 5"):
+        kvpass.rewrite(program, "h2o", 8)
+
+
+@pytest.mark.parametrize("ops", ["inline", "custom"])
+@pytest.mark.parametrize("dialect", ["torch", "linalg"])
+def test_mlir_text(step: Any, dialect: str, ops: str, tmp_path: Any) -> None:
+    ir = pytest.importorskip("torch_mlir.ir")
+    from torch_mlir.dialects import torch as torch_dialect
+
+    path = tmp_path / "step.mlir"
+    text = kvpass.export_mlir(kvpass.rewrite(step, "h2o", 8), path, dialect=dialect, ops=ops)
+    assert path.read_text() == text
+    with ir.Context() as context:
+        torch_dialect.register_dialect(context)
+        assert ir.Module.parse(text).operation.verify()
+    assert ("linalg.generic" in text) == (dialect == "linalg")
+    assert ("!torch" in text) == (dialect == "torch")
+    named = {"torch": 'torch.operator "torch.kvpass.decode_step"', "linalg": "call @kvpass.decode_step_1("}[dialect]
+    assert (named in text) == (ops == "custom")
+    assert ("kvpass" in text) == (ops == "custom")
+    assert ops == "inline" or "recent_num=1 recent_den=2 slots=8" in text
+
+
+def test_mlir_needs_torch_mlir(step: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch_mlir", None)
+    with pytest.raises(kvpass.KVPassError, match="pip install --no-deps torch-mlir"):
+        kvpass.export_mlir(kvpass.rewrite(step, "h2o", 8), tmp_path / "step.mlir")
+
+
+def test_mlir_arguments_are_checked(step: Any, tmp_path: Any) -> None:
+    with pytest.raises(ValueError, match="'tosa'"):
+        kvpass.export_mlir(kvpass.rewrite(step, "h2o", 8), tmp_path / "step.mlir", dialect="tosa")
