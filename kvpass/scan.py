@@ -10,7 +10,8 @@ from torch import fx
 
 from kvpass.errors import Reason
 from kvpass.match.attended import PARTS, attended_by
-from kvpass.match.calls import argument, call_name, changes, module_path, operand, source_line
+from kvpass.match.aliases import changed
+from kvpass.match.calls import argument, call_name, is_metadata, module_path, operand, source_line
 from kvpass.match.dataflow import Flow
 from kvpass.match.miss import Miss
 from kvpass.match.nearby import whole
@@ -59,7 +60,8 @@ class _Found:
             self._try_updates(node)
         self.readers: dict[fx.Node, int] = {}
         for core in self.cores:
-            for base in {self._walk(core.k)[0], self._walk(core.v)[0]}:
+            bases = (self._walk(node)[0] for node in (core.k, core.v))
+            for base in {self.updates[base].node if base in self.updates else base for base in bases}:
                 self.readers[base] = self.readers.get(base, 0) + 1
 
     def _try_cores(self, node: fx.Node) -> None:
@@ -82,7 +84,7 @@ class _Found:
             try:
                 update = pattern.match(node, self.flow)
             except Miss as miss:
-                self.missed_updates[node] = miss
+                self.missed_updates[node] = self.missed_updates[miss.node] = miss
                 return
             if update is not None:
                 self._take(update)
@@ -192,16 +194,26 @@ class _Found:
         if escaped:
             raise Miss(reason, escaped[0], f"{update.node.name} also feeds {escaped[0].name}")
         self._check_unchanged(core, update)
+        for view in chain:
+            sizes = [user for user in view.users if is_metadata(user) and user.users]
+            if sizes and view not in self.flow.outputs:
+                raise Miss(reason, sizes[0], f"the size of {view.name}, a view of the cache, is read")
         places = {at for node in (update.node, update.write) if node for at in self.flow.outputs.get(node, [])}
         return Half(update, layout, chain, tuple(sorted(places)))
 
     def _check_unchanged(self, core: Core, update: Update) -> None:
-        """The op reads this call's keys where the attention stands; they must still be what the cache took."""
+        """The op reads everything where the attention stands; it must still be what was read or cached before."""
+        order, end = self.flow.order, self.flow.order[core.node]
         written = update.write if update.write is not None else update.node
-        taken = self.flow.order[core.node if update.form is CacheForm.RETURNED else written]
-        for user in update.new.users:
-            if changes(user) and operand(user) is update.new and self.flow.order[user] > taken:
-                raise Miss(Reason.UNSUPPORTED_UPDATE, user, f"{update.new.name} is changed after it was cached")
+        taken = order[written] if update.form is not CacheForm.RETURNED else end
+        change = changed(update.new, taken, len(order), order)
+        if change is not None:
+            raise Miss(Reason.UNSUPPORTED_UPDATE, change, f"{update.new.name} is changed after it was cached")
+        begins = min((order[node] for node in core.inner), default=end)
+        for node in (core.q, *(term.node for term in core.terms), *([core.sinks] if core.sinks is not None else [])):
+            change = changed(node, begins, end, order)
+            if change is not None:
+                raise Miss(Reason.UNSUPPORTED_ATTENTION, change, f"{node.name} is changed inside the attention")
 
     def unclaimed(self, sites: list[Site], declined: list[Decline]) -> list[Decline]:
         """Cache updates that no site took and no core was blamed for: attention in a form nobody knows, or none at
@@ -250,6 +262,9 @@ class _Found:
         ]
         if len(twins) < 2:
             return None
+        readers = self.flow.escapes([node], ())
+        if readers:
+            return Miss(Reason.UNSUPPORTED_ATTENTION, readers[0], f"{node.name} feeds {call_name(readers[0])}")
         return Miss(Reason.NO_ATTENTION, node, "nothing in this graph attends over it")
 
     def _changed(self, cache: fx.Node, core: fx.Node) -> Miss | None:

@@ -42,9 +42,10 @@ def check_site(site: Site) -> None:
     dtypes = {example(half.update.new).dtype for half in (site.key, site.value)}
     if len(dtypes) != 1 or not dtypes <= set(FLOATS):
         raise Miss(Reason.DTYPE, core.node, f"keys and values are {sorted(map(str, dtypes))}")
-    new_tokens = shape_of(site.key.update.new)[site.key.layout.token_axis]
-    if not same(dims["S"], new_tokens):
-        raise Miss(Reason.CROSS_ATTENTION, core.node, f"{dims['S']} queries but {new_tokens} new keys")
+    for half in (site.key, site.value):
+        new_tokens = shape_of(half.update.new)[half.layout.token_axis]
+        if not same(dims["S"], new_tokens):
+            raise Miss(Reason.CROSS_ATTENTION, core.node, f"{dims['S']} queries but {new_tokens} new keys or values")
     if foreign(core.q, site.key.update.new):
         raise Miss(Reason.CROSS_ATTENTION, core.node, "queries and keys are projected from different inputs")
     for term in core.terms:

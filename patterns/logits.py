@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx
 
 from kvpass.errors import Reason
-from kvpass.match.calls import argument, call_name, example, operand
+from kvpass.match.calls import argument, call_name, changes, example, operand
 from kvpass.match.miss import Miss
 from kvpass.match.numbers import factor_of, number
 from kvpass.match.product import Product, logits_product
@@ -53,23 +54,45 @@ def leads(node: Any, depth: int = 16) -> bool:
     return any(leads(n, depth - 1) for n in node.all_input_nodes if len(shape_of(n)) >= 3)
 
 
-def read_logits(node: fx.Node) -> Logits | None:
-    """Walk up from a softmax's argument; None if no product of queries and keys is above it.
+def first_product(node: Any, depth: int = 16) -> Product | None:
+    """The nearest product of queries and keys above."""
+    if not isinstance(node, fx.Node) or depth == 0:
+        return None
+    found = logits_product(node)
+    above = (first_product(n, depth - 1) for n in node.all_input_nodes if len(shape_of(n)) >= 3)
+    return found if found is not None else next((p for p in above if p is not None), None)
+
+
+def is_cast_of_numbers(node: fx.Node) -> bool:
+    """A cast, if it is one, between float types of at least 16 bits."""
+    return example(node).dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def read_logits(node: fx.Node, softmax: fx.Node) -> Logits:
+    """Walk up from a softmax's argument to the product of queries and keys, which `leads` has seen above.
 
     Raises:
         Miss: something on the way changes the logits in a form that is not known.
     """
-    if not leads(node):
-        return None
     found = Logits()
-    current: fx.Node = node
+    order = {n: at for at, n in enumerate(node.graph.nodes)}
+    current, reader = node, softmax
     for _ in range(LIMIT):
+        for change in _changes(current, order[reader], order):
+            found.nodes.append(change)
+            _step(found, change)
         found.nodes.append(current)
         product = logits_product(current)
         if product is not None:
             return _finish(found, product)
-        current = _step(found, current)
+        current, reader = _step(found, current), current
     raise Miss(Reason.UNSUPPORTED_ATTENTION, current, "too many operations between product and softmax")
+
+
+def _changes(node: fx.Node, before: int, order: dict[fx.Node, int]) -> list[fx.Node]:
+    """Operations that change a value in place before it is read, and whose own result nobody reads; last first."""
+    found = [n for n in node.users if changes(n) and operand(n) is node and not n.users and order[n] < before]
+    return sorted(found, key=order.__getitem__, reverse=True)
 
 
 def _finish(found: Logits, product: Product) -> Logits:
@@ -97,6 +120,8 @@ def _unknown(node: fx.Node, what: str = "") -> Miss:
 
 
 def _same(found: Logits, node: fx.Node) -> fx.Node:
+    if not is_cast_of_numbers(node):
+        raise _unknown(node, f"the logits become {example(node).dtype}")
     return operand(node)  # type: ignore[no-any-return]
 
 

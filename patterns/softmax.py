@@ -8,8 +8,6 @@ that is not in the list.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import fx
 
 from kvpass.errors import Reason
@@ -17,8 +15,8 @@ from kvpass.match.calls import argument, call_name, is_metadata, operand
 from kvpass.match.miss import Miss
 from kvpass.match.product import SPACES, Product, values_product
 from kvpass.match.shapes import is_one, normal_dim, same, shape_of
-from kvpass.match.views import is_view
-from kvpass.patterns.logits import SAME, Logits, read_logits
+from kvpass.match.views import chain_scale, forward, walk_up
+from kvpass.patterns.logits import SAME, Logits, first_product, is_cast_of_numbers, leads, read_logits
 from kvpass.site import Axes, Core
 
 
@@ -33,18 +31,14 @@ class SoftmaxCore:
         """
         if call_name(node) not in ("softmax", "_softmax") or len(shape_of(node)) not in SPACES:
             return None
-        above = None
+        if not _over_keys(node) or not leads(operand(node)):
+            return None
         try:
-            if not _over_keys(node):
-                return None
-            above = read_logits(operand(node))
-            if above is None:
-                return None
-            assert above.product is not None
+            above = read_logits(operand(node), node)
             return self._core(node, above, *_values(node, above))
         except Miss as miss:
-            if above is not None and above.product is not None:
-                miss.reads += (above.product.right,)
+            product = first_product(operand(node))
+            miss.reads += (product.right,) if product is not None else ()
             raise
 
     def _core(self, node: fx.Node, above: Logits, below: list[fx.Node], values: Product) -> Core:
@@ -112,7 +106,7 @@ def _passed(node: fx.Node, before: fx.Node, space: str) -> str:
         if p != 0 and training is not False:
             raise Miss(Reason.DROPOUT, node, f"dropout with p={p} on the probabilities")
         return space
-    if name in SAME | {"nan_to_num"} and operand(node) is before:
+    if name in SAME | {"nan_to_num"} and operand(node) is before and is_cast_of_numbers(node):
         return space
     if name == "reshape" and operand(node) is before:
         old, new = shape_of(before), shape_of(node)
@@ -152,15 +146,10 @@ def _sink_logits(node: fx.Node) -> fx.Node:
     Raises:
         Miss: the column differs between sequences or queries.
     """
-    heads = shape_of(node)[1] if len(shape_of(node)) == 4 else None
-    current: Any = node
-    while isinstance(current, fx.Node):
-        wide = [size for size in shape_of(current) if not is_one(size)]
-        if heads is not None and (len(wide) == 1 and same(wide[0], heads) or not wide and is_one(heads)):
-            return current
-        if not is_view(current) and call_name(current) not in SAME:
-            break
-        current = operand(current)
-    raise Miss(Reason.UNSUPPORTED_ATTENTION, node, "the sinks are not one number for each query head")
-
-
+    current, chain = walk_up(node, lambda n: len([size for size in shape_of(n) if not is_one(size)]) == 1)
+    wide = [at for at, size in enumerate(shape_of(current)) if not is_one(size)]
+    axes = forward([("H",) if at in wide else () for at in range(len(shape_of(current)))], current, chain)
+    one = axes is not None and len(axes) == 4 and axes[1] == ("H",) and axes[3] == () and chain_scale(chain) == 1.0
+    if len(wide) != 1 or not one or any("H" in axes[at] for at in (0, 2)):  # type: ignore[index]
+        raise Miss(Reason.UNSUPPORTED_ATTENTION, node, "the sinks are not one number for each query head")
+    return current

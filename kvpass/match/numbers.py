@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from kvpass.match.calls import argument, call_name, operand
+from kvpass.match.calls import argument, call_name, changes, operand
 from kvpass.match.shapes import shape_of
 
 PRODUCTS = frozenset({"mul", "multiply", "imul", "mul_"})
@@ -21,6 +21,8 @@ def number(value: Any) -> float | None:
     if not isinstance(value, fx.Node) or shape_of(value) not in ((), (1,)):
         return None
     name = call_name(value)
+    if any(changes(user) for user in value.users):
+        return None
     if name in _CONSTANTS:
         given = value.args[0] if value.args else None
         return number(given[0] if isinstance(given, (list, tuple)) and len(given) == 1 else given)

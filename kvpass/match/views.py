@@ -111,13 +111,21 @@ def is_view(node: fx.Node) -> bool:
     before, after = example(operand(node)), example(node)
     if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
         return False
-    if before.dtype != after.dtype and not (before.is_floating_point() and after.is_floating_point()):
+    if before.dtype != after.dtype and not widens(before.dtype, after.dtype):
         return False
+    if call_name(node) == "reshape" and any(isinstance(a, torch.dtype) for a in (*node.args, *node.kwargs.values())):
+        return False  # the same bits as other numbers
     if call_name(node) == "getattr":
         return node.args[1] in ("mT", "T") and (node.args[1] == "mT" or before.dim() == 2)
     if call_name(node) == "slice":
         return all(same(a, b) for a, b in zip(before.shape, after.shape, strict=True))
     return call_name(node) != "getitem" or _full_slices(node.args[1])
+
+
+def widens(before: torch.dtype, after: torch.dtype) -> bool:
+    """Does a cast keep every number? Among float16, bfloat16, float32 and float64, to more bits."""
+    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    return before in floats and after in floats and after.itemsize > before.itemsize
 
 
 def is_front(node: fx.Node) -> bool:
@@ -134,7 +142,7 @@ def is_front(node: fx.Node) -> bool:
 
 def chain_scale(chain: Sequence[fx.Node]) -> float:
     """The number that a chain multiplies its tensor by."""
-    return math.prod(factor_of(node) or 1.0 for node in chain)
+    return math.prod(1.0 if factor_of(node) is None else factor_of(node) for node in chain)  # type: ignore[misc]
 
 
 def _full_slices(index: Any) -> bool:
