@@ -18,6 +18,7 @@ from kvpass.emit import Emitter
 from kvpass.match.calls import example, is_metadata
 from kvpass.match.dataflow import flat_outputs
 from kvpass.match.extract import function_of
+from kvpass.match.nearby import taken_out
 from kvpass.match.shapes import shape_of
 from kvpass.match.symbols import SizeReader, free_size
 from kvpass.plan import Plan, SitePlan
@@ -50,6 +51,10 @@ def lower(gm: fx.GraphModule, plan: Plan) -> Lowered:
     work = _Lowering(gm, any(is_buffered(site_plan.site) for site_plan in plan.sites))
     bindings = tuple(work.site(site_plan) for site_plan in plan.sites)
     return Lowered(work.finish(bindings), bindings, len(work.outputs), work.position is not None)
+
+
+def _read(node: fx.Node) -> bool:
+    return any(not is_metadata(user) or user.users for user in node.users)
 
 
 def is_buffered(site: Site) -> bool:
@@ -152,9 +157,12 @@ class _Lowering:
         write = self.copy[update.write]
         part = write.args[0]
         self._erase(write)
-        for node in (part, self.copy[update.node]):
-            if isinstance(node, fx.Node) and node.op != "placeholder":
+        others = taken_out(update.past, update.path) if update.past is not None else []
+        for node in (part, self.copy[update.node], *(self.copy[n] for n in others)):
+            while isinstance(node, fx.Node) and node.op != "placeholder" and not node._erased and not _read(node):
+                above = node.args[0] if node.args else None
                 self._erase(node)
+                node = above
 
     def _erase(self, node: fx.Node) -> None:
         """Erase a node that nobody reads any more, with the sizes that were read of it if nobody uses them."""

@@ -14,7 +14,7 @@ from kvpass.match.aliases import changed
 from kvpass.match.calls import argument, call_name, is_metadata, module_path, operand, source_line
 from kvpass.match.dataflow import Flow
 from kvpass.match.miss import Miss
-from kvpass.match.nearby import whole
+from kvpass.match.nearby import home_of, whole
 from kvpass.match.shapes import normal_dim, same, shape_of
 from kvpass.match.views import chain_scale, is_front, read_layout, walk_up
 from kvpass.site import Core, Decline, Half, Site, SiteTable, Update
@@ -54,6 +54,7 @@ class _Found:
         self.refused_cores: list[fx.Node] = []
         self.updates: dict[fx.Node, Update] = {}
         self.missed_updates: dict[fx.Node, Miss] = {}
+        self.stacked: dict[tuple[fx.Node, tuple[int, ...]], fx.Node] = {}
         self.blamed: set[fx.Node] = set()
         for node in flow.nodes:
             self._try_cores(node)
@@ -92,6 +93,8 @@ class _Found:
 
     def _take(self, update: Update) -> None:
         """Known by the value that becomes the cache, and by what the write gives back. A buffer is written once."""
+        if update.path and update.past is not None:
+            self.stacked[update.past, update.path] = update.node
         for node in {update.node, update.write or update.node}:
             if node in self.updates:
                 assert update.write is not None
@@ -118,9 +121,15 @@ class _Found:
         above = operand(base) if is_front(base) else None
         if not self._stops(base) and isinstance(above, fx.Node):
             top, upper = walk_up(above, self._stops)
+            top = self._same_buffer(top)
             if top in self.updates and self.updates[top].form is CacheForm.BUFFER:
                 return top, (*upper, base, *chain)
-        return base, chain
+        return self._same_buffer(base), chain
+
+    def _same_buffer(self, node: fx.Node) -> fx.Node:
+        """The node by which a buffer in a stack was written, if `node` takes the same one out of the stack."""
+        home, path = home_of(node)
+        return self.stacked.get((home, path), node) if path else node
 
     def _stops(self, node: fx.Node) -> bool:
         return node in self.updates or node in self.missed_updates or node in self.flow.outputs
@@ -153,8 +162,10 @@ class _Found:
         return site
 
     def _mismatch(self, core: Core, key: Update | None, value: Update | None) -> Miss:
-        changed = (self._changed(cache, core.node) for cache in self.updates if key is None or value is None)
-        miss = next((miss for miss in changed if miss is not None), None)
+        bases = [self._walk(node)[0] for node in (core.k, core.v)]
+        caches = self.updates if key is None or value is None else ()
+        between = (self._changed(cache, bases) for cache in caches)
+        miss = next((miss for miss in between if miss is not None), None)
         if miss is None:
             return Miss(Reason.KEY_VALUE_MISMATCH, core.node, f"keys: {_form(key)}, values: {_form(value)}")
         self.blamed.update(cache for cache in self.updates if self.flow.between(cache, miss.node))
@@ -253,7 +264,7 @@ class _Found:
             return None  # the values of an attention that was refused already
         if blocker is not None:
             what = f"{node.name} feeds {call_name(blocker)}, which is no known attention over it"
-            return self._changed(node, blocker) or Miss(Reason.UNSUPPORTED_ATTENTION, blocker, what)
+            return self._changed(node, self._operands(blocker)) or Miss(Reason.UNSUPPORTED_ATTENTION, blocker, what)
         if update.form is CacheForm.BUFFER:
             return None  # a tensor that is written in part may be anything
         length = shape_of(node)[update.axis]
@@ -267,9 +278,9 @@ class _Found:
             return Miss(Reason.UNSUPPORTED_ATTENTION, readers[0], f"{node.name} feeds {call_name(readers[0])}")
         return Miss(Reason.NO_ATTENTION, node, "nothing in this graph attends over it")
 
-    def _changed(self, cache: fx.Node, core: fx.Node) -> Miss | None:
-        """What stands between a cache and an SDPA that reads it."""
-        for reason, base in zip((Reason.KEY_ESCAPES, Reason.VALUE_ESCAPES), self._operands(core), strict=False):
+    def _changed(self, cache: fx.Node, bases: list[fx.Node]) -> Miss | None:
+        """What stands between a cache and the keys and values that an attention reads."""
+        for reason, base in zip((Reason.KEY_ESCAPES, Reason.VALUE_ESCAPES), bases, strict=False):
             if base is not cache and self.flow.between(cache, base):
                 return Miss(reason, base, f"{call_name(base)} changes {cache.name} before the attention reads it")
         return None

@@ -11,6 +11,7 @@ from torch import fx
 
 from kvpass.errors import Reason
 from kvpass.match.calls import call_name, is_metadata, operand
+from kvpass.match.nearby import taken_out
 from kvpass.terms import CacheForm, Layout, MaskKind, Phase
 
 
@@ -152,6 +153,11 @@ class Site:
         halves = {n for half in (self.key, self.value) for n in (half.update.node, *half.chain)}
         halves |= {half.update.write for half in (self.key, self.value) if half.update.write is not None}
         halves |= {operand(n) for n in set(halves) if call_name(n) == "copy_"}
+        for update in (self.key.update, self.value.update):
+            for node in taken_out(update.past, update.path) if update.past is not None else ():
+                while node is not update.past:
+                    halves.add(node)
+                    node = operand(node)
         core = {self.core.node, *self.core.inner}
         sizes = {user for node in core for user in node.users if is_metadata(user) and not user.users}
         return halves | core | sizes

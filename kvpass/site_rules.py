@@ -11,6 +11,7 @@ from kvpass.errors import Reason
 from kvpass.match.calls import example, is_input, is_metadata, operand, source_line
 from kvpass.match.dataflow import Flow
 from kvpass.match.miss import Miss
+from kvpass.match.nearby import home_of, taken_out
 from kvpass.match.projections import foreign
 from kvpass.match.shapes import is_one, quotient, same, shape_of
 from kvpass.match.views import is_front
@@ -42,10 +43,11 @@ def check_site(site: Site) -> None:
     dtypes = {example(half.update.new).dtype for half in (site.key, site.value)}
     if len(dtypes) != 1 or not dtypes <= set(FLOATS):
         raise Miss(Reason.DTYPE, core.node, f"keys and values are {sorted(map(str, dtypes))}")
-    for half in (site.key, site.value):
-        new_tokens = shape_of(half.update.new)[half.layout.token_axis]
-        if not same(dims["S"], new_tokens):
-            raise Miss(Reason.CROSS_ATTENTION, core.node, f"{dims['S']} queries but {new_tokens} new keys or values")
+    keys, values = (shape_of(half.update.new)[half.layout.token_axis] for half in (site.key, site.value))
+    if not same(keys, values):
+        raise Miss(Reason.KEY_VALUE_MISMATCH, core.node, f"{keys} new keys, {values} new values")
+    if not same(dims["S"], keys):
+        raise Miss(Reason.CROSS_ATTENTION, core.node, f"{dims['S']} queries but {keys} new keys")
     if foreign(core.q, site.key.update.new):
         raise Miss(Reason.CROSS_ATTENTION, core.node, "queries and keys are projected from different inputs")
     for term in core.terms:
@@ -59,14 +61,14 @@ def buffer_readers(flow: Flow, update: Update, chain: tuple[fx.Node, ...], core:
     """Whoever else reads a buffer as data: neither the write, nor the views down to the core, nor the core."""
     write = update.write
     assert write is not None
-    region = {update.node, write, *chain}
+    region = {update.node, write, *chain, *(taken_out(update.past, update.path) if update.past else ())}
     part = operand(write)
     if isinstance(part, fx.Node) and part is not update.node and not is_input(part):
         region.add(part)  # the slice that copy_ writes into
     found = flow.escapes(region, core)
     if update.past is not None and update.past is not update.node:
         parts = [user for user in update.past.users if user not in region and not is_metadata(user)]
-        found += [user for user in parts if not update.path or not isinstance(example(user), torch.Tensor)]
+        found += [user for user in parts if not update.path or home_of(user)[1] in ((), update.path)]
     return found
 
 

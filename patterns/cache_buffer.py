@@ -12,8 +12,11 @@ from typing import Any
 
 from torch import fx
 
+from kvpass.errors import Reason
 from kvpass.match.calls import argument, call_name, changes, example, is_input, operand
 from kvpass.match.dataflow import Flow
+from kvpass.match.miss import Miss
+from kvpass.match.nearby import home_of
 from kvpass.match.shapes import is_one, normal_dim, same, shape_of
 from kvpass.match.views import walk_up
 from kvpass.site import Update
@@ -28,7 +31,11 @@ class BufferUpdate:
     name = "buffer"
 
     def match(self, node: fx.Node, flow: Flow) -> Update | None:
-        """The update at a node that writes new tokens into a buffer; None if it is no such write."""
+        """The update at a node that writes new tokens into a buffer; None if it is no such write.
+
+        Raises:
+            Miss: DTYPE.
+        """
         read = _READERS.get(call_name(node))
         found = read(node) if read is not None else None
         if found is None:
@@ -36,7 +43,7 @@ class BufferUpdate:
         buffer, axis, start, new = found
         if not _is_new_tokens(buffer, axis, new):
             return None
-        home, path = _home(buffer)
+        home, path = home_of(buffer)
         in_place = changes(node)
         if in_place and home in flow.outputs or not in_place and node in flow.outputs or in_place and is_input(home):
             base = buffer if in_place else node
@@ -51,20 +58,11 @@ def _is_new_tokens(buffer: Any, axis: int, new: Any) -> bool:
     if not isinstance(new, fx.Node) or len(shape_of(buffer)) != 4 or len(shape_of(new)) != 4 or axis in (0, 3):
         return False
     others = (at for at in range(4) if at != axis)
-    fits = all(same(shape_of(buffer)[at], shape_of(new)[at]) for at in others)
-    return fits and bool(example(buffer).is_floating_point()) and example(buffer).dtype == example(new).dtype
-
-
-def _home(buffer: fx.Node) -> tuple[fx.Node, tuple[int, ...]]:
-    """The input or allocation that a buffer is, or is one of, and its place there."""
-    path: tuple[int, ...] = ()
-    while call_name(buffer) == "getitem" and not isinstance(operand(buffer), tuple):
-        index = buffer.args[1] if isinstance(buffer.args[1], tuple) else (buffer.args[1],)
-        if not all(isinstance(item, int) for item in index):
-            break
-        path = tuple(index) + path  # type: ignore[assignment]
-        buffer = operand(buffer)
-    return buffer, path
+    if not all(same(shape_of(buffer)[at], shape_of(new)[at]) for at in others):
+        return False
+    if example(buffer).dtype != example(new).dtype or not example(buffer).is_floating_point():
+        raise Miss(Reason.DTYPE, buffer, f"{example(new).dtype} is written into a buffer of {example(buffer).dtype}")
+    return True
 
 
 def _index_copy(node: fx.Node) -> Where | None:

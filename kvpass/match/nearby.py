@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from kvpass.match.calls import PROJECTIONS, argument, call_name, is_input, is_metadata, operand
+from kvpass.match.calls import PROJECTIONS, argument, call_name, example, is_input, is_metadata, operand
 from kvpass.match.shapes import is_empty, normal_dim, shape_of
 from kvpass.match.views import is_view
 
@@ -54,3 +54,45 @@ def grows(node: fx.Node) -> bool:
         return False
     parts = {part for part in argument(node, 0, "tensors") if isinstance(part, fx.Node)}
     return len(parts) > 1 and any(is_empty(shape_of(part)) or from_input(part) for part in parts)
+
+
+def home_of(buffer: fx.Node) -> tuple[fx.Node, tuple[int, ...]]:
+    """The tensor that a buffer is, or is one of, and its place in that. A `.to()` that changes nothing is the same
+    tensor.
+    """
+    path: tuple[int, ...] = ()
+    while True:
+        above = operand(buffer)
+        if call_name(buffer) == "to" and isinstance(above, fx.Node):
+            before, after = example(above), example(buffer)
+            if (before.dtype, before.device) != (after.dtype, after.device) or buffer.kwargs.get("copy"):
+                return buffer, path
+        elif call_name(buffer) in ("getitem", "select") and isinstance(above, fx.Node):
+            index = _places(buffer)
+            if index is None or not shape_of(above):
+                return buffer, path
+            path = index + path
+        else:
+            return buffer, path
+        buffer = above
+
+
+def _places(node: fx.Node) -> tuple[int, ...] | None:
+    """`x[2]`, `x[2, 0]`, `x.select(0, 2)`"""
+    if call_name(node) == "select":
+        dim, index = argument(node, 1, "dim"), argument(node, 2, "index")
+        return (index,) if dim == 0 and isinstance(index, int) else None
+    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    while index and index[-1] in (slice(None, None, None), Ellipsis):
+        index = index[:-1]
+    return index if index and all(isinstance(item, int) for item in index) else None  # type: ignore[return-value]
+
+
+def taken_out(stack: fx.Node, path: tuple[int, ...]) -> list[fx.Node]:
+    """All nodes that take the buffer at `path` out of a stack of buffers; none if it is no stack."""
+    found, queue = [], [stack] if path else []
+    for node in queue:
+        queue += [user for user in node.users if home_of(user) != (user, ()) and user not in queue]
+        if home_of(node) == (stack, path):
+            found.append(node)
+    return found

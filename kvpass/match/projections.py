@@ -7,13 +7,33 @@ from typing import Any
 from torch import fx
 
 from kvpass.match.calls import PROJECTIONS, argument, call_name, example
+from kvpass.match.shapes import shape_of
+
+LIMIT = 300
+"""Nodes looked at above one projection."""
 from kvpass.match.views import walk_up
 
 
 def foreign(q: fx.Node, k: fx.Node) -> bool:
-    """True if q and k are projections of different inputs, looking back over two projections (MLA has two)."""
+    """True if q and k are projections of different inputs, looking back over two projections (MLA has two), and over
+    what else is done to those inputs (each may have a norm of its own).
+    """
     ours, theirs = _projected(q), _projected(k)
-    return bool(ours and theirs) and not ours & theirs
+    if not ours or not theirs or ours & theirs:
+        return False
+    return not _streams(ours) & _streams(theirs)
+
+
+def _streams(values: set[fx.Node]) -> set[fx.Node]:
+    """What values of the size of hidden states are computed from, up to the nearest projections and inputs."""
+    found, queue = set(values), list(values)
+    for current in queue:
+        if call_name(current) in PROJECTIONS | {"embedding"} or len(queue) > LIMIT:
+            continue
+        fresh = [n for n in current.all_input_nodes if n not in found and len(shape_of(n)) >= 3]
+        found.update(fresh)
+        queue += fresh
+    return found
 
 
 def _projected(node: fx.Node, levels: int = 2) -> set[fx.Node]:

@@ -124,7 +124,8 @@ class Bound:
         for binding, store in zip(self.bindings, stores, strict=True):
             store.tokens += binding.sizes["S"](args)
             for half, places in enumerate(binding.returned):
-                shell = make(store, half)
+                owned = "L" in binding.sizes and binding.past is not None
+                shell = args[binding.past[half]] if owned else make(store, half)  # type: ignore[index]
                 for at in places:
                     returned[at] = shell
         return returned

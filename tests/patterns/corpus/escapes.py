@@ -117,19 +117,19 @@ def values_times_zero(self, k, v):
     return k, v * 0.0
 
 
-@changed("DTYPE")
+@changed("KEY_ESCAPES")
 def rounded_to_eight_bits(self, k, v):
     """The attention reads keys of fewer bits than the cache holds."""
     return k.to(torch.float8_e4m3fn).to(torch.float32), v.to(torch.float8_e4m3fn).to(torch.float32)
 
 
-@changed("DTYPE")
+@changed("KEY_ESCAPES")
 def bits_read_as_another_dtype(self, k, v):
     """A view that keeps the bits and changes the numbers."""
     return tuple(t.to(torch.float16).view(torch.bfloat16).to(torch.float32) for t in (k, v))
 
 
-@changed(K)
+@changed("UNSUPPORTED_ATTENTION")
 def prefix_put_in_front_of_the_cache(self, k, v):
     """The attention reads more keys than are cached, at shifted columns."""
     extra = self.q.weight[:6, :DIM].view(1, 1, 6, DIM).expand(2, KV_HEADS, -1, -1)
