@@ -138,8 +138,8 @@ class _Check:
         self.dense = Isolated(original, planned.site, args)
 
     def run(self, call: _Call, values: dict[str, Any]) -> None:
-        if self.site.core.latent is not None:
-            log.warning("verify: %s attends over latents in another form than the model; not checked", self.site.name)
+        if self.site.core.latent is not None or self.site.mixed is not None:
+            log.warning("verify: %s holds keys and values in another form than the model; not checked", self.site.name)
             return
         k, v = (_dense_past(call, half) for half in (0, 1))
         state = _all_slots(k, v, call.state[3].shape[0], room=call.q.shape[2] + 1)

@@ -13,7 +13,7 @@ import kvpass.ops  # noqa: F401  (registers torch.ops.kvpass)
 from kvpass.match.calls import example
 from kvpass.match.shapes import shape_of
 from kvpass.plan import SitePlan
-from kvpass.site import Half, Latent, Term, UpProjection
+from kvpass.site import Half, Latent, Mixed, Reader, Term, UpProjection
 from kvpass.terms import CacheForm, Layout, MaskKind, Phase
 
 
@@ -49,19 +49,23 @@ class Emitter:
             self.q = self._absorbed(self.q, site.core.latent)
             self.new_k = self._call(torch.cat, [self.new_k, self.new_v], -1)
             self.new_v = self._call_method("narrow", self.new_k, -1, 0, 0)
+        elif site.mixed is not None:
+            self.q = self._spread(self.q, site.mixed)
+            self.new_k, self.new_v = self._side_by_side(self.new_k), self._side_by_side(self.new_v)
         self.position = self._position()
         self.mask = self._mask()
         self.extras = self._extras()
 
-    def decode(self) -> fx.Node:
+    def decode(self) -> list[fx.Node]:
+        """The output of each core."""
         args = (self.q, self.new_k, self.new_v, self.mask, self.k, self.v, self.pos, self.stats, self.cursor)
         scale = self.planned.site.core.scale
         latent = self.planned.site.core.latent
         extras = (*(self.extras or (None, 0.0)), latent.rank) if latent is not None else self.extras
-        return self._outside(self._op("decode_attend", *args, self.position, scale, self.rule, *extras))
+        return self._outsides(self._op("decode_attend", *args, self.position, scale, self.rule, *extras))
 
-    def multi(self) -> fx.Node:
-        """Prefill or extend."""
+    def multi(self) -> list[fx.Node]:
+        """Prefill or extend: the output of each core."""
         k: Any = self.new_k
         v: Any = self.new_v
         pos = past_stats = None
@@ -77,7 +81,7 @@ class Emitter:
         capacity = self._call_method("size", self.k, 2)
         chosen = self._op("select_slots", score, cursor, capacity)
         self._op("compact_slots", k, v, pos, stats, chosen, cursor, self.k, self.v, self.pos, self.stats, self.cursor)
-        return self._outside(out)
+        return self._outsides(out)
 
     def _queries(self) -> fx.Node:
         """The core's queries as [B, Hq, S, D], in the dtype of the cache."""
@@ -90,6 +94,40 @@ class Emitter:
             node = self._call_method("flatten", node, 1, 2)
         dtype = self.planned.site.dtype
         return node if example(core.q).dtype == dtype else self._call_method("to", node, dtype)
+
+    def _outsides(self, node: fx.Node) -> list[fx.Node]:
+        mixed = self.planned.site.mixed
+        if mixed is None:
+            return [self._outside(node)]
+        heads = self._call_method("unflatten", node, 3, (mixed.heads, mixed.widths[1]))
+        return [self._outside(self._picked(heads, reader)) for reader in mixed.readers]
+
+    def _spread(self, q: fx.Node, mixed: Mixed) -> fx.Node:
+        """[B, Hq, S, D] -> [B, Hq, S, heads * D]: each query in the place of the key head that it reads, else zeros."""
+        one_hot = [[[float(at == head)] for at in range(mixed.heads)] for head in mixed.keys]
+        places = self._constant(one_hot, example(q).dtype)
+        places = self._call(operator.getitem, places, (slice(None), None))
+        return self._call_method("flatten", self._call(operator.mul, self._call_method("unsqueeze", q, 3), places), 3)
+
+    def _side_by_side(self, new: fx.Node) -> fx.Node:
+        """[B, H, S, D] -> [B, 1, S, H * D]"""
+        return self._call_method("unsqueeze", self._call_method("flatten", self._call_method("transpose", new, 1, 2), 2), 1)
+
+    def _picked(self, heads: fx.Node, reader: Reader) -> fx.Node:
+        """[B, Hq, S, heads, Dv] -> [B, Hq, S, blocks * Dv]: what each query head reads, block by block."""
+        head = self._constant(list(map(list, zip(*reader.blocks, strict=True))), torch.int64)
+        index = self._call(operator.getitem, head, (None, slice(None), None, slice(None), None))
+        index = self._call_method("expand", index, *self._sizes_of(heads))
+        return self._call_method("flatten", self._call_method("gather", heads, 3, index), 3)
+
+    def _sizes_of(self, node: fx.Node) -> list[Any]:
+        """Sizes of `node` for an expand, but for axis 3."""
+        return [self._call_method("size", node, at) if at != 3 else -1 for at in range(len(shape_of(node)))]
+
+    def _constant(self, values: Any, dtype: torch.dtype) -> fx.Node:
+        device = example(self.planned.site.core.q).device
+        node = self.graph.call_function(torch.tensor, (values,), {"dtype": dtype, "device": device})
+        return self._described(node)
 
     def _outside(self, node: fx.Node) -> fx.Node:
         """The attention's output in the axes and the dtype that the model's own core gives."""
@@ -216,13 +254,13 @@ class Emitter:
         site = self.planned.site
         masks = [(shape_of(term.node), term.kind, term.factor, example(term.node).dtype) for term in site.core.terms]
         kind = site.dtype, str(site.dims), str(masks), site.core.axes, str(site.core.softcap), site.core.scale
-        kind += (str(site.core.latent),)
+        kind += (str(site.core.latent), str(site.mixed))
         key = (self.rule, site.phase, *kind, site.key.layout, site.value.layout, next(self.number))
         if key not in self.low.values:
             args = fx.map_arg(node.args, lambda n: example(n))
             with example(site.core.q).fake_mode:
                 call = getattr(args[0], node.target) if node.op == "call_method" else node.target  # type: ignore[arg-type]
-                self.low.values[key] = call(*(args[1:] if node.op == "call_method" else args))  # type: ignore[operator]
+                self.low.values[key] = call(*(args[1:] if node.op == "call_method" else args), **node.kwargs)  # type: ignore[operator]
         return self.low.values[key]
 
 

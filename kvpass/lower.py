@@ -92,10 +92,12 @@ class _Lowering:
         core = self.copy[site.core.node]
         with self.graph.inserting_before(core):
             emit = Emitter(self, planned, core, state)
-            out = emit.decode() if site.phase is Phase.DECODE else emit.multi()
-        core.replace_all_uses_with(out)
-        self.copy[site.core.node] = out
-        self._retire([self.copy[node] for node in site.core.inner] + [core], site.key, site.value)
+            outs = emit.decode() if site.phase is Phase.DECODE else emit.multi()
+        cores = [self.copy[node] for one in site.cores for node in (*one.inner, one.node)]
+        for one, out in zip(site.cores, outs, strict=True):
+            self.copy[one.node].replace_all_uses_with(out)
+            self.copy[one.node] = out
+        self._retire(cores, site.key, site.value)
         return self._binding(planned)
 
     def _state_inputs(self, planned: SitePlan) -> list[fx.Node]:
@@ -208,11 +210,16 @@ class _Lowering:
             device=fake.device,
             where=f"{site.name}, {site.source}",
             start=self._start(update.start) if "L" in dims else None,
-            path=update.path,
-            widths=tuple(shape_of(half.update.new)[3] for half in (site.key, site.value))  # type: ignore[arg-type]
-            if site.core.latent is not None
-            else None,
+            paths=(update.path, site.value.update.path),
+            host=self._host(site),
         )
+
+    def _host(self, site: Site) -> tuple[tuple[int, int], tuple[int, int]] | None:
+        """Heads and entries of the host's keys and values, where the slots hold them otherwise."""
+        if site.core.latent is None and site.mixed is None:
+            return None
+        halves = (site.key, site.value)
+        return tuple((shape_of(h.update.new)[h.layout.head_axis], shape_of(h.update.new)[3]) for h in halves)  # type: ignore[return-value]
 
     def _start(self, start: Any) -> Callable[[Sequence[Any]], Any]:
         """Where a buffer is written, as a function of the graph's inputs."""

@@ -163,8 +163,7 @@ def _layer_view(store: SlotStore) -> LayerView:
     from kvpass.kernels.scores import slot_scores
 
     k, v, pos, stats, _ = store.state
-    if store.widths is not None:
-        k, v = k.split(store.widths, dim=-1)
+    k, v, pos, stats = _as_host(store, k, v, pos, stats)
     c = int(store.live().max())
     far = torch.iinfo(torch.int64).max
     order = torch.where(pos >= 0, pos.long(), far).argsort(dim=-1)[..., :c]
@@ -175,6 +174,18 @@ def _layer_view(store: SlotStore) -> LayerView:
         t.gather(2, order[..., None].expand(-1, -1, -1, t.shape[-1])).masked_fill(empty[..., None], 0) for t in (k, v)
     )
     return LayerView(store.name, positions, scores, keys, values, store.bytes)
+
+
+def _as_host(store: SlotStore, *state: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """k, v, pos and stats in the heads of the host's cache."""
+    k, v, pos, stats = state
+    if store.host is None:
+        return state
+    (heads, dim), (_, wide) = store.host
+    if v.shape[3] == 0:  # latent and rotated key in one slot
+        return *k.split((dim, wide), dim=-1), pos, stats
+    k, v = (t.squeeze(1).unflatten(-1, (heads, -1)).transpose(1, 2) for t in (k, v))
+    return k, v, pos.expand(-1, heads, -1), stats.expand(-1, -1, heads, -1)
 
 
 def _size(count: float) -> str:

@@ -17,6 +17,7 @@ from kvpass.match.miss import Miss
 from kvpass.match.nearby import home_of, whole
 from kvpass.match.shapes import normal_dim, same, shape_of
 from kvpass.match.views import chain_scale, is_front, read_layout, walk_up
+from kvpass.mixed_sites import Mixing, find_mixing, join_mixed
 from kvpass.site import Core, Decline, Half, Site, SiteTable, Update
 from kvpass.site_rules import buffer_readers, check_buffer, check_site, make_site
 from kvpass.terms import CacheForm
@@ -33,9 +34,13 @@ def scan(gm: fx.GraphModule, patterns: Any) -> SiteTable:
     found = _Found(flow, patterns)
     sites: list[Site] = []
     declined = list(found.missed_cores)
+    groups = found.mixed()
     for core in found.cores:
         try:
-            site = found.join(core, len(sites))
+            group = groups.get(core.node)
+            if group is not None and group[0].core is not core:
+                continue  # joined with the first of them
+            site = found.join(core, len(sites)) if group is None else found.join_mixed(group, len(sites))
             if site is not None:
                 sites.append(site)
         except Miss as miss:
@@ -160,6 +165,27 @@ class _Found:
         site = make_site(name, replace(core, scale=core.scale * chain_scale(chain_k)), key, value, layer)
         check_site(site)
         return site
+
+    def mixed(self) -> dict[fx.Node, list[Mixing]]:
+        """Cores that read heads of a cache in an order of their own, by their node, with all others of that cache."""
+        groups: dict[tuple[fx.Node, fx.Node], list[Mixing]] = {}
+        for core in self.cores:
+            bases = [self._walk(node)[0] for node in (core.k, core.v)]
+            if all(base in self.updates or base in self.missed_updates for base in bases):
+                continue
+            mixing = find_mixing(core, self.updates, self._stops)
+            if mixing is not None:
+                groups.setdefault((mixing.key.node, mixing.value.node), []).append(mixing)
+        return {mixing.core.node: group for group in groups.values() for mixing in group}
+
+    def join_mixed(self, group: list[Mixing], layer: int) -> Site:
+        """The site of several cores over one cache. Raises Miss."""
+        for mixing in group:
+            self._check_inner(mixing.core)
+            for update in (mixing.key, mixing.value):
+                self._check_unchanged(mixing.core, update)
+        name = _name(group[0].core.node) or f"site{layer}"
+        return join_mixed(name, layer, group, self.flow)
 
     def _mismatch(self, core: Core, key: Update | None, value: Update | None) -> Miss:
         bases = [self._walk(node)[0] for node in (core.k, core.v)]

@@ -114,6 +114,31 @@ class Update:
 
 
 @dataclass(frozen=True)
+class Reader:
+    """One of several attentions over the same queries and keys: for each block of its output, the cached value head
+    that each query head reads.
+    """
+
+    core: Core
+    blocks: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Query heads that read keys of one cached head and values of others: all heads share one set of slots.
+
+    Attributes:
+        heads: cached heads; `keys` is the one whose keys each query head reads.
+        widths: entries of a cached key and of a cached value.
+    """
+
+    heads: int
+    keys: tuple[int, ...]
+    widths: tuple[int, int]
+    readers: tuple[Reader, ...]
+
+
+@dataclass(frozen=True)
 class Half:
     """One of the two cached tensors of a site: its update, the axis order it is cached in, the views down to the
     core, its output places.
@@ -135,6 +160,7 @@ class Site:
         phase: prefill, extend or decode.
         dims: sizes by letter, `B Hq Hkv S D Dv`; ints or SymInts.
         source: the user's line that calls the attention.
+        mixed: set if heads of keys and values do not belong together; then `Hkv` is 1, `core` the first reader.
     """
 
     name: str
@@ -146,6 +172,12 @@ class Site:
     dims: dict[str, Any]
     dtype: torch.dtype
     source: str
+    mixed: Mixed | None = None
+
+    @property
+    def cores(self) -> tuple[Core, ...]:
+        """All attentions over this cache."""
+        return tuple(reader.core for reader in self.mixed.readers) if self.mixed is not None else (self.core,)
 
     @property
     def nodes(self) -> set[fx.Node]:
@@ -158,7 +190,7 @@ class Site:
                 while node is not update.past:
                     halves.add(node)
                     node = operand(node)
-        core = {self.core.node, *self.core.inner}
+        core = {node for one in self.cores for node in (one.node, *one.inner)}
         sizes = {user for node in core for user in node.users if is_metadata(user) and not user.users}
         return halves | core | sizes
 

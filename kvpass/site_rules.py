@@ -15,23 +15,25 @@ from kvpass.match.nearby import home_of, taken_out
 from kvpass.match.projections import foreign
 from kvpass.match.shapes import is_one, quotient, same, shape_of
 from kvpass.match.views import is_front
-from kvpass.site import Core, Half, Site, Update
+from kvpass.site import Core, Half, Mixed, Site, Update
 from kvpass.terms import CacheForm, Phase
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def make_site(name: str, core: Core, key: Half, value: Half, layer: int) -> Site:
+def make_site(name: str, core: Core, key: Half, value: Half, layer: int, mixed: Mixed | None = None) -> Site:
     k, v = shape_of(key.update.new), shape_of(value.update.new)
     dims = {**_query_dims(core, k[0]), "Hkv": k[key.layout.head_axis], "Dv": v[3]}
     with_past = Phase.DECODE if is_one(dims["S"]) else Phase.EXTEND
     if core.latent is not None:
         dims |= {"D": core.latent.rank + v[3], "Dv": 0}  # latent and rotated key in one slot; values are a part of it
+    if mixed is not None:
+        dims |= {"Hkv": 1} | {d: mixed.heads * width for d, width in zip(("D", "Dv"), mixed.widths, strict=True)}
     fresh = key.update.past is None or any(reads_only_new(half) for half in (key, value))
     phase = Phase.PREFILL if fresh else with_past
     dims = {letter: dims[letter] for letter in ("B", "Hq", "Hkv", "S", "D", "Dv")}
     dtype = example(key.update.new).dtype
-    return Site(name, layer, phase, core, key, value, dims, dtype, source_line(core.node))
+    return Site(name, layer, phase, core, key, value, dims, dtype, source_line(core.node), mixed)
 
 
 def check_site(site: Site) -> None:
@@ -39,7 +41,8 @@ def check_site(site: Site) -> None:
     Miss: core and updates do not belong together, or ask for something that the ops do not do.
     """
     core, dims = site.core, site.dims
-    _check_heads(site)
+    if site.mixed is None:
+        _check_heads(site)
     dtypes = {example(half.update.new).dtype for half in (site.key, site.value)}
     if len(dtypes) != 1 or not dtypes <= set(FLOATS):
         raise Miss(Reason.DTYPE, core.node, f"keys and values are {sorted(map(str, dtypes))}")

@@ -24,7 +24,8 @@ ARROWS = {
     "policy": {"policy", "kernels.rule"} | WORDS,  # a policy ends as a Rule: data, no tensors
     "patterns": {"patterns", "match", "site"} | WORDS,
     "site": {"match"} | WORDS,
-    "scan": {"match", "site", "site_rules"} | WORDS,
+    "scan": {"match", "site", "site_rules", "mixed_sites"} | WORDS,
+    "mixed_sites": {"match", "site", "site_rules"} | WORDS,
     "site_rules": {"match", "site"} | WORDS,
     "ops": {"terms", "kernels"},
     "runtime": {"runtime", "ops", "kernels.rule"} | WORDS,

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from kvpass.errors import StaleCacheError
+from kvpass.errors import CacheError, StaleCacheError
+from kvpass.kernels.errors import MaskError
 from kvpass.kernels.rule import Rule
 from kvpass.runtime.shell import attach, make, of_buffer, refuse, unwrap
 from kvpass.runtime.store import Origin, SlotStore
@@ -26,8 +27,8 @@ class Binding:
         returned: places of the K and V caches among the graph's original outputs.
         sizes: B, Hkv, D, Dv and S of a call, read from the graph's inputs; of a preallocated buffer also L, its length.
         start: where a call writes its tokens into a buffer: an index tensor or a number.
-        path: place of the keys' buffer in the input, if several are stacked in it.
-        widths: entries of the host's keys and values, if a slot holds both as its key.
+        paths: places of the buffers of K and V in their inputs, where several are stacked in one.
+        host: heads and entries of the host's keys and values, where the slots hold them otherwise.
     """
 
     name: str
@@ -42,8 +43,8 @@ class Binding:
     device: torch.device
     where: str
     start: Callable[[Sequence[Any]], Any] | None = None
-    path: tuple[int, ...] = ()
-    widths: tuple[int, int] | None = None
+    paths: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    host: tuple[tuple[int, int], tuple[int, int]] | None = None
 
     def open(self, args: Sequence[Any], origin: Origin, position: int = 0) -> SlotStore:
         """The store of this site for a call, with room for the call's tokens, of which the first is at `position`."""
@@ -66,23 +67,30 @@ class Binding:
         if position == 0:
             store = self._fresh(args, origin, new)
             store.length = self.sizes["L"](args)
-            if self.past is not None:
-                attach(args[self.past[0]], self.path, store)
             return store
         if self.past is None or self.phase is Phase.PREFILL:
             raise StaleCacheError(
                 f"the attention reads the new tokens only, but they are written at {position}", where=self.where
             )
-        store = of_buffer(args[self.past[0]], self.path, position, self.where)
+        store = of_buffer((args[self.past[0]], args[self.past[1]]), self.paths, position, self.where)
         store.make_room(store.tokens + new)
         return store
+
+    def leave(self, args: Sequence[Any], store: SlotStore) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the host holds as K and V after a call: shells, or its own buffers, which stand for the store."""
+        if self.past is None or "L" not in self.sizes:
+            return make(store, 0), make(store, 1)
+        buffers = args[self.past[0]], args[self.past[1]]
+        for half, buffer in enumerate(buffers):
+            attach(buffer, self.paths[half], store, half)
+        return buffers
 
     def _fresh(self, args: Sequence[Any], origin: Origin, tokens: int) -> SlotStore:
         b, hkv, d, dv = (self.sizes[letter](args) for letter in ("B", "Hkv", "D", "Dv"))
         with torch.inference_mode(False):  # a cache begun in inference mode can go on under no_grad
             like = torch.empty(0, dtype=self.dtype, device=self.device)
             state = SlotStore.empty_state(self.rule, tokens, like, b, hkv, d, dv)
-        return SlotStore(self.name, self.layer, self.rule, self.layouts, origin, state, widths=self.widths)
+        return SlotStore(self.name, self.layer, self.rule, self.layouts, origin, state, host=self.host)
 
 
 class Bound:
@@ -115,20 +123,37 @@ class Bound:
         refuse(args, self.watched, "")
         positions = written_at(self.bindings, args)
         stores = [b.open(args, self.origin, at) for b, at in zip(self.bindings, positions, strict=True)]
-        states = [t for store in stores for t in store.state]
-        shared = [max(positions)] if self.takes_position else []
-        results = self.inner(*args, *states, *shared)
+        if len({id(store) for store in stores}) < len(stores):
+            raise StaleCacheError(
+                "several layers were given the same cache",
+                where=self._where(),
+                hint="give each layer what it returned itself, or a copy.deepcopy of it",
+            )
+        results = self._run(args, stores, [max(positions)] if self.takes_position else [])
         returned: list[Any] = [None] * self.outputs
         for at, value in zip(self.kept, results, strict=True):
             returned[at] = value
         for binding, store in zip(self.bindings, stores, strict=True):
             store.tokens += binding.sizes["S"](args)
-            for half, places in enumerate(binding.returned):
-                owned = "L" in binding.sizes and binding.past is not None
-                shell = args[binding.past[half]] if owned else make(store, half)  # type: ignore[index]
+            for places, shell in zip(binding.returned, binding.leave(args, store), strict=True):
                 for at in places:
                     returned[at] = shell
         return returned
+
+    def _run(self, args: Sequence[Any], stores: Sequence[SlotStore], shared: Sequence[int]) -> Any:
+        """The compiled call. If it fails, it may have changed the state of some layers."""
+        try:
+            return self.inner(*args, *(t for store in stores for t in store.state), *shared)
+        except BaseException as error:
+            for store in stores:
+                store.spoiled = True
+            if isinstance(error, MaskError):
+                raise CacheError(str(error), where=self._where(), hint=error.hint) from error
+            raise
+
+    def _where(self) -> str:
+        first, count = self.bindings[0].where, len(self.bindings)
+        return first if count == 1 else f"one of {count} sites, of which the first is {first}"
 
 
 def written_at(bindings: Sequence[Binding], args: Sequence[Any]) -> list[int]:

@@ -14,54 +14,62 @@ from typing import Any
 import torch
 
 from kvpass.errors import ForeignCacheError, ShellDataError, StaleCacheError
-from kvpass.runtime.store import SlotStore, sharing_storage
+from kvpass.runtime.store import SlotStore, same_storage, sharing_storage, version
 from kvpass.terms import Layout
 
-_ATTRIBUTE = "_kvpass_store"
-_OWNED = "_kvpass_stores"
-"""Stores that stand for a buffer which the caller owns, by their place in it."""
+_STANDING = "_kvpass_stores"
+"""Store and half (0 keys, 1 values) that a shell stands for, or a buffer of the caller's, by their place in it."""
 
 
 def make(store: SlotStore, half: int) -> torch.Tensor:
     """The shell of a store's keys (half 0) or values (half 1), `[B, Hkv, T, D]` in the host's axis order."""
     base = store.bases[half]
     shell = base.expand(_sizes(store, half, store.layouts[half]))
-    setattr(shell, _ATTRIBUTE, store)
+    attach(shell, (), store, half)
     return shell
 
 
 def find(tensor: Any) -> SlotStore | None:
-    """The store of a shell or of a view of one; None for any other tensor."""
+    """The store of a shell, of a view of one, or of a buffer; None for any other tensor."""
     if not isinstance(tensor, torch.Tensor):
         return None
-    store = getattr(tensor, _ATTRIBUTE, None)
-    if store is None:
-        store = next(iter(getattr(tensor, _OWNED, {}).values()), None)
-    return store if store is not None else sharing_storage(tensor)
+    standing = getattr(tensor, _STANDING, None)
+    return next(iter(standing.values()))[0] if standing else sharing_storage(tensor)
 
 
-def attach(buffer: torch.Tensor, path: tuple[int, ...], store: SlotStore) -> None:
-    """Let a store stand for a buffer, or for one of several stacked in it, that the caller owns."""
-    if not hasattr(buffer, _OWNED):
-        setattr(buffer, _OWNED, {})
-    getattr(buffer, _OWNED)[path] = store
+def attach(tensor: torch.Tensor, path: tuple[int, ...], store: SlotStore, half: int) -> None:
+    """Let a tensor, or one of several stacked in it, stand for a store's keys (half 0) or values (half 1)."""
+    if not hasattr(tensor, _STANDING):
+        setattr(tensor, _STANDING, {})
+    getattr(tensor, _STANDING)[path] = store, half
+    store.versions[half] = version(tensor)
 
 
-def attached(buffer: torch.Tensor) -> dict[tuple[int, ...], SlotStore]:
-    """The stores that stand for a buffer, by their place in it."""
-    return dict(getattr(buffer, _OWNED, {}))
+def attached(tensor: torch.Tensor) -> list[SlotStore]:
+    """The stores that a shell or a buffer stands for."""
+    return [store for store, _ in getattr(tensor, _STANDING, {}).values()]
 
 
-def of_buffer(buffer: torch.Tensor, path: tuple[int, ...], position: int, where: str) -> SlotStore:
-    """The store that a call continues by writing at `position` of a buffer.
+def of_buffer(
+    buffers: tuple[torch.Tensor, torch.Tensor],
+    paths: tuple[tuple[int, ...], tuple[int, ...]],
+    position: int,
+    where: str,
+) -> SlotStore:
+    """The store that a call continues by writing at `position` of the keys' and the values' buffers.
 
     Raises:
-        ForeignCacheError: the buffer holds tokens that kvpass did not see.
-        StaleCacheError: the write does not continue what the store has seen.
+        ForeignCacheError: the buffers hold tokens that kvpass did not see.
+        StaleCacheError: the write does not continue what the store has seen, or somebody else wrote in between.
     """
-    store = getattr(buffer, _ATTRIBUTE, None) or attached(buffer).get(path)
-    if store is None:
-        raise _foreign(buffer, where)
+    found = [getattr(t, _STANDING, {}).get(path) for t, path in zip(buffers, paths, strict=True)]
+    for buffer, standing in zip(buffers, found, strict=True):
+        if standing is None or standing[0] is not found[0][0]:
+            raise _foreign(buffer, where)
+    if [half for _, half in found] != [0, 1]:
+        raise _swapped(where)
+    store: SlotStore = found[0][0]
+    _check_left_alone(store, buffers, where)
     if store.tokens != position:
         raise StaleCacheError(
             f"new tokens are written at {position}, but the cache has seen {store.tokens}",
@@ -77,15 +85,18 @@ def unwrap(past: tuple[torch.Tensor, torch.Tensor], layouts: tuple[Layout, Layou
     Raises:
         ForeignCacheError: real keys that kvpass did not make.
         ShellDataError: data copied out of a shell.
-        StaleCacheError: the cache was cropped, or advanced by another branch; or sequences were picked from it.
+        StaleCacheError: the cache was cropped, advanced by another branch, or changed; or sequences were picked from it.
     """
     key, store = past[0], find(past[0])
     if store is None or find(past[1]) is not store:
         raise _foreign(key if store is None else past[1], where)
+    if not all(same_storage(t, base) for t, base in zip(past, store.bases, strict=True)):
+        raise _swapped(where)
+    _check_left_alone(store, past, where)
     length = key.shape[layouts[0].token_axis]
     if length != store.tokens:
         hint = "evicted tokens cannot come back: crop before compiling, or keep a copy.deepcopy(cache) from before"
-        if length > store.tokens or hasattr(key, _ATTRIBUTE):
+        if length > store.tokens or hasattr(key, _STANDING):
             hint = "continue from the newest cache, or branch with copy.deepcopy(cache) before generating"
         raise StaleCacheError(
             f"the cache is {length} tokens long, but its state has seen {store.tokens}", where=where, hint=hint
@@ -103,9 +114,35 @@ def unwrap(past: tuple[torch.Tensor, torch.Tensor], layouts: tuple[Layout, Layou
 def _sizes(store: SlotStore, half: int, layout: Layout) -> list[int]:
     """Logical shape of a store's keys or values in the host's axis order."""
     batch, heads, _, dim = store.state[half].shape
-    dim = dim if store.widths is None else store.widths[half]
+    heads, dim = (heads, dim) if store.host is None else store.host[half]
     sizes = {"B": batch, "H": heads, "T": store.tokens if store.length is None else store.length, "D": dim}
     return [sizes[letter] for letter in layout.value]
+
+
+def _check_left_alone(store: SlotStore, tensors: Sequence[torch.Tensor], where: str) -> None:
+    """Refuse a store that is no longer what its tokens say."""
+    if store.spoiled:
+        raise StaleCacheError(
+            "an earlier call on this cache failed halfway: some layers may hold its tokens, others not",
+            where=where,
+            hint="begin again from an empty cache; a copy.deepcopy(cache) from before that call is good too",
+        )
+    for seen, tensor in zip(store.versions, tensors, strict=True):
+        if seen is not None and seen != version(tensor):
+            raise StaleCacheError(
+                "the cache was written to between two calls, which changes nothing in its compressed state",
+                where=where,
+                hint="clear a cache by beginning again at position 0; keep it with copy.deepcopy(cache); "
+                "keys from elsewhere cannot be loaded into it",
+            )
+
+
+def _swapped(where: str) -> StaleCacheError:
+    return StaleCacheError(
+        "the cached keys were given as values, or the values as keys",
+        where=where,
+        hint="give them back in the order in which the model returned them",
+    )
 
 
 def _foreign(key: torch.Tensor, where: str) -> Exception:

@@ -34,9 +34,13 @@ class SlotStore:
         state: k `[B, Hkv, C, D]`, v `[B, Hkv, C, Dv]`, pos `[B, Hkv, C]` int32, stats `[N, B, Hkv, C]` float32,
             cursor `[B, Hkv, 4]` int32.
         tokens: logical length, padding included; what the host believes its cache holds.
-        widths: entries of a key and a value in the host's cache, where a slot holds both as its key (latent attention).
+        host: heads and entries of keys and of values in the host's cache, where the slots hold them otherwise: both as
+            the key (latent attention), or all heads side by side (mixed heads).
         length: tokens that the host's preallocated buffer has room for; None for a cache that grows.
         bases: one-element NaN tensors that the shells of K and V expand.
+        versions: of the host's tensors for K and V, as the last call left them; None if torch does not count them, or
+            if this is a copy.
+        spoiled: a call failed halfway, and may or may not have changed the state.
     """
 
     name: str
@@ -47,17 +51,22 @@ class SlotStore:
     state: list[torch.Tensor]
     tokens: int = 0
     length: int | None = None
-    widths: tuple[int, int] | None = None
+    host: tuple[tuple[int, int], tuple[int, int]] | None = None
     bases: tuple[torch.Tensor, torch.Tensor] = field(init=False)
+    versions: list[int | None] = field(init=False)
+    spoiled: bool = False
 
     def __post_init__(self) -> None:
         k, v = self.state[0], self.state[1]
-        self.bases = (k.new_full((1,), float("nan")), v.new_full((1,), float("nan")))
+        with torch.inference_mode(False):
+            self.bases = (k.new_full((1,), float("nan")), v.new_full((1,), float("nan")))
+        self.versions = [None, None]
         self._register()
 
     def __setstate__(self, fields: dict[str, Any]) -> None:
         """A deep copy is found by its own storages."""
         self.__dict__.update(fields)
+        self.versions = [None, None]
         self._register()
 
     def _register(self) -> None:
@@ -114,6 +123,16 @@ class SlotStore:
 def sharing_storage(tensor: torch.Tensor) -> SlotStore | None:
     """The living store whose one-element base a tensor is a view of."""
     return _BY_STORAGE.get(_storage_key(tensor))
+
+
+def same_storage(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are views of the same memory."""
+    return _storage_key(one) == _storage_key(other)
+
+
+def version(tensor: torch.Tensor) -> int | None:
+    """How often a tensor was written to; None where torch does not count (made in inference mode)."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _storage_key(tensor: torch.Tensor) -> int:
