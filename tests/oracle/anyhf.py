@@ -57,9 +57,9 @@ def mark(values: Any, keys: Keys) -> None:
 class Watch(TorchFunctionMode):
     """One call of a model: attention of the layers in `evicting` sees and reports what the simulator wants."""
 
-    def __init__(self, simulator: Simulator, evicting: set[int]) -> None:
+    def __init__(self, simulator: Simulator, evicting: set[int], mask: torch.Tensor | None = None) -> None:
         super().__init__()
-        self.simulator, self.evicting = simulator, evicting
+        self.simulator, self.evicting, self.mask = simulator, evicting, mask
         self.serial = 0
         self.seen: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
@@ -93,7 +93,7 @@ class Watch(TorchFunctionMode):
     def softmax(self, keys: Keys, logits: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
         """The probabilities without the evicted tokens, in the form of the original's."""
         by_head = heads_first(logits, keys)
-        sees = by_head[..., : keys.length] > HIDDEN
+        sees = (by_head[..., : keys.length] > HIDDEN) & self.queries(keys)
         if keys.layer in self.seen:
             visible = self.simulator.visible(keys.layer, sees)
         else:
@@ -102,6 +102,13 @@ class Watch(TorchFunctionMode):
         rows = torch.softmax(by_head.double().masked_fill(hidden, -torch.inf), -1).nan_to_num_(nan=0.0)
         self.seen.setdefault(keys.layer, []).append((rows[..., : keys.length], visible))
         return heads_back(rows, logits).to(original.dtype)
+
+    def queries(self, keys: Keys) -> torch.Tensor:
+        """[B,1,S,1]: which queries are no padding. Their logits do not always say: a row that is hidden as a whole is
+        all zeros once a model has subtracted its maximum."""
+        if self.mask is None or self.mask.shape[-1] != keys.length:
+            return torch.ones(1, 1, 1, 1, dtype=torch.bool)
+        return self.mask[:, None, -keys.queries :, None].bool()
 
     def sdpa(
         self,
@@ -163,15 +170,28 @@ def heads_back(rows: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     return rows.reshape(logits.shape)
 
 
+SECOND = 1000
+"""Layers of the second half of an EncoderDecoderCache count from here: blt keeps its decoder's own tokens there."""
+
+
+def numbered(cache: Any) -> list[tuple[int, Any]]:
+    """The caches in a cache, each with the number of its first layer."""
+    if hasattr(cache, "self_attention_cache"):
+        return [(0, cache.self_attention_cache), (SECOND, cache.cross_attention_cache)]
+    return [(0, cache)]
+
+
 @contextmanager
-def watching(watch: Watch, cache: Cache) -> Iterator[None]:
-    """Run a call under `watch`, which is told of every update of `cache`."""
+def watching(watch: Watch, cache: Any) -> Iterator[None]:
+    """Run a call under `watch`, which is told of every update of `cache`; None: of the cache that the model makes."""
     original = Cache.update
+    first = {id(part): number for number, part in numbered(cache)}
 
     def update(self: Cache, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *a: Any, **kw: Any):
         keys, values = original(self, key_states, value_states, layer_idx, *a, **kw)
-        if self is cache:
-            watch.updated(layer_idx, key_states, keys)
+        number = 0 if cache is None else first.get(id(self))
+        if number is not None:
+            watch.updated(number + layer_idx, key_states, keys)
         return keys, values
 
     with mock.patch.object(Cache, "update", update), watch:
@@ -185,11 +205,11 @@ class AnyOracle:
         self.model, self.evicting = model, evicting
         self.simulator = Simulator(policy, budget, floor)
 
-    def __call__(self, cache: Cache, **inputs: Any) -> Any:
-        """One call: `cache` is the self-attention cache that `inputs` carry. Returns the model's output; afterwards
-        `simulator` holds what each layer keeps."""
-        watch = Watch(self.simulator, self.evicting)
-        with torch.no_grad(), watching(watch, cache):
+    def __call__(self, **inputs: Any) -> Any:
+        """One call, with `past_key_values` among its inputs unless the model makes its cache. Returns the model's
+        output; afterwards `simulator` holds what each layer keeps."""
+        watch = Watch(self.simulator, self.evicting, inputs.get("attention_mask"))
+        with torch.no_grad(), watching(watch, inputs.get("past_key_values")):
             out = self.model(**inputs)
         watch.finish()
         return out

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from families import build
-from feed import STEPS, Feed, NoCache, full_layers, kv_layers, own_cache, prompt
+from feed import STEPS, Feed, NoCache, full_layers, kv_layers, prompt
 from oracle.anyhf import AnyOracle
 from oracle.drive import compare_logits
 
@@ -55,7 +55,8 @@ def run(family: str, attention: str, save: Callable[[Result], None] = lambda _: 
 
 
 def short(error: BaseException) -> str:
-    """One line."""
+    """One line; for what Dynamo wraps, the error inside."""
+    error = getattr(error, "inner_exception", error)
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
@@ -169,8 +170,7 @@ def against_oracle(family: str, model: Any, policy: str, result: Result) -> Resu
     plain = build(family, "eager")
     plain.load_state_dict(model.state_dict())
     oracle = AnyOracle(plain, policy, BUDGET, FLOOR, evicting)
-    theirs = Feed(plain)
-    theirs.call = lambda **inputs: oracle(own_cache(theirs.cache), **inputs)
+    theirs = Feed(plain, oracle)
     for step in range(STEPS + 1):
         naive = theirs(ids, mask if step == 0 else None)
         held = kept(ours.cache)

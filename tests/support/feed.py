@@ -6,7 +6,8 @@ import inspect
 from typing import Any
 
 import torch
-from overrides import WHOLE_INPUT
+from oracle.anyhf import numbered
+from overrides import TWO_CACHES, WHOLE_INPUT
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
@@ -32,23 +33,20 @@ def new_cache(model: Any) -> Cache | None:
     if not model._supports_default_dynamic_cache():
         return None
     text = model.config.get_text_config(decoder=True)
-    if not hasattr(text, "num_hidden_layers"):
-        return None
-    if model.config.is_encoder_decoder:
+    if model.config.is_encoder_decoder or model.config.model_type in TWO_CACHES:
         return EncoderDecoderCache(DynamicCache(config=text), DynamicCache(config=text))
     return DynamicCache(config=text)
 
 
-def own_cache(cache: Any) -> Any:
-    """The self-attention part of a cache."""
-    return getattr(cache, "self_attention_cache", cache)
-
-
 def kv_layers(cache: Any) -> dict[int, Any]:
-    """The layers of a cache that hold keys, by index."""
-    layers = getattr(own_cache(cache), "layers", [])
-    held = {i: layer for i, layer in enumerate(layers) if isinstance(getattr(layer, "keys", None), torch.Tensor)}
-    return {i: layer for i, layer in held.items() if layer.keys.numel()}
+    """The layers of a cache that hold keys, by number."""
+    found = {}
+    for offset, part in numbered(cache):
+        for i, layer in enumerate(getattr(part, "layers", [])):
+            keys = getattr(layer, "keys", None)
+            if isinstance(keys, torch.Tensor) and keys.numel():
+                found[offset + i] = layer
+    return found
 
 
 def full_layers(cache: Any) -> list[int]:

@@ -75,6 +75,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 WHOLE_INPUT = ("cpmant",)
 """Families whose forward wants all tokens at each call, and leaves out the cached ones itself."""
 
+TWO_CACHES = ("blt",)
+"""Families that are no encoder-decoders by their config and yet make an EncoderDecoderCache of what they are given."""
+
 ASSISTANT = "a draft head: reads the keys of its target model, has no cache of its own"
 OUT_OF_SCOPE: dict[str, str] = {
     "gemma3n": "not built: its vision tower needs timm; the language model is gemma3n_text",

@@ -71,19 +71,19 @@ def reason(result: Result) -> str:
     """The first thing that is wrong, in a line."""
     if result.get("why"):
         return str(result["why"])
-    if runs(result) and not matched(result):
-        return sites(result)
-    return next((str(result[n].get("why")) for n in VERDICTS[1:] if not result.get(n, {}).get("ok", True)), "")
+    wrong = [str(result[name]["why"]) for name in VERDICTS[1:] if result.get(name, {}).get("ok") is False]
+    return wrong[0] if wrong else sites(result) if runs(result) and not matched(result) else ""
 
 
 def sites(result: Result) -> str:
     """`2/0`: sites matched and declined in the prefill, with the reasons; the decode graphs where they differ."""
-    phases = [result.get(name) or {"matched": 0, "declined": {}} for name in ("prefill", "decode")]
-    prefill, decode = (counted(p) for p in phases)
+    prefill, decode = (counted(result.get(name)) for name in ("prefill", "decode"))
     return prefill if prefill == decode else f"{prefill}; decode {decode}"
 
 
-def counted(phase: Result) -> str:
+def counted(phase: Result | None) -> str:
+    if phase is None:
+        return "-"
     codes = [reason if n == 1 else f"{n} {reason}" for reason, n in phase["declined"].items()]
     return f"{phase['matched']} / {sum(phase['declined'].values())}" + (f" ({', '.join(codes)})" if codes else "")
 
@@ -193,17 +193,13 @@ def row(family: str, results: Result) -> str:
 
 
 def note(results: Result) -> str:
-    wrong = list(dict.fromkeys(reason(r) for r in offered(results) if not passes(r) and matched_or_why(r)))
+    wrong = list(dict.fromkeys(reason(r) for r in offered(results) if not passes(r)))
+    wrong = [why for why in wrong if why not in map(sites, offered(results))]  # those stand in their own columns
     wrong += list(dict.fromkeys(r["torch_compile"] for r in offered(results) if "torch_compile" in r))
     if not all(r.get("padded", True) for r in offered(results)):
         wrong.append("tried without padding: the model itself does not ignore it")
     ties = sum(r.get("eviction", {}).get("near_ties", 0) for r in offered(results))
     return "; ".join([w for w in wrong if w] + ([f"{ties} near-ties"] if ties else []))
-
-
-def matched_or_why(result: Result) -> bool:
-    """The reasons of declined sites stand in their own column."""
-    return not runs(result) or matched(result)
 
 
 def cell(text: str) -> str:
