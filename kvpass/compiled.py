@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -11,6 +11,9 @@ from kvpass.compiler import backend
 from kvpass.errors import KVPassError
 from kvpass.policy.spec import Policy
 from kvpass.twin import twin
+
+if TYPE_CHECKING:
+    from kvpass.patterns import PatternSet
 
 M = TypeVar("M", bound=torch.nn.Module)
 
@@ -29,6 +32,7 @@ def compile(
     debug: bool | str | None = None,
     strict: bool = True,
     verify: bool = False,
+    patterns: PatternSet | None = None,
 ) -> M:
     """A model whose KV cache keeps only what the policy wants; `generate()` and calls with `past_key_values` work as
     before.
@@ -44,12 +48,13 @@ def compile(
             KVPASS_DEBUG decides.
         strict: raise if a site with a KV cache cannot be rewritten; else it stays dense and is reported.
         verify: on the first real inputs, compare each site at full budget with the unmodified subgraph.
+        patterns: recognisers, `kvpass.patterns.DEFAULT.extended(...)` (docs/patterns.md); None for the default ones.
 
     Raises:
         PolicyError: at once, for a bad policy or budget.
         DeclinedError, TrainingError, CacheError: when the model is called.
     """
-    chosen = backend(policy, budget, inner=inner, strict=strict, debug=debug, verify=verify)
+    chosen = backend(policy, budget, inner=inner, strict=strict, debug=debug, verify=verify, patterns=patterns)
     result = twin(model)
     result.compile(backend=chosen)
     result._compiled_call_impl = _never_uncompiled(result._compiled_call_impl)

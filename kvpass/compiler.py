@@ -201,9 +201,21 @@ def backend(
     from kvpass.debug import debug_folder
     from kvpass.errors import PolicyError
 
+    if patterns is not None:
+        patterns = _checked(patterns)
     if inner not in INNER:
         raise PolicyError(f"no inner compiler {inner!r}", hint=f"one of {', '.join(INNER)}")
     return Backend(Policy.load(policy).with_budget(budget), inner, strict, debug_folder(debug), verify, patterns)
+
+
+def _checked(patterns: Any) -> Any:
+    """A pattern set; None for one that equals the default one, so that both spellings give equal backends."""
+    from kvpass.errors import PolicyError
+    from kvpass.patterns import DEFAULT, PatternSet
+
+    if not isinstance(patterns, PatternSet):
+        raise PolicyError(f"no pattern set: {patterns!r}", hint="kvpass.patterns.DEFAULT.extended(cores=[MyCore()])")
+    return None if patterns == DEFAULT else patterns
 
 
 _FROM_OPTIONS: dict[str, Backend] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -12,6 +12,9 @@ from kvpass.plan import Plan, plan
 from kvpass.policy.spec import Policy
 from kvpass.site import SiteTable
 from kvpass.twin import twin
+
+if TYPE_CHECKING:
+    from kvpass.patterns import PatternSet
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,12 @@ class Explanation:
 
 
 def explain(
-    model: torch.nn.Module, *args: Any, policy: Any = None, budget: int | float | None = None, **kwargs: Any
+    model: torch.nn.Module,
+    *args: Any,
+    policy: Any = None,
+    budget: int | float | None = None,
+    patterns: PatternSet | None = None,
+    **kwargs: Any,
 ) -> Explanation:
     """Run one call of the model unchanged and tell for each attention site: matched, or declined with reason, node,
     source line and hint.
@@ -45,6 +53,7 @@ def explain(
         model: any nn.Module; not modified.
         args, kwargs: one call's inputs, for example the tokenizer's output.
         policy, budget: also show the plan.
+        patterns: recognisers; None for `kvpass.patterns.DEFAULT`.
 
     Raises:
         PolicyError: bad policy or budget.
@@ -56,7 +65,7 @@ def explain(
     tables: list[SiteTable] = []
 
     def look(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
-        tables.append(scan(gm, DEFAULT))
+        tables.append(scan(gm, patterns or DEFAULT))
         return gm.forward
 
     looked_at = twin(model)

@@ -2,34 +2,90 @@
 
 A core pattern has `name` and `match(node) -> Core | None`, an update pattern `name` and `match(node, flow) -> Update
 | None`.
-None means "not mine"; a `Miss` means "mine, but not supported", with the reason. Installed as `kvpass.patterns`.
+None means "not mine"; a `Miss` means "mine, but not supported", with the reason. Installed as `kvpass.patterns`, which
+has all that a pattern of one's own needs (docs/patterns.md).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from kvpass.patterns.cache_buffer import BufferUpdate
 from kvpass.patterns.cache_concat import ConcatUpdate
 from kvpass.patterns.cache_returned import ReturnedUpdate
 from kvpass.patterns.declined import BufferWrite, PartlyStored
 from kvpass.patterns.latent import LatentAttention
-from kvpass.patterns.sdpa import SdpaCore
+from kvpass.patterns.protocols import CorePattern, Expansion, RefusedPattern, UpdatePattern
+from kvpass.patterns.sdpa import SdpaCore, check_operands, mask_terms
 from kvpass.patterns.sdpa_aten import AtenSdpaCore
 from kvpass.patterns.sliding_window import SlidingWindow
 from kvpass.patterns.softmax import SoftmaxCore
 
+from kvpass.errors import Reason
+from kvpass.match.calls import argument, call_name, operand
+from kvpass.match.dataflow import Flow
+from kvpass.match.miss import Miss
+from kvpass.match.shapes import shape_of
+from kvpass.site import Axes, Core, Term, Update
+from kvpass.terms import CacheForm, MaskKind
+
+__all__ = [
+    "DEFAULT",
+    "Axes",
+    "CacheForm",
+    "Core",
+    "CorePattern",
+    "Expansion",
+    "Flow",
+    "MaskKind",
+    "Miss",
+    "PatternSet",
+    "Reason",
+    "RefusedPattern",
+    "Term",
+    "Update",
+    "UpdatePattern",
+    "argument",
+    "call_name",
+    "check_operands",
+    "mask_terms",
+    "operand",
+    "shape_of",
+]
+
 
 @dataclass(frozen=True)
 class PatternSet:
-    """Cores and updates are tried on every node; `refused`, then `returned`, only on values that a core reads."""
+    """Cores and updates are tried on every node; `refused`, then `returned`, only on values that a core reads;
+    `expanded` on every core. The first that takes a node has it.
+    """
 
-    cores: tuple[Any, ...]
-    updates: tuple[Any, ...]
-    returned: Any
-    refused: tuple[Any, ...] = ()
-    expanded: tuple[Any, ...] = ()
+    cores: tuple[CorePattern, ...]
+    updates: tuple[UpdatePattern, ...]
+    returned: UpdatePattern
+    refused: tuple[RefusedPattern, ...] = ()
+    expanded: tuple[Expansion, ...] = ()
+
+    def extended(
+        self,
+        cores: Iterable[CorePattern] = (),
+        updates: Iterable[UpdatePattern] = (),
+        refused: Iterable[RefusedPattern] = (),
+        expanded: Iterable[Expansion] = (),
+    ) -> PatternSet:
+        """A set with more patterns, tried before those that it has.
+
+        Two sets are equal if their patterns are. Make a pattern a frozen dataclass if it is made more than once:
+        models compiled with equal sets share their graphs.
+        """
+        return replace(
+            self,
+            cores=(*cores, *self.cores),
+            updates=(*updates, *self.updates),
+            refused=(*refused, *self.refused),
+            expanded=(*expanded, *self.expanded),
+        )
 
 
 DEFAULT = PatternSet(

@@ -39,7 +39,7 @@ ARROWS = {
     "debug": {"debug", "plan", "site", "lower", "match"} | WORDS,
     "reporting": {"runtime", "kernels.scores"} | WORDS,  # inspect() shows the scores that the rule gives
     "explaining": {"twin", "policy", "site", "scan", "plan", "patterns", "match"} | WORDS,
-    "compiled": {"compiler", "policy", "errors", "twin"},
+    "compiled": {"compiler", "policy", "errors", "twin", "patterns"},  # patterns: a type
     "twin": set(),
     "pure": {"ops", "kernels"},
     "standalone": {"lower", "pure", "ops", "match", "runtime.bind"} | WORDS,

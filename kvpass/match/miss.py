@@ -17,7 +17,9 @@ class Miss(Exception):
         reads: keys or values that the refused attention reads, if it was an attention.
     """
 
-    def __init__(self, reason: Reason, node: fx.Node, detail: str = "") -> None:
+    def __init__(
+        self, reason: Reason, node: fx.Node, detail: str = "", reads: tuple[fx.Node, ...] = ()
+    ) -> None:
         super().__init__(f"{reason.value} at {node.name}: {detail}")
         self.reason, self.node, self.detail = reason, node, detail
-        self.reads: tuple[fx.Node, ...] = ()
+        self.reads = reads
