@@ -111,7 +111,8 @@ class Emitter:
 
     def _side_by_side(self, new: fx.Node) -> fx.Node:
         """[B, H, S, D] -> [B, 1, S, H * D]"""
-        return self._call_method("unsqueeze", self._call_method("flatten", self._call_method("transpose", new, 1, 2), 2), 1)
+        tokens_first = self._call_method("transpose", new, 1, 2)
+        return self._call_method("unsqueeze", self._call_method("flatten", tokens_first, 2), 1)
 
     def _picked(self, heads: fx.Node, reader: Reader) -> fx.Node:
         """[B, Hq, S, heads, Dv] -> [B, Hq, S, blocks * Dv]: what each query head reads, block by block."""

@@ -82,7 +82,8 @@ class _Lowering:
         fake_mode = next(example(n).fake_mode for n in self.inputs if isinstance(example(n), torch.Tensor))
         with self.graph.inserting_after(self.last_input):
             node = self.graph.placeholder("kvpass_position")
-        node.meta = {"example_value": free_size(fake_mode.shape_env, "kvpass_position"), "kvpass": {"state": "position"}}
+        value = free_size(fake_mode.shape_env, "kvpass_position")
+        node.meta = {"example_value": value, "kvpass": {"state": "position"}}
         return node
 
     def site(self, planned: SitePlan) -> Binding:

@@ -43,7 +43,8 @@ def find_mixing(core: Core, updates: dict[fx.Node, Update], stop: Callable[[fx.N
     if len(halves) != 2 or any(u is None or u.form not in FORMS or u.axis != 2 for u, _ in halves):
         return None
     (key, key_nodes), (value, value_nodes) = halves
-    assert key is not None and value is not None
+    assert key is not None
+    assert value is not None
     keys = heads_read(key.node, key_nodes, core.k, core.axes.k)
     blocks = heads_read(value.node, value_nodes, core.v, core.axes.v)
     if keys is None or blocks is None or len(keys) != 1:

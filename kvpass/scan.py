@@ -9,18 +9,18 @@ from typing import Any
 from torch import fx
 
 from kvpass.errors import Reason
-from kvpass.match.attended import PARTS, attended_by
 from kvpass.match.aliases import changed
-from kvpass.match.calls import argument, call_name, is_metadata, module_path, operand, source_line
+from kvpass.match.attended import PARTS
+from kvpass.match.calls import argument, call_name, is_metadata, operand
 from kvpass.match.dataflow import Flow
 from kvpass.match.miss import Miss
-from kvpass.match.nearby import home_of, whole
-from kvpass.match.shapes import normal_dim, same, shape_of
+from kvpass.match.nearby import home_of
 from kvpass.match.views import chain_scale, is_front, read_layout, walk_up
 from kvpass.mixed_sites import Mixing, find_mixing, join_mixed
 from kvpass.site import Core, Decline, Half, Site, SiteTable, Update
 from kvpass.site_rules import buffer_readers, check_buffer, check_site, make_site
 from kvpass.terms import CacheForm
+from kvpass.unclaimed import changes_of, decline, site_name, unclaimed
 
 
 def scan(gm: fx.GraphModule, patterns: Any) -> SiteTable:
@@ -44,8 +44,8 @@ def scan(gm: fx.GraphModule, patterns: Any) -> SiteTable:
             if site is not None:
                 sites.append(site)
         except Miss as miss:
-            declined.append(_decline(core.node, miss))
-    declined += found.unclaimed(sites, declined)
+            declined.append(decline(core.node, miss))
+    declined += unclaimed(found, sites, declined)
     return SiteTable(tuple(sites), tuple(declined))
 
 
@@ -75,10 +75,10 @@ class _Found:
             try:
                 core = pattern.match(node)
             except Miss as miss:
-                caches = [base for base in self._operands(node, miss) if self._is_cache(base)]
+                caches = [base for base in self.operands(node, miss) if self._is_cache(base)]
                 if caches:
                     self.refused_cores.append(node)
-                    self.missed_cores.append(_decline(node, miss))
+                    self.missed_cores.append(decline(node, miss))
                     self.blamed.update(caches)
                 continue
             if core is not None:
@@ -107,7 +107,7 @@ class _Found:
                 self.missed_updates[node] = miss
             self.updates[node] = update
 
-    def _operands(self, core: fx.Node, miss: Miss | None = None) -> list[fx.Node]:
+    def operands(self, core: fx.Node, miss: Miss | None = None) -> list[fx.Node]:
         """What the keys and values of a refused core are views of."""
         found: Sequence[Any] = miss.reads if miss is not None else ()
         if not found and call_name(core) in PARTS:
@@ -161,7 +161,7 @@ class _Found:
         if chain_scale(chain_v) != 1.0:
             raise Miss(Reason.UNSUPPORTED_ATTENTION, chain_v[-1], "the cached values are scaled")
         self._check_inner(core)
-        name = _name(core.node) or f"site{layer}"
+        name = site_name(core.node) or f"site{layer}"
         site = make_site(name, replace(core, scale=core.scale * chain_scale(chain_k)), key, value, layer)
         check_site(site)
         return site
@@ -184,13 +184,13 @@ class _Found:
             self._check_inner(mixing.core)
             for update in (mixing.key, mixing.value):
                 self._check_unchanged(mixing.core, update)
-        name = _name(group[0].core.node) or f"site{layer}"
+        name = site_name(group[0].core.node) or f"site{layer}"
         return join_mixed(name, layer, group, self.flow)
 
     def _mismatch(self, core: Core, key: Update | None, value: Update | None) -> Miss:
         bases = [self._walk(node)[0] for node in (core.k, core.v)]
         caches = self.updates if key is None or value is None else ()
-        between = (self._changed(cache, bases) for cache in caches)
+        between = (changes_of(self.flow, cache, bases) for cache in caches)
         miss = next((miss for miss in between if miss is not None), None)
         if miss is None:
             return Miss(Reason.KEY_VALUE_MISMATCH, core.node, f"keys: {_form(key)}, values: {_form(value)}")
@@ -252,75 +252,6 @@ class _Found:
             if change is not None:
                 raise Miss(Reason.UNSUPPORTED_ATTENTION, change, f"{node.name} is changed inside the attention")
 
-    def unclaimed(self, sites: list[Site], declined: list[Decline]) -> list[Decline]:
-        """Cache updates that no site took and no core was blamed for: attention in a form nobody knows, or none at
-        all.
-        """
-        halves = [half.update for site in sites for half in (site.key, site.value)]
-        taken = {node for update in halves for node in (update.node, update.write)} | self.blamed
-        taken |= {node for core in self.cores for arg in (core.k, core.v) for node in whole(arg)}
-        named = {decline.site for decline in declined}
-        extra: dict[str, Decline] = {}
-        for node in sorted({*self.updates, *self.missed_updates}, key=self.flow.order.__getitem__):
-            if node in taken or _name(node) in named or len(shape_of(node)) < 3:
-                continue
-            miss = self._refused(node) if node in self.missed_updates else self._unattended(node)
-            known = extra.get(_name(node))
-            if miss is not None and (known is None or known.reason is Reason.NO_ATTENTION):
-                extra[_name(node)] = _decline(node, miss)
-        return list(extra.values())
-
-    def _refused(self, node: fx.Node) -> Miss | None:
-        """Why a `cat` is no update, if some attention has its length; else it is no cache either."""
-        axis = self.updates[node].axis if node in self.updates else argument(node, 1, "dim", 0)
-        axis = normal_dim(axis, len(shape_of(node)))
-        blocker = attended_by(self.flow, node, axis, node.all_input_nodes)
-        return self.missed_updates[node] if blocker is not None else None
-
-    def _unattended(self, node: fx.Node) -> Miss | None:
-        """Why nothing known attends over a returned `cat`; None if it is no cache: nothing in the graph attends over
-        its length, and no second one grows along with it.
-        """
-        if node not in self.updates:
-            return None
-        update = self.updates[node]
-        assert update.axis is not None
-        blocker = attended_by(self.flow, node, update.axis, [update.new])
-        if blocker is not None and any(self.flow.between(core, blocker) for core in self.refused_cores):
-            return None  # the values of an attention that was refused already
-        if blocker is not None:
-            what = f"{node.name} feeds {call_name(blocker)}, which is no known attention over it"
-            return self._changed(node, self._operands(blocker)) or Miss(Reason.UNSUPPORTED_ATTENTION, blocker, what)
-        if update.form is CacheForm.BUFFER:
-            return None  # a tensor that is written in part may be anything
-        length = shape_of(node)[update.axis]
-        twins = [
-            u for u in self.updates.values() if u.form is update.form and same(shape_of(u.node)[u.axis or 0], length)
-        ]
-        if len(twins) < 2:
-            return None
-        readers = self.flow.escapes([node], ())
-        if readers:
-            return Miss(Reason.UNSUPPORTED_ATTENTION, readers[0], f"{node.name} feeds {call_name(readers[0])}")
-        return Miss(Reason.NO_ATTENTION, node, "nothing in this graph attends over it")
-
-    def _changed(self, cache: fx.Node, bases: list[fx.Node]) -> Miss | None:
-        """What stands between a cache and the keys and values that an attention reads."""
-        for reason, base in zip((Reason.KEY_ESCAPES, Reason.VALUE_ESCAPES), bases, strict=False):
-            if base is not cache and self.flow.between(cache, base):
-                return Miss(reason, base, f"{call_name(base)} changes {cache.name} before the attention reads it")
-        return None
-
 
 def _form(update: Update | None) -> str:
     return update.form.value if update is not None else "not cached"
-
-
-def _name(node: fx.Node) -> str:
-    return module_path(node)
-
-
-def _decline(node: fx.Node, miss: Miss) -> Decline:
-    return Decline(
-        _name(node) or node.name, miss.reason, miss.node.name, source_line(miss.node) or source_line(node), miss.detail
-    )

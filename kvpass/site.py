@@ -43,7 +43,7 @@ class Axes:
 
 @dataclass(frozen=True)
 class UpProjection:
-    """Rows of a weight `[heads * width, rank]` that make one part of each head: `start` .. `start + size` of `width`."""
+    """Rows of a weight `[heads * width, rank]` that make one part of each head: `size` of `width`, from `start` on."""
 
     weight: fx.Node
     heads: int

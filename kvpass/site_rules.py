@@ -81,7 +81,8 @@ def check_buffer(flow: Flow, core: Core, update: Update, chain: tuple[fx.Node, .
     Raises:
         Miss: UNSUPPORTED_UPDATE if it reads before the write, MASK_UNKNOWN if nothing hides the rest of the buffer.
     """
-    assert update.write is not None and update.axis is not None
+    assert update.write is not None
+    assert update.axis is not None
     early = [node for node in (*chain, core.node) if flow.order[node] < flow.order[update.write]]
     if early:
         raise Miss(Reason.UNSUPPORTED_UPDATE, early[0], f"{early[0].name} reads the buffer before it is written")

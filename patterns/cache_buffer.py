@@ -45,7 +45,8 @@ class BufferUpdate:
             return None
         home, path = home_of(buffer)
         in_place = changes(node)
-        if in_place and home in flow.outputs or not in_place and node in flow.outputs or in_place and is_input(home):
+        kept = home in flow.outputs or is_input(home) if in_place else node in flow.outputs
+        if kept:
             base = buffer if in_place else node
             past = home if is_input(home) else None
             if past is None and call_name(home) not in ALLOCATIONS:

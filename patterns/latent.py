@@ -122,8 +122,8 @@ def _slice(node: fx.Node, seen: list[fx.Node]) -> tuple[fx.Node, int] | None:
         start = _start(node)
         return (source, start) if start is not None else None
     seen.append(source)
-    sizes, dim = argument(source, 1, "split_size_or_sections", argument(source, 1, "split_sizes")), source.kwargs.get("dim")
-    dim = argument(source, 2, "dim", 0) if dim is None else dim
+    sizes = argument(source, 1, "split_size_or_sections", argument(source, 1, "split_sizes"))
+    dim = argument(source, 2, "dim", 0)
     whole = operand(source)
     if normal_dim(dim, len(shape_of(whole))) != 3 or not isinstance(node.args[1], int):
         return None

@@ -24,11 +24,12 @@ ARROWS = {
     "policy": {"policy", "kernels.rule"} | WORDS,  # a policy ends as a Rule: data, no tensors
     "patterns": {"patterns", "match", "site"} | WORDS,
     "site": {"match"} | WORDS,
-    "scan": {"match", "site", "site_rules", "mixed_sites"} | WORDS,
+    "scan": {"match", "site", "site_rules", "mixed_sites", "unclaimed"} | WORDS,
+    "unclaimed": {"match", "site"} | WORDS,
     "mixed_sites": {"match", "site", "site_rules"} | WORDS,
     "site_rules": {"match", "site"} | WORDS,
     "ops": {"terms", "kernels"},
-    "runtime": {"runtime", "ops", "kernels.rule"} | WORDS,
+    "runtime": {"runtime", "ops", "kernels.rule", "kernels.errors"} | WORDS,
     "plan": {"policy", "site", "kernels.rule"} | WORDS,
     "emit": {"plan", "site", "ops", "match"} | WORDS,
     "lower": {"emit", "plan", "site", "match", "runtime.bind"} | WORDS,
@@ -43,7 +44,8 @@ ARROWS = {
     "twin": set(),
     "pure": {"ops", "kernels"},
     "standalone": {"lower", "pure", "ops", "match", "runtime.bind"} | WORDS,
-    "mlir": {"rewriting", "pure"} | WORDS,
+    "exported": {"standalone", "match"} | WORDS,
+    "mlir": {"rewriting", "exported", "pure"} | WORDS,
 }
 ROOTS = {"compiler", "rewriting"}  # composes all the others
 ENVIRONMENT_READERS = {"kvpass/debug", "kernels/choose.py", "kernels/triton_launch.py"}

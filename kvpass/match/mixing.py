@@ -16,7 +16,7 @@ from kvpass.match.calls import call_name, example, operand
 from kvpass.match.shapes import shape_of
 from kvpass.match.views import is_view
 
-_MOVES = frozenset({"getitem", "chunk", "split", "split_with_sizes", "cat", "stack", "narrow", "select", "unbind", "slice"})
+_MOVES = frozenset({"getitem", "chunk", "split", "split_with_sizes", "cat", "stack", "narrow", "select", "unbind"})
 LIMIT = 60
 ANY = 3
 """Value of every symbol in sizes while the nodes are run."""
@@ -63,7 +63,9 @@ def heads_read(base: fx.Node, nodes: list[fx.Node], result: fx.Node, roles: str)
     row = torch.arange(batch * tokens).view(batch, 1, tokens, 1).expand(sizes)
     entry = torch.arange(heads * dim).view(1, heads, 1, dim).expand(sizes)
     rows, entries = (_run(nodes, base, result, ids).permute(order) for ids in (row, entry))
-    if rows.shape[:1] + rows.shape[2:3] != (batch, tokens) or not torch.equal(rows, row[:, :1, :, :1].expand(rows.shape)):
+    if (rows.shape[0], rows.shape[2]) != (batch, tokens):
+        return None
+    if not torch.equal(rows, row[:, :1, :, :1].expand(rows.shape)):
         return None
     read = entries[0, :, 0]
     if not torch.equal(entries, read[None, :, None].expand(entries.shape)) or read.shape[1] % dim:
@@ -99,4 +101,4 @@ def _concrete(size: Any) -> Any:
     if not isinstance(size, torch.SymInt):
         return size
     expr = size.node.expr
-    return int(expr.subs({symbol: ANY for symbol in expr.free_symbols}))
+    return int(expr.subs(dict.fromkeys(expr.free_symbols, ANY)))

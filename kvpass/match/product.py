@@ -90,7 +90,7 @@ def _einsum_logits(node: fx.Node) -> Product | None:
     parts = _einsum(node)
     if parts is None:
         return None
-    q, k, out, left, right = parts
+    q, k, out = parts[:3]
     shared = [x for x in out if x in q and x in k]
     queries = [x for x in out if x in q and x not in k]
     keys = [x for x in out if x in k and x not in q]
@@ -107,7 +107,7 @@ def _einsum_values(node: fx.Node, space: str) -> Product | None:
     parts = _einsum(node)
     if parts is None or len(parts[0]) != len(space):
         return None
-    p, v, out, left, right = parts
+    p, v, out = parts[:3]
     names = dict(zip(p, space, strict=True))
     fresh = [x for x in v if x not in names]
     key = p[space.index("T")]

@@ -8,10 +8,10 @@ from torch import fx
 
 from kvpass.match.calls import PROJECTIONS, argument, call_name, example
 from kvpass.match.shapes import shape_of
+from kvpass.match.views import walk_up
 
 LIMIT = 300
 """Nodes looked at above one projection."""
-from kvpass.match.views import walk_up
 
 
 def foreign(q: fx.Node, k: fx.Node) -> bool:
