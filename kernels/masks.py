@@ -6,6 +6,7 @@ A mask is bool (True = attend) or additive float, 4-d, broadcastable to [B, Hq, 
 from __future__ import annotations
 
 import torch
+from kvpass.kernels.errors import MaskError
 from torch import Tensor
 
 
@@ -113,13 +114,17 @@ def _is(part: Tensor, value: int) -> bool:
 def written(mask: Tensor, end: int) -> Tensor:
     """The part of a mask that covers the written part of a buffer: `mask[..., :end]`, a copy.
 
-    Raises ValueError if the mask shows a query what is beyond: the attention would read what nobody wrote. On a GPU the
+    Raises MaskError if the mask shows a query what is beyond: the attention would read what nobody wrote. On a GPU the
     check is an assertion of the device.
     """
     beyond = ~visible(mask[..., end:]).any()
     if mask.device.type == "cpu":
         if not bool(beyond):
-            raise ValueError(f"the mask shows keys of a preallocated cache beyond the {end} tokens that are written")
+            raise MaskError(
+                f"the mask shows keys of a preallocated cache beyond the {end} tokens that are written",
+                "write each token behind the one before it and show queries only what is written; "
+                "rings, pages and other orders are not supported",
+            )
     else:
         torch._assert_async(beyond, "the mask shows keys of a preallocated cache beyond what is written")
     return mask[..., :end].clone()

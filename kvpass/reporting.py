@@ -12,35 +12,51 @@ from kvpass.errors import CacheError
 from kvpass.runtime.shell import attached, find
 from kvpass.runtime.store import SlotStore
 
+DEEPEST = 8
+"""Steps from a cache to its tensors: attributes, entries."""
+
+NO_CACHES = {*vars(torch.nn.Module()), "kvpass"}
+"""Attributes of a module that hold weights, hooks, and the records of compiled graphs."""
+
 
 def stores(cache: Any) -> list[SlotStore]:
     """Every store that rides in a cache object: HF caches, nested tuples, lists and dicts, or modules with cache
     attributes.
     """
     found: dict[int, SlotStore] = {}
-    for tensor in _tensors(cache, set()):
-        standing = attached(tensor).values() if find(tensor) is not None else ()
-        for store in (find(tensor), *standing):
+    for tensor in _tensors(cache):
+        for store in (find(tensor), *attached(tensor)):
             if store is not None:
                 found.setdefault(id(store), store)
     return sorted(found.values(), key=lambda s: s.layer)
 
 
-def _tensors(value: Any, seen: set[int], depth: int = 0) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-        return
-    if id(value) in seen or depth > 8 or isinstance(value, (str, bytes, int, float, type, type(None))):
-        return
-    seen.add(id(value))
+def _tensors(cache: Any) -> Iterator[torch.Tensor]:
+    """Tensors in an object, nearest first; modules in modules are one step, however deep they lie."""
+    seen: set[int] = set()
+    level, depth = [cache], 0
+    while level and depth <= DEEPEST:
+        parts: list[Any] = []
+        for value in level:
+            if id(value) in seen or isinstance(value, (str, bytes, int, float, type, type(None))):
+                continue
+            seen.add(id(value))
+            if isinstance(value, torch.Tensor):
+                yield value
+            else:
+                parts += _parts(value)
+        level, depth = parts, depth + 1
+
+
+def _parts(value: Any) -> list[Any]:
     if isinstance(value, dict):
-        parts: Any = list(value.values())
-    elif isinstance(value, (list, tuple, set)):
-        parts = list(value)
-    else:
-        parts = list(getattr(value, "__dict__", {}).values())
-    for part in parts:
-        yield from _tensors(part, seen, depth + 1)
+        return list(value.values())
+    if isinstance(value, (list, tuple, set)):
+        return list(value)
+    if isinstance(value, torch.nn.Module):
+        own = [part for module in value.modules() for name, part in vars(module).items() if name not in NO_CACHES]
+        return [*value.buffers(), *own]
+    return list(getattr(value, "__dict__", {}).values())
 
 
 @dataclass(frozen=True)
@@ -50,7 +66,9 @@ class Report:
     data: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Keys: policy, budget, tokens, bytes and dense_bytes (of K and V), overhead_bytes, sites, declined."""
+        """Keys: policy, budget, tokens, bytes and dense_bytes (of K and V), overhead_bytes, sites, declined, and
+        caller_bytes: of full-length buffers that the caller allocated, and that only the caller can free.
+        """
         return self.data
 
     def __str__(self) -> str:
@@ -59,7 +77,10 @@ class Report:
         held = f"{_size(d['bytes'])} of {_size(d['dense_bytes'])} dense KV ({share:.1%})"
         extra = f"plus {_size(d['overhead_bytes'])} of positions and statistics, after {d['tokens']} tokens"
         head = f"  {'layer':>5} {'site':40} {'slots':>7} {'live':>11} {'KV':>10} {'dense':>10}"
-        lines = [f"policy {d['policy']}, budget {d['budget']}: {held}, {extra}", head]
+        lines = [f"policy {d['policy']}, budget {d['budget']}: {held}, {extra}"]
+        if d["caller_bytes"]:
+            lines.append(f"  {_size(d['caller_bytes'])} more in full-length buffers that only the caller can free")
+        lines.append(head)
         lines += [_row_text(s) for s in d["sites"]]
         for x in d["declined"]:
             lines.append(f"  dense {x['site']}: {x['reason']} at {x['node']} ({x['source']}); {x['hint']}")
@@ -87,10 +108,21 @@ def report(cache: Any) -> Report:
             "budget": origin.budget,
             "tokens": tokens,
             **total,
+            "caller_bytes": _caller_bytes(cache),
             "sites": sites,
             "declined": declined,
         }
     )
+
+
+def _caller_bytes(cache: Any) -> int:
+    """Bytes of buffers that stand for stores. A shell stands for one too, over a storage of one element."""
+    sizes = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in _tensors(cache)
+        if attached(t) and t.untyped_storage().nbytes() > t.element_size()
+    }
+    return sum(sizes.values())
 
 
 def _some(cache: Any) -> list[SlotStore]:

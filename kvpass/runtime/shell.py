@@ -85,7 +85,7 @@ def unwrap(past: tuple[torch.Tensor, torch.Tensor], layouts: tuple[Layout, Layou
     Raises:
         ForeignCacheError: real keys that kvpass did not make.
         ShellDataError: data copied out of a shell.
-        StaleCacheError: the cache was cropped, advanced by another branch, or changed; or sequences were picked from it.
+        StaleCacheError: the cache was cropped, advanced by another branch or changed; or sequences were picked from it.
     """
     key, store = past[0], find(past[0])
     if store is None or find(past[1]) is not store:
