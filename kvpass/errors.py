@@ -93,8 +93,8 @@ class Reason(StrEnum):
 HINTS = {
     Reason.UNSUPPORTED_ATTENTION: "attention must be F.scaled_dot_product_attention, or softmax(q k^T * scale + mask) "
     "between two products (docs/patterns.md lists the spellings)",
-    Reason.UNSUPPORTED_UPDATE: "the cache must grow by torch.cat([past, new], dim); for transformers use the default "
-    "DynamicCache (no cache_implementation)",
+    Reason.UNSUPPORTED_UPDATE: "the cache must grow by torch.cat([past, new], dim), or be a buffer that each call's "
+    "tokens are written into (docs/patterns.md lists the spellings)",
     Reason.NO_ATTENTION: "the cache is updated here but read in another graph; look for a graph break between the two",
     Reason.KEY_ESCAPES: "only the attention and the returned cache may read the cached keys",
     Reason.VALUE_ESCAPES: "only the attention and the returned cache may read the cached values",
@@ -110,7 +110,7 @@ HINTS = {
     Reason.CAUSAL_WITH_PAST: "is_causal=True with one query and a past hides all but the first key in torch; "
     "pass no mask instead",
     Reason.CROSS_ATTENTION: "keys and values come from another sequence; cross-attention caches stay dense",
-    Reason.SHARED_CACHE: "several attentions read one cache",
+    Reason.SHARED_CACHE: "attentions over one cache must have the same queries, keys, scale and mask",
     Reason.KEY_VALUE_MISMATCH: "keys and values must be cached in the same way",
     Reason.DTYPE: "keys, values and queries must share float32, bfloat16 or float16",
 }
