@@ -38,10 +38,12 @@ def unclaimed(found: Any, sites: list[Site], declined: list[Decline]) -> list[De
 
 def _refused(found: Any, node: fx.Node) -> Miss | None:
     """Why a `cat` is no update, if some attention has its length; else it is no cache either."""
-    axis = found.updates[node].axis if node in found.updates else argument(node, 1, "dim", 0)
-    axis = normal_dim(axis, len(shape_of(node)))
-    blocker = attended_by(found.flow, node, axis, node.all_input_nodes)
-    return found.missed_updates[node] if blocker is not None else None
+    miss = found.missed_updates[node]
+    axis = found.updates[node].axis if node in found.updates else miss.axis
+    if axis is None:
+        axis = normal_dim(argument(node, 1, "dim", 0), len(shape_of(node)))
+    blocker = attended_by(found.flow, node, axis, [*node.all_input_nodes, *miss.reads])
+    return miss if blocker is not None else None
 
 
 def _unattended(found: Any, node: fx.Node) -> Miss | None:

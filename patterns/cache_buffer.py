@@ -62,7 +62,10 @@ def _is_new_tokens(buffer: Any, axis: int, new: Any) -> bool:
     if not all(same(shape_of(buffer)[at], shape_of(new)[at]) for at in others):
         return False
     if example(buffer).dtype != example(new).dtype or not example(buffer).is_floating_point():
-        raise Miss(Reason.DTYPE, buffer, f"{example(new).dtype} is written into a buffer of {example(buffer).dtype}")
+        what = f"{example(new).dtype} is written into a buffer of {example(buffer).dtype}"
+        miss = Miss(Reason.DTYPE, buffer, what, (new,))
+        miss.axis = axis
+        raise miss
     return True
 
 

@@ -14,7 +14,8 @@ class Miss(Exception):
         reason: stable code.
         node: the blocking node.
         detail: one phrase for people.
-        reads: keys or values that the refused attention reads, if it was an attention.
+        reads: keys or values that the refused attention reads; new tokens of a refused update.
+        axis: along which a refused update writes them.
     """
 
     def __init__(
@@ -23,3 +24,4 @@ class Miss(Exception):
         super().__init__(f"{reason.value} at {node.name}: {detail}")
         self.reason, self.node, self.detail = reason, node, detail
         self.reads = reads
+        self.axis: int | None = None
