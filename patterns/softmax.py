@@ -1,22 +1,22 @@
 """Core: attention written out: product of queries and keys, softmax over the keys, product with the values.
 
 Between product and softmax, in any order: scale, masks (added, `where`, `masked_fill`), softcap, casts, sink logits;
-between softmax and the values: casts, dropout at 0, the sinks' column cut off, views. Products may be matmul, bmm,
-baddbmm or einsum. Refuses: dropout in training, probabilities that anything else reads, logits changed by something
-that is not in the list.
+between softmax and the values: casts, dropout at 0, the sinks' column cut off, views; behind the values: a gate that
+stands for sinks (`patterns/sinks.py`). Products may be matmul, bmm, baddbmm or einsum. Refuses: dropout in training,
+probabilities that anything else reads, logits changed by something that is not in the list.
 """
 
 from __future__ import annotations
 
+from kvpass.patterns.logits import SAME, Logits, first_product, is_cast_of_numbers, leads, read_logits
+from kvpass.patterns.sinks import gated, sink_logits
 from torch import fx
 
 from kvpass.errors import Reason
 from kvpass.match.calls import argument, call_name, is_metadata, operand
 from kvpass.match.miss import Miss
 from kvpass.match.product import SPACES, Product, values_product
-from kvpass.match.shapes import is_one, normal_dim, same, shape_of
-from kvpass.match.views import chain_scale, forward, walk_up
-from kvpass.patterns.logits import SAME, Logits, first_product, is_cast_of_numbers, leads, read_logits
+from kvpass.match.shapes import normal_dim, same, shape_of
 from kvpass.site import Axes, Core
 
 
@@ -47,7 +47,7 @@ class SoftmaxCore:
         if above.softcap < 0:
             raise Miss(Reason.UNSUPPORTED_ATTENTION, node, f"a softcap of {above.softcap}")
         (q_axes, k_axes, _), (_, v_axes, out_axes) = logits.axes, values.axes
-        return Core(
+        core = Core(
             node=values.node,
             q=logits.left,
             k=logits.right,
@@ -58,9 +58,10 @@ class SoftmaxCore:
             pattern=self.name,
             axes=Axes(q_axes, k_axes, v_axes, out_axes),
             softcap=above.softcap,
-            sinks=_sink_logits(above.sinks) if above.sinks is not None else None,
-            inner=tuple(reversed(above.nodes)) + (node, *below),
+            sinks=sink_logits(above.sinks) if above.sinks is not None else None,
+            inner=(*reversed(above.nodes), node, *below),
         )
+        return gated(core, node)
 
 
 def _over_keys(node: fx.Node) -> bool:
@@ -138,18 +139,3 @@ def _cuts_last(node: fx.Node) -> bool:
         return False
     before, after = shape_of(operand(node)), shape_of(node)
     return len(before) == len(after) and same(before[-1], after[-1] + 1)
-
-
-def _sink_logits(node: fx.Node) -> fx.Node:
-    """The vector of one logit for each query head that a column of sinks repeats.
-
-    Raises:
-        Miss: the column differs between sequences or queries.
-    """
-    current, chain = walk_up(node, lambda n: len([size for size in shape_of(n) if not is_one(size)]) == 1)
-    wide = [at for at, size in enumerate(shape_of(current)) if not is_one(size)]
-    axes = forward([("H",) if at in wide else () for at in range(len(shape_of(current)))], current, chain)
-    one = axes is not None and len(axes) == 4 and axes[1] == ("H",) and axes[3] == () and chain_scale(chain) == 1.0
-    if len(wide) != 1 or not one or any("H" in axes[at] for at in (0, 2)):  # type: ignore[index]
-        raise Miss(Reason.UNSUPPORTED_ATTENTION, node, "the sinks are not one number for each query head")
-    return current
