@@ -120,5 +120,5 @@ def _heads_first(out: Tensor, site: Site) -> Tensor:
     axes = site.core.axes.out
     out = out.permute([axes.index(letter) for letter in "NBHGSD" if letter in axes])
     if "N" in axes:
-        return out.unflatten(0, (-1, int(site.dims["Hq"])))
+        out = out.unflatten(0, (-1, int(site.dims["Hq"])))
     return out.flatten(1, 2) if "G" in axes else out

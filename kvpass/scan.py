@@ -78,7 +78,7 @@ class _Found:
                 caches = [base for base in self.operands(node, miss) if self._is_cache(base)]
                 if caches:
                     self.refused_cores.append(node)
-                    self.missed_cores.append(decline(node, miss))
+                    self.missed_cores.append(decline(node, miss.by(pattern.name)))
                     self.blamed.update(caches)
                 continue
             if core is not None:
@@ -90,7 +90,7 @@ class _Found:
             try:
                 update = pattern.match(node, self.flow)
             except Miss as miss:
-                self.missed_updates[node] = self.missed_updates[miss.node] = miss
+                self.missed_updates[node] = self.missed_updates[miss.node] = miss.by(pattern.name)
                 return
             if update is not None:
                 self._take(update)
@@ -203,7 +203,10 @@ class _Found:
         if base in self.updates:
             return self.updates[base]
         for pattern in self.patterns.refused:
-            pattern.match(base, self.flow)
+            try:
+                pattern.match(base, self.flow)
+            except Miss as miss:
+                raise miss.by(pattern.name) from None
         returned: Update | None = self.patterns.returned.match(base, self.flow)
         return returned
 

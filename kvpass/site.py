@@ -217,27 +217,38 @@ class Site:
 
 @dataclass(frozen=True)
 class Decline:
-    """A site that stays dense, and why."""
+    """A site that stays dense, and why.
+
+    Attributes:
+        pattern: name of the pattern that refused; "" if a rule of sites did, or no pattern took the attention.
+        near: for an attention that no pattern took, how far each core pattern got.
+    """
 
     site: str
     reason: Reason
     node: str
     source: str
     detail: str
+    pattern: str = ""
+    near: tuple[str, ...] = ()
 
-    def to_dict(self) -> dict[str, str]:
+    def to_dict(self) -> dict[str, Any]:
         return {
             "site": self.site,
             "reason": self.reason.value,
             "node": self.node,
             "source": self.source,
             "detail": self.detail,
+            "pattern": self.pattern,
+            "near": list(self.near),
             "hint": self.reason.hint,
         }
 
     def __str__(self) -> str:
         what = f"{self.site}: {self.reason.value} at {self.node}: {self.detail}"
-        return f"{what}\n    {self.source}\n    hint: {self.reason.hint}"
+        by = f"\n    refused by pattern {self.pattern}" if self.pattern else ""
+        near = "".join(f"\n    near miss: {line}" for line in self.near)
+        return f"{what}\n    {self.source}{by}{near}\n    hint: {self.reason.hint}"
 
 
 @dataclass(frozen=True)

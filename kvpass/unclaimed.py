@@ -13,6 +13,7 @@ from kvpass.match.dataflow import Flow
 from kvpass.match.miss import Miss
 from kvpass.match.nearby import whole
 from kvpass.match.shapes import normal_dim, same, shape_of
+from kvpass.near import near_misses
 from kvpass.site import Decline, Site
 from kvpass.terms import CacheForm
 
@@ -32,7 +33,8 @@ def unclaimed(found: Any, sites: list[Site], declined: list[Decline]) -> list[De
         miss = _refused(found, node) if node in found.missed_updates else _unattended(found, node)
         known = extra.get(site_name(node))
         if miss is not None and (known is None or known.reason is Reason.NO_ATTENTION):
-            extra[site_name(node)] = decline(node, miss)
+            near = () if miss.pattern else near_misses(found.patterns.cores, node)
+            extra[site_name(node)] = decline(node, miss, near)
     return list(extra.values())
 
 
@@ -88,7 +90,7 @@ def site_name(node: fx.Node) -> str:
     return module_path(node)
 
 
-def decline(node: fx.Node, miss: Miss) -> Decline:
+def decline(node: fx.Node, miss: Miss, near: tuple[str, ...] = ()) -> Decline:
     """A refused core or cache for people."""
     name, source = site_name(node) or node.name, source_line(miss.node) or source_line(node)
-    return Decline(name, miss.reason, miss.node.name, source, miss.detail)
+    return Decline(name, miss.reason, miss.node.name, source, miss.detail, miss.pattern, near)

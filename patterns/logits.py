@@ -197,7 +197,7 @@ def _where(found: Logits, node: fx.Node) -> fx.Node:
     through, fill = (yes, no) if leads(yes) else (no, yes)
     _check_fill(found, fill, node)
     _take_term(found, condition, MaskKind.KEEP if through is yes else MaskKind.HIDE, node)
-    return through  # type: ignore[return-value]
+    return through  # type: ignore[no-any-return]
 
 
 def _masked_fill(found: Logits, node: fx.Node) -> fx.Node:
@@ -223,7 +223,7 @@ def _bounded(found: Logits, node: fx.Node) -> fx.Node:
     low = next((number(side) for side in sides if number(side) is not None), None)
     if low is None or low * found.factor > HIDDEN:
         raise _unknown(node, "the logits are clamped")
-    return next(side for side in sides if leads(side))  # type: ignore[return-value]
+    return next(side for side in sides if leads(side))  # type: ignore[no-any-return]
 
 
 def _tanh(found: Logits, node: fx.Node) -> fx.Node:

@@ -24,6 +24,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 class SdpaCore:
     name = "sdpa"
+    anchors = frozenset({"sdpa"})
 
     def match(self, node: fx.Node) -> Core | None:
         """The core at an SDPA call, in normal form.

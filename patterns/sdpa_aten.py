@@ -22,6 +22,7 @@ from kvpass.site import Core
 
 class AtenSdpaCore:
     name = "sdpa_aten"
+    anchors = frozenset({"sdpa_aten"})
 
     def match(self, node: fx.Node) -> Core | None:
         """The core at the first part of such an op's result, in normal form.

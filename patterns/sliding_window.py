@@ -39,7 +39,7 @@ def _keeps_the_end(node: fx.Node, axis: int) -> bool:
         return dim == axis and _negative(argument(node, 2, "start"))
     if call_name(node) != "getitem":
         return False
-    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    index: Any = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
     if Ellipsis in index:
         index = (slice(None),) * (len(shape_of(operand(node))) - len(index) + 1) + index[index.index(Ellipsis) + 1 :]
     cut = [at for at, item in enumerate(index) if item != slice(None, None, None)]

@@ -9,6 +9,7 @@ probabilities that anything else reads, logits changed by something that is not 
 from __future__ import annotations
 
 from kvpass.patterns.logits import SAME, Logits, first_product, is_cast_of_numbers, leads, read_logits
+from kvpass.patterns.near import why_no_core
 from kvpass.patterns.sinks import gated, sink_logits
 from torch import fx
 
@@ -22,6 +23,8 @@ from kvpass.site import Axes, Core
 
 class SoftmaxCore:
     name = "softmax"
+    anchors = frozenset({"softmax"})
+    why_not = staticmethod(why_no_core)
 
     def match(self, node: fx.Node) -> Core | None:
         """The core around a softmax, in normal form.

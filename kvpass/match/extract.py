@@ -40,7 +40,8 @@ def ancestors(node: fx.Node) -> list[fx.Node]:
 
 def function_of(gm: fx.GraphModule, node: fx.Node) -> Callable[[Sequence[Any]], Any]:
     """A function from the inputs of a graph to the value of one of its nodes, run eagerly."""
-    graph, copy = fx.Graph(), {}
+    graph = fx.Graph()
+    copy: dict[fx.Node, fx.Node] = {}
     places: list[int] = []
     inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
     for current in ancestors(node):

@@ -16,6 +16,7 @@ class Miss(Exception):
         detail: one phrase for people.
         reads: keys or values that the refused attention reads; new tokens of a refused update.
         axis: along which a refused update writes them.
+        pattern: name of the pattern that refused; "" for a rule of sites.
     """
 
     def __init__(
@@ -25,3 +26,9 @@ class Miss(Exception):
         self.reason, self.node, self.detail = reason, node, detail
         self.reads = reads
         self.axis: int | None = None
+        self.pattern = ""
+
+    def by(self, pattern: str) -> Miss:
+        """The same, signed by the pattern that refused."""
+        self.pattern = self.pattern or pattern
+        return self

@@ -51,7 +51,7 @@ def _matmul(node: Any, letters: str) -> Product | None:
     rank = len(shape_of(node)) if isinstance(node, fx.Node) else 0
     if name not in ("matmul", "bmm", "baddbmm") or rank not in SPACES:
         return None
-    row, inner, col = letters
+    row, inner, col = list(letters)
     batch = SPACES[rank].removesuffix("ST")
     axes = (batch + row + inner, batch + inner + col, batch + row + col)
     if name == "baddbmm":

@@ -163,7 +163,7 @@ def written_at(bindings: Sequence[Binding], args: Sequence[Any]) -> list[int]:
     Raises:
         StaleCacheError: the tokens are not written one after the other, or layers disagree where.
     """
-    starts = [b.start(args) if b.start is not None else 0 for b in bindings]
+    starts: list[Any] = [b.start(args) if b.start is not None else 0 for b in bindings]
     tensors = [at for at, value in enumerate(starts) if isinstance(value, torch.Tensor)]
     if tensors:
         read = torch.stack([_first_and_gap(starts[at]) for at in tensors]).tolist()

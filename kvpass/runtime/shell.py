@@ -62,7 +62,7 @@ def of_buffer(
         ForeignCacheError: the buffers hold tokens that kvpass did not see.
         StaleCacheError: the write does not continue what the store has seen, or somebody else wrote in between.
     """
-    found = [getattr(t, _STANDING, {}).get(path) for t, path in zip(buffers, paths, strict=True)]
+    found: list[Any] = [getattr(t, _STANDING, {}).get(path) for t, path in zip(buffers, paths, strict=True)]
     for buffer, standing in zip(buffers, found, strict=True):
         if standing is None or standing[0] is not found[0][0]:
             raise _foreign(buffer, where)
