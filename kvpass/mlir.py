@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.export import ExportedProgram
 
 from kvpass.errors import KVPassError
-from kvpass.pure import decode_step, decompositions
-from kvpass.rewriting import Rewritten, any_size
+from kvpass.rewriting import Rewritten
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
 
 DIALECTS = {"torch": "torch", "linalg": "linalg-on-tensors"}
 OPS = ("inline", "custom")
@@ -39,11 +41,12 @@ def export_mlir(
     if dialect not in DIALECTS or ops not in OPS:
         raise ValueError(f"dialect is one of {', '.join(DIALECTS)}, ops one of {', '.join(OPS)}: {dialect!r}, {ops!r}")
     fx = _torch_mlir()
+    refused = import_module("torch_mlir.compiler_utils").TorchMlirCompilerError
     step = program.program if isinstance(program, Rewritten) else program
     convert = _inline if ops == "inline" else _custom
     try:
         text = str(convert(fx, step, dialect))
-    except (fx.TorchMlirCompilerError, NotImplementedError) as error:
+    except (refused, NotImplementedError) as error:
         raise KVPassError(
             f"torch-mlir cannot lower the program: {str(error).strip().splitlines()[0]}",
             where=f"dialect {dialect}, ops {ops}",
@@ -54,20 +57,18 @@ def export_mlir(
 
 
 def _torch_mlir() -> Any:
-    """torch_mlir.fx, with the error class beside it."""
     try:
-        import torch_mlir.compiler_utils
-        import torch_mlir.fx
+        return import_module("torch_mlir.fx")
     except ImportError as error:
         raise KVPassError(
             "torch-mlir is not installed",
             hint="pip install --no-deps torch-mlir (its dependencies may replace torch)",
         ) from error
-    torch_mlir.fx.TorchMlirCompilerError = torch_mlir.compiler_utils.TorchMlirCompilerError
-    return torch_mlir.fx
 
 
 def _inline(fx: Any, program: ExportedProgram, dialect: str) -> Any:
+    from kvpass.pure import decompositions
+
     return fx.export_and_import(
         _decomposed(fx, program, decompositions()), output_type=DIALECTS[dialect], decomposition_table={}
     )
@@ -87,8 +88,10 @@ def _custom(fx: Any, program: ExportedProgram, dialect: str) -> Any:
 
 def _decomposed(fx: Any, program: ExportedProgram, ours: dict[Any, Any]) -> ExportedProgram:
     """In ops that torch-mlir knows. It knows no strides that depend on a size: an empty tensor needs none."""
+    from kvpass.exported import any_size
+
     with any_size():
-        result = program.run_decompositions({**fx.get_decomposition_table(), **ours})
+        result: ExportedProgram = program.run_decompositions({**fx.get_decomposition_table(), **ours})
     graph = result.graph
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.empty_strided.default):
         with graph.inserting_before(node):
@@ -102,21 +105,17 @@ def _decomposed(fx: Any, program: ExportedProgram, ours: dict[Any, Any]) -> Expo
 
 def _run(module: Any, pipeline: str, without: str = "") -> None:
     """Run a pipeline in place, spelled out and without the named pass."""
-    from torch_mlir.compiler_utils import run_pipeline_with_repro_report
-    from torch_mlir.passmanager import PassManager
-
     with module.context:
-        passes = str(PassManager.parse(pipeline))
+        passes = str(import_module("torch_mlir.passmanager").PassManager.parse(pipeline))
     if without:
         passes = re.sub(rf",{without}(\{{[^}}]*\}})?", "", passes)
-    run_pipeline_with_repro_report(module, passes, "Lowering a program with kvpass ops")
+    run = import_module("torch_mlir.compiler_utils").run_pipeline_with_repro_report
+    run(module, passes, "Lowering a program with kvpass ops")
 
 
 def _as_calls(module: Any) -> None:
     """Each kvpass operator as a call of a private function of its tensors and numbers that change."""
-    from torch_mlir import ir
-    from torch_mlir.dialects import func
-
+    ir, func = import_module("torch_mlir.ir"), import_module("torch_mlir.dialects.func")
     with module.context, ir.Location.unknown():
         for number, op in enumerate(_operators(ir, module)):
             changing, fixed = _operands(op)
@@ -148,6 +147,8 @@ def _operators(ir: Any, module: Any) -> list[Any]:
 
 def _operands(op: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Operands of an operator by name: those that change from call to call, and the constants' attributes."""
+    from kvpass.pure import decode_step
+
     names = [argument.name for argument in decode_step._schema.arguments]
     changing, fixed = {}, {}
     for name, operand in zip(names, op.operands, strict=True):

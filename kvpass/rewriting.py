@@ -5,28 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
-from torch.export import Dim, ExportedProgram
 
 from kvpass.errors import DeclinedError
-from kvpass.lower import STATE, lower
-from kvpass.match.calls import example
-from kvpass.match.dataflow import flat_outputs
 from kvpass.plan import Plan, plan
 from kvpass.policy.spec import Policy
-from kvpass.runtime.bind import Binding
-from kvpass.runtime.store import SlotStore, with_room
-from kvpass.scan import scan
 from kvpass.site import SiteTable
-from kvpass.standalone import TOKENS, prepared, pure
 from kvpass.terms import CacheForm, Phase
-from kvpass.verify import verify
 
-HINTS = {"capacity": 12, "tokens": 7}
-"""Sizes that `program` is traced with; no result depends on them."""
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+    from kvpass.runtime.bind import Binding
 
 
 @dataclass(frozen=True)
@@ -52,7 +45,9 @@ class Rewritten:
     @cached_property
     def program(self) -> ExportedProgram:
         """The step as an ExportedProgram; `tokens` and the number of slots may change from call to call."""
-        return _exported(self.graph_module)
+        from kvpass.exported import exported
+
+        return exported(self.graph_module)
 
     def empty_state(self, tokens: int = 1, batch: int | None = None) -> list[torch.Tensor]:
         """The state before the first token, with room for `tokens` tokens: five tensors for each site, in order.
@@ -62,6 +57,8 @@ class Rewritten:
         Raises:
             ValueError: the batch is dynamic and none is given.
         """
+        from kvpass.runtime.store import SlotStore
+
         state: list[torch.Tensor] = []
         for binding, site in zip(self.bindings, self.table, strict=True):
             sizes = {letter: site.dims[letter] for letter in ("B", "Hkv", "D", "Dv")}
@@ -83,6 +80,8 @@ class Rewritten:
             tokens: logical length of the cache before this step, padding included.
             state: of `empty_state` or of the step before. It grows by itself when it is full.
         """
+        from kvpass.runtime.store import with_room
+
         given = [*state]
         for at, binding in enumerate(self.bindings):
             five = slice(5 * at, 5 * at + 5)
@@ -120,22 +119,31 @@ def rewrite(
         DeclinedError: a site cannot be rewritten (strict), nothing in the program is a cache, the program is no
             decode step, or its past has a fixed length.
     """
+    from kvpass.lower import lower
     from kvpass.patterns import DEFAULT
+    from kvpass.scan import scan
+    from kvpass.standalone import prepared, pure
+    from kvpass.verify import verify
 
     chosen = Policy.load(policy).with_budget(budget)
-    captured = program.module(check_guards=False) if isinstance(program, ExportedProgram) else program
-    gm = prepared(captured)  # type: ignore[arg-type]
+    gm = prepared(program if isinstance(program, fx.GraphModule) else program.module(check_guards=False))
     table = scan(gm, patterns or DEFAULT)
     _check(table, strict)
     planned = plan(chosen, table)
     lowered = lower(gm, planned)
     verify(gm, lowered, planned)
-    result = pure(lowered)
-    inputs = tuple(str(n.target) for n in result.graph.nodes if n.op == "placeholder")
-    state = inputs[len(inputs) - len(STATE) * len(lowered.bindings) :]
-    output = next(iter(reversed(result.graph.nodes)))
-    outputs = (*(getattr(value, "name", repr(value)) for value in flat_outputs(output)[: -len(state)]), *state)
-    return Rewritten(result, inputs, outputs, planned, table, lowered.bindings)
+    return _rewritten(pure(lowered), planned, table, lowered.bindings)
+
+
+def _rewritten(gm: fx.GraphModule, planned: Plan, table: SiteTable, bindings: tuple[Binding, ...]) -> Rewritten:
+    from kvpass.lower import STATE
+    from kvpass.match.dataflow import flat_outputs
+
+    inputs = tuple(str(n.target) for n in gm.graph.nodes if n.op == "placeholder")
+    state = inputs[len(inputs) - len(STATE) * len(bindings) :]
+    kept = flat_outputs(next(iter(reversed(gm.graph.nodes))))[: -len(state)]
+    outputs = (*(getattr(value, "name", repr(value)) for value in kept), *state)
+    return Rewritten(gm, inputs, outputs, planned, table, bindings)
 
 
 def _check(table: SiteTable, strict: bool) -> None:
@@ -166,44 +174,3 @@ def _check(table: SiteTable, strict: bool) -> None:
             where=f"{wrong.name}, {wrong.source}",
             hint="export one token with a past; prompts go through the step token by token",
         )
-
-
-def any_size() -> Any:
-    """While tracing: let sizes be 0 and 1, as they are in the first steps; torch.export would rule them out."""
-    from torch.fx.experimental import _config
-
-    return _config.patch(backed_size_oblivious=True)
-
-
-def _exported(gm: fx.GraphModule) -> ExportedProgram:
-    """Export a pure graph module again: its own fake values belong to another tracer."""
-    args, shapes = [], []
-    for node in gm.graph.nodes:
-        if node.op == "placeholder":
-            arg, shape = _example_input(str(node.target), example(node))
-            args.append(arg)
-            shapes.append(shape)
-    with torch.no_grad(), any_size():
-        return torch.export.export(gm, tuple(args), dynamic_shapes=tuple(shapes))
-
-
-def _example_input(name: str, fake: Any) -> tuple[Any, Any]:
-    """A value to trace with, and which of its sizes change from call to call."""
-    if name == TOKENS:
-        return HINTS["tokens"], Dim.DYNAMIC
-    if not isinstance(fake, torch.Tensor):
-        return (_hint(fake), Dim.DYNAMIC) if isinstance(fake, torch.SymInt) else (fake, None)
-    sizes = [_hint(size) for size in fake.shape]
-    dynamic = {at: Dim.DYNAMIC for at, size in enumerate(fake.shape) if isinstance(size, torch.SymInt)}
-    value = torch.zeros(sizes, dtype=fake.dtype, device=fake.device)
-    return value, dynamic or None
-
-
-def _hint(size: Any) -> int:
-    """A size for tracing; capacities are hinted at thousands of slots, which need no memory here."""
-    if not isinstance(size, torch.SymInt):
-        return int(size)
-    hint = int(size.node.hint)
-    return HINTS["capacity"] if hint > 4000 else hint
-
-

@@ -16,7 +16,8 @@ from torch.utils import _pytree as pytree
 
 from kvpass.errors import DeclinedError
 from kvpass.lower import Lowered
-from kvpass.match.calls import argument, call_name, example
+from kvpass.match.calls import argument, call_name, example, operand
+from kvpass.match.dataflow import flat_outputs
 from kvpass.match.shapes import normal_dim, same, shape_of
 from kvpass.ops import decode_attend
 from kvpass.pure import STATE, decode_step
@@ -40,7 +41,7 @@ def prepared(gm: fx.GraphModule) -> fx.GraphModule:
         elif call_name(node) == "where":
             _restore_softmax(node)
         elif call_name(node) == "expand" and _changes_nothing(node):
-            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            node.replace_all_uses_with(operand(node))
             graph.erase_node(node)
     for node in reversed(list(graph.nodes)):
         if call_name(node) == "getitem" and not node.users:
@@ -49,7 +50,7 @@ def prepared(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _changes_nothing(node: fx.Node) -> bool:
-    before, after = shape_of(node.args[0]), shape_of(node)
+    before, after = shape_of(operand(node)), shape_of(node)
     return len(before) == len(after) and all(same(a, b) for a, b in zip(before, after, strict=True))
 
 
@@ -90,7 +91,7 @@ def pure(lowered: Lowered) -> fx.GraphModule:
         _detach(past, axes, slots, tokens)
     after = _without_mutation(graph)
     output = next(iter(reversed(graph.nodes)))
-    output.args = ((*output.args[0], *(after[node] for node in state)),)  # type: ignore[misc]
+    output.args = ((*flat_outputs(output), *(after[node] for node in state)),)
     graph.lint()
     return fx.GraphModule(lowered.gm, graph)
 
@@ -105,7 +106,7 @@ def _pasts(
             yield inputs[place], (binding.layouts[half].value, state[5 * at + half])
 
 
-def _length(pasts: dict[fx.Node, tuple[str, fx.Node]], bindings: Sequence[Binding]) -> torch.SymInt:
+def _length(pasts: dict[fx.Node, tuple[str, fx.Node]], bindings: Sequence[Binding]) -> Any:
     """The symbol of the past's length.
 
     Raises:
@@ -131,28 +132,28 @@ def _length(pasts: dict[fx.Node, tuple[str, fx.Node]], bindings: Sequence[Bindin
 
 def _detach(past: fx.Node, axes: str, slots: fx.Node, tokens: fx.Node) -> None:
     """Answer what is still asked of a past (its sizes, for nothing reads its data) and take the input away."""
-    places = {"B": 0, "H": 1, "D": 3}
     graph = past.graph
     for user in list(past.users):
         dim = argument(user, 1, "dim") if call_name(user) in ("size", "sym_size") else None
-        letter = axes[normal_dim(dim, 4)] if isinstance(dim, int) else ""
         with graph.inserting_before(user):
-            if letter == "T":
-                user.replace_all_uses_with(tokens)
-            elif letter:
-                user.replace_all_uses_with(graph.call_function(torch.ops.aten.sym_size.int, (slots, places[letter])))
+            if isinstance(dim, int):
+                user.replace_all_uses_with(_size(past, normal_dim(dim, 4), axes, slots, tokens))
             else:
-                user.replace_input_with(past, _stand_in(graph, axes, slots, tokens))
-        if letter:
+                sizes = [_size(past, at, axes, slots, tokens) for at in range(4)]
+                one = graph.call_method("new_empty", (slots, (1,)))
+                user.replace_input_with(past, graph.call_method("expand", (one, *sizes)))
+        if isinstance(dim, int):
             graph.erase_node(user)
     graph.erase_node(past)
 
 
-def _stand_in(graph: fx.Graph, axes: str, slots: fx.Node, tokens: fx.Node) -> fx.Node:
-    """One element seen as a tensor of the past's sizes."""
-    sizes = {letter: graph.call_method("size", (slots, at)) for letter, at in (("B", 0), ("H", 1), ("D", 3))}
-    one = graph.call_method("new_empty", (slots, (1,)))
-    return graph.call_method("expand", (one, *({**sizes, "T": tokens}[letter] for letter in axes)))
+def _size(past: fx.Node, at: int, axes: str, slots: fx.Node, tokens: fx.Node) -> fx.Node:
+    """A size of a past, from what is left: only the tokens and the batch may change from call to call."""
+    if axes[at] == "T":
+        return tokens
+    if axes[at] == "B":
+        return past.graph.call_function(torch.ops.aten.sym_size.int, (slots, 0))
+    return past.graph.call_function(int, (shape_of(past)[at],))
 
 
 def _without_mutation(graph: fx.Graph) -> dict[Any, fx.Node]:

@@ -13,8 +13,8 @@ from torch.export import Dim
 
 import kvpass
 from kvpass.errors import DeclinedError, PolicyError
+from kvpass.exported import any_size
 from kvpass.pure import decompositions
-from kvpass.rewriting import any_size
 
 STATE = [f"kvpass_{layer}_{name}" for layer in (0, 1) for name in ("k", "v", "pos", "stats", "cursor")]
 
@@ -176,7 +176,7 @@ def test_mlir_text(step: Any, dialect: str, ops: str, tmp_path: Any) -> None:
 
 
 def test_mlir_needs_torch_mlir(step: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch_mlir", None)
+    monkeypatch.setitem(sys.modules, "torch_mlir.fx", None)
     with pytest.raises(kvpass.KVPassError, match="pip install --no-deps torch-mlir"):
         kvpass.export_mlir(kvpass.rewrite(step, "h2o", 8), tmp_path / "step.mlir")
 
