@@ -54,7 +54,7 @@ def test_at_full_budget_it_is_the_same() -> None:
 
 def test_it_refuses() -> None:
     (found,) = kvpass.explain(decoder(drop=0.1), hidden(), past(), patterns=PATTERNS).tables[0].declined
-    assert (found.reason, found.detail) == ("DROPOUT", "drop=0.1")
+    assert (found.reason, found.detail, found.pattern) == ("DROPOUT", "drop=0.1", "mylib")
     with pytest.raises(kvpass.KVPassError, match="DROPOUT"), torch.no_grad():
         kvpass.compile(decoder(drop=0.1), "h2o", 8, inner="eager", patterns=PATTERNS)(hidden(), past())
 
@@ -70,6 +70,18 @@ def test_without_the_pattern_the_cache_is_declined() -> None:
     (found,) = kvpass.explain(decoder(), hidden(), past()).tables[0].declined
     assert found.reason == "UNSUPPORTED_ATTENTION"
     assert "attend" in found.detail
+    assert "sdpa: no call of sdpa reads k_2" in found.near
+
+
+def test_its_near_misses() -> None:
+    def forward(self: Any, x: Tensor, cache: Any) -> Any:
+        q, k, v = self.project(x)
+        k, v = torch.cat([cache[0], k], 2), torch.cat([cache[1], v], 2)
+        wide_k, wide_v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+        return self.finish(torch.sigmoid(q @ wide_k.mT) @ wide_v), (k, v)
+
+    (found,) = kvpass.explain(layer(forward), hidden(), past(), patterns=PATTERNS).tables[0].declined
+    assert found.near[0] == "mylib: no call of attend reads k_2"
 
 
 def test_theirs_come_first() -> None:
