@@ -21,6 +21,8 @@ from torch.utils._pytree import tree_leaves
 from transformers.cache_utils import Cache
 
 SOFTMAX = (torch.softmax, F.softmax, torch.Tensor.softmax, torch.special.softmax)
+LOGSUMEXP = (torch.logsumexp, torch.Tensor.logsumexp)
+SIGMOID = (torch.sigmoid, torch.Tensor.sigmoid, F.sigmoid)
 HIDDEN = -1e8
 """Logits below were hidden by the model's mask."""
 MAX_SINKS = 4
@@ -57,21 +59,25 @@ def mark(values: Any, keys: Keys) -> None:
 class Watch(TorchFunctionMode):
     """One call of a model: attention of the layers in `evicting` sees and reports what the simulator wants."""
 
-    def __init__(self, simulator: Simulator, evicting: set[int], mask: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, simulator: Simulator, evicting: set[int], mask: torch.Tensor | None = None, one_head: bool = False
+    ) -> None:
         super().__init__()
-        self.simulator, self.evicting, self.mask = simulator, evicting, mask
+        self.simulator, self.evicting, self.mask, self.one_head = simulator, evicting, mask, one_head
         self.serial = 0
+        self.entered: set[int] = set()
+        self.outside: dict[int, torch.Tensor] = {}  # share of the probability that is not a sink's, where kept apart
         self.seen: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
     def updated(self, layer: int, new: torch.Tensor, keys: torch.Tensor) -> None:
         """The cache returned the keys of a layer."""
         if keys.dim() != 4:
             raise Unreadable(f"keys of layer {layer} are {keys.dim()}-d")
-        if layer in self.seen:
+        if layer in self.entered:
             raise Unreadable(f"layer {layer} is updated twice in one call")
         self.serial += 1
         batch, heads, length, _ = keys.shape
-        mark(keys, Keys(self.serial, layer, batch, heads, new.shape[-2], length))
+        mark(keys, Keys(self.serial, layer, batch, 1 if self.one_head else heads, new.shape[-2], length))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -80,7 +86,12 @@ class Watch(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             return self.sdpa(keys, *args, **kwargs) if keys.layer in self.evicting else func(*args, **kwargs)
-        out = func(*args, **kwargs)
+        if func in LOGSUMEXP and self.is_attention(keys, args[0]):
+            out = self.logsumexp(keys, args[0])
+        else:
+            out = func(*args, **kwargs)
+        if func in SIGMOID and keys.layer in self.outside:
+            self.outside[keys.layer] = out.double()
         if func in SOFTMAX:  # what follows are values, not keys
             return self.softmax(keys, args[0], out) if self.is_attention(keys, args[0]) else out
         mark(out, keys)
@@ -92,16 +103,33 @@ class Watch(TorchFunctionMode):
 
     def softmax(self, keys: Keys, logits: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
         """The probabilities without the evicted tokens, in the form of the original's."""
+        by_head, visible = self.visible(keys, logits)
+        rows = torch.softmax(by_head, -1).nan_to_num_(nan=0.0)
+        observed = rows[..., : keys.length]
+        if keys.layer in self.outside:
+            observed = observed * self.outside[keys.layer][..., None]
+        self.seen.setdefault(keys.layer, []).append((observed, visible))
+        return heads_back(rows, logits).to(original.dtype)
+
+    def logsumexp(self, keys: Keys, logits: torch.Tensor) -> torch.Tensor:
+        """Of the tokens that were not evicted. A model that takes it weighs a sink: sigmoid(logsumexp - sink) is what
+        the sink leaves of a row."""
+        by_head, _ = self.visible(keys, logits)
+        out = torch.logsumexp(by_head, -1).clamp(min=torch.finfo(logits.dtype).min)
+        self.outside[keys.layer] = torch.ones_like(out)
+        return out.to(logits.dtype)
+
+    def visible(self, keys: Keys, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits as float64 [B,Hq,S,T+sinks] without what is hidden or evicted, and what is visible [B,Hq,S,T]."""
         by_head = heads_first(logits, keys)
         sees = (by_head[..., : keys.length] > HIDDEN) & self.queries(keys)
-        if keys.layer in self.seen:
+        if keys.layer in self.entered:
             visible = self.simulator.visible(keys.layer, sees)
         else:
             visible = self.simulator.enter(keys.layer, sees, keys.heads)
+            self.entered.add(keys.layer)
         hidden = F.pad(~visible, (0, by_head.shape[-1] - keys.length), value=False)
-        rows = torch.softmax(by_head.double().masked_fill(hidden, -torch.inf), -1).nan_to_num_(nan=0.0)
-        self.seen.setdefault(keys.layer, []).append((rows[..., : keys.length], visible))
-        return heads_back(rows, logits).to(original.dtype)
+        return by_head.double().masked_fill(hidden, -torch.inf), visible
 
     def queries(self, keys: Keys) -> torch.Tensor:
         """[B,1,S,1]: which queries are no padding. Their logits do not always say: a row that is hidden as a whole is
@@ -199,16 +227,21 @@ def watching(watch: Watch, cache: Any) -> Iterator[None]:
 
 
 class AnyOracle:
-    """A conversation with any transformers model; the layers in `evicting` evict, the others keep everything."""
+    """A conversation with any transformers model; the layers in `evicting` evict, the others keep everything.
 
-    def __init__(self, model: Any, policy: str, budget: float | int, floor: int, evicting: set[int]) -> None:
-        self.model, self.evicting = model, evicting
+    `one_head`: all KV heads of a layer are one, as where a query reads the keys of one head and the values of another.
+    """
+
+    def __init__(
+        self, model: Any, policy: str, budget: float | int, floor: int, evicting: set[int], one_head: bool = False
+    ) -> None:
+        self.model, self.evicting, self.one_head = model, evicting, one_head
         self.simulator = Simulator(policy, budget, floor)
 
     def __call__(self, **inputs: Any) -> Any:
         """One call, with `past_key_values` among its inputs unless the model makes its cache. Returns the model's
         output; afterwards `simulator` holds what each layer keeps."""
-        watch = Watch(self.simulator, self.evicting, inputs.get("attention_mask"))
+        watch = Watch(self.simulator, self.evicting, inputs.get("attention_mask"), self.one_head)
         with torch.no_grad(), watching(watch, inputs.get("past_key_values")):
             out = self.model(**inputs)
         watch.finish()

@@ -13,6 +13,7 @@ from families import build
 from feed import STEPS, Feed, NoCache, full_layers, kv_layers, prompt
 from oracle.anyhf import AnyOracle
 from oracle.drive import compare_logits
+from overrides import ONE_HEAD
 
 import kvpass
 from kvpass.errors import CacheError
@@ -169,12 +170,12 @@ def against_oracle(family: str, model: Any, policy: str, result: Result) -> Resu
         return {"ok": None, "why": "nothing is matched"}
     plain = build(family, "eager")
     plain.load_state_dict(model.state_dict())
-    oracle = AnyOracle(plain, policy, BUDGET, FLOOR, evicting)
+    oracle = AnyOracle(plain, policy, BUDGET, FLOOR, evicting, family in ONE_HEAD)
     theirs = Feed(plain, oracle)
     for step in range(STEPS + 1):
         naive = theirs(ids, mask if step == 0 else None)
         held = kept(ours.cache)
-        oracle.simulator.follow([held[i] for i in sorted(held)])
+        oracle.simulator.follow([as_one(held[i]) if oracle.one_head else held[i] for i in sorted(held)])
         compare_logits(logits, naive)
         result["bytes"] = guarded(bytes_held, ours.cache)
         ids = logits.argmax(-1, keepdim=True)
@@ -186,6 +187,11 @@ def against_oracle(family: str, model: Any, policy: str, result: Result) -> Resu
 def kept(cache: Any) -> dict[int, torch.Tensor]:
     """Positions held by each layer that evicts."""
     return {i: found.layers[0].positions for i, found in views(cache).items()}
+
+
+def as_one(positions: torch.Tensor) -> torch.Tensor:
+    assert (positions == positions[:, :1]).all(), "heads that share one choice hold different tokens"
+    return positions[:, :1]
 
 
 def views(cache: Any) -> dict[int, Any]:

@@ -78,6 +78,9 @@ WHOLE_INPUT = ("cpmant",)
 TWO_CACHES = ("blt",)
 """Families that are no encoder-decoders by their config and yet make an EncoderDecoderCache of what they are given."""
 
+ONE_HEAD = ("diffllama",)
+"""Families whose query heads read the keys of one KV head and the values of others: their heads share one choice."""
+
 ASSISTANT = "a draft head: reads the keys of its target model, has no cache of its own"
 OUT_OF_SCOPE: dict[str, str] = {
     "gemma3n": "not built: its vision tower needs timm; the language model is gemma3n_text",

@@ -10,7 +10,7 @@ from typing import Any
 from overrides import OUT_OF_SCOPE
 
 Result = dict[str, Any]
-BY_CHOICE = ("SLIDING_WINDOW", "CROSS_ATTENTION")  # left dense on purpose
+BY_CHOICE = ("SLIDING_WINDOW", "CROSS_ATTENTION", "INDEXER")  # left dense on purpose
 VERDICTS = ("matched", "identity", "eviction", "bytes", "graphs")
 NOISE = ("seconds", "done", "graphs_so_far")
 
