@@ -128,3 +128,31 @@ def written(mask: Tensor, end: int) -> Tensor:
     else:
         torch._assert_async(beyond, "the mask shows keys of a preallocated cache beyond what is written")
     return mask[..., :end].clone()
+
+
+def check_shown(mask: Tensor | None, seen: Tensor, position: int) -> None:
+    """Refuse a mask that shows tokens which were taken for padding when they came, and so never got a slot.
+
+    mask: None shows everything. seen [B]: valid tokens before this call, the first of whose tokens is at `position`. Of
+    the columns before it only those of seen tokens may be shown, evicted ones included, so a query that is shown more
+    than `seen` is shown padding. A mask that shows as many, but others, is not found out. Raises MaskError; on a GPU
+    the check is an assertion of the device.
+    """
+    if mask is None:
+        good = (seen >= position).all()
+    else:
+        wide = mask.shape[-1] > 1
+        shown = visible(mask[..., :position] if wide else mask).count_nonzero(-1).flatten(1).amax(1)
+        good = ((shown if wide else shown * position) <= seen).all()
+    if good.device.type != "cpu":
+        torch._assert_async(good, "the mask shows tokens that were taken for padding")
+    elif not bool(good):
+        raise shows_padding()
+
+
+def shows_padding() -> MaskError:
+    """The error of `check_shown`."""
+    return MaskError(
+        "the mask shows earlier tokens that were taken for padding: no query of their own call could see them",
+        "let each token see itself in the call in which it comes, or hide it in all later calls too",
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from kvpass.kernels.masks import check_shown
 from kvpass.kernels.rule import FIRST, FREE, LIVE, SEEN, UNTOUCHABLE, Rule
 from torch import Tensor
 
@@ -22,19 +23,23 @@ def score_slots(
     cursor: Tensor,
     position: int,
     rule: str,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Score every key after a multi-token call.
 
     stats, past_stats: float32 [N, B, Hkv, L] of this call and of the past (added if `rule.carry`). pos: int32
     [B, Hkv, L] in ascending order, -1 = empty, or None (key l is at position l). valid: bool [B, S], the last S keys'.
-    cursor: int32 [B, Hkv, 4] before the call. position: of the call's first token.
+    cursor: int32 [B, Hkv, 4] before the call. position: of the call's first token. mask: of the
+    attention, checked if there is a past.
 
     Returns (score float32 [B, Hkv, L]: +inf protected, 3e38 untouchable, -inf no candidate; the statistics to keep;
-    the new cursor). Raises ValueError if stats do not fit the rule.
+    the new cursor). Raises ValueError if stats do not fit the rule, MaskError as `check_shown`.
     """
     plan = Rule.parse(rule)
     if stats.dim() != 4 or stats.shape[0] != len(plan.stats):
         raise ValueError(f"score_slots: stats must be [{len(plan.stats)}, B, Hkv, L], got {list(stats.shape)}")
+    if pos is not None:
+        check_shown(mask, cursor[:, 0, SEEN], position)
     batch, heads, length = stats.shape[1:]
     candidate = _candidates(pos, valid, batch, heads, length)
     where = _positions(pos, length, stats.device).expand(batch, heads, length)

@@ -68,16 +68,18 @@ class Emitter:
         """Prefill or extend: the output of each core."""
         k: Any = self.new_k
         v: Any = self.new_v
-        pos = past_stats = mask = None
+        pos = past_stats = None
+        checked: tuple[fx.Node | None, ...] = ()
         if self.planned.site.phase is Phase.EXTEND:
             joined = self._op("join_slots", self.k, self.v, self.pos, self.stats, self.cursor, k, v, self.position)
             k, v, pos, past_stats = self._parts(joined, 4)
-            mask = self.mask
+            checked = (self.mask,)
         core = self.planned.site.core
         values = v if core.latent is None else self._call_method("narrow", k, -1, 0, core.latent.rank)
         args = (self.q, k, values, pos, self.mask, core.scale, core.causal, self.rule, *self.extras)
         out, stats, valid = self._parts(self._op("prefill_attend", *args), 3)
-        scored = self._op("score_slots", stats, past_stats, pos, valid, self.cursor, self.position, self.rule, mask)
+        before = self.cursor, self.position, self.rule
+        scored = self._op("score_slots", stats, past_stats, pos, valid, *before, *checked)
         score, stats, cursor = self._parts(scored, 3)
         capacity = self._call_method("size", self.k, 2)
         chosen = self._op("select_slots", score, cursor, capacity)

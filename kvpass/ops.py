@@ -22,7 +22,7 @@ SCHEMAS = {
     "join_slots": "(Tensor k, Tensor v, Tensor pos, Tensor stats, Tensor cursor, Tensor k_new, Tensor v_new, "
     "SymInt position) -> (Tensor, Tensor, Tensor, Tensor)",
     "score_slots": "(Tensor stats, Tensor? past_stats, Tensor? pos, Tensor valid, Tensor cursor, SymInt position, "
-    "str rule) -> (Tensor, Tensor, Tensor)",
+    "str rule, Tensor? mask=None) -> (Tensor, Tensor, Tensor)",
     "select_slots": "(Tensor score, Tensor cursor, SymInt capacity) -> Tensor",
     "compact_slots": "(Tensor k, Tensor v, Tensor? pos, Tensor stats, Tensor idx, Tensor cursor_new, Tensor(a!) k_out, "
     "Tensor(b!) v_out, Tensor(c!) pos_out, Tensor(d!) stats_out, Tensor(e!) cursor_out) -> ()",
@@ -92,6 +92,7 @@ def _fake_score_slots(
     cursor: Tensor,
     position: int,
     rule: str,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return stats.new_empty(stats.shape[1:]), stats.new_empty(stats.shape), cursor.new_empty(cursor.shape)
 

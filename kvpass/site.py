@@ -11,6 +11,7 @@ from torch import fx
 
 from kvpass.errors import Reason
 from kvpass.match.calls import call_name, is_metadata, operand
+from kvpass.match.mask_meaning import mask_kind
 from kvpass.match.nearby import taken_out
 from kvpass.terms import CacheForm, Layout, MaskKind, Phase
 
@@ -210,6 +211,7 @@ class Site:
             "dims": {letter: str(size) for letter, size in self.dims.items()},
             "dtype": str(self.dtype).removeprefix("torch."),
             "mask": self.core.mask.name if self.core.mask is not None else "causal" if self.core.causal else "none",
+            "mask_kind": mask_kind(((term.node, term.kind) for term in self.core.terms), self.core.causal),
             "scale": self.core.scale,
             "source": self.source,
         }
@@ -277,8 +279,9 @@ class SiteTable:
         for s in self.sites:
             row = s.to_dict()
             dims = " ".join(f"{letter}={size}" for letter, size in row["dims"].items())
+            words = f" ({row['mask_kind']})" if s.core.terms else ""
             kind = f"{row['phase']:8s} {row['update']:20s} {row['layout']} {dims} {row['dtype']}"
-            lines.append(f"  {s.layer:3d} {s.name:36s} {kind} mask={row['mask']} scale={s.core.scale:.4g}")
+            lines.append(f"  {s.layer:3d} {s.name:36s} {kind} mask={row['mask']}{words} scale={s.core.scale:.4g}")
             lines.append(f"      {s.source}")
         lines += ["  declined " + str(d) for d in self.declined]
         return "\n".join(lines)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 from kvpass.kernels.decode_attend.look import look
-from kvpass.kernels.masks import additive, at_positions, by_kv_head, visible
+from kvpass.kernels.masks import additive, at_positions, by_kv_head, check_shown, shows_padding, visible
 from kvpass.kernels.rule import FIRST, FREE, LIVE, SEEN, UNTOUCHABLE, Rule
 from kvpass.kernels.scores import INF, deviations, slot_scores, untouchable
 from kvpass.kernels.softmax import Softmax
@@ -39,9 +39,12 @@ def decode_attend_reference(
     """See `kvpass.kernels.decode_attend.decode_attend`."""
     plan, softmax = Rule.parse(rule), Softmax(scale, sinks, softcap)
     cells = cursor.view(-1, 4).tolist()
+    if mask is None and any(c[SEEN] < position for c in cells[:: k.shape[1]]):
+        raise shows_padding()
     if mask is not None and _hides_nothing(mask, cells, position):
         mask = None
     if mask is not None:
+        check_shown(mask, cursor[:, 0, SEEN], position)
         arrived = _arrived(mask, position, len(q))
         if not all(arrived):
             state = (k, v, pos, stats, cursor)
@@ -101,7 +104,8 @@ def _read(cells: list[list[int]], cursor: Tensor, position: int, plan: Rule) -> 
 def _hides_nothing(mask: Tensor, cells: list[list[int]], position: int) -> bool:
     """Whether a bool mask is plain left padding, which hides no slot: pads never got one.
 
-    Exact for what it accepts: each row is true from some column at or before the row's first valid token on.
+    Exact for what it accepts: each row is true from some column at or before the row's first valid token on. Raises
+    MaskError if that shows more columns than tokens were seen (`check_shown`).
     """
     if mask.dtype != torch.bool or mask.shape[1] != 1 or mask.shape[3] <= position:
         return False
@@ -109,9 +113,11 @@ def _hides_nothing(mask: Tensor, cells: list[list[int]], position: int) -> bool:
     starts, counts = rows.argmax(-1).tolist(), rows.sum(-1).tolist()
     share = len(cells) // len(starts)
     for i, (start, count) in enumerate(zip(starts, counts, strict=True)):
-        firsts = [c[FIRST] for c in cells[i * share : (i + 1) * share]]
-        if count != position + 1 - start or start > min(f if f >= 0 else position for f in firsts):
+        here = cells[i * share : (i + 1) * share]
+        if count != position + 1 - start or start > min(c[FIRST] if c[FIRST] >= 0 else position for c in here):
             return False
+        if position - start > min(c[SEEN] for c in here):
+            raise shows_padding()
     return True
 
 

@@ -180,7 +180,7 @@ class Site:
                 k, v, pos, past = join_slots(s.k, s.v, s.pos, s.stats, s.cursor, k, v, self.position)
             causal = mask is None and pos is None
             out, stats, valid = prefill_attend(q, k, v, pos, mask, self.scale, causal, code)
-            score, stats, cursor = score_slots(stats, past, pos, valid, s.cursor, self.position, code)
+            score, stats, cursor = score_slots(stats, past, pos, valid, s.cursor, self.position, code, mask)
             idx = select_slots(score, cursor, s.pos.shape[-1])
             before = cursor[..., LIVE].clone()
             compact_slots(k, v, pos, stats, idx, cursor, *s.tensors())

@@ -1,7 +1,18 @@
 """masks: the exact recognition of causal masks, and look-ups by position."""
 
+import pytest
 import torch
-from kvpass.kernels.masks import arrivals, at_positions, by_kv_head, causal_span, simplified, visible
+from kvpass.kernels.errors import MaskError
+from kvpass.kernels.masks import (
+    arrivals,
+    at_positions,
+    by_kv_head,
+    causal_span,
+    check_shown,
+    simplified,
+    visible,
+    written,
+)
 from kvpass.kernels.testing import causal_mask
 
 
@@ -60,3 +71,36 @@ def test_float_masks_that_only_switch_become_bool():
     biased[..., 2, 1] = -0.5
     assert simplified(biased) is biased
     assert simplified(causal) is causal
+
+
+def shows(*rows: str) -> torch.Tensor:
+    """[B, 1, 1, T] bool of rows of x (shown) and . (hidden)."""
+    return torch.tensor([[[[c == "x" for c in row]]] for row in rows])
+
+
+def test_what_was_taken_for_padding_must_stay_hidden():
+    """Two rows of four tokens, of which 4 and 2 were valid, and a new one."""
+    seen = torch.tensor([4, 2])
+    for mask in (shows("xxxxx", "..xxx"), shows("..xxx"), shows("....x"), shows("xxxxx", "xx..x")):
+        check_shown(mask, seen, 4)
+        check_shown(torch.where(mask, 0.0, -1e9), seen, 4)
+    for mask in (None, shows("xxxxx"), shows("xxxxx", ".xxxx"), torch.ones(1, 1, 1, 1, dtype=torch.bool)):
+        with pytest.raises(MaskError, match="padding") as caught:
+            check_shown(mask, seen, 4)
+        assert caught.value.hint
+    check_shown(None, torch.tensor([4, 4]), 4)
+    check_shown(torch.zeros(1, 1, 1, 1, dtype=torch.bool), seen, 4)
+
+
+def test_one_query_of_one_head_is_enough():
+    mask = torch.zeros(1, 3, 2, 6, dtype=torch.bool)
+    mask[0, 1, 1, :3] = True
+    check_shown(mask, torch.tensor([3]), 4)
+    with pytest.raises(MaskError):
+        check_shown(mask, torch.tensor([2]), 4)
+
+
+def test_nothing_beyond_what_is_written():
+    assert torch.equal(written(shows("xx...."), 3), shows("xx."))
+    with pytest.raises(MaskError, match="beyond the 3 tokens"):
+        written(shows("xx.x.."), 3)

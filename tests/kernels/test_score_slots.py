@@ -41,11 +41,11 @@ def test_pool_leaves_window_pads_and_empties_out():
     pos = torch.tensor([[[-1, 0, 3, 4, 5, 6, 7]]], dtype=torch.int32)
     raw = torch.tensor([[[[0.0, 1.0, 2.0, 9.0, 3.0, 8.0, 7.0]]]])
     alive = torch.tensor([[False, True, True, True]])  # position 4 is a pad
-    cursor = torch.tensor([[[2, 2, 2, 0]]], dtype=torch.int32)
+    cursor = torch.tensor([[[2, 2, 4, 0]]], dtype=torch.int32)
     score, stats, after = score_slots(raw, None, pos, alive, cursor, 4, rule.encode())
     assert stats[0, 0, 0].tolist() == [0.0, 2.0, 2.0, 9.0, 3.0, 8.0, 7.0]
     assert score[0, 0].tolist() == [-INF, 2.0, 2.0, -INF, 3.0, 8.0, 7.0]
-    assert after[0, 0].tolist() == [5, 5, 5, 0]
+    assert after[0, 0].tolist() == [5, 5, 7, 0]
 
 
 def test_protection_budget_and_first():
@@ -100,7 +100,8 @@ def test_a_call_of_pads_only_changes_nothing():
     pos = torch.tensor([[[-1, 3, 4, 5, 6]]], dtype=torch.int32)
     rule = Rule(score="position", recent=1, slots=2)
     alive = torch.zeros(1, 2, dtype=torch.bool)
-    score, _, after = score_slots(torch.zeros(0, 1, 1, 5), None, pos, alive, cursor, 5, rule.encode())
+    nothing = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
+    score, _, after = score_slots(torch.zeros(0, 1, 1, 5), None, pos, alive, cursor, 5, rule.encode(), nothing)
     assert score[0, 0].tolist() == [-INF, 3, INF, -INF, -INF]
     assert after[0, 0].tolist() == [2, 2, 2, 3]
 

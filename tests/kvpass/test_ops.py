@@ -68,7 +68,7 @@ def test_fakes_put_no_guard_on_capacity():
     counter = CompileCounter()
     run = torch.compile(step, backend=counter, dynamic=True)
     for slots in (12, 13, 40):
-        tensors = random_state(LIVE, slots, 16, H2O, seen=30).tensors()
+        tensors = random_state(LIVE, slots, 16, H2O, seen=30 + slots).tensors()
         q, k, v = qkv(2, 4, 2, 1, 16)
         run(q, k, v, *tensors, 30 + slots)
     assert counter.frame_count == 1

@@ -116,6 +116,43 @@ def test_misuse_is_told(model, name):
     step(model, cache)  # and the cache is still good
 
 
+def test_halves_that_change_places(model):
+    cache = read(model)
+    with pytest.raises(StaleCacheError, match="keys were given as values"):
+        step(model, tuple((v, k) for k, v in cache))
+    step(model, cache)
+
+
+def test_layers_that_share_one_cache(model):
+    cache = read(model)
+    with pytest.raises(StaleCacheError, match="several layers"):
+        step(model, (cache[0], tuple(t[:] for t in cache[0])))
+    step(model, cache)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_shells_that_the_host_wrote_into(model, copied):
+    """What is written into a copy before its first call is not found out: torch counts a copy's writes from anew."""
+    cache = read(model)
+    if copied:
+        cache = step(model, copy.deepcopy(cache))[1]
+    cache[0][1].zero_()
+    with pytest.raises(StaleCacheError, match="written to between two calls"):
+        step(model, cache)
+
+
+def test_a_call_that_failed_halfway(model):
+    cache = step(model, read(model))[1]
+    saved, state = copy.deepcopy(cache), find(cache[1][0]).state
+    held, state[4] = state[4], None
+    with pytest.raises(AttributeError, match="dtype"):
+        step(model, cache)
+    state[4] = held
+    with pytest.raises(StaleCacheError, match="failed halfway"):
+        step(model, cache)
+    step(model, saved)
+
+
 def test_keys_of_one_cache_with_values_of_another(model):
     one, two = read(model), read(model)
     mixed = tuple((k, v) for (k, _), (_, v) in zip(one, two, strict=True))

@@ -76,6 +76,22 @@ def shown_only_later(call):
 
 
 @conversation(plain)
+def shown_only_later_to_several(call):
+    """The same, where the second call has two tokens."""
+    y, cache = call(hidden(6), None, (torch.arange(6) > 1).expand(6, 6))
+    yield y
+    yield call(hidden(2), cache, torch.ones(2, 8, dtype=torch.bool))[0]
+
+
+@conversation(plain)
+def padding_forgotten(call):
+    """A padded prompt, and no mask from then on."""
+    y, cache = call(hidden(6), None, (torch.arange(6) > 1).expand(6, 6))
+    yield y
+    yield call(hidden(), cache)[0]
+
+
+@conversation(plain)
 def rows_change_places(call):
     """The batch is reordered."""
     y, cache = call(hidden(6))
