@@ -36,12 +36,18 @@ class Case:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A decoder layer and a host that calls it several times and yields what it gets. `quiet`: it may not raise."""
+    """A decoder layer and a host that calls it several times and yields what it gets.
+
+    Attributes:
+        quiet: it may not raise.
+        nan: a known limit (docs/sharp-edges.md): NaN and no error. Never a number that could be taken for an answer.
+    """
 
     forward: Callable[..., Any]
     host: Callable[..., Any]
     parts: Callable[[], dict[str, Any]]
     quiet: bool
+    nan: bool
 
     def make(self) -> nn.Module:
         torch.manual_seed(5)
@@ -78,13 +84,13 @@ def case(outcome: str, args: Any = step, parts: Any = dict) -> Callable[[Any], A
     return register
 
 
-def conversation(forward: Any, parts: Any = dict, quiet: bool = False) -> Callable[[Any], Any]:
+def conversation(forward: Any, parts: Any = dict, quiet: bool = False, nan: bool = False) -> Callable[[Any], Any]:
     """Put a host into the corpus, with the decoder layer that it calls."""
 
     def register(host: Any) -> Any:
         assert host.__doc__, "say what the host does to the cache"
         assert host.__name__ not in CONVERSATIONS
-        CONVERSATIONS[host.__name__] = Conversation(forward, host, parts, quiet)
+        CONVERSATIONS[host.__name__] = Conversation(forward, host, parts, quiet, nan)
         return host
 
     return register
