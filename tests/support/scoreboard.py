@@ -39,7 +39,8 @@ def verdict(result: Result, name: str) -> bool:
     """True if this part is right; an eviction that never happened is not."""
     if not runs(result):
         return False
-    return matched(result) if name == "matched" else bool(result.get(name, {}).get("ok"))
+    given = result.get(name, {})
+    return matched(result) if name == "matched" else bool(given.get("ok") or given.get("skipped"))
 
 
 def passes(result: Result) -> bool:
@@ -94,6 +95,8 @@ def word(result: Result, name: str) -> str:
         return ""
     if not runs(result):
         return "-"
+    if result.get(name, {}).get("skipped"):
+        return ""
     ok = result.get(name, {}).get("ok")
     return "ok" if ok else "-" if ok is None else "**no**"
 
@@ -162,7 +165,8 @@ tiny random model (batch of 2, 90 tokens, left padded, 8 decode steps, float32, 
 * all of these: **{all}**
 
 Sites are matched / declined (reasons), for the prefill, and for decode where it differs. Sliding windows and
-cross-attention are dense by choice. Cells with two words: sdpa, eager.
+cross-attention are dense by choice. Cells with two words: sdpa, eager; with `--quick` eviction, bytes and graph breaks
+are tried with eager attention only.
 
 | family | sdpa | eager | identity | eviction = oracle | bytes | note |
 | --- | --- | --- | --- | --- | --- | --- |
