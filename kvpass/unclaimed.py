@@ -10,6 +10,7 @@ from kvpass.errors import Reason
 from kvpass.match.attended import attended_by
 from kvpass.match.calls import argument, call_name, module_path, source_line
 from kvpass.match.dataflow import Flow
+from kvpass.match.indexer import choice_below
 from kvpass.match.miss import Miss
 from kvpass.match.nearby import whole
 from kvpass.match.shapes import normal_dim, same, shape_of
@@ -25,11 +26,14 @@ def unclaimed(found: Any, sites: list[Site], declined: list[Decline]) -> list[De
     halves = [half.update for site in sites for half in (site.key, site.value)]
     taken = {node for update in halves for node in (update.node, update.write)} | found.blamed
     taken |= {node for core in found.cores for arg in (core.k, core.v) for node in whole(arg)}
+    claimed = {id(found.updates[node]) for node in taken if node in found.updates}
     named = {decline.site for decline in declined}
     extra: dict[str, Decline] = {}
     for node in sorted({*found.updates, *found.missed_updates}, key=found.flow.order.__getitem__):
         if node in taken or site_name(node) in named or len(shape_of(node)) < 3:
             continue
+        if id(found.updates.get(node)) in claimed:
+            continue  # another name of a buffer whose attention was refused
         miss = _refused(found, node) if node in found.missed_updates else _unattended(found, node)
         known = extra.get(site_name(node))
         if miss is not None and (known is None or known.reason is Reason.NO_ATTENTION):
@@ -56,6 +60,9 @@ def _unattended(found: Any, node: fx.Node) -> Miss | None:
         return None
     update = found.updates[node]
     assert update.axis is not None
+    choice = choice_below(found.flow, node)
+    if choice is not None:
+        return Miss(Reason.INDEXER, choice, f"{node.name} only chooses what is seen, by {call_name(choice)}")
     blocker = attended_by(found.flow, node, update.axis, [update.new])
     if blocker is not None and any(found.flow.between(core, blocker) for core in found.refused_cores):
         return None  # the values of an attention that was refused already

@@ -165,8 +165,8 @@ tiny random model (batch of 2, 90 tokens, left padded, 8 decode steps, float32, 
 * all of these: **{all}**
 
 Sites are matched / declined (reasons), for the prefill, and for decode where it differs. Sliding windows and
-cross-attention are dense by choice. Cells with two words: sdpa, eager; with `--quick` eviction, bytes and graph breaks
-are tried with eager attention only.
+cross-attention are dense by choice. Cells with two words: sdpa, eager; with `--quick` eviction and bytes are tried with
+eager attention only, and graph breaks are not counted.
 
 | family | sdpa | eager | identity | eviction = oracle | bytes | note |
 | --- | --- | --- | --- | --- | --- | --- |
@@ -183,6 +183,8 @@ are tried with eager attention only.
 def markdown(head: dict[str, str], results: Result) -> str:
     s = summary(results)
     share = {name: f"{s[name]} ({100 * s[name] / max(s['in_scope'], 1):.0f} %)" for name in (*VERDICTS, "all")}
+    if all(r.get("graphs", {}).get("skipped") for of in results.values() if in_scope(of) for r in offered(of) if runs(r)):
+        share["graphs"] = "not tried with --quick"
     inside = [row(family, of) for family, of in results.items() if in_scope(of)]
     outside = [f"| {family} | {cell(scope_reason(family, of))} |" for family, of in results.items() if not in_scope(of)]
     return PAGE.format(**head, **{**s, **share}, inside="\n".join(inside), outside="\n".join(outside))
