@@ -183,7 +183,8 @@ eager attention only, and graph breaks are not counted.
 def markdown(head: dict[str, str], results: Result) -> str:
     s = summary(results)
     share = {name: f"{s[name]} ({100 * s[name] / max(s['in_scope'], 1):.0f} %)" for name in (*VERDICTS, "all")}
-    if all(r.get("graphs", {}).get("skipped") for of in results.values() if in_scope(of) for r in offered(of) if runs(r)):
+    ran = [r for of in results.values() if in_scope(of) for r in offered(of) if runs(r)]
+    if all(r.get("graphs", {}).get("skipped") for r in ran):
         share["graphs"] = "not tried with --quick"
     inside = [row(family, of) for family, of in results.items() if in_scope(of)]
     outside = [f"| {family} | {cell(scope_reason(family, of))} |" for family, of in results.items() if not in_scope(of)]

@@ -151,7 +151,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="families at a time (2)")
     parser.add_argument("--only", default="", help="these families, by commas; writes nothing")
     parser.add_argument("--resume", action="store_true", help="keep what an interrupted sweep has finished")
-    parser.add_argument("--quick", action="store_true", help="eviction with eager attention only, no count of graph breaks")
+    quick = "eviction with eager attention only, graph breaks not counted"
+    parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--limit", type=float, default=240, help="seconds for one family (240)")
     options = parser.parse_args()
     from families import FAMILIES
