@@ -79,6 +79,7 @@ class Reason(StrEnum):
     SHARED_CACHE = "SHARED_CACHE"
     KEY_VALUE_MISMATCH = "KEY_VALUE_MISMATCH"
     DTYPE = "DTYPE"
+    INDEXER = "INDEXER"
 
     @property
     def hint(self) -> str:
@@ -87,7 +88,7 @@ class Reason(StrEnum):
     @property
     def by_choice(self) -> bool:
         """True for caches that kvpass understands and leaves dense on purpose: no error under strict=True."""
-        return self in (Reason.SLIDING_WINDOW, Reason.CROSS_ATTENTION)
+        return self in (Reason.SLIDING_WINDOW, Reason.CROSS_ATTENTION, Reason.INDEXER)
 
 
 HINTS = {
@@ -113,4 +114,5 @@ HINTS = {
     Reason.SHARED_CACHE: "attentions over one cache must have the same queries, keys, scale and mask",
     Reason.KEY_VALUE_MISMATCH: "keys and values must be cached in the same way",
     Reason.DTYPE: "keys, values and queries must share float32, bfloat16 or float16",
+    Reason.INDEXER: "nothing to do: keys of a sparse indexer choose what another attention may see; they stay dense",
 }

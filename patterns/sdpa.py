@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 import torch
+from kvpass.patterns.chosen import split_choices
 from torch import fx
 
 from kvpass.errors import Reason
@@ -30,7 +31,7 @@ class SdpaCore:
         """The core at an SDPA call, in normal form.
 
         Raises:
-            Miss: UNSUPPORTED_ATTENTION, DROPOUT, LAYOUT or DTYPE.
+            Miss: UNSUPPORTED_ATTENTION, DROPOUT, LAYOUT, DTYPE or MASK_UNKNOWN.
         """
         if call_name(node) != "sdpa":
             return None
@@ -75,4 +76,4 @@ def mask_terms(mask: fx.Node | None) -> tuple[Term, ...]:
     """An SDPA's mask in normal form."""
     if mask is None:
         return ()
-    return (Term(mask, MaskKind.KEEP if example(mask).dtype == torch.bool else MaskKind.ADD),)
+    return split_choices((Term(mask, MaskKind.KEEP if example(mask).dtype == torch.bool else MaskKind.ADD),))

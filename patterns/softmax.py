@@ -8,6 +8,7 @@ probabilities that anything else reads, logits changed by something that is not 
 
 from __future__ import annotations
 
+from kvpass.patterns.chosen import split_choices
 from kvpass.patterns.logits import SAME, Logits, first_product, is_cast_of_numbers, leads, read_logits
 from kvpass.patterns.near import why_no_core
 from kvpass.patterns.sinks import gated, sink_logits
@@ -55,7 +56,7 @@ class SoftmaxCore:
             q=logits.left,
             k=logits.right,
             v=values.right,
-            terms=tuple(above.terms),
+            terms=split_choices(tuple(above.terms)),
             scale=above.factor * (above.softcap or 1.0),
             causal=False,
             pattern=self.name,

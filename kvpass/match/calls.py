@@ -38,6 +38,9 @@ _SAME = {
     **dict.fromkeys((f"_scaled_dot_product_{kind}" for kind in _ATEN_CORES), "sdpa_aten"),
 }
 
+_NOT_IN_PLACE = frozenset({"and_", "or_", "not_", "is_"})
+"""The operators of Python: new tensors in spite of their names."""
+
 _IN_PLACE = frozenset({"setitem", "iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow"})
 
 PROJECTIONS = frozenset({"linear", "matmul", "addmm", "mm", "bmm", "einsum", "conv1d"})
@@ -104,7 +107,8 @@ def example(node: fx.Node) -> Any:
 def changes(node: fx.Node) -> bool:
     """True if the node changes its first argument in place."""
     name = call_name(node)
-    return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    in_place = name.endswith("_") and not name.endswith("__") and name not in _NOT_IN_PLACE
+    return name in _IN_PLACE or in_place
 
 
 def is_input(node: fx.Node) -> bool:
