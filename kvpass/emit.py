@@ -95,6 +95,7 @@ class Emitter:
             node = self._call_method("unflatten", node, 0, (-1, self.planned.site.dims["Hq"]))
         elif "G" in axes:
             node = self._call_method("flatten", node, 1, 2)
+        node = self._regrouped(node, 1, to_model=False)
         dtype = self.planned.site.dtype
         return node if example(core.q).dtype == dtype else self._call_method("to", node, dtype)
 
@@ -140,6 +141,7 @@ class Emitter:
         if site.core.latent is not None:
             weight = self._rows(site.core.latent.values)
             node = self._call(torch.matmul, node, self._call_method("transpose", weight, 1, 2))
+        node = self._regrouped(node, 1, to_model=True)
         if "N" in axes:
             node = self._call_method("flatten", node, 0, 1)
         elif "G" in axes:
@@ -170,7 +172,16 @@ class Emitter:
         if core.sinks is None and not core.softcap:
             return ()
         sinks = self._call_method("reshape", self.low.copy[core.sinks], -1) if core.sinks is not None else None
-        return sinks, core.softcap
+        return sinks if sinks is None else self._regrouped(sinks, 0, to_model=False), core.softcap
+
+    def _regrouped(self, node: fx.Node, axis: int, to_model: bool) -> fx.Node:
+        """Query heads of a core with tiled KV heads, from the model's order to that of the ops or back."""
+        site = self.planned.site
+        if not site.core.tiled:
+            return node
+        sizes = (site.group, int(site.dims["Hkv"]))
+        node = self._call_method("unflatten", node, axis, sizes[::-1] if to_model else sizes)
+        return self._call_method("flatten", self._call_method("transpose", node, axis, axis + 1), axis, axis + 1)
 
     def _heads_first(self, half: Half) -> fx.Node:
         node = self.low.copy[half.update.new]
@@ -181,7 +192,7 @@ class Emitter:
         site = self.planned.site
         if site.key.update.form is not CacheForm.BUFFER or not site.core.terms:
             return self._joined_mask()
-        made_of = (site.core.terms, str(site.dims["S"]))
+        made_of = (site.core.terms, str(site.dims["S"]), site.core.tiled)
         if made_of not in self.low.masks:
             new = self._call_method("size", self.low.copy[site.key.update.new], site.key.layout.token_axis)
             end = self._call(operator.add, self.position, new)
@@ -218,7 +229,8 @@ class Emitter:
             if sizes["H"] != 1 or sizes["G"] != 1:
                 node = self._call_method("expand", node, -1, site.dims["Hkv"], site.group, -1, -1)
             node = self._call_method("flatten", node, 1, 2)
-        return node
+        shared = (sizes["N"] if "N" in term.axes else sizes["H"]) == 1
+        return node if shared else self._regrouped(node, 1, to_model=False)
 
     def _position(self) -> fx.Node | int:
         half = self.planned.site.key

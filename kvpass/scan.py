@@ -15,7 +15,7 @@ from kvpass.match.calls import argument, call_name, is_metadata, operand
 from kvpass.match.dataflow import Flow
 from kvpass.match.miss import Miss
 from kvpass.match.nearby import home_of
-from kvpass.match.views import chain_scale, is_front, read_layout, walk_up
+from kvpass.match.views import chain_scale, is_front, is_tiled, read_layout, walk_up
 from kvpass.mixed_sites import Mixing, find_mixing, join_mixed
 from kvpass.site import Core, Decline, Half, Site, SiteTable, Update
 from kvpass.site_rules import buffer_readers, check_buffer, check_site, make_site
@@ -156,6 +156,7 @@ class _Found:
             raise self._mismatch(core, *updates)
         if updates[0].start is not updates[1].start and updates[0].start != updates[1].start:  # type: ignore[union-attr]
             raise Miss(Reason.KEY_VALUE_MISMATCH, core.node, "keys and values are written at different places")
+        core = replace(core, tiled=_tiled(core, updates, (chain_k, chain_v)))  # type: ignore[arg-type]
         key = self._half(core, updates[0], chain_k, core.axes.k, Reason.KEY_ESCAPES)  # type: ignore[arg-type]
         value = self._half(core, updates[1], chain_v, core.axes.v, Reason.VALUE_ESCAPES)  # type: ignore[arg-type]
         if chain_scale(chain_v) != 1.0:
@@ -217,7 +218,7 @@ class _Found:
             raise Miss(Reason.UNSUPPORTED_ATTENTION, core.node, f"logits or probabilities also feed {where}")
 
     def _half(self, core: Core, update: Update, chain: tuple[fx.Node, ...], roles: str, reason: Reason) -> Half:
-        layout = read_layout(update.node, chain, update.axis, roles)
+        layout = read_layout(update.node, chain, update.axis, roles, core.tiled)
         if update.axis is not None and update.axis != layout.token_axis:
             raise Miss(Reason.CAT_AXIS, update.node, f"cat along axis {update.axis} of {layout.value}")
         if self.readers[update.node] > 1:
@@ -254,6 +255,14 @@ class _Found:
             change = changed(node, begins, end, order)
             if change is not None:
                 raise Miss(Reason.UNSUPPORTED_ATTENTION, change, f"{node.name} is changed inside the attention")
+
+
+def _tiled(core: Core, updates: tuple[Update, Update], chains: tuple[tuple[fx.Node, ...], tuple[fx.Node, ...]]) -> bool:
+    """Are the KV heads of keys and values both tiled?"""
+    if "G" in core.axes.q or "G" in core.axes.out:
+        return False
+    roles = core.axes.k, core.axes.v
+    return all(is_tiled(u.node, chain, u.axis, r) for u, chain, r in zip(updates, chains, roles, strict=True))
 
 
 def _form(update: Update | None) -> str:

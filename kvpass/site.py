@@ -70,7 +70,7 @@ class Core:
 
     `k` and `v` are the operands as the core reads them, before any view is looked through. `pattern` names who found
     it, `inner` are the nodes between the operands and `node`. With `latent`, `k` are latents and `v` rotated keys, and
-    keys and values are made from them.
+    keys and values are made from them. `tiled`: query head h reads KV head `h % Hkv`, not `h // group`.
     """
 
     node: fx.Node
@@ -86,6 +86,7 @@ class Core:
     sinks: fx.Node | None = None
     inner: tuple[fx.Node, ...] = ()
     latent: Latent | None = None
+    tiled: bool = False
 
     @property
     def mask(self) -> fx.Node | None:

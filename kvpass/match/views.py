@@ -2,7 +2,7 @@
 
 Each axis of a tensor is a tuple of letters: `("H", "G")` is the KV-head axis with the group folded in behind it, so
     query head h reads KV head
-h // G; `("G", "H")` would be the tiled order. An axis of size one made by unsqueeze is the empty tuple.
+h // G; `("G", "H")` is the tiled order. An axis of size one made by unsqueeze is the empty tuple.
 """
 
 from __future__ import annotations
@@ -46,12 +46,15 @@ def walk_up(node: fx.Node, stop: Callable[[fx.Node], bool]) -> tuple[fx.Node, tu
     return node, tuple(reversed(chain))
 
 
-def read_layout(base: fx.Node, chain: Sequence[fx.Node], axis: int | None = None, roles: str = "BHTD") -> Layout:
+def read_layout(
+    base: fx.Node, chain: Sequence[fx.Node], axis: int | None = None, roles: str = "BHTD", tiled: bool = False
+) -> Layout:
     """Axis order of `base` if the chain turns it into what the attention reads, with grouped heads in the right order.
 
     Args:
         axis: the axis along which the cache grows, if known; it decides where sizes of one leave the order open.
         roles: axes that the attention reads, `BHTD`, `BHDT`, `NTD`, `BHGTD`, ...; see `kvpass.site.Axes`.
+        tiled: the right order is query head h reading KV head h % Hkv.
 
     Raises:
         Miss: LAYOUT or GROUP_ORDER, with the view that breaks it.
@@ -59,24 +62,41 @@ def read_layout(base: fx.Node, chain: Sequence[fx.Node], axis: int | None = None
     sizes = shape_of(base)
     if len(sizes) != 4:
         raise Miss(Reason.LAYOUT, base, f"a cached tensor of shape {sizes} is not 4-d")
-    fitting, tiled = [], None
+    fitting, other = [], None
     for layout in Layout:
         axes = forward([(letter,) for letter in layout.value], base, chain)
         if axes is not None and is_one(sizes[layout.head_axis]):
             axes = [tuple(letter for letter in names if letter != "H") for names in axes]  # one head: any place will do
         if axes is None:
             continue
+        axes = [_other_order(names) for names in axes] if tiled else axes
         if _fits(axes, roles):
             fitting.append(layout)
         elif any("G" in names and "H" in names[names.index("G") :] for names in axes):
-            tiled = chain[-1]
+            other = chain[-1]
     if fitting:
         return next((layout for layout in fitting if layout.token_axis == axis), fitting[0])
-    if tiled is not None:
-        raise Miss(Reason.GROUP_ORDER, tiled, "KV heads are tiled (repeat), not interleaved")
+    if other is not None:
+        here = ("interleaved", "tiled (repeat)") if tiled else ("tiled (repeat)", "interleaved")
+        raise Miss(Reason.GROUP_ORDER, other, f"KV heads are {here[0]}, not {here[1]}")
     raise Miss(
         Reason.LAYOUT, chain[-1] if chain else base, f"views between cache and attention do not end in {roles}"
     )
+
+
+def is_tiled(base: fx.Node, chain: Sequence[fx.Node], axis: int | None, roles: str) -> bool:
+    """Does query head h read KV head h % Hkv?"""
+    try:
+        read_layout(base, chain, axis, roles)
+    except Miss as miss:
+        return miss.reason is Reason.GROUP_ORDER
+    return False
+
+
+def _other_order(names: Axis) -> Axis:
+    """KV heads and groups in one axis, the other way round."""
+    swap = {"H": "G", "G": "H"} if {"H", "G"} <= set(names) else {}
+    return tuple(swap.get(name, name) for name in names)
 
 
 def lands(base: fx.Node, chain: Sequence[fx.Node], roles: str) -> bool:

@@ -123,10 +123,20 @@ def test_dynamic_sizes(spelling: str) -> None:
     assert isinstance(site.dims["B"], torch.SymInt)
 
 
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda k: k.repeat(1, G, 1, 1),
+        lambda k: torch.tile(k, (1, G, 1, 1)),
+        lambda k: k[:, None].expand(B, G, H, -1, D).reshape(B, G * H, -1, D),
+    ],
+)
+def test_tiled_heads(view: Callable[[Tensor], Tensor]) -> None:
+    (site,) = table(attend(view, 2), *tensors(Layout.BHTD)).sites
+    assert site.core.tiled
+
+
 REFUSED = {
-    "repeat": (lambda k: k.repeat(1, G, 1, 1), Reason.GROUP_ORDER),
-    "tile": (lambda k: torch.tile(k, (1, G, 1, 1)), Reason.GROUP_ORDER),
-    "groups in front": (lambda k: k[:, None].expand(B, G, H, -1, D).reshape(B, G * H, -1, D), Reason.GROUP_ORDER),
     "tokens repeated": (lambda k: k.repeat_interleave(2, 2), Reason.LAYOUT),
     "head dim reversed in blocks": (lambda k: k.unflatten(3, (4, 4)).transpose(3, 4).flatten(3), Reason.LAYOUT),
     "tokens and heads swapped": (lambda k: k.reshape(B, -1, H, D).transpose(1, 2), Reason.LAYOUT),

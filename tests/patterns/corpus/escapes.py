@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from corpus.case import case, eager, grow, logits, wide
+from corpus.case import MATCHED, case, eager, grow, logits, wide
 from models.attention import DIM, KV_HEADS, attend
 from models.plain import rotary
 from torch import nn
@@ -150,6 +150,12 @@ def every_second_key(self, k, v):
 
 
 @changed("GROUP_ORDER", attention=lambda q, k, v: logits(q, k).softmax(-1) @ v)
+def tiled_keys(self, k, v):
+    """Query head h reads the keys of head h % 2, the values of head h // 2."""
+    return k.repeat(1, 2, 1, 1), v.repeat_interleave(2, 1)
+
+
+@changed(MATCHED, attention=lambda q, k, v: logits(q, k).softmax(-1) @ v)
 def tiled_heads(self, k, v):
     """Query head h reads KV head h % 2."""
     return k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1)
