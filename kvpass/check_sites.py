@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx
@@ -143,7 +143,10 @@ class _Check:
             return
         k, v = (_dense_past(call, half) for half in (0, 1))
         state = _all_slots(k, v, call.state[3].shape[0], room=call.q.shape[2] + 1)
-        actual = _run_ops(self.site, call, state, self.rule)
+        try:
+            actual = _run_ops(self.site, call, state, self.rule)
+        except ValueError as error:
+            self._fail(f"is refused by its own ops: {error}")
         expected = self.dense(values, (k, v))
         self._compare_outputs(call, actual, expected, k, v)
         self._compare_state(call, state, k, v)
@@ -181,7 +184,7 @@ class _Check:
             if bool(changed.any()):
                 self._fail(f"keeps wrong {name}: {int(changed.sum())} slots differ from what was cached")
 
-    def _fail(self, what: str) -> None:
+    def _fail(self, what: str) -> NoReturn:
         raise VerificationError(
             f"verify=True: the {self.site.phase.value} of a site, run at full budget, {what}",
             where=f"{self.site.name}, {self.site.source}",

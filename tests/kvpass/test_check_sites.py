@@ -155,7 +155,7 @@ def breaking(monkeypatch: pytest.MonkeyPatch, op: str, wrong: Callable[..., Any]
         ("prefill_attend", lambda right, *a: (right(*a)[0] * 1.001, *right(*a)[1:]), "prefill", "differs by"),
         ("prefill_attend", lambda right, *a: right(*a[:5], a[5] * 1.05, *a[6:]), "prefill", "differs by"),
         ("decode_attend", lambda right, *a: right(*a) + 1e-3, "decode", "differs by"),
-        ("decode_attend", lambda right, *a: right(*a[:9], a[9] + 1, *a[10:]), "decode", "keeps the wrong positions"),
+        ("decode_attend", lambda right, *a: right(*a[:9], a[9] + 1, *a[10:]), "decode", "refused by its own ops"),
         ("compact_slots", lambda right, *a: (right(*a), a[6].mul_(1.01))[0], "prefill", "keeps wrong keys"),
         ("select_slots", lambda right, *a: right(*a).clamp(max=7), "prefill", "keeps the wrong positions"),
     ],

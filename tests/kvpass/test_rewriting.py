@@ -69,7 +69,7 @@ def test_a_dynamic_batch_must_be_named() -> None:
         state = rewritten.empty_state(batch=batch)
         (logits,), _ = rewritten.step(plain.tokens(batch, 1), tokens=0, state=state)
         assert logits.shape[0] == batch
-    assert rewritten.program.module()(plain.tokens(3, 1), 4, *rewritten.empty_state(9, batch=3))[0].shape[0] == 3
+    assert rewritten.program.module()(plain.tokens(3, 1), 0, *rewritten.empty_state(9, batch=3))[0].shape[0] == 3
 
 
 @pytest.mark.parametrize("decompositions", [{}, None], ids=["inference", "core aten"])

@@ -143,7 +143,6 @@ REFUSED = {
     "scaled by a vector": (lambda k: k * torch.arange(16.0), Reason.KEY_ESCAPES),
     "sliced": (lambda k: k[:, :, 1:], Reason.UNSUPPORTED_ATTENTION),
     "other bits": (lambda k: k.view(torch.int32).view(torch.float32), Reason.KEY_ESCAPES),
-    "stacked": (lambda k: torch.stack([k] * G, 2).flatten(1, 2), Reason.KEY_ESCAPES),
 }
 
 
