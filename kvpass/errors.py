@@ -100,7 +100,8 @@ HINTS = {
     Reason.KEY_ESCAPES: "only the attention and the returned cache may read the cached keys",
     Reason.VALUE_ESCAPES: "only the attention and the returned cache may read the cached values",
     Reason.LAYOUT: "the cache must be 4-d, [B, Hkv, T, D] or [B, T, Hkv, D]",
-    Reason.GROUP_ORDER: "keys and values must repeat their heads in the same order (both repeat_interleave, or both repeat)",
+    Reason.GROUP_ORDER: "keys and values must repeat their heads in the same order (both repeat_interleave, or both "
+    "repeat)",
     Reason.CAT_AXIS: "the cache must be concatenated along its token axis",
     Reason.NEW_FIRST: "the past must come first in torch.cat([past, new])",
     Reason.PAST_NOT_INPUT: "the past must be an input of the graph itself, not a value computed from one",
