@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton  # type: ignore[import-untyped]
+import triton  # type: ignore[import-untyped]  # no types in it
 from torch import Tensor
-from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
-from triton.compiler import ASTSource  # type: ignore[import-untyped]
+from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]  # no types in it
+from triton.compiler import ASTSource  # type: ignore[import-untyped]  # no types in it
 
 from .compact_slots.triton import compact_slots_triton
 from .decode_attend.triton import decode_attend_triton

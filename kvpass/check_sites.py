@@ -197,15 +197,17 @@ def _run_ops(site: Site, call: _Call, state: list[torch.Tensor], rule: str) -> t
     """The ops that replace the site, as `lower` emits them."""
     ops, core = torch.ops.kvpass, site.core
     k, v, pos, past = call.k, call.v, None, None
+    out: torch.Tensor
     if site.phase is Phase.DECODE:
-        return ops.decode_attend(call.q, k, v, call.mask, *state, call.position, core.scale, rule, *call.extras)  # type: ignore[no-any-return]
+        out = ops.decode_attend(call.q, k, v, call.mask, *state, call.position, core.scale, rule, *call.extras)
+        return out
     if site.phase is Phase.EXTEND:
         k, v, pos, past = ops.join_slots(*state, k, v, call.position)
     out, stats, valid = ops.prefill_attend(call.q, k, v, pos, call.mask, core.scale, core.causal, rule, *call.extras)
     score, stats, cursor = ops.score_slots(stats, past, pos, valid, state[4], call.position, rule)
     chosen = ops.select_slots(score, cursor, state[0].shape[2])
     ops.compact_slots(k, v, pos, stats, chosen, cursor, *state)
-    return out  # type: ignore[no-any-return]
+    return out
 
 
 def _dense_past(call: _Call, half: int) -> torch.Tensor:

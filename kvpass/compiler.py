@@ -231,18 +231,19 @@ def from_options(
     """
     from kvpass.errors import PolicyError
 
+    given = options or {}
     valid = ("policy", "budget", "inner", "strict", "debug", "verify")
     try:
         if mode is not None:
             raise PolicyError("the backend 'kvpass' knows no mode", hint='use options={"policy": "h2o", "budget": 0.2}')
-        unknown = sorted(set(options or {}) - set(valid))
-        if unknown or "policy" not in (options or {}):
+        unknown = sorted(set(given) - set(valid))
+        if unknown or "policy" not in given:
             raise PolicyError(
                 f"unknown option {unknown[0]!r}" if unknown else "no policy", hint=f"options are {', '.join(valid)}"
             )
-        key = repr(sorted((options or {}).items()))
+        key = repr(sorted(given.items()))
         if key not in _FROM_OPTIONS:
-            _FROM_OPTIONS[key] = backend(**options)  # type: ignore[arg-type]
+            _FROM_OPTIONS[key] = backend(**given)
         return _FROM_OPTIONS[key](gm, example_inputs)
     except KVPassError as error:
         return _Refusal(error)

@@ -19,7 +19,7 @@ def any_size() -> Any:
     """While tracing: let sizes be 0 and 1, as they are in the first steps; torch.export would rule them out."""
     from torch.fx.experimental import _config
 
-    return _config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+    return _config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]  # torch adds it on import
 
 
 def exported(gm: fx.GraphModule) -> ExportedProgram:

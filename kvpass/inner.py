@@ -29,7 +29,7 @@ def compile_inner(name: str, gm: fx.GraphModule, inputs: list[Any]) -> Callable[
         from torch._inductor.compile_fx import compile_fx
 
         compiled = compile_fx(gm, inputs)
-    return compiled  # type: ignore[no-any-return]
+    return compiled  # type: ignore[no-any-return]  # compile_fx may also give files, but not here
 
 
 def _distinct(inputs: list[Any]) -> list[Any]:
@@ -38,7 +38,7 @@ def _distinct(inputs: list[Any]) -> list[Any]:
     result = []
     for value in inputs:
         if isinstance(value, torch.Tensor) and id(value) in seen:
-            with value.fake_mode:  # type: ignore[attr-defined]
+            with value.fake_mode:  # type: ignore[attr-defined]  # they are fake
                 value = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
         seen.add(id(value))
         result.append(value)

@@ -48,18 +48,9 @@ class Lowered:
 
 def lower(gm: fx.GraphModule, plan: Plan) -> Lowered:
     """Rewrite the planned sites of a captured graph; all other nodes stay as they are."""
-    work = _Lowering(gm, any(is_buffered(site_plan.site) for site_plan in plan.sites))
+    work = _Lowering(gm, any(_is_buffered(site_plan.site) for site_plan in plan.sites))
     bindings = tuple(work.site(site_plan) for site_plan in plan.sites)
     return Lowered(work.finish(bindings), bindings, len(work.outputs), work.position is not None)
-
-
-def _read(node: fx.Node) -> bool:
-    return any(not is_metadata(user) or user.users for user in node.users)
-
-
-def is_buffered(site: Site) -> bool:
-    """Does the site write into a buffer that an earlier call has written to?"""
-    return site.key.update.form is CacheForm.BUFFER and site.phase is not Phase.PREFILL
 
 
 class _Lowering:
@@ -77,15 +68,6 @@ class _Lowering:
         self.masks: dict[Any, fx.Node] = {}
         self.position = self._position_input() if buffered else None
 
-    def _position_input(self) -> fx.Node:
-        """Where this call's tokens are written: the last input, a number that no graph is compiled for."""
-        fake_mode = next(example(n).fake_mode for n in self.inputs if isinstance(example(n), torch.Tensor))
-        with self.graph.inserting_after(self.last_input):
-            node = self.graph.placeholder("kvpass_position")
-        value = free_size(fake_mode.shape_env, "kvpass_position")
-        node.meta = {"example_value": value, "kvpass": {"state": "position"}}
-        return node
-
     def site(self, planned: SitePlan) -> Binding:
         """Replace one site by its ops."""
         site = planned.site
@@ -100,6 +82,26 @@ class _Lowering:
             self.copy[one.node] = out
         self._retire(cores, site.key, site.value)
         return self._binding(planned)
+
+    def finish(self, bindings: Sequence[Binding]) -> fx.GraphModule:
+        """Return what is no cache; compile to a module that shares the original's attributes."""
+        cached = {at for b in bindings for half in b.returned for at in half}
+        kept: list[Any] = [v for at, v in enumerate(self.outputs) if at not in cached]
+        self.graph.output(tuple(self.copy[v] if isinstance(v, fx.Node) else v for v in kept))
+        self.graph.lint()
+        with _use_lazy_graph_module(True):  # as Dynamo does: Inductor never needs the Python code
+            result = _make_graph_module(self.original, self.graph, class_name="KVPassGraph")
+        result.meta.update(self.original.meta)
+        return result
+
+    def _position_input(self) -> fx.Node:
+        """Where this call's tokens are written: the last input, a number that no graph is compiled for."""
+        fake_mode = next(example(n).fake_mode for n in self.inputs if isinstance(example(n), torch.Tensor))
+        with self.graph.inserting_after(self.last_input):
+            node = self.graph.placeholder("kvpass_position")
+        value = free_size(fake_mode.shape_env, "kvpass_position")
+        node.meta = {"example_value": value, "kvpass": {"state": "position"}}
+        return node
 
     def _state_inputs(self, planned: SitePlan) -> list[fx.Node]:
         nodes = []
@@ -162,7 +164,7 @@ class _Lowering:
         self._erase(write)
         others = taken_out(update.past, update.path) if update.past is not None else []
         for node in (part, self.copy[update.node], *(self.copy[n] for n in others)):
-            while isinstance(node, fx.Node) and node.op != "placeholder" and not node._erased and not _read(node):
+            while isinstance(node, fx.Node) and node.op != "placeholder" and not node._erased and not _is_read(node):
                 above = node.args[0] if node.args else None
                 self._erase(node)
                 node = above
@@ -219,8 +221,7 @@ class _Lowering:
         """Heads and entries of the host's keys and values, where the slots hold them otherwise."""
         if site.core.latent is None and site.mixed is None:
             return None
-        halves = (site.key, site.value)
-        return tuple((shape_of(h.update.new)[h.layout.head_axis], shape_of(h.update.new)[3]) for h in halves)  # type: ignore[return-value]
+        return _heads_and_entries(site.key), _heads_and_entries(site.value)
 
     def _start(self, start: Any) -> Callable[[Sequence[Any]], Any]:
         """Where a buffer is written, as a function of the graph's inputs."""
@@ -231,13 +232,17 @@ class _Lowering:
         assert half.update.past is not None
         return self.inputs.index(half.update.past)
 
-    def finish(self, bindings: Sequence[Binding]) -> fx.GraphModule:
-        """Return what is no cache; compile to a module that shares the original's attributes."""
-        cached = {at for b in bindings for half in b.returned for at in half}
-        kept: list[Any] = [v for at, v in enumerate(self.outputs) if at not in cached]
-        self.graph.output(tuple(self.copy[v] if isinstance(v, fx.Node) else v for v in kept))
-        self.graph.lint()
-        with _use_lazy_graph_module(True):  # as Dynamo does: Inductor never needs the Python code
-            result = _make_graph_module(self.original, self.graph, class_name="KVPassGraph")
-        result.meta.update(self.original.meta)
-        return result
+
+def _is_buffered(site: Site) -> bool:
+    """Does the site write into a buffer that an earlier call has written to?"""
+    return site.key.update.form is CacheForm.BUFFER and site.phase is not Phase.PREFILL
+
+
+def _is_read(node: fx.Node) -> bool:
+    """Does anyone read more of a node than its size?"""
+    return any(not is_metadata(user) or user.users for user in node.users)
+
+
+def _heads_and_entries(half: Half) -> tuple[int, int]:
+    sizes = shape_of(half.update.new)
+    return sizes[half.layout.head_axis], sizes[3]

@@ -67,8 +67,8 @@ def join_mixed(name: str, layer: int, group: Sequence[Mixing], flow: Flow) -> Si
         for at, reason in enumerate((Reason.KEY_ESCAPES, Reason.VALUE_ESCAPES))
     )
     readers = tuple(Reader(mixing.core, mixing.blocks) for mixing in group)
-    widths = tuple(int(shape_of(update.new)[3]) for update in (first.key, first.value))
-    mixed = Mixed(int(shape_of(first.key.new)[1]), first.keys, widths, readers)  # type: ignore[arg-type]
+    (_, heads, _, of_key), (*_, of_value) = shape_of(first.key.new), shape_of(first.value.new)
+    mixed = Mixed(int(heads), first.keys, (int(of_key), int(of_value)), readers)
     site = make_site(name, first.core, key, value, layer, mixed)
     check_site(site)
     return site

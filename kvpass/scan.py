@@ -11,7 +11,7 @@ from torch import fx
 from kvpass.errors import Reason
 from kvpass.match.aliases import changed
 from kvpass.match.attended import PARTS
-from kvpass.match.calls import argument, call_name, is_metadata, operand
+from kvpass.match.calls import argument, call_name, is_metadata, module_path, operand
 from kvpass.match.dataflow import Flow
 from kvpass.match.miss import Miss
 from kvpass.match.nearby import home_of
@@ -20,7 +20,7 @@ from kvpass.mixed_sites import Mixing, find_mixing, join_mixed
 from kvpass.site import Core, Decline, Half, Site, SiteTable, Update
 from kvpass.site_rules import buffer_readers, check_buffer, check_site, make_site
 from kvpass.terms import CacheForm
-from kvpass.unclaimed import changes_of, decline, site_name, unclaimed
+from kvpass.unclaimed import changes_of, decline, unclaimed
 
 
 def scan(gm: fx.GraphModule, patterns: Any) -> SiteTable:
@@ -147,22 +147,22 @@ class _Found:
         """
         base_k, chain_k = self._walk(core.k)
         base_v, chain_v = self._walk(core.v)
-        updates = self._update_of(base_k), self._update_of(base_v)
-        if updates == (None, None):
+        of_k, of_v = self._update_of(base_k), self._update_of(base_v)
+        if of_k is None and of_v is None:
             return None
-        if updates[0] is updates[1]:
+        if of_k is of_v:
             raise Miss(Reason.KEY_VALUE_MISMATCH, base_k, "keys and values are one tensor")
-        if None in updates or updates[0].form != updates[1].form:  # type: ignore[union-attr]
-            raise self._mismatch(core, *updates)
-        if updates[0].start is not updates[1].start and updates[0].start != updates[1].start:  # type: ignore[union-attr]
+        if of_k is None or of_v is None or of_k.form != of_v.form:
+            raise self._mismatch(core, of_k, of_v)
+        if of_k.start is not of_v.start and of_k.start != of_v.start:
             raise Miss(Reason.KEY_VALUE_MISMATCH, core.node, "keys and values are written at different places")
-        core = replace(core, tiled=_tiled(core, updates, (chain_k, chain_v)))  # type: ignore[arg-type]
-        key = self._half(core, updates[0], chain_k, core.axes.k, Reason.KEY_ESCAPES)  # type: ignore[arg-type]
-        value = self._half(core, updates[1], chain_v, core.axes.v, Reason.VALUE_ESCAPES)  # type: ignore[arg-type]
+        core = replace(core, tiled=_tiled(core, (of_k, of_v), (chain_k, chain_v)))
+        key = self._half(core, of_k, chain_k, core.axes.k, Reason.KEY_ESCAPES)
+        value = self._half(core, of_v, chain_v, core.axes.v, Reason.VALUE_ESCAPES)
         if chain_scale(chain_v) != 1.0:
             raise Miss(Reason.UNSUPPORTED_ATTENTION, chain_v[-1], "the cached values are scaled")
         self._check_inner(core)
-        name = site_name(core.node) or f"site{layer}"
+        name = module_path(core.node) or f"site{layer}"
         site = make_site(name, replace(core, scale=core.scale * chain_scale(chain_k)), key, value, layer)
         check_site(site)
         return site
@@ -185,7 +185,7 @@ class _Found:
             self._check_inner(mixing.core)
             for update in (mixing.key, mixing.value):
                 self._check_unchanged(mixing.core, update)
-        name = site_name(group[0].core.node) or f"site{layer}"
+        name = module_path(group[0].core.node) or f"site{layer}"
         return join_mixed(name, layer, group, self.flow)
 
     def _mismatch(self, core: Core, key: Update | None, value: Update | None) -> Miss:

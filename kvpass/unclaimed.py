@@ -30,15 +30,15 @@ def unclaimed(found: Any, sites: list[Site], declined: list[Decline]) -> list[De
     named = {decline.site for decline in declined}
     extra: dict[str, Decline] = {}
     for node in sorted({*found.updates, *found.missed_updates}, key=found.flow.order.__getitem__):
-        if node in taken or site_name(node) in named or len(shape_of(node)) < 3:
+        if node in taken or module_path(node) in named or len(shape_of(node)) < 3:
             continue
         if id(found.updates.get(node)) in claimed:
             continue  # another name of a buffer whose attention was refused
         miss = _refused(found, node) if node in found.missed_updates else _unattended(found, node)
-        known = extra.get(site_name(node))
+        known = extra.get(module_path(node))
         if miss is not None and (known is None or known.reason is Reason.NO_ATTENTION):
             near = () if miss.pattern else near_misses(found.patterns.cores, node)
-            extra[site_name(node)] = decline(node, miss, near)
+            extra[module_path(node)] = decline(node, miss, near)
     return list(extra.values())
 
 
@@ -92,12 +92,7 @@ def changes_of(flow: Flow, cache: fx.Node, bases: list[fx.Node]) -> Miss | None:
     return None
 
 
-def site_name(node: fx.Node) -> str:
-    """The module that made a node; '' if the trace does not say."""
-    return module_path(node)
-
-
 def decline(node: fx.Node, miss: Miss, near: tuple[str, ...] = ()) -> Decline:
     """A refused core or cache for people."""
-    name, source = site_name(node) or node.name, source_line(miss.node) or source_line(node)
+    name, source = module_path(node) or node.name, source_line(miss.node) or source_line(node)
     return Decline(name, miss.reason, miss.node.name, source, miss.detail, miss.pattern, near)

@@ -17,14 +17,12 @@ from kvpass.match.calls import argument, call_name, example, operand
 from kvpass.match.indexer import CHOICES
 from kvpass.match.miss import Miss
 from kvpass.match.nearby import nearby
-from kvpass.match.numbers import number
+from kvpass.match.numbers import NO_WEIGHT, number
 from kvpass.match.views import walk_up
 from kvpass.site import Term
 from kvpass.terms import MaskKind
 
 FILLED = frozenset({"ones", "zeros", "ones_like", "zeros_like", "new_ones", "new_zeros"})
-LOW = -1e4
-"""Probability 0 beside any key that is seen; above what counts as hidden in every dtype, float16 too."""
 
 
 def split_choices(terms: tuple[Term, ...]) -> tuple[Term, ...]:
@@ -43,7 +41,7 @@ def _split(term: Term) -> tuple[Term, ...]:
     half = any(example(part.node).dtype == torch.float16 for part in rest)
     if chosen is None or not _only_a_choice(chosen) or half or (base is not None and _is_chosen(base)):
         raise Miss(Reason.MASK_UNKNOWN, node, "a choice of tokens (topk, sort) is mixed into the mask")
-    return *rest, Term(chosen, MaskKind.ADD, term.axes, LOW)
+    return *rest, Term(chosen, MaskKind.ADD, term.axes, NO_WEIGHT)
 
 
 def _parts(node: fx.Node, term: Term) -> tuple[fx.Node | None, fx.Node | None]:
@@ -52,13 +50,13 @@ def _parts(node: fx.Node, term: Term) -> tuple[fx.Node | None, fx.Node | None]:
         return None, node
     if term.kind is MaskKind.ADD:
         fill = number(argument(node, 2, "value")) if call_name(node) == "masked_fill" else None
-        hides = fill is not None and fill * term.factor <= LOW
+        hides = fill is not None and fill * term.factor <= NO_WEIGHT
         return (operand(node), argument(node, 1, "mask")) if hides else (None, None)
     if call_name(node) not in ("and_", "bitwise_and", "logical_and"):
         return None, _inverted(node)
-    sides = node.args[0], argument(node, 1, "other")
+    sides = operand(node), argument(node, 1, "other")
     found = [(base, _inverted(side)) for base, side in (sides, sides[::-1]) if _is_chosen(side)]
-    return found[0] if len(found) == 1 else (None, None)  # type: ignore[return-value]
+    return found[0] if len(found) == 1 else (None, None)
 
 
 def _inverted(node: Any) -> fx.Node | None:

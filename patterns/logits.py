@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx
@@ -11,14 +11,11 @@ from torch import fx
 from kvpass.errors import Reason
 from kvpass.match.calls import argument, call_name, changes, example, operand
 from kvpass.match.miss import Miss
-from kvpass.match.numbers import factor_of, number
+from kvpass.match.numbers import NO_WEIGHT, factor_of, number
 from kvpass.match.product import Product, logits_product
 from kvpass.match.shapes import is_one, normal_dim, same, shape_of
 from kvpass.site import Term
 from kvpass.terms import MaskKind
-
-HIDDEN = -1e4
-"""A logit this low, or lower, hides a key: its probability is 0 in float32 beside any key that is seen."""
 
 SAME = frozenset({"to", "float", "type", "half", "bfloat16", "type_as", "contiguous", "clone", "_to_copy", "alias"})
 SUMS = frozenset({"add", "iadd", "add_"})
@@ -41,7 +38,7 @@ class Logits:
     nodes: list[fx.Node] = field(default_factory=list)
 
 
-def leads(node: Any, depth: int = 16) -> bool:
+def leads(node: Any, depth: int = 16) -> TypeGuard[fx.Node]:
     """Is there a product of queries and keys above, with nothing between that a walk does not know?"""
     if not isinstance(node, fx.Node) or depth == 0:
         return False
@@ -115,6 +112,12 @@ def _step(found: Logits, node: fx.Node) -> fx.Node:
     raise _unknown(node)
 
 
+def _above(node: fx.Node) -> fx.Node:
+    """The logits before an operation on them."""
+    above: fx.Node = operand(node)
+    return above
+
+
 def _unknown(node: fx.Node, what: str = "") -> Miss:
     return Miss(Reason.UNSUPPORTED_ATTENTION, node, what or f"the logits go through {call_name(node)}")
 
@@ -122,7 +125,7 @@ def _unknown(node: fx.Node, what: str = "") -> Miss:
 def _same(found: Logits, node: fx.Node) -> fx.Node:
     if not is_cast_of_numbers(node):
         raise _unknown(node, f"the logits become {example(node).dtype}")
-    return operand(node)  # type: ignore[no-any-return]
+    return _above(node)
 
 
 def _reshaped(found: Logits, node: fx.Node) -> fx.Node:
@@ -132,7 +135,7 @@ def _reshaped(found: Logits, node: fx.Node) -> fx.Node:
     kept = len(small) >= 3 and all(same(a, b) for a, b in zip(small[-2:], large[-2:], strict=True))
     if not kept or len(large) > 5:
         raise _unknown(node, f"the logits are viewed from {tuple(above)} to {tuple(below)}")
-    return operand(node)  # type: ignore[no-any-return]
+    return _above(node)
 
 
 def _added(found: Logits, node: fx.Node) -> fx.Node:
@@ -143,7 +146,7 @@ def _added(found: Logits, node: fx.Node) -> fx.Node:
         raise _unknown(node, "two products are added: scores are not one product of queries and keys")
     through, other = (left, right) if leads(left) else (right, left)
     _add(found, other, node, found.factor)
-    return through  # type: ignore[return-value]
+    return through
 
 
 def _subtracted(found: Logits, node: fx.Node) -> fx.Node:
@@ -155,11 +158,11 @@ def _subtracted(found: Logits, node: fx.Node) -> fx.Node:
         if found.softcap or found.sinks is not None:
             raise _unknown(node, "the maximum is taken off before the softcap or the sinks")
         found.nodes += row_max
-        return left  # type: ignore[return-value]  # softmax does not see it
+        return left  # softmax does not see it
     if isinstance(right, fx.Node) and leads(right):
         raise _unknown(node, "two products are subtracted")
     _add(found, right, node, -found.factor)
-    return left  # type: ignore[return-value]
+    return left
 
 
 def _row_max(node: Any, logits: Any) -> list[fx.Node]:
@@ -197,18 +200,18 @@ def _where(found: Logits, node: fx.Node) -> fx.Node:
     through, fill = (yes, no) if leads(yes) else (no, yes)
     _check_fill(found, fill, node)
     _take_term(found, condition, MaskKind.KEEP if through is yes else MaskKind.HIDE, node)
-    return through  # type: ignore[no-any-return]
+    return through
 
 
 def _masked_fill(found: Logits, node: fx.Node) -> fx.Node:
     _check_fill(found, argument(node, 2, "value"), node)
     _take_term(found, argument(node, 1, "mask"), MaskKind.HIDE, node)
-    return operand(node)  # type: ignore[no-any-return]
+    return _above(node)
 
 
 def _check_fill(found: Logits, fill: Any, node: fx.Node) -> None:
     value = number(fill)
-    if value is None or value * found.factor > HIDDEN or found.softcap:
+    if value is None or value * found.factor > NO_WEIGHT or found.softcap:
         shown = f"{value:g}" if value is not None else getattr(fill, "name", fill)
         raise Miss(Reason.MASK_UNKNOWN, node, f"hidden keys get the logit {shown}")
 
@@ -216,21 +219,21 @@ def _check_fill(found: Logits, fill: Any, node: fx.Node) -> None:
 def _bounded(found: Logits, node: fx.Node) -> fx.Node:
     """A lower bound so low that only hidden keys meet it."""
     if call_name(node) == "nan_to_num":
-        return operand(node)  # type: ignore[no-any-return]
+        return _above(node)
     sides = [node.args[0], argument(node, 1, "other", argument(node, 1, "min"))]
     if argument(node, 2, "max") is not None or "dim" in node.kwargs:
         raise _unknown(node)
     low = next((number(side) for side in sides if number(side) is not None), None)
-    if low is None or low * found.factor > HIDDEN:
+    if low is None or low * found.factor > NO_WEIGHT:
         raise _unknown(node, "the logits are clamped")
-    return next(side for side in sides if leads(side))  # type: ignore[no-any-return]
+    return next(side for side in sides if leads(side))
 
 
 def _tanh(found: Logits, node: fx.Node) -> fx.Node:
     if found.softcap:
         raise _unknown(node, "two softcaps")
     found.softcap, found.factor = found.factor, 1.0
-    return operand(node)  # type: ignore[no-any-return]
+    return _above(node)
 
 
 def _with_sinks(found: Logits, node: fx.Node) -> fx.Node:
@@ -243,7 +246,7 @@ def _with_sinks(found: Logits, node: fx.Node) -> fx.Node:
     if found.terms or found.softcap or found.factor != 1.0:
         raise _unknown(node, "the sinks are masked or scaled")
     found.sinks = parts[1]
-    return parts[0]  # type: ignore[no-any-return]
+    return parts[0]
 
 
 _STEPS = (

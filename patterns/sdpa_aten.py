@@ -53,7 +53,7 @@ class AtenSdpaCore:
 
 def arguments(node: fx.Node) -> dict[str, Any]:
     """Arguments of an aten op by the names of its schema."""
-    schema = node.target._schema  # type: ignore[union-attr]
+    schema = node.target._schema  # type: ignore[union-attr]  # an aten op
     return {a.name: argument(node, at, a.name, a.default_value) for at, a in enumerate(schema.arguments)}
 
 

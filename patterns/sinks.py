@@ -33,7 +33,7 @@ def sink_logits(node: fx.Node, rank: int = 4) -> fx.Node:
     wide = [at for at, size in enumerate(shape_of(current)) if not is_one(size)]
     axes = forward([("H",) if at in wide else () for at in range(len(shape_of(current)))], current, chain)
     one = axes is not None and len(axes) == rank and axes[1] == ("H",) and chain_scale(chain) == 1.0
-    if len(wide) != 1 or not one or any("H" in names for at, names in enumerate(axes) if at != 1):  # type: ignore[arg-type]
+    if len(wide) != 1 or not one or any("H" in names for at, names in enumerate(axes) if at != 1):  # type: ignore[arg-type]  # `one`: not None
         raise Miss(Reason.UNSUPPORTED_ATTENTION, node, "the sinks are not one number for each query head")
     return current
 

@@ -49,7 +49,7 @@ def _trace(number: int, record: Any, lowered: Any) -> None:
 
 
 def _artifact(name: str, encoding: str, payload: Any) -> None:
-    from torch._logging import trace_structured  # type: ignore[attr-defined]
+    from torch._logging import trace_structured  # type: ignore[attr-defined]  # not in its __all__
 
     trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": encoding}, payload_fn=payload)
 

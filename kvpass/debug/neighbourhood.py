@@ -195,7 +195,7 @@ def _result_of(node: fx.Node) -> Any:
 
 def _result_name(node: fx.Node) -> str:
     source = _result_of(node)
-    return OUTPUTS[_op_name(source)][node.args[1]] if source is not None else ""  # type: ignore[index]
+    return OUTPUTS[_op_name(source)][node.args[1]] if source is not None else ""  # type: ignore[index]  # a getitem's int
 
 
 def _data_input(projection: fx.Node) -> list[fx.Node]:

@@ -31,7 +31,7 @@ class OutputCode(AbstractContextManager["OutputCode"]):
             self.trouble = f"this torch has no code cache that kvpass knows ({error!r})"
             return self
         self._cache = PyCodeCache
-        PyCodeCache.load_by_key_path = listening  # type: ignore[method-assign]
+        PyCodeCache.load_by_key_path = listening  # type: ignore[method-assign]  # until __exit__
         return self
 
     def __exit__(self, *exc: Any) -> None:

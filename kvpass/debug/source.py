@@ -186,6 +186,7 @@ def _call(name: str, args: Any, kwargs: Any) -> str:
 
 
 def _text(arg: Any) -> str:
+    # a name is no argument of a node, but these are only printed
     return repr(fx.map_arg(arg, lambda n: _Name(n.name)))  # type: ignore[arg-type, return-value]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -88,6 +89,14 @@ def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
 def operand(node: fx.Node) -> Any:
     """The tensor that a function or method works on: its first argument, also when it is given by keyword."""
     return argument(node, 0, "input")
+
+
+def called(node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What a call gives for other arguments."""
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
 
 
 def is_metadata(node: fx.Node) -> bool:

@@ -13,13 +13,12 @@ import torch
 from torch import fx
 
 from kvpass.match.calls import argument, call_name, changes, example, operand
-from kvpass.match.numbers import number
+from kvpass.match.numbers import NO_WEIGHT, number
 from kvpass.match.positions import REVERSED, compared
 from kvpass.match.shapes import shape_of
 from kvpass.terms import MaskKind
 
 WORDS = ("causal", "window", "padding", "bidirectional", "block", "bias", "unknown")
-HIDDEN = -1e4
 LIMIT = 30
 """Operations in a row between a mask and what it is made of."""
 
@@ -132,7 +131,7 @@ def _filled(node: fx.Node, depth: int) -> Words:
         condition, yes, no = node.args[0], argument(node, 1, "input"), argument(node, 2, "other")
     else:
         condition, yes, no = argument(node, 1, "mask"), argument(node, 2, "value"), operand(node)
-    hidden = [(_fill(part) or 0.0) <= HIDDEN for part in (yes, no)]
+    hidden = [(_fill(part) or 0.0) <= NO_WEIGHT for part in (yes, no)]
     if hidden[0] == hidden[1]:
         return UNKNOWN
     return _truth(condition, hidden[1], node, depth + 1) | _added(yes if hidden[1] else no, node, depth + 1)
@@ -142,7 +141,7 @@ def _scaled(node: fx.Node, depth: int) -> Words:
     """A truth times a large negative number hides; anything else is a bias."""
     left, right = node.args[0], argument(node, 1, "other")
     value, other = (_fill(right), left) if _fill(right) is not None else (_fill(left), right)
-    if value is not None and value <= HIDDEN:
+    if value is not None and value <= NO_WEIGHT:
         return _truth(other, False, node, depth + 1)
     if value is not None:
         return _added(other, node, depth + 1)
@@ -158,7 +157,7 @@ def _summed(node: fx.Node, depth: int) -> Words:
 def _hidden_triangle(node: fx.Node, depth: int) -> Words:
     """`triu(full(.., -inf), 1)`"""
     fill = _fill(operand(node))
-    return _triangle(node, fill > HIDDEN) if fill is not None else UNKNOWN
+    return _triangle(node, fill > NO_WEIGHT) if fill is not None else UNKNOWN
 
 
 _ADDED: dict[str, Callable[[fx.Node, int], Words]] = {

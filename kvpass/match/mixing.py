@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from kvpass.match.calls import call_name, example, operand
+from kvpass.match.calls import call_name, called, example, operand
 from kvpass.match.shapes import shape_of
 from kvpass.match.views import is_view
 
@@ -88,10 +88,8 @@ def _run(nodes: list[fx.Node], base: fx.Node, result: fx.Node, ids: torch.Tensor
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), value)
         if call_name(node) in ("to", "float", "type_as"):
             values[node] = value(operand(node))  # numbers stay numbers
-        elif node.op == "call_method":
-            values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         else:
-            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            values[node] = called(node, args, kwargs)
     found: torch.Tensor = values[result]
     return found
 

@@ -85,7 +85,8 @@ def _places(node: fx.Node) -> tuple[int, ...] | None:
     index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
     while index and index[-1] in (slice(None, None, None), Ellipsis):
         index = index[:-1]
-    return index if index and all(isinstance(item, int) for item in index) else None  # type: ignore[return-value]
+    places = tuple(item for item in index if isinstance(item, int))
+    return places if places and len(places) == len(index) else None
 
 
 def taken_out(stack: fx.Node, path: tuple[int, ...]) -> list[fx.Node]:

@@ -11,6 +11,11 @@ from kvpass.match.shapes import shape_of
 
 PRODUCTS = frozenset({"mul", "multiply", "imul", "mul_"})
 QUOTIENTS = frozenset({"truediv", "div", "divide", "true_divide", "div_", "itruediv"})
+NO_WEIGHT = -1e4
+"""A logit this low, or lower, hides its key: probability 0 in float32 beside any key that is seen. Not yet padding to
+the ops: their threshold is lower in every dtype, float16 too.
+"""
+
 _CONSTANTS = frozenset({"tensor", "scalar_tensor", "as_tensor", "_tensor_constant"})
 
 

@@ -83,7 +83,7 @@ def _einsum(node: fx.Node) -> tuple[str, str, str, fx.Node, fx.Node] | None:
     left, right = inputs.split(",")
     if any(len(set(part)) != len(part) for part in (left, right, out)):
         return None
-    return left, right, out, operands[0], operands[1]  # type: ignore[return-value]
+    return left, right, out, operands[0], operands[1]  # type: ignore[return-value]  # tensors, so nodes
 
 
 def _einsum_logits(node: fx.Node) -> Product | None:

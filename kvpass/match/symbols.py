@@ -35,7 +35,7 @@ class SizeReader:
         expr = size.node.expr
         if expr in self.known:
             return self._at(*self.known[expr])
-        import sympy  # type: ignore[import-untyped]
+        import sympy  # type: ignore[import-untyped]  # it has no types
 
         symbols = sorted(expr.free_symbols, key=str)
         parts = [self._at(*self.known[symbol]) for symbol in symbols]

@@ -162,7 +162,8 @@ def is_front(node: fx.Node) -> bool:
 
 def chain_scale(chain: Sequence[fx.Node]) -> float:
     """The number that a chain multiplies its tensor by."""
-    return math.prod(1.0 if factor_of(node) is None else factor_of(node) for node in chain)  # type: ignore[misc]
+    factors = map(factor_of, chain)
+    return math.prod((factor for factor in factors if factor is not None), start=1.0)
 
 
 def _full_slices(index: Any) -> bool:

@@ -12,6 +12,7 @@ from kvpass.patterns import DEFAULT
 from models import golden, plain
 from models.attention import attend, hidden, layer, past
 from models.graphs import capture, dynamic
+from models.styles import gpt_fast, style
 from torch import fx
 
 import kvpass
@@ -204,3 +205,15 @@ def test_sites_of_other_shapes_in_one_graph():
         ((2, 4, 1, 8), torch.float32),
         ((2, 4, 1, 4), torch.float16),
     ]
+
+
+def test_a_mask_that_sites_share_leaves_their_fakes_right():
+    """Over buffers only the first site cuts the mask: the others have fewer nodes."""
+    model = style.make(gpt_fast.Transformer).init_cache(1, 16)
+    gm = capture(model, plain.tokens(1, 5), torch.arange(5))
+    _, lowered = rewritten(gm)
+    nodes = lowered.gm.graph.nodes
+    assert len([n for n in nodes if "kvpass.written" in str(n.target)]) == 1
+    outs = [example(n) for n in nodes if "prefill_attend" in str(n.target)]
+    assert len(outs) > 1
+    assert len({str([tuple(t.shape) for t in found]) for found in outs}) == 1
