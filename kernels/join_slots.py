@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from kvpass.kernels.ragged import is_ragged, padded, padded_rows
 from torch import Tensor
 
 
@@ -14,11 +15,20 @@ def join_slots(
     k [B, Hkv, C, D], v [B, Hkv, C, Dv], pos int32 [B, Hkv, C], stats float32 [N, B, Hkv, C], cursor int32
     [B, Hkv, 4]; k_new [B, Hkv, S, D], v_new [B, Hkv, S, Dv] at positions position .. position + S - 1.
 
+    Of a ragged state (`kvpass.kernels.ragged`) a head may hold up to `position` keys: C is `position` then.
+
     Returns (k [B, Hkv, C+S, D], v, pos, stats): past slots by position, empties first (k, v, stats 0, pos -1), then
     the new tokens with zero statistics. Raises ValueError on shapes that do not fit.
     """
     if k.shape[:3] != pos.shape or k_new.shape[:2] != pos.shape[:2] or k_new.shape[2] != v_new.shape[2]:
         raise ValueError(f"join_slots: k {list(k.shape)}, pos {list(pos.shape)}, k_new {list(k_new.shape)} do not fit")
+    if is_ragged(cursor):
+        k, v, pos, stats = (
+            padded_rows(k, cursor, position),
+            padded_rows(v, cursor, position),
+            padded(pos, cursor, position, -1),
+            padded(stats, cursor, position, 0.0),
+        )
     past, order = pos.sort(-1)
     empty = past < 0
     queries = k_new.shape[2]

@@ -10,22 +10,35 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
 
-STATISTICS = ("sum", "sumsq", "count")
+STATISTICS = ("sum", "sumsq", "count", "important")
+"""What attention can emit for each key: sums of the observed probabilities, of their squares, of the queries that see
+the key, and of those that give it at least an even share (1 / keys visible to the query).
+"""
+
+HELD = "held"
+"""A slot's statistic that is no sum over queries: the score that a scorer gave it, in its last multi-token call or when
+it arrived.
+"""
+
+WEIGHT = "weight"
+"""A slot's statistic that multiplies its score: a norm of its value."""
+
 UNTOUCHABLE = 3.0e38
 """Score of a slot that the scope keeps out of reach: above every real score, below a protected slot's +inf."""
 
-OPS_VERSION = 2
+OPS_VERSION = 3
 """Raise it when an op's outputs change shape, strides or dtype. It is part of every rule in a graph, and so of the key
 of compiled graphs that Inductor keeps on disk: an older one must not be taken for this one.
 """
 
-LIVE, FREE, SEEN, FIRST = range(4)
-"""Columns of the cursor [B, Hkv, 4]."""
+LIVE, FREE, SEEN, FIRST, EXTRA, SHIFT = range(6)
+"""Columns of the cursor [B, Hkv, 4 or 6]. The last two exist where heads have budgets of their own (`Rule.ragged`)."""
 
 
 @dataclass(frozen=True)
 class Rule:
     stats: tuple[str, ...] = ()
+    emits: tuple[str, ...] = ()
     queries: int = 0
     group: str = "mean"
     heads: str = "each"
@@ -34,6 +47,18 @@ class Rule:
     pool: str = "none"
     pool_size: int = 1
     score: str = "position"
+    scorer: str = ""
+    options: str = ""
+    reads: tuple[str, ...] = ()
+    granule: int = 1
+    granule_by: str = "mean"
+    sample_num: int = 0
+    sample_den: int = 1
+    seed: int = 0
+    weight: str = "none"
+    weight_floor: float = 0.0
+    top_num: int = 0
+    top_den: int = 1
     scope_num: int = 0
     scope_den: int = 1
     sinks: int = 0
@@ -44,6 +69,12 @@ class Rule:
     num: int = 1
     den: int = 1
     floor: int = 1
+    taper: int = 0
+    layer: int = 0
+    layers: int = 1
+    ragged: bool = False
+    safe_num: int = 0
+    safe_den: int = 1
 
     @property
     def evicts(self) -> bool:
@@ -51,8 +82,35 @@ class Rule:
         return self.slots > 0 or self.num < self.den
 
     def budget(self, seen: int) -> int:
-        """Slots each KV head may hold after `seen` valid tokens."""
-        return self.slots if self.slots > 0 else max(self.floor, seen * self.num // self.den)
+        """Slots each KV head may hold after `seen` valid tokens; of a ragged rule, on average over the heads."""
+        even = self.slots if self.slots > 0 else max(self.floor, seen * self.num // self.den)
+        return self._tapered(even, seen) if self.taper else even
+
+    def _tapered(self, even: int, seen: int) -> int:
+        """PyramidKV (arXiv 2406.02069): budgets fall from layer to layer by equal steps, `even` on average.
+
+        The arithmetic of Zefan-Cai/KVCache-Factory, the observation window on top.
+        """
+        window = max(self.queries, 0)
+        base = even - window
+        if base < self.taper or self.layers < 2 or seen < even or seen < 2 * base:
+            return even
+        low = base // self.taper
+        high = 2 * base - low
+        if high >= seen - window:
+            high = seen - window
+            low = 2 * base - high
+        return high - self.layer * ((high - low) // (self.layers - 1)) + window
+
+    @property
+    def emitted(self) -> tuple[str, ...]:
+        """The statistics that a multi-token call computes, in order."""
+        return self.emits or tuple(name for name in self.stats if name in STATISTICS)
+
+    @property
+    def columns(self) -> int:
+        """Width of the cursor."""
+        return 6 if self.ragged else 4
 
     def kept(self, seen: int) -> int:
         """Slots actually in use after `seen` valid tokens."""
@@ -66,9 +124,23 @@ class Rule:
         """How many slots the scope keeps out of reach for a budget of n slots; 0 when there is no scope."""
         return n * self.scope_num // self.scope_den + 1 if self.scope_num else 0
 
+    def top_of(self, n: int) -> int:
+        """How many slots are kept for their unweighted score, for a budget of n slots."""
+        return n * self.top_num // self.top_den
+
     def stat(self, name: str) -> int:
         """Row of `stats` that holds the named statistic, -1 if it is not kept."""
         return self.stats.index(name) if name in self.stats else -1
+
+    @property
+    def plain(self) -> bool:
+        """Whether sums, squares and counts are all that slots keep, and heads are alike: what Triton's decode knows."""
+        kept = {HELD, WEIGHT, "important"} & set(self.stats)
+        return not (kept or self.ragged or self.top_num or self.taper)
+
+    def emission(self, name: str) -> int:
+        """Row of what a multi-token call emits that holds the named statistic, -1 if it is not emitted."""
+        return self.emitted.index(name) if name in self.emitted else -1
 
     def encode(self) -> str:
         """Short readable text of the fields that differ from their defaults; ops take a rule in this form."""

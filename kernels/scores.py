@@ -7,9 +7,12 @@ inspection. Selects nothing.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
+from kvpass.kernels.allocate import budgets, head_counts, ragged_columns
+from kvpass.kernels.held import held_scores
 from kvpass.kernels.masks import check_shown
-from kvpass.kernels.rule import FIRST, FREE, LIVE, SEEN, UNTOUCHABLE, Rule
+from kvpass.kernels.rule import EXTRA, FIRST, FREE, HELD, LIVE, SEEN, SHIFT, UNTOUCHABLE, WEIGHT, Rule
+from kvpass.kernels.smooth import pooled
+from kvpass.kernels.weights import value_weights
 from torch import Tensor
 
 INF = float("inf")
@@ -24,34 +27,59 @@ def score_slots(
     position: int,
     rule: str,
     mask: Tensor | None = None,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rows: Tensor | None = None,
+    wo: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Score every key after a multi-token call.
 
-    stats, past_stats: float32 [N, B, Hkv, L] of this call and of the past (added if `rule.carry`). pos: int32
-    [B, Hkv, L] in ascending order, -1 = empty, or None (key l is at position l). valid: bool [B, S], the last S keys'.
-    cursor: int32 [B, Hkv, 4] before the call. position: of the call's first token. mask: of the
-    attention, checked if there is a past.
+    stats: float32 [M, B, Hkv, L], what this call emitted (`rule.emitted`). past_stats: float32 [N, B, Hkv, L], what
+    the slots kept (`rule.stats`; sums are added if `rule.carry`). pos: int32 [B, Hkv, L] in ascending order, -1 =
+    empty, or None (key l is at position l). valid: bool [B, S], the last S keys'. cursor: int32 [B, Hkv, 4 or 6] before
+    the call. position: of the call's first token. mask: of the attention, checked if there is a past. k, v
+    [B, Hkv, L, D or Dv], rows (of `window_rows`) and wo [out, Hq * Dv]: for rules with a scorer or a value weight.
 
-    Returns (score float32 [B, Hkv, L]: +inf protected, 3e38 untouchable, -inf no candidate; the statistics to keep;
-    the new cursor). Raises ValueError if stats do not fit the rule, MaskError as `check_shown`.
+    Returns (score float32 [B, Hkv, L]: +inf protected, 3e38 untouchable, -inf no candidate; the statistics to keep
+    [N, B, Hkv, L]; the new cursor). Raises ValueError if stats do not fit the rule, MaskError as `check_shown`.
     """
     plan = Rule.parse(rule)
-    if stats.dim() != 4 or stats.shape[0] != len(plan.stats):
-        raise ValueError(f"score_slots: stats must be [{len(plan.stats)}, B, Hkv, L], got {list(stats.shape)}")
+    if stats.dim() != 4 or stats.shape[0] != len(plan.emitted):
+        raise ValueError(f"score_slots: stats must be [{len(plan.emitted)}, B, Hkv, L], got {list(stats.shape)}")
     if pos is not None:
         check_shown(mask, cursor[:, 0, SEEN], position)
     batch, heads, length = stats.shape[1:]
     candidate = _candidates(pos, valid, batch, heads, length)
     where = _positions(pos, length, stats.device).expand(batch, heads, length)
     end = torch.where(candidate, where, -1).amax(-1, keepdim=True) + 1
-    total = stats + past_stats if past_stats is not None and plan.carry else stats
-    if plan.pool != "none":
-        total = _pooled(total, where, candidate, end, plan)
     after = _advanced(cursor, valid, candidate, position, plan)
+    total = _attention_statistics(stats, past_stats, plan)
+    if plan.pool != "none" and not plan.scorer:
+        total[plan.stat("sum")] = pooled(total[plan.stat("sum")], where, candidate, end, plan)
+    if HELD in plan.stats:
+        total[plan.stat(HELD)] = held_scores(stats, (where, candidate, end), after, (k, v, rows), plan)
+    if WEIGHT in plan.stats:
+        assert v is not None
+        total[plan.stat(WEIGHT)] = value_weights(plan.weight, v, wo)
     if not plan.evicts:
-        return torch.where(candidate, INF, -INF), _fresh(total, stats), after
+        return torch.where(candidate, INF, -INF), total, after
     score = _ranked(total, where, candidate, end, after, plan)
-    return score, _fresh(total, stats), after
+    return score, total, _shared_out(score, candidate, after, plan) if plan.ragged else after
+
+
+def _attention_statistics(stats: Tensor, past: Tensor | None, rule: Rule) -> Tensor:
+    """What the slots keep of what was emitted, float32 [N, B, Hkv, L]; rows that are no statistics of attention are
+    left undefined.
+    """
+    if rule.emitted == rule.stats:
+        return stats + past if past is not None and rule.carry else stats.clone()
+    total = stats.new_empty(len(rule.stats), *stats.shape[1:])
+    for at, name in enumerate(rule.stats):
+        if name in rule.emitted:
+            total[at] = stats[rule.emitted.index(name)]
+            if past is not None and rule.carry:
+                total[at] += past[at]
+    return total
 
 
 def slot_scores(stats: Tensor, pos: Tensor, rule: Rule) -> Tensor:
@@ -59,10 +87,21 @@ def slot_scores(stats: Tensor, pos: Tensor, rule: Rule) -> Tensor:
 
     stats float32 [N, B, Hkv, C], pos int [B, Hkv, C]. Empty slots get whatever their undefined statistics give.
     """
+    score = base_scores(stats, pos, rule)
+    if rule.heads == "all" and rule.score not in ("position", HELD):
+        score = score.mean(1, keepdim=True).expand_as(score)
+    return (score + rule.weight_floor) * stats[rule.stat(WEIGHT)] if WEIGHT in rule.stats else score
+
+
+def base_scores(stats: Tensor, pos: Tensor, rule: Rule) -> Tensor:
+    """Scores of each head before any value weight, the shape of pos."""
     if rule.score == "position":
         return pos.float()
-    total = stats[rule.stat("sum")]
-    return total if rule.score == "sum" else total / stats[rule.stat("count")].clamp(min=1)
+    if rule.score == "mean":
+        return stats[rule.stat("sum")] / stats[rule.stat("count")].clamp(min=1)
+    if rule.score == "important":
+        return stats[rule.stat("important")] / stats[rule.stat("count")].clamp(min=1)
+    return stats[rule.stat(rule.score)]
 
 
 def deviations(stats: Tensor, rule: Rule) -> Tensor:
@@ -103,13 +142,6 @@ def untouchable(spread: Tensor, pos: Tensor, size: Tensor | int) -> Tensor:
     return key >= best.gather(-1, (size - 1).clamp(0, spread.shape[-1] - 1))
 
 
-def budget(seen: Tensor, rule: Rule) -> Tensor:
-    """`rule.budget` for a tensor of seen counts, in int64."""
-    if rule.slots > 0:
-        return torch.full_like(seen, rule.slots, dtype=torch.int64)
-    return (seen.long() * rule.num // rule.den).clamp(min=rule.floor)
-
-
 def _positions(pos: Tensor | None, length: int, device: torch.device) -> Tensor:
     return torch.arange(length, dtype=torch.int32, device=device) if pos is None else pos
 
@@ -122,50 +154,46 @@ def _candidates(pos: Tensor | None, valid: Tensor, batch: int, heads: int, lengt
     return torch.cat([pos[..., : length - valid.shape[1]] >= 0, new], -1)
 
 
-def _pooled(stats: Tensor, pos: Tensor, candidate: Tensor, end: Tensor, rule: Rule) -> Tensor:
-    """The statistics with `sum` smoothed over neighbours; keys outside the pool keep their raw sums (SnapKV)."""
-    row = rule.stat("sum")
-    pooled = candidate & (pos < end - max(rule.queries, 0))
-    raw = stats[row]
-    inside = torch.where(pooled, raw, 0.0)
-    pad = rule.pool_size // 2
-    if rule.pool == "avg":
-        smooth = F.avg_pool1d(inside, rule.pool_size, 1, pad)
-    else:  # sums are never negative, so max_pool's -inf padding and zero padding agree
-        smooth = F.max_pool1d(inside, rule.pool_size, 1, pad)
-    rows = [torch.where(pooled, smooth, raw) if i == row else stats[i] for i in range(len(rule.stats))]
-    return torch.stack(rows)
-
-
 def _advanced(cursor: Tensor, valid: Tensor, candidate: Tensor, position: int, rule: Rule) -> Tensor:
     """The cursor after the call: int32 [B, Hkv, 4]."""
     seen = cursor[..., SEEN] + valid.sum(-1)[:, None]
     arrived = position + valid.int().argmax(-1)
     first = torch.where(valid.any(-1), arrived, -1)[:, None]
     first = torch.where(cursor[..., FIRST] >= 0, cursor[..., FIRST], first)
-    live = torch.minimum(budget(seen, rule), candidate.sum(-1))
+    live = torch.minimum(budgets(seen, rule), candidate.sum(-1))
     columns = {LIVE: live, FREE: live, SEEN: seen, FIRST: first}
-    return torch.stack([columns[c].int() for c in range(4)], -1)
+    if rule.ragged:
+        columns |= {EXTRA: torch.zeros_like(live), SHIFT: torch.zeros_like(live)}
+    return torch.stack([columns[c].int() for c in range(rule.columns)], -1)
+
+
+def _shared_out(score: Tensor, candidate: Tensor, cursor: Tensor, rule: Rule) -> Tensor:
+    """The cursor with the layer's slots shared out over its heads."""
+    size = budgets(cursor[..., SEEN], rule)[..., None]
+    counts = head_counts(score, candidate, size, rule)
+    columns = {LIVE: counts, FREE: counts} | dict(zip((EXTRA, SHIFT), ragged_columns(counts, size), strict=True))
+    cursor = cursor.clone()
+    for column, value in columns.items():
+        cursor[..., column] = value.int()
+    return cursor
 
 
 def _ranked(stats: Tensor, pos: Tensor, candidate: Tensor, end: Tensor, cursor: Tensor, rule: Rule) -> Tensor:
     """Scores with scope and protection: float32 [B, Hkv, L]."""
     score = slot_scores(stats, pos, rule)
-    if rule.heads == "all" and rule.score != "position":
-        score = score.mean(1, keepdim=True).expand_as(score)
-    size = budget(cursor[..., SEEN], rule)[..., None]
+    size = budgets(cursor[..., SEEN], rule)[..., None]
     recent = rule.recent + size * rule.recent_num // rule.recent_den
     protected = pos >= end - recent
     if rule.sinks:
         protected = protected | (pos < cursor[..., FIRST, None] + rule.sinks)
     protected = protected & candidate
-    if rule.scope_num:
-        reach = size * rule.scope_num // rule.scope_den + 1
-        spread = deviations(stats, rule).masked_fill(protected, INF).masked_fill(~candidate, -INF)
-        score = score.masked_fill(untouchable(spread, pos, reach), UNTOUCHABLE)
+    if rule.scope_num or rule.top_num:
+        reach = size * rule.top_num // rule.top_den if rule.top_num else size * rule.scope_num // rule.scope_den + 1
+        spread = preference(stats, pos, rule).masked_fill(protected, INF).masked_fill(~candidate, -INF)
+        score = score.masked_fill(untouchable(spread, pos, reach) & (reach > 0), UNTOUCHABLE)
     return score.masked_fill(protected, INF).masked_fill(~candidate, -INF)
 
 
-def _fresh(value: Tensor, argument: Tensor) -> Tensor:
-    """An op must not return its argument: torch.library forbids undeclared aliases."""
-    return value.clone() if value is argument else value
+def preference(stats: Tensor, pos: Tensor, rule: Rule) -> Tensor:
+    """What decides which slots are untouchable: the deviation (RoCo), or the score before its weight (CriticalKV)."""
+    return base_scores(stats, pos, rule) if rule.top_num else deviations(stats, rule)

@@ -19,7 +19,7 @@ class Emitter:
     """Writes the ops of one site in front of its core."""
 
     def __init__(self, low: Rewriting, planned: SitePlan, core: fx.Node, state: list[fx.Node]) -> None:
-        self.site, self.rule = planned.site, planned.rule.encode()
+        self.planned, self.site, self.rule = planned, planned.site, planned.rule.encode()
         self.write = Writer(low, self.site, core)
         self.k, self.v, self.pos, self.stats, self.cursor = state
         new = self._queries(), self._heads_first(self.site.key), self._heads_first(self.site.value)
@@ -32,7 +32,12 @@ class Emitter:
         """The output of each core."""
         core = self.site.core
         args = (self.q, self.new_k, self.new_v, self.mask, self.k, self.v, self.pos, self.stats, self.cursor)
-        extras = (*(self.extras or (None, 0.0)), core.latent.rank) if core.latent is not None else self.extras
+        extras = self.extras
+        if core.latent is not None or self.planned.arrives:
+            extras = (*(extras or (None, 0.0)), core.latent.rank if core.latent else 0)
+        if self.planned.arrives:
+            token = self.new_k, self.new_v, self.cursor, self.position, self.rule
+            extras += (self.write.op("arrivals", *token, *self._weight()),)
         return self._outputs(self.write.op("decode_attend", *args, self.position, core.scale, self.rule, *extras))
 
     def multi(self) -> list[fx.Node]:
@@ -40,18 +45,21 @@ class Emitter:
         write, core = self.write, self.site.core
         k, v = self.new_k, self.new_v
         pos = past_stats = None
-        checked: tuple[fx.Node | None, ...] = ()
         state = self.k, self.v, self.pos, self.stats, self.cursor
         if self.site.phase is Phase.EXTEND:
             k, v, pos, past_stats = write.parts(write.op("join_slots", *state, k, v, self.position), 4)
-            checked = (self.mask,)
         values = v if core.latent is None else write.method("narrow", k, -1, 0, core.latent.rank)
         args = (self.q, k, values, pos, self.mask, core.scale, core.causal, self.rule, *self.extras)
         out, stats, valid = write.parts(write.op("prefill_attend", *args), 3)
+        read: tuple[Any, ...] = (self.mask,) if pos is not None else ()
+        if self.planned.rule.scorer or self.planned.rule.weight != "none":
+            shown = self.q, k, pos, self.mask, valid, core.scale, core.causal, self.rule
+            rows = write.op("window_rows", *shown, *self.extras) if self.planned.windowed else None
+            read = (*(read or (None,)), k, v, rows, *self._weight())
         before = self.cursor, self.position, self.rule
-        scored = write.op("score_slots", stats, past_stats, pos, valid, *before, *checked)
-        score, stats, cursor = write.parts(scored, 3)
-        chosen = write.op("select_slots", score, cursor, write.method("size", self.k, 2))
+        score, stats, cursor = write.parts(write.op("score_slots", stats, past_stats, pos, valid, *before, *read), 3)
+        room = write.method("size", score if self.planned.rule.ragged else self.k, 2)
+        chosen = write.op("select_slots", score, cursor, room)
         write.op("compact_slots", k, v, pos, stats, chosen, cursor, *state)
         return self._outputs(out)
 
@@ -91,6 +99,14 @@ class Emitter:
             return (None, core.softcap) if core.softcap else ()
         sinks = self.write.method("reshape", self.write.copy(core.sinks), -1)
         return regrouped(self.write, sinks, 0, to_model=False), core.softcap
+
+    def _weight(self) -> tuple[fx.Node, ...]:
+        """The weight of the output projection, [out, Hq * Dv], if the rule reads it."""
+        found = self.planned.projection
+        if found is None:
+            return ()
+        node = self.write.copy(found.weight)
+        return (self.write.method("transpose", node, 0, 1) if found.turned else node,)
 
     def _outputs(self, out: fx.Node) -> list[fx.Node]:
         return [self._of_model(node) for node in from_slots(self.write, out)]

@@ -130,7 +130,7 @@ class _Lowering:
                     fake_q.new_empty((b, hkv, c, dv)),
                     torch.empty((b, hkv, c), **int32),
                     torch.empty((len(planned.rule.stats), b, hkv, c), dtype=torch.float32, device=fake_q.device),
-                    torch.empty((b, hkv, 4), **int32),
+                    torch.empty((b, hkv, planned.rule.columns), **int32),
                 ]
         return self.states[key]
 

@@ -22,17 +22,21 @@ SCHEMAS = {
     "join_slots": "(Tensor k, Tensor v, Tensor pos, Tensor stats, Tensor cursor, Tensor k_new, Tensor v_new, "
     "SymInt position) -> (Tensor, Tensor, Tensor, Tensor)",
     "score_slots": "(Tensor stats, Tensor? past_stats, Tensor? pos, Tensor valid, Tensor cursor, SymInt position, "
-    "str rule, Tensor? mask=None) -> (Tensor, Tensor, Tensor)",
+    "str rule, Tensor? mask=None, Tensor? k=None, Tensor? v=None, Tensor? rows=None, Tensor? wo=None) "
+    "-> (Tensor, Tensor, Tensor)",
     "select_slots": "(Tensor score, Tensor cursor, SymInt capacity) -> Tensor",
     "compact_slots": "(Tensor k, Tensor v, Tensor? pos, Tensor stats, Tensor idx, Tensor cursor_new, Tensor(a!) k_out, "
     "Tensor(b!) v_out, Tensor(c!) pos_out, Tensor(d!) stats_out, Tensor(e!) cursor_out) -> ()",
     "decode_attend": "(Tensor q, Tensor k_new, Tensor v_new, Tensor? mask, Tensor(a!) k, Tensor(b!) v, Tensor(c!) pos, "
     "Tensor(d!) stats, Tensor(e!) cursor, SymInt position, float scale, str rule, Tensor? sinks=None, "
-    "float softcap=0.0, int latent=0) -> Tensor",
+    "float softcap=0.0, int latent=0, Tensor? arrive=None) -> Tensor",
     "written": "(Tensor mask, SymInt end) -> Tensor",
+    "window_rows": "(Tensor q, Tensor k, Tensor? pos, Tensor? mask, Tensor valid, float scale, bool causal, str rule, "
+    "Tensor? sinks=None, float softcap=0.0) -> Tensor",
+    "arrivals": "(Tensor k_new, Tensor v_new, Tensor cursor, SymInt position, str rule, Tensor? wo=None) -> Tensor",
 }
 
-HOMES = {"written": "masks", "join_slots": "join_slots", "score_slots": "scores"}
+HOMES = {"written": "masks", "join_slots": "join_slots", "score_slots": "scores", "arrivals": "held"}
 """Modules of kvpass.kernels whose name is not the op's."""
 
 
@@ -49,10 +53,10 @@ def _deferred(name: str) -> Callable[..., Any]:
     return call
 
 
-def _stat_count(rule: str) -> int:
+def _rule(rule: str) -> Any:
     from kvpass.kernels.rule import Rule
 
-    return len(Rule.parse(rule).stats)
+    return Rule.parse(rule)
 
 
 def _fake_prefill_attend(
@@ -68,14 +72,15 @@ def _fake_prefill_attend(
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
-    stats = q.new_empty(_stat_count(rule), k.shape[0], k.shape[1], k.shape[2], dtype=torch.float32)
+    stats = q.new_empty(len(_rule(rule).emitted), k.shape[0], k.shape[1], k.shape[2], dtype=torch.float32)
     return out, stats, q.new_empty(q.shape[0], q.shape[2], dtype=torch.bool)
 
 
 def _fake_join_slots(
     k: Tensor, v: Tensor, pos: Tensor, stats: Tensor, cursor: Tensor, k_new: Tensor, v_new: Tensor, position: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, heads, length = pos.shape[0], pos.shape[1], pos.shape[2] + k_new.shape[2]
+    batch, heads = pos.shape[:2]
+    length = (position if cursor.shape[2] > 4 else pos.shape[2]) + k_new.shape[2]
     return (
         k.new_empty(batch, heads, length, k.shape[3]),
         v.new_empty(batch, heads, length, v.shape[3]),
@@ -92,9 +97,10 @@ def _fake_score_slots(
     cursor: Tensor,
     position: int,
     rule: str,
-    mask: Tensor | None = None,
+    *rest: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return stats.new_empty(stats.shape[1:]), stats.new_empty(stats.shape), cursor.new_empty(cursor.shape)
+    kept = stats.new_empty(len(_rule(rule).stats), *stats.shape[1:])
+    return stats.new_empty(stats.shape[1:]), kept, cursor.new_empty(cursor.shape)
 
 
 def _fake_select_slots(score: Tensor, cursor: Tensor, capacity: int) -> Tensor:
@@ -110,6 +116,28 @@ def _fake_decode_attend(q: Tensor, k_new: Tensor, v_new: Tensor, *rest: Any) -> 
     return q.new_empty(q.shape[0], q.shape[1], q.shape[2], latent or v_new.shape[3])
 
 
+def _fake_window_rows(
+    q: Tensor,
+    k: Tensor,
+    pos: Tensor | None,
+    mask: Tensor | None,
+    valid: Tensor,
+    scale: float,
+    causal: bool,
+    rule: str,
+    *rest: Any,
+) -> Tensor:
+    rows = torch.sym_min(_rule(rule).queries, valid.shape[1])
+    group = q.shape[1] // k.shape[1]
+    return q.new_empty(k.shape[0], k.shape[1], group, rows, k.shape[2], dtype=torch.float32)
+
+
+def _fake_arrivals(
+    k_new: Tensor, v_new: Tensor, cursor: Tensor, position: int, rule: str, wo: Tensor | None = None
+) -> Tensor:
+    return k_new.new_empty(len(_rule(rule).stats), *cursor.shape[:2], dtype=torch.float32)
+
+
 def _fake_written(mask: Tensor, end: int) -> Tensor:
     return mask.new_empty(*mask.shape[:-1], end)
 
@@ -122,6 +150,8 @@ FAKES: dict[str, Callable[..., Any]] = {
     "compact_slots": _fake_compact_slots,
     "decode_attend": _fake_decode_attend,
     "written": _fake_written,
+    "window_rows": _fake_window_rows,
+    "arrivals": _fake_arrivals,
 }
 
 

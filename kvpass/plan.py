@@ -7,7 +7,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from kvpass.kernels.rule import Rule
+from kvpass.errors import PolicyError
+from kvpass.kernels.rule import HELD, WEIGHT, Rule
+from kvpass.match.output_projection import OutputProjection, output_projection
 from kvpass.policy.rule import rule_of
 from kvpass.policy.spec import Policy
 from kvpass.site import Decline, Site, SiteTable
@@ -23,14 +25,36 @@ OPS = {
 
 @dataclass(frozen=True)
 class SitePlan:
-    """What happens to one site."""
+    """What happens to one site: `rule` says what its ops observe and how they choose."""
 
     site: Site
     rule: Rule
 
     @property
     def ops(self) -> tuple[str, ...]:
-        return OPS[self.site.phase]
+        """Names of the ops that replace the site, in order."""
+        ops = list(OPS[self.site.phase])
+        if self.windowed and self.site.phase is not Phase.DECODE:
+            ops.insert(ops.index("score_slots"), "window_rows")
+        return ("arrivals", *ops) if self.arrives and self.site.phase is Phase.DECODE else tuple(ops)
+
+    @property
+    def projection(self) -> OutputProjection | None:
+        """Where the rule's value weight finds the output projection; None if it reads none."""
+        core, dims = self.site.core, self.site.dims
+        if not self.rule.weight.startswith("vo_") or core.tiled:
+            return None
+        return output_projection(core.node, int(dims["Hq"]), int(dims["Dv"]))
+
+    @property
+    def windowed(self) -> bool:
+        """Whether the scorer reads the rows of the observation window."""
+        return bool({"rows", "logits"} & set(self.rule.reads))
+
+    @property
+    def arrives(self) -> bool:
+        """Whether a generated token's slot starts with more than zeros."""
+        return bool({HELD, WEIGHT} & set(self.rule.stats))
 
 
 @dataclass(frozen=True)
@@ -74,5 +98,40 @@ def plan(policy: Policy, table: SiteTable) -> Plan:
         policy: checked, with its budget.
         table: of one graph.
     """
-    rule = rule_of(policy)
-    return Plan(policy, tuple(SitePlan(site, rule) for site in table), table.declined)
+    sites = tuple(table)
+    rules = [rule_of(policy, at, len(sites)) for at in range(len(sites))]
+    planned = tuple(SitePlan(site, rule) for site, rule in zip(sites, rules, strict=True))
+    for one in planned:
+        _check(policy, one)
+    return Plan(policy, planned, table.declined)
+
+
+def _check(policy: Policy, planned: SitePlan) -> None:
+    """What a policy asks of a site and the site cannot give.
+
+    Raises:
+        PolicyError: naming the site.
+    """
+    site, rule = planned.site, planned.rule
+    reads = [word for word in rule.reads if word != "statistics"] + (["weight"] if rule.weight != "none" else [])
+    shared = site.core.latent is not None or site.mixed is not None
+    if shared and (reads or rule.ragged):
+        what = "keeps latents instead of keys and values" if site.core.latent else "keeps all heads side by side"
+        asked = f"reads {' and '.join(reads)}" if reads else "gives heads budgets of their own"
+        raise PolicyError(
+            f"policy {policy.name!r} {asked}, but this attention {what}",
+            where=f"{site.name}, {site.source}",
+            hint="choose a policy of attention's statistics, e.g. h2o or snapkv",
+        )
+    if rule.weight.startswith("vo_") and planned.projection is None:
+        raise PolicyError(
+            f"policy {policy.name!r} weighs values by the output projection, which was not found behind the attention",
+            where=f"{site.name}, {site.source}",
+            hint="set weight.by: l1, which needs no projection; gates and norms in between cannot be read through",
+        )
+    if rule.taper and rule.layers < 2:
+        raise PolicyError(
+            f"policy {policy.name!r} shares the budget out over layers, but this graph holds one",
+            where=f"{site.name}, {site.source}",
+            hint="avoid graph breaks between layers, or set allocate.layers: uniform",
+        )

@@ -21,7 +21,7 @@ ARROWS = {
     "errors": set(),
     "kernels": {"kernels"},
     "match": {"match"} | WORDS,
-    "policy": {"policy", "kernels.rule"} | WORDS,  # a policy ends as a Rule: data, no tensors
+    "policy": {"policy", "kernels.rule", "kernels.scorers.registry"} | WORDS,  # ends as a Rule: data, no tensors
     "patterns": {"patterns", "match", "site"} | WORDS,
     "site": {"match"} | WORDS,
     "scan": {"match", "site", "site_rules", "mixed_sites", "unclaimed"} | WORDS,
@@ -30,8 +30,8 @@ ARROWS = {
     "mixed_sites": {"match", "site", "site_rules"} | WORDS,
     "site_rules": {"match", "site"} | WORDS,
     "ops": {"terms", "kernels"},
-    "runtime": {"runtime", "ops", "kernels.rule", "kernels.errors"} | WORDS,
-    "plan": {"policy", "site", "kernels.rule"} | WORDS,
+    "runtime": {"runtime", "ops", "kernels.rule", "kernels.ragged", "kernels.errors"} | WORDS,
+    "plan": {"policy", "site", "match", "kernels.rule"} | WORDS,
     "emit": {"emit_nodes", "emit_heads", "emit_masks", "plan", "site", "match"} | WORDS,
     "emit_masks": {"emit_nodes", "emit_heads", "site", "match"} | WORDS,
     "emit_heads": {"emit_nodes", "site", "match"} | WORDS,
@@ -42,7 +42,7 @@ ARROWS = {
     "check_sites": {"isolate", "plan", "lower", "site", "match", "runtime", "ops", "kernels"} | WORDS,
     "inner": WORDS,
     "debug": {"debug", "plan", "site", "lower", "match"} | WORDS,
-    "reporting": {"runtime", "kernels.scores"} | WORDS,  # inspect() shows the scores that the rule gives
+    "reporting": {"runtime", "kernels.scores", "kernels.ragged"} | WORDS,  # inspect() shows scores
     "explaining": {"twin", "policy", "site", "scan", "plan", "patterns", "match"} | WORDS,
     "compiled": {"compiler", "policy", "errors", "twin", "patterns"},  # patterns: a type
     "twin": set(),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from kvpass.kernels.choose import WIDEST, kernel
+from kvpass.kernels.ragged import is_ragged
 from torch import Tensor
 
 
@@ -37,7 +38,8 @@ def compact_slots(
             )
     if stats.shape[0] != stats_out.shape[0] or stats.shape[-1] != k.shape[2]:
         raise ValueError(f"compact_slots: stats {list(stats.shape)} do not fit stats_out {list(stats_out.shape)}")
-    if idx.dtype != torch.int32 or idx.shape[:2] != k.shape[:2] or idx.shape[2] > k_out.shape[2]:
+    fits = idx.shape[2] <= k_out.shape[2] or is_ragged(cursor_new)
+    if idx.dtype != torch.int32 or idx.shape[:2] != k.shape[:2] or not fits:
         raise ValueError(f"compact_slots: idx must be int32 [B, Hkv, <= C], got {idx.dtype} {list(idx.shape)}")
-    run = kernel("compact_slots", k.device, wide=k.shape[3] > WIDEST or v.shape[3] == 0)
+    run = kernel("compact_slots", k.device, wide=k.shape[3] > WIDEST or v.shape[3] == 0 or is_ragged(cursor_new))
     run(k, v, pos, stats, idx, cursor_new, k_out, v_out, pos_out, stats_out, cursor_out)

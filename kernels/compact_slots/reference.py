@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from kvpass.kernels.ragged import starts
 from kvpass.kernels.rule import LIVE
 from torch import Tensor
 
@@ -21,16 +22,19 @@ def compact_slots_reference(
     cursor_out: Tensor,
 ) -> None:
     """See `kvpass.kernels.compact_slots.compact_slots`."""
+    flat_k, flat_v = k_out.view(-1, k_out.shape[3]), v_out.view(v_out.shape[:3].numel(), v_out.shape[3])
+    flat_pos, flat_stats = pos_out.fill_(-1).view(-1), stats_out.view(stats_out.shape[0], pos_out.numel())
+    chosen = idx if pos is None else _looked_up(pos, idx)
+    first = starts(cursor_new, k_out.shape[2]).tolist()
     for b, counts in enumerate(cursor_new[..., LIVE].tolist()):
         for h, live in enumerate(counts):
             # One gather per head: ragged counts need no mask, and nothing beyond LIVE is touched.
-            rows = idx[b, h, :live]
-            torch.index_select(k[b, h], 0, rows, out=k_out[b, h, :live])
-            torch.index_select(v[b, h], 0, rows, out=v_out[b, h, :live])
+            rows, there = idx[b, h, :live], slice(first[b][h], first[b][h] + live)
+            torch.index_select(k[b, h], 0, rows, out=flat_k[there])
+            torch.index_select(v[b, h], 0, rows, out=flat_v[there])
+            flat_pos[there] = chosen[b, h, :live]
             if stats.shape[0]:
-                stats_out[:, b, h, :live] = stats[:, b, h].index_select(-1, rows)
-    pos_out.fill_(-1)
-    pos_out[..., : idx.shape[-1]] = idx if pos is None else _looked_up(pos, idx)
+                flat_stats[:, there] = stats[:, b, h].index_select(-1, rows)
     cursor_out.copy_(cursor_new)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from kvpass.kernels.choose import WIDEST, kernel
+from kvpass.kernels.rule import Rule
 from kvpass.kernels.softmax import check_softmax
 from torch import Tensor
 
@@ -27,6 +28,7 @@ def decode_attend(
     sinks: Tensor | None = None,
     softcap: float = 0.0,
     latent: int = 0,
+    arrive: Tensor | None = None,
 ) -> Tensor:
     """Append one token, attend over the slots in use, update statistics, evict one slot if over budget.
 
@@ -36,8 +38,9 @@ def decode_attend(
     C > LIVE. A row whose mask hides `position` from its own query in every head (padding) changes nothing. softcap:
     above 0, logits become softcap * tanh(logit / softcap) before the mask is added. sinks: any float dtype [Hq], one
     more logit per query head in the softmax's denominator, neither capped nor masked. latent: above 0, the values are
-    the first `latent` entries of the keys (multi-head latent attention), v_new and v have no entries; runs the
-    reference on every device.
+    the first `latent` entries of the keys (multi-head latent attention), v_new and v have no entries. arrive:
+    float32 [N, B, Hkv], the statistics of the token's slot before this query adds to them (`arrivals`), zeros without.
+    Latents and rules that are not `Rule.plain` run the reference on every device.
 
     Returns out [B, Hq, 1, Dv] = softmax(q k^T scale + mask) v. Raises ValueError on shapes or dtypes that do not fit.
     """
@@ -52,7 +55,8 @@ def decode_attend(
         )
     if sinks is not None or softcap:
         check_softmax("decode_attend", q.shape[1], sinks, softcap)
-    run = kernel("decode_attend", q.device, wide=latent > 0 or dim > WIDEST)
-    extras = (sinks, softcap, latent) if latent else (sinks, softcap)
+    wide = latent > 0 or dim > WIDEST or not Rule.parse(rule).plain
+    run = kernel("decode_attend", q.device, wide)
+    extras = (sinks, softcap, latent, arrive) if wide else (sinks, softcap)
     out: Tensor = run(q, k_new, v_new, mask, k, v, pos, stats, cursor, position, scale, rule, *extras)
     return out

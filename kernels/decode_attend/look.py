@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from kvpass.kernels.masks import additive, at_positions, by_kv_head, visible
+from kvpass.kernels.ragged import is_ragged, padded, padded_rows, used_slots
 from kvpass.kernels.rule import FREE, LIVE
 from kvpass.kernels.softmax import Softmax
 from torch import Tensor
@@ -14,6 +15,9 @@ def look(q: Tensor, mask: Tensor, k: Tensor, v: Tensor, pos: Tensor, cursor: Ten
 
     Rows that see nothing get zeros.
     """
+    if is_ragged(cursor):
+        width = used_slots(cursor)
+        k, v, pos = padded_rows(k, cursor, width), padded_rows(v, cursor, width), padded(pos, cursor, width, -1)
     heads, slots = pos.shape[1:]
     slot = torch.arange(slots, device=q.device)
     used = (slot <= cursor[..., LIVE, None]) & (slot != cursor[..., FREE, None])

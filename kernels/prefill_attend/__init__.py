@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from kvpass.kernels.choose import WIDEST, kernel
 from kvpass.kernels.masks import visible
+from kvpass.kernels.rule import Rule
 from kvpass.kernels.softmax import check_softmax
 from torch import Tensor
 
@@ -35,12 +36,13 @@ def prefill_attend(
     bool mask, zeros.
 
     Returns (out [B, Hq, S, Dv] = softmax(q k^T scale + mask) v, in memory [B, S, Hq, Dv]: models transpose and view
-    it so; statistics of this call, float32 [N, B, Hkv, L]; valid bool [B, S]). Raises ValueError on shapes or dtypes
-    that do not fit.
+    it so; statistics of this call (`Rule.emitted`), float32 [M, B, Hkv, L]; valid bool [B, S]). Raises ValueError on
+    shapes or dtypes that do not fit.
     """
     _check(q, k, v, pos, mask)
     check_softmax("prefill_attend", q.shape[1], sinks, softcap)
-    run = kernel("prefill_attend", q.device, wide=q.shape[3] > WIDEST)
+    wide = q.shape[3] > WIDEST or "important" in Rule.parse(rule).emitted
+    run = kernel("prefill_attend", q.device, wide)
     out, stats, valid = run(q, k, v, pos, mask, scale, causal, rule, sinks, softcap)
     if mask is not None and mask.dtype != torch.bool and pos is None and sinks is None:
         out = _blind_rows_averaged(out, v, mask)

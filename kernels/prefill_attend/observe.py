@@ -81,6 +81,7 @@ def _add(head: _Head, watched: Tensor, rule: Rule, target: Tensor) -> None:
     """Add one head's statistics to target [N, c], tile by tile."""
     group, rows = head.queries.shape[:2]
     step = max(1, ROWS // group)
+    shares = _even_shares(head, rows, target.shape[-1]) if "important" in rule.emitted else head.queries[0, :, 0]
     tile = head.queries.new_empty(step * group * min(KEYS, target.shape[-1]))
     for i in range(0, rows, step):
         j = min(i + step, rows)
@@ -90,9 +91,9 @@ def _add(head: _Head, watched: Tensor, rule: Rule, target: Tensor) -> None:
             y = min(x + KEYS, seen)
             probs = tile[: len(block) * (y - x)].view(len(block), y - x)
             _fill(probs, head, block, (i, j), (x, y))
-            _reduce(probs.view(group, j - i, y - x), rule, target[:, x:y])
-    if "count" in rule.stats:
-        target[rule.stat("count")] += _counts(head, watched, target.shape[-1])
+            _reduce(probs.view(group, j - i, y - x), rule, target[:, x:y], shares[i:j])
+    if "count" in rule.emitted:
+        target[rule.emission("count")] += _counts(head, watched, target.shape[-1])
 
 
 def _fill(probs: Tensor, head: _Head, block: Tensor, rows: tuple[int, int], cols: tuple[int, int]) -> None:
@@ -113,18 +114,21 @@ def _fill(probs: Tensor, head: _Head, block: Tensor, rows: tuple[int, int], cols
         grouped[..., edge - x :].tril_(i + head.offset - edge)
 
 
-def _reduce(probs: Tensor, rule: Rule, target: Tensor) -> None:
-    """Add the tile [G, r, c] to the float statistics [N, c]; changes the tile."""
+def _reduce(probs: Tensor, rule: Rule, target: Tensor, shares: Tensor) -> None:
+    """Add the tile [G, r, c] to the float statistics [N, c]; changes the tile. shares [r]: of `_even_shares`."""
     weight = 1.0 / len(probs) if rule.group == "mean" else 1.0
-    if rule.stats[0] == "sum" and "sumsq" not in rule.stats and rule.group == "mean":
-        target[0].add_(probs.sum((0, 1)), alpha=weight)
+    if rule.group == "mean" and not {"sumsq", "important"} & set(rule.emitted):
+        if "sum" in rule.emitted:
+            target[rule.emission("sum")].add_(probs.sum((0, 1)), alpha=weight)
         return
     row = probs.sum(0) if rule.group == "mean" else probs.amax(0)
-    for index, name in enumerate(rule.stats):
+    for index, name in enumerate(rule.emitted):
         if name == "sum":
             target[index].add_(row.sum(0), alpha=weight)
         elif name == "sumsq":
             target[index].add_((row * row).sum(0), alpha=weight * weight)
+        elif name == "important":
+            target[index].add_((row * weight >= shares[:, None]).sum(0))
 
 
 def _counts(head: _Head, watched: Tensor, keys: int) -> Tensor:
@@ -138,3 +142,14 @@ def _counts(head: _Head, watched: Tensor, keys: int) -> Tensor:
         return votes.sum().expand(keys)
     later = votes.flip(0).cumsum(0).flip(0)  # rows from i on; key offset + i is seen by exactly those
     return torch.cat([later[:1].expand(head.offset), later, later.new_zeros(keys)])[:keys]
+
+
+def _even_shares(head: _Head, rows: int, keys: int) -> Tensor:
+    """1 / keys that each row sees, float32 [r]; an evenly attending query gives each key that much."""
+    if head.bias is not None:
+        seen = (head.bias > float("-inf")).any(0).expand(rows, keys).sum(-1)
+    elif head.offset is not None:
+        seen = head.offset + 1 + torch.arange(rows, device=head.queries.device)
+    else:
+        seen = torch.full((rows,), keys, device=head.queries.device)
+    return 1.0 / seen.clamp(min=1)

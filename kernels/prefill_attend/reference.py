@@ -59,7 +59,7 @@ def prefill_attend_reference(
     if valid is None:
         valid = arrivals(mask, batch, queries, start, q.device)
     watched = _watched(valid, start, plan)
-    stats = q.new_zeros(len(plan.stats), batch, *k.shape[1:3], dtype=torch.float32)
+    stats = q.new_zeros(len(plan.emitted), batch, *k.shape[1:3], dtype=torch.float32)
     out = None if len(pieces) == 1 else q.new_zeros(*q.shape[:3], v.shape[3])
     for piece in pieces:
         bias = None
@@ -78,7 +78,7 @@ def prefill_attend_reference(
 
 def _watched(valid: Tensor, start: int, plan: Rule) -> Tensor | None:
     """Query rows that the rule observes, bool [B, S]; None if it observes nothing."""
-    if not plan.stats or plan.queries == 0:
+    if not plan.emitted or plan.queries == 0:
         return None
     if plan.queries < 0:
         return valid

@@ -66,9 +66,9 @@ def prefill_attend_triton(
         "SOFTCAP": float(softcap),
     }
     _attend(v, out, survey, sinks, shared)
-    watched = plan.queries != 0 and bool(plan.stats)
+    watched = plan.queries != 0 and bool(plan.emitted)
     make = q.new_empty if watched else q.new_zeros
-    stats = make(len(plan.stats), batch, kv_heads, length, dtype=torch.float32)
+    stats = make(len(plan.emitted), batch, kv_heads, length, dtype=torch.float32)
     if watched:
         _observe(stats, survey, plan, shared)
     valid = survey.valid.view(torch.bool) if mask is not None else survey.valid
@@ -176,9 +176,9 @@ def _observe(stats: Tensor, survey: _Survey, plan: Rule, shared: dict[str, Any])
         G=q.shape[1] // heads,
         WINDOW=plan.queries,
         MEAN=plan.group == "mean",
-        SUM=plan.stat("sum"),
-        SUMSQ=plan.stat("sumsq"),
-        COUNT=plan.stat("count"),
+        SUM=plan.emission("sum"),
+        SUMSQ=plan.emission("sumsq"),
+        COUNT=plan.emission("count"),
     )
 
 

@@ -16,7 +16,7 @@ def select_slots(score: Tensor, cursor: Tensor, capacity: int) -> Tensor:
     """
     if score.dim() != 3 or score.dtype != torch.float32:
         raise ValueError(f"select_slots: score must be float32 [B, Hkv, L], got {score.dtype} {list(score.shape)}")
-    if cursor.shape != (*score.shape[:2], 4) or cursor.dtype != torch.int32:
+    if cursor.shape[:2] != score.shape[:2] or cursor.shape[2] not in (4, 6) or cursor.dtype != torch.int32:
         raise ValueError(f"select_slots: cursor must be int32 [B, Hkv, 4], got {cursor.dtype} {list(cursor.shape)}")
-    chosen: Tensor = kernel("select_slots", score.device)(score, cursor, capacity)
+    chosen: Tensor = kernel("select_slots", score.device, wide=cursor.shape[2] > 4)(score, cursor, capacity)
     return chosen

@@ -2,67 +2,139 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterator
 from fractions import Fraction
+from pathlib import Path
 
 from kvpass.errors import PolicyError
+from kvpass.kernels.rule import STATISTICS
+from kvpass.kernels.scorers.registry import Scorer, scorers
 from kvpass.policy.spec import Policy
+
+SCORES = ("position", "sum", "mean", "important")
+"""Scores that attention's statistics give by themselves; all other names are scorers'."""
+
+Broken = tuple[bool, str, str]
+"""Whether a rule is broken, the field, and the fix."""
 
 
 def check_policy(p: Policy, where: str) -> None:
-    """Combinations of fields that cannot work.
+    """Values and combinations of fields that cannot work.
 
     Raises:
         PolicyError: naming the field and the fix.
     """
-    keep = p.statistic.keep
-    rules = [
-        (
-            p.score in ("sum", "mean") and "sum" not in keep,
-            "score",
-            f"score {p.score!r} needs statistic.keep to hold 'sum'",
-        ),
-        (p.score == "mean" and "count" not in keep, "score", "score 'mean' needs statistic.keep to hold 'count'"),
-        (
-            p.scope > 0 and set(keep) != {"sum", "sumsq", "count"},
-            "scope",
-            "a scope needs statistic.keep [sum, sumsq, count]",
-        ),
-        (not 0 <= p.scope < 1, "scope", "give a fraction from 0 to below 1"),
-        (
-            bool(keep) and p.observe.queries == 0,
-            "observe.queries",
-            "statistics need observed queries: 'all' or a number",
-        ),
-        (not keep and p.observe.queries != 0, "statistic.keep", "queries are observed but nothing is kept: add 'sum'"),
-        (
-            isinstance(p.observe.queries, int) and p.observe.queries < 0,
-            "observe.queries",
-            "give 'all' or a number >= 0",
-        ),
-        (p.pool is not None and "sum" not in keep, "pool", "pooling smooths 'sum': add it to statistic.keep"),
-        (p.pool is not None and (p.pool.size < 1 or p.pool.size % 2 == 0), "pool.size", "give an odd number"),
-        (
-            p.pool is not None and p.observe.queries == "all",
-            "pool",
-            "pooling needs an observation window: observe.queries as a number",
-        ),
-        (p.protect.sinks < 0, "protect.sinks", "give a number >= 0"),
-        (p.protect.recent < 0, "protect.recent", "give a number >= 0"),
-        (
-            isinstance(p.protect.recent, float) and not p.protect.recent < 1,
-            "protect.recent",
-            "a fraction must be below 1; give an int for tokens",
-        ),
-        (p.min_slots < 1, "min_slots", "give a number >= 1"),
-        (
-            list(keep) != [s for s in ("sum", "sumsq", "count") if s in keep],
-            "statistic.keep",
-            "name each once, in the order sum, sumsq, count",
-        ),
-    ]
-    for broken, field, fix in rules:
-        if broken:
-            raise PolicyError(f"policy {p.name!r}: bad value in {field}", where=where, hint=fix)
+    chosen = _scorer(p, where)
+    for rules in (_numbers(p), _statistics(p, chosen), _transforms(p, chosen), _sharing(p, chosen)):
+        for broken, field, fix in rules:
+            if broken:
+                raise PolicyError(f"policy {p.name!r}: bad value in {field}", where=where, hint=fix)
+    if chosen is not None:
+        _check_options(p, chosen, where)
+
+
+def _scorer(p: Policy, where: str) -> Scorer | None:
+    """The scorer that a policy names; None if it ranks by statistics."""
+    if p.score in SCORES:
+        return None
+    known = scorers()
+    if p.score not in known:
+        names = [*SCORES, *known]
+        near = difflib.get_close_matches(p.score, names, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise PolicyError(
+            f"bad value {p.score!r} in 'score'",
+            where=where,
+            hint=f"{hint}statistics: {', '.join(SCORES)}; scorers: {', '.join(known)}; your own: @kvpass.scorer",
+        )
+    return known[p.score]
+
+
+def _numbers(p: Policy) -> Iterator[Broken]:
+    recent = p.protect.recent
+    yield not 0 <= p.scope < 1, "scope", "give a fraction from 0 to below 1"
+    yield isinstance(p.observe.queries, int) and p.observe.queries < 0, "observe.queries", "give 'all' or a number >= 0"
+    yield p.protect.sinks < 0, "protect.sinks", "give a number >= 0"
+    yield recent < 0, "protect.recent", "give a number >= 0"
+    whole = isinstance(recent, float) and not recent < 1
+    yield whole, "protect.recent", "a fraction must be below 1; give an int for tokens"
+    yield p.min_slots < 1, "min_slots", "give a number >= 1"
+    yield p.pool is not None and (p.pool.size < 1 or p.pool.size % 2 == 0), "pool.size", "give an odd number"
+    yield p.granule is not None and p.granule.size < 2, "granule.size", "give a number of tokens, 2 or more"
+    yield not 0 <= p.sample < 1, "sample", "give a share of the budget from 0 to below 1"
+    yield not 0 <= p.seed < 2**31, "seed", "give a number from 0 to 2147483647"
+    if p.weight is not None:
+        yield not 0 <= p.weight.floor < float("inf"), "weight.floor", "give a number >= 0, e.g. 1e-4"
+        yield not 0 <= p.weight.after < 1, "weight.after", "give a share of the budget from 0 to below 1"
+    yield p.allocate.beta < 2, "allocate.beta", "give 2 or more: the last layer gets about 1 / beta of the even budget"
+    safe = p.allocate.safeguard
+    yield not 0 <= safe <= 1, "allocate.safeguard", "give a share of the even budget from 0 to 1"
+
+
+def _statistics(p: Policy, chosen: Scorer | None) -> Iterator[Broken]:
+    keep, watched = p.statistic.keep, p.observe.queries != 0
+    for score, needs in (("sum", "sum"), ("mean", "sum"), ("important", "important")):
+        fix = f"score {p.score!r} needs statistic.keep to hold {needs!r}"
+        yield p.score == score and needs not in keep, "score", fix
+    for score in ("mean", "important"):
+        fix = f"score {score!r} needs statistic.keep to hold 'count'"
+        yield p.score == score and "count" not in keep, "score", fix
+    deviates = {"sum", "sumsq", "count"} <= set(keep)
+    yield p.scope > 0 and not deviates, "scope", "a scope needs statistic.keep [sum, sumsq, count]"
+    yield bool(keep) and not watched, "observe.queries", "statistics need observed queries: 'all' or a number"
+    order = [s for s in STATISTICS if s in keep]
+    yield list(keep) != order, "statistic.keep", f"name each once, in the order {', '.join(STATISTICS)}"
+    if chosen is None:
+        yield not keep and watched, "statistic.keep", "queries are observed but nothing is kept: add 'sum'"
+        return
+    windowed = isinstance(p.observe.queries, int) and p.observe.queries > 0
+    rows = bool({"rows", "logits"} & set(chosen.reads))
+    yield rows and not windowed, "observe.queries", f"scorer {p.score!r} reads an observation window: give a number"
+    told = "statistics" in chosen.reads
+    yield told and not keep, "statistic.keep", f"scorer {p.score!r} reads statistics: say which, e.g. [sum]"
+    yield bool(keep) and not told, "statistic.keep", f"scorer {p.score!r} reads no statistics: leave it out"
+
+
+def _transforms(p: Policy, chosen: Scorer | None) -> Iterator[Broken]:
+    windowed = isinstance(p.observe.queries, int)
+    pooled, held = p.pool is not None, chosen is not None
+    fix = "pooling smooths 'sum': add it to statistic.keep"
+    yield pooled and not held and "sum" not in p.statistic.keep, "pool", fix
+    yield pooled and not windowed, "pool", "pooling needs an observation window: observe.queries as a number"
+    fix = "granules need a score that stays once it is given: use score: window_sum, or another scorer"
+    yield p.granule is not None and not held, "granule", fix
+    fix = "drawing by chance needs a score that stays once it is given: use score: window_sum, or another scorer"
+    yield p.sample > 0 and not held, "sample", fix
+    yield bool(p.options) and not held, "options", f"score {p.score!r} has no options: leave them out"
+    yield p.scope > 0 and held, "scope", "a scope needs the statistics of score: mean"
+    weighed = p.weight is not None
+    yield weighed and p.score == "position", "weight", "a position has no weight: rank by a statistic or a scorer"
+    both = p.weight is not None and p.weight.after > 0 and p.scope > 0
+    yield both, "weight.after", "a scope already says what is out of reach: leave one of them out"
+
+
+def _sharing(p: Policy, chosen: Scorer | None) -> Iterator[Broken]:
+    flat = p.allocate.heads == "flat"
+    yield flat and p.observe.heads == "all", "allocate.heads", "heads that share one ranking hold equally many slots"
+    yield flat and p.score == "position", "allocate.heads", "positions rank all heads alike: rank by what differs"
+    fix = "the score of a whole layer has no head's own scores to compare: set observe.heads: each"
+    yield p.weight is not None and p.observe.heads == "all" and p.score != "position", "weight", fix
+
+
+def _check_options(p: Policy, chosen: Scorer, where: str) -> None:
+    """Names, types and files of a scorer's options."""
+    for name, value in p.options.items():
+        key = f"options.{name}"
+        if name not in chosen.options:
+            near = difflib.get_close_matches(name, chosen.options, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            listed = ", ".join(f"{k} ({v!r})" for k, v in chosen.options.items()) or "none"
+            raise PolicyError(f"unknown key {key!r}", where=where, hint=f"{hint}options of {chosen.name!r}: {listed}")
+        default = chosen.options[name]
+        number = isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool)
+        if type(value) is not type(default) and not number:
+            raise PolicyError(f"bad value {value!r} in {key!r}", where=where, hint=f"give a {type(default).__name__}")
 
 
 def check_budget(p: Policy, *, given: bool, own: int | float | None) -> None:
@@ -97,6 +169,7 @@ def check_budget(p: Policy, *, given: bool, own: int | float | None) -> None:
             f"policy {p.name!r} keeps everything", where=where, hint="leave budget out, or choose an evicting policy"
         )
     smallest = b if isinstance(b, int) else p.min_slots
+    smallest = smallest_budget(p, smallest)
     protected = p.protect.sinks + recent_of(p, smallest)
     if not whole and protected > smallest:
         raise PolicyError(
@@ -105,6 +178,30 @@ def check_budget(p: Policy, *, given: bool, own: int | float | None) -> None:
             where=where,
             hint="raise the budget or min_slots, or protect less",
         )
+
+
+def check_files(p: Policy) -> None:
+    """Weight files that a policy's scorer reads.
+
+    Raises:
+        PolicyError: none is given, or it is not there.
+    """
+    chosen = _scorer(p, p.name)
+    if chosen is None or "file" not in chosen.options:
+        return
+    value = p.options.get("file", "")
+    if not Path(str(value)).is_file():
+        what = f"no weight file {value!r}" if value else "no weight file"
+        hint = f"give options.file, a path (a relative one starts at the policy's folder): {chosen.about}"
+        raise PolicyError(f"policy {p.name!r}: {what}", where="options.file", hint=hint)
+
+
+def smallest_budget(p: Policy, slots: int) -> int:
+    """The least that a layer gets when the even budget is `slots`."""
+    if p.allocate.layers == "uniform":
+        return slots
+    window = p.observe.queries if isinstance(p.observe.queries, int) else 0
+    return min(slots, max(slots - window, 0) // p.allocate.beta + window)
 
 
 def fraction(value: float) -> Fraction:

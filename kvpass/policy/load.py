@@ -11,10 +11,18 @@ from typing import Any
 
 from kvpass.errors import PolicyError
 from kvpass.policy.check import check_policy
-from kvpass.policy.spec import Observe, Policy, Pool, Protect, Statistic
+from kvpass.policy.spec import Allocate, Granule, Observe, Policy, Pool, Protect, Statistic, Weight
 
 PRESETS = Path(__file__).parent / "presets"
-_PARTS = {"observe": Observe, "statistic": Statistic, "pool": Pool, "protect": Protect}
+_PARTS = {
+    "observe": Observe,
+    "statistic": Statistic,
+    "pool": Pool,
+    "granule": Granule,
+    "weight": Weight,
+    "allocate": Allocate,
+    "protect": Protect,
+}
 
 
 def names() -> list[str]:
@@ -27,7 +35,8 @@ def load(policy: str | Path | Policy | dict[str, Any]) -> Policy:
     if isinstance(policy, Policy):
         return _from_dict(policy.to_dict(), where="Policy object")
     if isinstance(policy, dict):
-        return _from_dict(policy, where="policy given as a dict")
+        where = "policy given as a dict"
+        return _from_dict(extended(policy, where, Path()), where)
     if isinstance(policy, str) and not policy.endswith((".yaml", ".yml")):
         return _preset(policy)
     if isinstance(policy, (str, Path)):
@@ -40,16 +49,27 @@ def load(policy: str | Path | Policy | dict[str, Any]) -> Policy:
 
 @lru_cache(maxsize=64)
 def _preset(name: str) -> Policy:
-    if name not in names():
-        near = difflib.get_close_matches(name.lower(), names(), n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise PolicyError(
-            f"no policy named {name!r}", hint=f"{hint}built in: {', '.join(names())}; or give a path ending in .yaml"
-        )
-    return _file(PRESETS / f"{name}.yaml")
+    return _file(PRESETS / f"{_known(name, '')}.yaml")
 
 
 def _file(path: Path) -> Policy:
+    return _from_dict(_with_files(extended(read(path), str(path), path.parent, (path.resolve(),)), path), str(path))
+
+
+def _with_files(data: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Options that name a file, relative to the folder of the policy file."""
+    options = data.get("options")
+    if isinstance(options, dict) and isinstance(options.get("file"), str):
+        return {**data, "options": {**options, "file": str(path.parent / options["file"])}}
+    return data
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The mapping in a policy file, as it stands there.
+
+    Raises:
+        PolicyError: no such file, no YAML, no mapping.
+    """
     import yaml
 
     try:
@@ -64,7 +84,52 @@ def _file(path: Path) -> Policy:
         ) from None
     if not isinstance(data, dict):
         raise PolicyError("a policy file holds a mapping", where=str(path), hint="start with `name: my_policy`")
-    return _from_dict(data, where=str(path))
+    return data
+
+
+def extended(data: dict[str, Any], where: str, folder: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A policy's data with what it extends filled in: mappings are merged key by key, anything else is replaced, and
+    null takes a key out. `extends` is a built-in name or a path, relative to `folder`.
+
+    Raises:
+        PolicyError: `extends` is not a name, names nothing, or leads back to itself.
+    """
+    if "extends" not in data:
+        return data
+    name, own = data["extends"], {key: value for key, value in data.items() if key != "extends"}
+    if not isinstance(name, str):
+        raise PolicyError(f"bad value {name!r} in 'extends'", where=where, hint="give a policy's name or a path")
+    path = folder / name if name.endswith((".yaml", ".yml")) else PRESETS / f"{_known(name, where)}.yaml"
+    if path.resolve() in chain:
+        loop = " -> ".join(p.name for p in (*chain, path))
+        raise PolicyError(f"'extends' runs in a circle: {loop}", where=where, hint="let one of them stand alone")
+    base = extended(read(path), str(path), path.parent, (*chain, path.resolve()))
+    return merged(_with_files({k: v for k, v in base.items() if k not in ("paper", "source", "notes")}, path), own)
+
+
+def merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `own` laid over it."""
+    out = dict(base)
+    for key, value in own.items():
+        if value is None:
+            out.pop(key, None)
+        elif isinstance(value, dict) and isinstance(base.get(key), dict):
+            out[key] = merged(base[key], value)
+        else:
+            out[key] = value
+    return out
+
+
+def _known(name: str, where: str) -> str:
+    if name not in names():
+        near = difflib.get_close_matches(name.lower(), names(), n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise PolicyError(
+            f"no policy named {name!r}",
+            where=where,
+            hint=f"{hint}built in: {', '.join(names())}; or give a path ending in .yaml",
+        )
+    return name
 
 
 def _from_dict(data: dict[str, Any], where: str) -> Policy:

@@ -2,36 +2,81 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from kvpass.kernels.rule import Rule
-from kvpass.policy.check import fraction
+from kvpass.kernels.scorers.registry import encode_options, find_scorer
+from kvpass.policy.check import SCORES, fraction
 from kvpass.policy.spec import Policy
 
 
-def rule_of(policy: Policy) -> Rule:
-    """The rule of a policy with a checked budget."""
+def rule_of(policy: Policy, layer: int = 0, layers: int = 1) -> Rule:
+    """The rule of a policy with a checked budget, for one layer of a model that has so many."""
     if policy.budget == 1.0 and isinstance(policy.budget, float):
         return Rule()
-    share = fraction(policy.budget) if isinstance(policy.budget, float) else None
-    recent = fraction(policy.protect.recent) if isinstance(policy.protect.recent, float) else None
-    scope = fraction(policy.scope)
+    allocate = policy.allocate
+    placed = policy.score not in SCORES or allocate.layers != "uniform"
     return Rule(
-        stats=policy.statistic.keep,
         queries=-1 if policy.observe.queries == "all" else policy.observe.queries,
         group=policy.observe.group,
         heads=policy.observe.heads,
         carry=policy.statistic.across_calls == "add",
-        decode=policy.statistic.decode if policy.statistic.keep else "none",
         pool=policy.pool.kind if policy.pool else "none",
         pool_size=policy.pool.size if policy.pool else 1,
-        score=policy.score,
-        scope_num=scope.numerator,
-        scope_den=scope.denominator,
         sinks=policy.protect.sinks,
-        recent=policy.protect.recent if isinstance(policy.protect.recent, int) else 0,
-        recent_num=recent.numerator if recent else 0,
-        recent_den=recent.denominator if recent else 1,
-        slots=0 if share else int(policy.budget or 0),
-        num=share.numerator if share else 1,
-        den=share.denominator if share else 1,
-        floor=policy.min_slots if share else 1,
+        taper=allocate.beta if allocate.layers == "pyramid" else 0,
+        layer=layer if placed else 0,
+        layers=layers if placed else 1,
+        ragged=allocate.heads == "flat",
+        seed=policy.seed,
+        **_ranking(policy),
+        **_weighing(policy),
+        **_shares(policy),
     )
+
+
+def _ranking(policy: Policy) -> dict[str, Any]:
+    """What slots keep, and what ranks them."""
+    weight = ("weight",) if policy.weight else ()
+    if policy.score in SCORES:
+        kept = policy.statistic.keep
+        decode = policy.statistic.decode if kept else "none"
+        return {"stats": (*kept, *weight), "decode": decode, "score": policy.score}
+    granule = policy.granule
+    return {
+        "stats": ("held", *weight),
+        "emits": policy.statistic.keep,
+        "score": "held",
+        "scorer": policy.score,
+        "options": encode_options(policy.options),
+        "reads": find_scorer(policy.score).reads,
+        "granule": granule.size if granule else 1,
+        "granule_by": granule.by if granule else "mean",
+    }
+
+
+def _weighing(policy: Policy) -> dict[str, Any]:
+    if policy.weight is None:
+        return {}
+    return {"weight": policy.weight.by, "weight_floor": policy.weight.floor}
+
+
+def _shares(policy: Policy) -> dict[str, Any]:
+    """Fractions, as ratios of integers; only those that are not 0."""
+    given: dict[str, float] = {"scope": policy.scope, "sample": policy.sample}
+    if policy.weight:
+        given["top"] = policy.weight.after
+    if policy.allocate.heads == "flat":
+        given["safe"] = policy.allocate.safeguard
+    if isinstance(policy.protect.recent, float):
+        given["recent"] = policy.protect.recent
+    out: dict[str, Any] = {}
+    for name, value in given.items():
+        share = fraction(value)
+        out |= {f"{name}_num": share.numerator, f"{name}_den": share.denominator}
+    if isinstance(policy.protect.recent, int):
+        out["recent"] = policy.protect.recent
+    if not isinstance(policy.budget, float):
+        return out | {"slots": int(policy.budget or 0)}
+    share = fraction(policy.budget)
+    return out | {"num": share.numerator, "den": share.denominator, "floor": policy.min_slots}

@@ -36,12 +36,13 @@ class Statistic:
     """What is kept per slot, float32 each.
 
     Attributes:
-        keep: of `sum` (of observed probabilities), `sumsq` (of their squares), `count` (of observing queries).
+        keep: of `sum` (of observed probabilities), `sumsq` (of their squares), `count` (of observing queries),
+            `important` (of queries that gave the slot at least an even share, 1 / slots they see).
         across_calls: a multi-token call `add`s to the slots' statistics or starts `fresh`.
         decode: a one-token call `add`s its row, `replace`s the statistic with it, or does `none`.
     """
 
-    keep: tuple[Literal["sum", "sumsq", "count"], ...] = ()
+    keep: tuple[Literal["sum", "sumsq", "count", "important"], ...] = ()
     across_calls: Literal["add", "fresh"] = "add"
     decode: Literal["add", "replace", "none"] = "add"
 
@@ -50,8 +51,8 @@ class Statistic:
 
 @dataclass(frozen=True)
 class Pool:
-    """Smoothing of the summed statistic over neighbouring tokens, once per multi-token call, outside the observation
-    window.
+    """Smoothing of the summed statistic, or of a scorer's score, over neighbouring tokens, once per multi-token call,
+    outside the observation window.
     """
 
     kind: Literal["avg", "max"] = "max"
@@ -72,13 +73,65 @@ class Protect:
     __pydantic_config__ = _STRICT
 
 
+@dataclass(frozen=True)
+class Weight:
+    """What multiplies a slot's score.
+
+    Attributes:
+        by: `l1` or `l2` norm of its value; `vo_l1`, the L1 norm of value times output projection, mean over the query
+            heads of the group; `vo_l1_share`, that divided by its sum over the KV heads.
+        floor: added to the score before.
+        after: this share of the budget is kept for the score without the weight first (CriticalKV).
+    """
+
+    by: Literal["l1", "l2", "vo_l1", "vo_l1_share"] = "l1"
+    floor: float = 0.0
+    after: float = 0.0
+
+    __pydantic_config__ = _STRICT
+
+
+@dataclass(frozen=True)
+class Granule:
+    """Neighbouring tokens that stay or go together: `size` tokens, scored by their `mean` or the mean of their
+    `top_half`. The budget is kept exactly: the last granule may be cut, its older tokens stay.
+    """
+
+    size: int = 10
+    by: Literal["mean", "top_half"] = "mean"
+
+    __pydantic_config__ = _STRICT
+
+
+@dataclass(frozen=True)
+class Allocate:
+    """Who gets how much of the budget.
+
+    Attributes:
+        layers: `uniform`, or `pyramid`: budgets fall from layer to layer by equal steps, to about 1 / `beta`.
+        heads: `uniform`, or `flat`: a layer's best slots stay, whatever head they belong to (Ada-KV).
+        safeguard: with `flat`, this share of the even budget is safe in each head.
+    """
+
+    layers: Literal["uniform", "pyramid"] = "uniform"
+    beta: int = 20
+    heads: Literal["uniform", "flat"] = "uniform"
+    safeguard: float = 0.2
+
+    __pydantic_config__ = _STRICT
+
+
 @dataclass(frozen=True, eq=False)
 class Policy:
     """An eviction policy.
 
     Attributes:
         name: what reports call it.
-        score: what ranks unprotected slots, higher = keep: `position` (newer), `sum`, `mean` (sum / count).
+        score: what ranks unprotected slots, higher = keep: `position` (newer), `sum`, `mean` (sum / count),
+            `important` (important / count), or the name of a scorer.
+        options: of the scorer.
+        sample: this share of the budget is drawn by chance, with probability softmax(score) (NACL).
+        seed: of all chance.
         scope: RoCo: this fraction of the slots, those with the largest standard deviation, cannot be evicted; 0 = no
             scope.
         budget: fraction of the tokens seen so far (float, at most 1.0) or slots per KV head (int). None: the caller
@@ -91,8 +144,14 @@ class Policy:
     observe: Observe = field(default_factory=Observe)
     statistic: Statistic = field(default_factory=Statistic)
     pool: Pool | None = None
-    score: Literal["position", "sum", "mean"] = "position"
+    score: str = "position"
+    options: dict[str, bool | int | float | str] = field(default_factory=dict)
+    granule: Granule | None = None
+    sample: float = 0.0
+    seed: int = 0
+    weight: Weight | None = None
     scope: float = 0.0
+    allocate: Allocate = field(default_factory=Allocate)
     protect: Protect = field(default_factory=Protect)
     budget: int | float | None = None
     min_slots: int = 64
@@ -119,10 +178,11 @@ class Policy:
         Raises:
             PolicyError: no budget at all, or one that is impossible for this policy.
         """
-        from kvpass.policy.check import check_budget
+        from kvpass.policy.check import check_budget, check_files
 
         chosen = self if budget is None else replace(self, budget=budget)
         check_budget(chosen, given=budget is not None, own=self.budget)
+        check_files(chosen)
         return chosen
 
     def __eq__(self, other: object) -> bool:

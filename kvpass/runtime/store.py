@@ -8,6 +8,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from kvpass.kernels.ragged import lengthened
 from kvpass.kernels.rule import LIVE, Rule
 from kvpass.terms import Layout
 
@@ -32,7 +33,8 @@ class SlotStore:
 
     Attributes:
         state: k `[B, Hkv, C, D]`, v `[B, Hkv, C, Dv]`, pos `[B, Hkv, C]` int32, stats `[N, B, Hkv, C]` float32,
-            cursor `[B, Hkv, 4]` int32.
+            cursor `[B, Hkv, 4 or 6]` int32. Heads with budgets of their own lie one behind the other in the same
+            memory (`kvpass.kernels.ragged`).
         tokens: logical length, padding included; what the host believes its cache holds.
         host: heads and entries of keys and of values in the host's cache, where the slots hold them otherwise: both as
             the key (latent attention), or all heads side by side (mixed heads).
@@ -84,7 +86,7 @@ class SlotStore:
             like.new_empty((b, hkv, c, dv)),
             torch.full((b, hkv, c), -1, **int32),
             torch.zeros((len(rule.stats), b, hkv, c), dtype=torch.float32, device=like.device),
-            torch.tensor([0, 0, 0, -1], **int32).expand(b, hkv, 4).clone(),
+            torch.tensor([0, 0, 0, -1, 0, 0], **int32)[: rule.columns].expand(b, hkv, -1).clone(),
         ]
 
     @property
@@ -153,6 +155,8 @@ def with_room(state: list[torch.Tensor], rule: Rule, tokens: int) -> list[torch.
     extra = capacity(rule, tokens) - slots
     k, v, pos, stats, cursor = state
     with torch.inference_mode(False):
+        if rule.ragged:
+            return lengthened(state, slots + extra)
         return [
             _longer(k, 2, extra),
             _longer(v, 2, extra),

@@ -57,6 +57,10 @@ def test_everything_observes_nothing(name):
 
 
 CHOICES = {
+    "granule_by": ["mean", "top_half"],
+    "weight": ["none", "l1", "vo_l1"],
+    "scorer": ["", "knorm"],
+    "options": ["", "a:int:1,b:str:x%20y"],
     "group": ["mean", "max"],
     "heads": ["each", "all"],
     "decode": ["add", "replace", "none"],
@@ -66,10 +70,14 @@ CHOICES = {
 
 
 def values(name: str, default: object) -> st.SearchStrategy[object]:
-    if name == "stats":
+    if name == "reads":
+        return st.sampled_from([(), ("keys",), ("keys", "rows")])
+    if name in ("stats", "emits"):
         return st.sampled_from([(), ("sum",), ("sum", "count"), ("sum", "sumsq", "count")])
     if name in CHOICES:
         return st.sampled_from(CHOICES[name])
+    if isinstance(default, float):
+        return st.floats(0, 1)
     return st.booleans() if isinstance(default, bool) else st.integers(-1, 100_000)
 
 

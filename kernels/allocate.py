@@ -1,0 +1,52 @@
+"""How many slots each head gets when the heads of a layer share a budget. Pure torch."""
+
+from __future__ import annotations
+
+import torch
+from kvpass.kernels.rule import UNTOUCHABLE, Rule
+from torch import Tensor
+
+INF = float("inf")
+
+
+def budgets(seen: Tensor, rule: Rule) -> Tensor:
+    """`rule.budget` for a tensor of seen counts, in int64."""
+    if rule.taper:
+        counts = [rule.budget(n) for n in seen.flatten().tolist()]
+        return torch.tensor(counts, device=seen.device).view(seen.shape)
+    if rule.slots > 0:
+        return torch.full_like(seen, rule.slots, dtype=torch.int64)
+    return (seen.long() * rule.num // rule.den).clamp(min=rule.floor)
+
+
+def ranks(score: Tensor) -> Tensor:
+    """Rank of each entry along the last dim, int64, 0 for the largest; of equal ones the first comes first."""
+    order = score.argsort(dim=-1, descending=True, stable=True)
+    places = torch.arange(score.shape[-1], device=score.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, places)
+
+
+def head_counts(score: Tensor, candidate: Tensor, size: Tensor, rule: Rule) -> Tensor:
+    """Ada-KV (arXiv 2407.11550): the best `Hkv * size` keys of a layer stay, whatever head they belong to.
+
+    score float32 [B, Hkv, L], +inf protected; candidate bool, the same; size int64 [B, Hkv, 1], equal over heads. The
+    best floor(size * safe_num / safe_den) keys of each head, at least one, are safe (kvpress' safeguard). Equal scores:
+    the older key, then the lower head.
+
+    Returns int64 [B, Hkv]: counts, which sum to Hkv * size, or to all candidates while there are fewer.
+    """
+    batch, heads, length = score.shape
+    safe = (size * rule.safe_num // rule.safe_den).clamp(min=1)
+    raised = torch.where((ranks(score) < safe) & (score < UNTOUCHABLE) & candidate, UNTOUCHABLE, score)
+    flat = raised.transpose(1, 2).reshape(batch, length * heads)
+    kept = ranks(flat) < heads * size[:, 0]
+    return (kept.view(batch, length, heads) & candidate.transpose(1, 2)).sum(1)
+
+
+def ragged_columns(counts: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """(EXTRA, SHIFT) of the cursor, int64 [B, Hkv]: what a head holds above the even budget, and the sum of that over
+    the heads before it. Zero while no head is above.
+    """
+    even = size[..., 0]
+    extra = torch.where((counts > even).any(-1, keepdim=True), counts - even, 0)
+    return extra, extra.cumsum(-1) - extra

@@ -1,0 +1,77 @@
+"""One step of decode_attend in numbers, read from the cursor once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from kvpass.kernels.ragged import starts
+from kvpass.kernels.rule import EXTRA, FIRST, LIVE, SEEN, Rule
+from torch import Tensor
+
+
+class Run(NamedTuple):
+    """Neighbouring heads first .. last - 1 with equally many slots in use; ragged: one head, whose slot 0 is at row
+    `place` of the flattened memory.
+    """
+
+    first: int
+    last: int
+    slots: int
+    place: int | None = None
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Its used slots of x [B, Hkv, C, D]: [heads, slots, D], a view."""
+        if self.place is None:
+            return x.view(-1, *x.shape[2:])[self.first : self.last, : self.slots]
+        return x.view(-1, x.shape[3])[self.place : self.place + self.slots].unsqueeze(0)
+
+
+class Step(NamedTuple):
+    """One step in numbers. Ints where all heads agree, else int64 or bool tensors [B, Hkv, 1]."""
+
+    slots: int
+    """Slots in use in the fullest head, the new token's included."""
+    runs: list[Run]
+    """Heads of the flattened [B * Hkv], each once, in order."""
+    size: int | Tensor
+    """Budget."""
+    first: int | Tensor
+    evicts: bool | Tensor
+    """Whether a slot must go."""
+    starts: bool
+    """Whether this is the first valid token of some row."""
+    position: int
+
+
+def read_step(cells: list[list[int]], cursor: Tensor, position: int, slots: int, plan: Rule) -> Step:
+    """What the cursor, as `cells` [B * Hkv][columns], says about the step of a token at `position`; C = `slots`."""
+    live, _, seen, first = cells[0][:4]
+    begins = any(c[FIRST] < 0 for c in cells)
+    if not begins and not plan.ragged and all(c[LIVE] == live and c[SEEN] == seen and c[FIRST] == first for c in cells):
+        size = plan.budget(seen + 1)
+        return Step(live + 1, [Run(0, len(cells), live + 1)], size, first, live + 1 > size, False, position)
+
+    def shaped(values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, device=cursor.device).view(*cursor.shape[:2], 1)
+
+    used = [c[LIVE] + 1 for c in cells]
+    sizes = [plan.budget(c[SEEN] + 1) + (c[EXTRA] if plan.ragged else 0) for c in cells]
+    over = [u > s for u, s in zip(used, sizes, strict=True)]
+    evicts = over[0] if all(o == over[0] for o in over) else shaped(over)
+    firsts = [c[FIRST] if c[FIRST] >= 0 else position for c in cells]
+    return Step(max(used), _runs(used, cursor, slots, plan), shaped(sizes), shaped(firsts), evicts, begins, position)
+
+
+def _runs(used: list[int], cursor: Tensor, slots: int, plan: Rule) -> list[Run]:
+    if plan.ragged:
+        places = starts(cursor, slots).flatten().tolist()
+        return [Run(i, i + 1, n, place) for i, (n, place) in enumerate(zip(used, places, strict=True))]
+    runs, first = [], 0
+    for n, same in groupby(used):
+        last = first + len(list(same))
+        runs.append(Run(first, last, n))
+        first = last
+    return runs

@@ -1,0 +1,70 @@
+"""The end of a step of decode_attend: count the token, and pick the slot that goes if over budget."""
+
+from __future__ import annotations
+
+import torch
+from kvpass.kernels.decode_attend.step import Step
+from kvpass.kernels.rule import FIRST, FREE, LIVE, SEEN, UNTOUCHABLE, Rule
+from kvpass.kernels.scores import INF, preference, slot_scores, untouchable
+from torch import Tensor
+
+
+def settle(pos: Tensor, stats: Tensor, cursor: Tensor, step: Step, plan: Rule) -> None:
+    """Advance the cursor; if over budget, evict one slot per head, leave the hole at FREE. pos, stats: used slots."""
+    cursor[..., SEEN].add_(1)
+    if step.starts:
+        cursor[..., FIRST].masked_fill_(cursor[..., FIRST] < 0, step.position)
+    if step.evicts is False:
+        cursor[..., : FREE + 1] = cursor[..., LIVE, None] + 1
+        return
+    victim = _victim(pos, stats, step, plan)
+    if step.evicts is True:
+        cursor[..., FREE : FREE + 1] = victim
+        pos.scatter_(2, victim, -1)
+        return
+    live = cursor[..., LIVE, None] + ~step.evicts
+    cursor[..., LIVE, None] = live
+    cursor[..., FREE, None] = torch.where(step.evicts, victim, live).int()
+    pos.scatter_(2, victim, torch.where(step.evicts, -1, pos.gather(2, victim)))
+
+
+def _victim(pos: Tensor, stats: Tensor, step: Step, plan: Rule) -> Tensor:
+    """The slot each head gives up: int64 [B, Hkv, 1]. Lowest unprotected score, ties evict the newer.
+
+    torch's where and masked_fill are slow on CPU, so protection is arithmetic: `guard` is 0 for slots that may go, at
+    least 3e38 for the others (empties, at position -1, among them), and no score of attention is negative.
+    """
+    score = slot_scores(stats, pos, plan)
+    low, high = _exposed(step, plan)
+    outside = pos - pos.clamp(low, high)  # type: ignore[arg-type]  # both ints or both tensors
+    guard = outside.float().abs_().mul_(UNTOUCHABLE)
+    scope = _scope(stats, pos, guard, step, plan) if plan.scope_num or plan.top_num else None
+    eligible = score if scope is None else torch.add(score, scope, alpha=UNTOUCHABLE)
+    guarded = torch.where(guard > 0, guard, eligible) if plan.scorer else torch.maximum(eligible, guard)
+    lowest, victim = guarded.topk(2, -1, largest=False)
+    if all(a < b and a < UNTOUCHABLE for a, b in lowest.view(-1, 2).tolist()):
+        return victim[..., :1]
+    if scope is not None:
+        score = score.masked_fill(scope, UNTOUCHABLE)
+    score = score.masked_fill(outside != 0, INF)
+    return torch.where(score == score.amin(-1, keepdim=True), pos, -1).argmax(-1, keepdim=True)
+
+
+def _exposed(step: Step, plan: Rule) -> tuple[int | Tensor, int | Tensor]:
+    """First and last position that may be evicted: after the sinks, before the recent window; (.., -2) if none may."""
+    low = step.first + plan.sinks
+    high = step.position - plan.recent - step.size * plan.recent_num // plan.recent_den
+    if isinstance(low, Tensor):
+        return low, torch.where(low > high, -2, high)
+    return low, -2 if low > high else high
+
+
+def _scope(stats: Tensor, pos: Tensor, guard: Tensor, step: Step, plan: Rule) -> Tensor:
+    """Slots that the scope keeps out of reach: bool, the shape of pos."""
+    spread = torch.where(guard > 0, guard, preference(stats, pos, plan))
+    if len(step.runs) > 1:
+        spread = spread.masked_fill(pos < 0, -INF)
+    if not plan.top_num:
+        return untouchable(spread, pos, step.size * plan.scope_num // plan.scope_den + 1)
+    reach = step.size * plan.top_num // plan.top_den
+    return untouchable(spread, pos, reach) & (reach > 0)

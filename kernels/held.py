@@ -1,0 +1,117 @@
+"""Scores that slots hold: from a scorer, in a multi-token call or when a token arrives. Pure torch."""
+
+from __future__ import annotations
+
+import torch
+from kvpass.kernels.allocate import budgets, ranks
+from kvpass.kernels.rule import FIRST, HELD, SEEN, WEIGHT, Rule
+from kvpass.kernels.scorers.chance import gumbel
+from kvpass.kernels.scorers.registry import Seen, find_scorer
+from kvpass.kernels.smooth import by_granule, pooled
+from kvpass.kernels.weights import value_weights
+from torch import Tensor
+
+LATER = 0x7E000000
+"""Bits of the float32 that a generated token holds at position 0; each later position adds one. All are above any
+real score and below `UNTOUCHABLE`, and they rise with the position: of generated tokens the oldest goes first.
+"""
+
+SURE = 1e4
+"""Lifts keys that need no luck above all that do: a Gumbel number is below 17 in float32."""
+
+
+def held_scores(
+    stats: Tensor,
+    keys: tuple[Tensor, Tensor, Tensor],
+    cursor: Tensor,
+    tensors: tuple[Tensor | None, Tensor | None, Tensor | None],
+    rule: Rule,
+) -> Tensor:
+    """What each key holds after a multi-token call: float32 [B, Hkv, L].
+
+    stats: [M, B, Hkv, L] that the call emitted; keys: position, candidates and end, as in `Seen`; cursor: after the
+    call; tensors: k, v and rows, as far as the scorer reads them.
+    """
+    pos, candidate, end = keys
+    seen = _seen(pos, candidate, end, cursor, tensors, rule, dict(zip(rule.emitted, stats, strict=True)))
+    score = find_scorer(rule.scorer).score(seen, rule.options)
+    if rule.pool != "none":
+        score = pooled(score, pos, candidate, end, rule)
+    if rule.heads == "all":
+        score = score.mean(1, keepdim=True).expand_as(score)
+    if rule.granule > 1:
+        score = by_granule(score, pos, candidate & (pos < end - max(rule.queries, 0)), seen.first, rule)
+    return _sampled(score, seen, rule) if rule.sample_num else score
+
+
+def _seen(
+    pos: Tensor,
+    candidate: Tensor,
+    end: Tensor,
+    cursor: Tensor,
+    tensors: tuple[Tensor | None, Tensor | None, Tensor | None],
+    rule: Rule,
+    statistics: dict[str, Tensor],
+) -> Seen:
+    k, v, rows = tensors
+    seen = cursor[..., SEEN, None].long()
+    return Seen(
+        pos=pos,
+        candidate=candidate,
+        end=end,
+        first=cursor[..., FIRST, None],
+        seen=seen,
+        budget=budgets(seen, rule),
+        window=max(rule.queries, 0),
+        layer=rule.layer,
+        seed=rule.seed,
+        k=k if "keys" in rule.reads else None,
+        v=v if "values" in rule.reads else None,
+        rows=rows,
+        statistics=statistics,
+    )
+
+
+def _sampled(score: Tensor, seen: Seen, rule: Rule) -> Tensor:
+    """Let chance choose a share of the budget (NACL, arXiv 2408.03675): beside the best, keys are drawn without
+    replacement with probability softmax(score).
+    """
+    inside = seen.before_window
+    drawn = seen.budget * rule.sample_num // rule.sample_den
+    protected = rule.recent + seen.budget * rule.recent_num // rule.recent_den + rule.sinks
+    sure = (seen.budget - drawn - protected).clamp(min=0)
+    rank = ranks(torch.where(inside, score, -torch.inf))
+    return torch.where(rank < sure, score + SURE, score + gumbel(seen))
+
+
+def arrivals(
+    k_new: Tensor, v_new: Tensor, cursor: Tensor, position: int, rule: str, wo: Tensor | None = None
+) -> Tensor:
+    """Statistics of a token's slot when it comes, in a call of one token: float32 [N, B, Hkv].
+
+    k_new [B, Hkv, 1, D], v_new [B, Hkv, 1, Dv], cursor int32 [B, Hkv, 4 or 6] before the call, wo as for `score_slots`.
+    Attention's statistics start at 0; a pointwise scorer scores the token, of others it stays as long as any prompt
+    token; a value weight is that of its value.
+    """
+    plan = Rule.parse(rule)
+    batch, heads = k_new.shape[:2]
+    out = torch.zeros(len(plan.stats), batch, heads, device=k_new.device)
+    if HELD in plan.stats:
+        out[plan.stat(HELD)] = _arriving(k_new, v_new, cursor, position, plan)
+    if WEIGHT in plan.stats:
+        waits = HELD in plan.stats and not find_scorer(plan.scorer).pointwise
+        out[plan.stat(WEIGHT)] = 1.0 if waits else value_weights(plan.weight, v_new, wo)[..., 0]
+    return out
+
+
+def _arriving(k_new: Tensor, v_new: Tensor, cursor: Tensor, position: int, rule: Rule) -> Tensor:
+    shape = (*k_new.shape[:2], 1)
+    pos = torch.full(shape, position, dtype=torch.int32, device=k_new.device)
+    chosen = find_scorer(rule.scorer)
+    if not chosen.pointwise:
+        return (pos + LATER).view(torch.float32)[..., 0]
+    cursor = cursor.clone()
+    cursor[..., SEEN] += 1
+    cursor[..., FIRST] = torch.where(cursor[..., FIRST] < 0, position, cursor[..., FIRST])
+    seen = _seen(pos, torch.ones_like(pos, dtype=torch.bool), pos + 1, cursor, (k_new, v_new, None), rule, {})
+    return chosen.score(seen, rule.options)[..., 0]

@@ -1,0 +1,50 @@
+"""Scores with weights from a file: small projections of keys, values or positions."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from kvpass.kernels.scorers.registry import Seen, scorer
+from torch import Tensor
+
+
+@lru_cache(maxsize=8)
+def weights(path: str, changed: float) -> dict[str, Tensor]:
+    """Tensors of a weight file (`torch.save` of a dict), by name. `changed`: its time of change, so that a new file
+    is read again.
+    """
+    loaded: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    return loaded
+
+
+def read(path: str, name: str, seen: Seen) -> Tensor:
+    """One layer of a stacked tensor of a weight file, float32, on the keys' device.
+
+    Raises:
+        ValueError: no such tensor, or not for so many layers.
+    """
+    table = weights(path, Path(path).stat().st_mtime)
+    if name not in table or seen.layer >= len(table[name]):
+        held = {key: list(value.shape) for key, value in table.items()}
+        raise ValueError(f"{path}: no {name!r} for layer {seen.layer}; it holds {held}")
+    return table[name][seen.layer].float().to(seen.pos.device)
+
+
+@scorer("q_filters", reads=("keys",), pointwise=True)
+def q_filters(seen: Seen, file: str = "") -> Tensor:
+    """-<f_h, k>: `filters` [layers, Hkv, D] of the file (arXiv 2503.02812)."""
+    filters = read(file, "filters", seen)
+    return -(seen.keys * filters[:, None]).sum(-1)
+
+
+@scorer("kvp", reads=("keys", "values"), pointwise=True)
+def kvp(seen: Seen, file: str = "") -> Tensor:
+    """An MLP per KV head over [k; v; position], ReLU between (arXiv 2602.10238): `w1` [layers, Hkv, hidden, D+Dv+1],
+    `b1` [layers, Hkv, hidden], `w2` [layers, Hkv, hidden], `b2` [layers, Hkv].
+    """
+    x = torch.cat([seen.keys, seen.values, (seen.pos - seen.first)[..., None].float()], -1)
+    w1, b1, w2, b2 = (read(file, name, seen) for name in ("w1", "b1", "w2", "b2"))
+    hidden = (x @ w1.mT + b1[:, None]).relu()
+    return (hidden * w2[:, None]).sum(-1) + b2[:, None]

@@ -1,0 +1,190 @@
+"""The table of scorers: functions that give each key of a layer a score, by name.
+
+A policy whose `score` is such a name is ranked by it. Users add their own with `kvpass.scorer`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+from urllib.parse import quote, unquote
+
+import torch
+from torch import Tensor
+
+READS = ("keys", "values", "rows", "logits", "statistics")
+"""What a scorer may ask for. `rows` and `logits`: of the observation window; `statistics`: what attention emitted."""
+
+BUILT_IN = ("geometry", "lag", "learned", "window", "redundancy", "chance")
+"""Modules of this package that hold scorers."""
+
+_TABLE: dict[str, Scorer] = {}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a scorer sees: the L keys of one layer at the end of a call, in position order.
+
+    Attributes:
+        pos: int32 [B, Hkv, L], -1 = empty.
+        candidate: bool [B, Hkv, L]: keys that may stay; padding and empties may not, and must not sway a score.
+        end: int [B, Hkv, 1]: one past the last valid token's position.
+        first: int [B, Hkv, 1]: position of the row's first valid token.
+        seen: int64 [B, Hkv, 1]: valid tokens so far.
+        budget: int64 [B, Hkv, 1]: slots that each head may hold, on average over the heads.
+        window: queries of the observation window; 0 for none.
+        layer, seed: of the site; of the policy.
+        k, v: [B, Hkv, L, D or Dv], as cached (keys rotated). None if not asked for.
+        rows: float32 [B, Hkv, G, w, L], probabilities of the last w valid queries (0 where hidden, and for missing
+            queries), or their masked, scaled logits (-inf where hidden) for a scorer that reads `logits`.
+        statistics: float32 [B, Hkv, L] by name, of this call.
+    """
+
+    pos: Tensor
+    candidate: Tensor
+    end: Tensor
+    first: Tensor
+    seen: Tensor
+    budget: Tensor
+    window: int
+    layer: int
+    seed: int
+    k: Tensor | None
+    v: Tensor | None
+    rows: Tensor | None
+    statistics: dict[str, Tensor]
+
+    @property
+    def keys(self) -> Tensor:
+        """float32 [B, Hkv, L, D]"""
+        assert self.k is not None, 'say reads=("keys",)'
+        return self.k.float()
+
+    @property
+    def values(self) -> Tensor:
+        """float32 [B, Hkv, L, Dv]"""
+        assert self.v is not None, 'say reads=("values",)'
+        return self.v.float()
+
+    @property
+    def observed(self) -> Tensor:
+        """float32 [B, Hkv, G, w, L]: `rows`"""
+        assert self.rows is not None, 'say reads=("rows",) or ("logits",)'
+        return self.rows
+
+    @property
+    def before_window(self) -> Tensor:
+        """bool [B, Hkv, L]: candidates that came before the observation window."""
+        return self.candidate & (self.pos < self.end - self.window)
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A registered scorer.
+
+    Attributes:
+        run: (Seen, **options) -> float [B, Hkv, L], higher = keep; any finite value.
+        reads: of `READS`.
+        pointwise: a key's score depends on that key, its value and its position alone, so that a generated token gets
+            its own when it arrives. Of other scorers generated tokens stay until no others are left, the oldest goes
+            first.
+        options: names and defaults of the options, from the function's signature.
+    """
+
+    name: str
+    run: Callable[..., Tensor]
+    reads: tuple[str, ...]
+    pointwise: bool
+    options: dict[str, Any]
+
+    @property
+    def about(self) -> str:
+        """The first paragraph of the function's docstring."""
+        return " ".join((self.run.__doc__ or "").split("\n\n")[0].split())
+
+    def score(self, seen: Seen, options: str) -> Tensor:
+        """float32 [B, Hkv, L] for options as `encode_options` writes them.
+
+        Raises:
+            ValueError: the function gave another shape.
+        """
+        value = self.run(seen, **decode_options(options))
+        if value.shape != seen.pos.shape:
+            shapes = f"{list(value.shape)}, not {list(seen.pos.shape)}"
+            raise ValueError(f"scorer {self.name!r} gave scores of shape {shapes}")
+        return value.float()
+
+
+def scorer(
+    name: str, reads: tuple[str, ...] | list[str] = (), pointwise: bool = False
+) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Register a torch function as a scorer that policies can use by name.
+
+    The function takes a `Seen` and keyword options with defaults (bool, int, float or str), and returns scores
+    [B, Hkv, L]. It runs outside of the compiler, so plain torch and Python will do. A policy says `score: NAME` and,
+    if need be, `options: {...}`.
+
+    Args:
+        name: as policies write it.
+        reads: of keys, values, rows, logits, statistics: nothing else is computed.
+        pointwise: see `Scorer`.
+
+    Raises:
+        ValueError: an unknown word in `reads`, a name that is taken, a parameter without a default.
+    """
+
+    def register(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        unknown = [word for word in reads if word not in READS]
+        if unknown:
+            raise ValueError(f"scorer {name!r}: cannot read {unknown[0]!r}; choose from {', '.join(READS)}")
+        if not name.isidentifier() or name in ("position", "sum", "mean", "important"):
+            raise ValueError(f"scorer {name!r}: give a word that is no statistic's")
+        known = _TABLE.get(name)
+        if known is not None and known.run.__qualname__ != run.__qualname__:
+            raise ValueError(f"scorer {name!r}: the name is taken by {known.run.__module__}.{known.run.__qualname__}")
+        parameters = list(inspect.signature(run).parameters.values())[1:]
+        missing = [p.name for p in parameters if p.default is p.empty]
+        if missing:
+            raise ValueError(f"scorer {name!r}: give its option {missing[0]!r} a default")
+        options = {p.name: p.default for p in parameters}
+        _TABLE[name] = Scorer(name, run, tuple(reads), pointwise, options)
+        return run
+
+    return register
+
+
+def scorers() -> dict[str, Scorer]:
+    """All scorers by name."""
+    for module in BUILT_IN:
+        import_module(f"kvpass.kernels.scorers.{module}")
+    return dict(sorted(_TABLE.items()))
+
+
+def find_scorer(name: str) -> Scorer:
+    """The scorer of that name.
+
+    Raises:
+        KeyError: none has it.
+    """
+    return _TABLE[name] if name in _TABLE else scorers()[name]
+
+
+def encode_options(options: dict[str, Any]) -> str:
+    """Options as a word for a rule's text, `decode_options` reads it back."""
+    return ",".join(f"{key}:{type(value).__name__}:{quote(str(value))}" for key, value in sorted(options.items()))
+
+
+def decode_options(text: str) -> dict[str, Any]:
+    """The inverse of `encode_options`."""
+    kinds: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str, "bool": lambda x: x == "True"}
+    parts = (part.split(":", 2) for part in text.split(",") if part)
+    return {key: kinds[kind](unquote(value)) for key, kind, value in parts}
+
+
+def mean_of(value: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the last dim but one of value [B, Hkv, L, D] where mask [B, Hkv, L]: [B, Hkv, 1, D]."""
+    weight = mask[..., None].float()
+    return (torch.where(weight > 0, value, 0.0)).sum(2, keepdim=True) / weight.sum(2, keepdim=True).clamp(min=1)

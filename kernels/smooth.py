@@ -1,0 +1,45 @@
+"""Neighbours in a sequence: pooling and granules. Pure torch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from kvpass.kernels.rule import Rule
+from torch import Tensor
+
+
+def pooled(value: Tensor, pos: Tensor, candidate: Tensor, end: Tensor, rule: Rule) -> Tensor:
+    """value [B, Hkv, L] smoothed over neighbours; keys outside the pool keep what they have (SnapKV)."""
+    inside = candidate & (pos < end - max(rule.queries, 0))
+    pad = rule.pool_size // 2
+    if rule.pool == "avg":
+        smooth = F.avg_pool1d(torch.where(inside, value, 0.0), rule.pool_size, 1, pad)
+    else:  # sums are never negative, so that -inf and 0 outside agree
+        smooth = F.max_pool1d(torch.where(inside, value, -torch.inf), rule.pool_size, 1, pad)
+    return torch.where(inside, smooth, value)
+
+
+def by_granule(value: Tensor, pos: Tensor, candidate: Tensor, first: Tensor, rule: Rule) -> Tensor:
+    """value [B, Hkv, L] -> the same for all keys of a granule: `rule.granule` tokens from the row's first one on.
+
+    The mean over the granule's candidates (ChunkKV, arXiv 2502.00299), or over the better half of them, rounded up
+    (WindowKV, arXiv 2503.17922).
+    """
+    place = torch.where(candidate, (pos - first) // rule.granule, 0).long()
+    count = int(place.max()) + 1
+    rank = torch.zeros_like(place)
+    if rule.granule_by == "top_half":
+        order = torch.where(candidate, value, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+        order = order.gather(-1, place.gather(-1, order).argsort(dim=-1, stable=True))
+        sorted_place = place.gather(-1, order)
+        start = torch.searchsorted(sorted_place, sorted_place)
+        within = torch.arange(order.shape[-1], device=order.device) - start
+        rank = rank.scatter(-1, order, within)
+    size = _sums(candidate.float(), place, count)
+    chosen = candidate if rule.granule_by == "mean" else candidate & (rank < (size.gather(-1, place) + 1) // 2)
+    mean = _sums(torch.where(chosen, value, 0.0), place, count) / _sums(chosen.float(), place, count).clamp(min=1)
+    return torch.where(candidate, mean.gather(-1, place), value)
+
+
+def _sums(value: Tensor, place: Tensor, count: int) -> Tensor:
+    return value.new_zeros(*value.shape[:-1], count).scatter_add(-1, place, value)

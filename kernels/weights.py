@@ -1,0 +1,36 @@
+"""Value weights: what a key's value adds to the output, as a factor of its score. Pure torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+WEIGHTS = ("none", "l1", "l2", "vo_l1", "vo_l1_share")
+"""Norms of v (VATP, arXiv 2406.12335); of v W_O, mean over the query heads of a group (CriticalKV, arXiv 2502.03805);
+or that as a share of its sum over the KV heads (DefensiveKV, arXiv 2510.13334).
+"""
+
+
+def value_weights(kind: str, v: Tensor, wo: Tensor | None) -> Tensor:
+    """float32 [B, Hkv, L] of values v [B, Hkv, L, Dv].
+
+    wo: for the last two kinds, the output projection's weight [out, Hq * Dv], as of torch.nn.Linear.
+    """
+    norm: Tensor
+    if kind in ("l1", "l2"):
+        norm = torch.linalg.vector_norm(v.float(), ord=int(kind[1]), dim=-1)
+        return norm
+    assert wo is not None
+    norm = _projected(v, wo)
+    return norm / norm.sum(1, keepdim=True).clamp(min=1e-30) if kind == "vo_l1_share" else norm
+
+
+def _projected(v: Tensor, wo: Tensor) -> Tensor:
+    """||v W_O||_1, mean over the group; one query head at a time: [B, L, out] is the largest tensor."""
+    batch, heads, length, wide = v.shape
+    group = wo.shape[1] // (heads * wide)
+    total = torch.zeros(batch, heads, length, device=v.device)
+    for head in range(heads * group):
+        part = wo[:, head * wide : (head + 1) * wide].float()
+        total[:, head // group] += (v[:, head // group].float() @ part.mT).abs().sum(-1)
+    return total / group
