@@ -10,6 +10,7 @@ from pathlib import Path
 from kvpass.errors import PolicyError
 from kvpass.kernels.rule import STATISTICS
 from kvpass.kernels.scorers.registry import Scorer, scorers
+from kvpass.policy.limits import MOST, check_options, oversized
 from kvpass.policy.spec import Policy
 
 SCORES = ("position", "sum", "mean", "important")
@@ -31,7 +32,7 @@ def check_policy(p: Policy, where: str) -> None:
             if broken:
                 raise PolicyError(f"policy {p.name!r}: bad value in {field}", where=where, hint=fix)
     if chosen is not None:
-        _check_options(p, chosen, where)
+        check_options(p, chosen, where)
 
 
 def _scorer(p: Policy, where: str) -> Scorer | None:
@@ -53,6 +54,8 @@ def _scorer(p: Policy, where: str) -> Scorer | None:
 
 def _numbers(p: Policy) -> Iterator[Broken]:
     recent = p.protect.recent
+    yield not p.name.strip() or not p.name.isprintable(), "name", "give a word or two, on one line"
+    yield from ((True, path, f"give a number up to {MOST}") for path in oversized(p.to_dict()))
     yield not 0 <= p.scope < 1, "scope", "give a fraction from 0 to below 1"
     yield isinstance(p.observe.queries, int) and p.observe.queries < 0, "observe.queries", "give 'all' or a number >= 0"
     yield p.protect.sinks < 0, "protect.sinks", "give a number >= 0"
@@ -122,21 +125,6 @@ def _sharing(p: Policy, chosen: Scorer | None) -> Iterator[Broken]:
     yield p.weight is not None and p.observe.heads == "all" and p.score != "position", "weight", fix
 
 
-def _check_options(p: Policy, chosen: Scorer, where: str) -> None:
-    """Names, types and files of a scorer's options."""
-    for name, value in p.options.items():
-        key = f"options.{name}"
-        if name not in chosen.options:
-            near = difflib.get_close_matches(name, chosen.options, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            listed = ", ".join(f"{k} ({v!r})" for k, v in chosen.options.items()) or "none"
-            raise PolicyError(f"unknown key {key!r}", where=where, hint=f"{hint}options of {chosen.name!r}: {listed}")
-        default = chosen.options[name]
-        number = isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool)
-        if type(value) is not type(default) and not number:
-            raise PolicyError(f"bad value {value!r} in {key!r}", where=where, hint=f"give a {type(default).__name__}")
-
-
 def check_budget(p: Policy, *, given: bool, own: int | float | None) -> None:
     """A budget that this policy cannot keep.
 
@@ -161,19 +149,19 @@ def check_budget(p: Policy, *, given: bool, own: int | float | None) -> None:
             where=where,
             hint="budget=0.2 keeps a fifth; for slots give an int",
         )
-    if isinstance(b, int) and b < 1:
-        raise PolicyError("a budget of slots is at least 1", where=where, hint="give budget=1024")
+    if isinstance(b, int) and not 1 <= b <= MOST:
+        raise PolicyError(f"a budget of slots is at least 1 and at most {MOST}", where=where, hint="give budget=1024")
     whole = isinstance(b, float) and b == 1.0  # 1.0 is everything, 1 is one slot
     if given and isinstance(own, float) and own == 1.0 and not whole:
         raise PolicyError(
             f"policy {p.name!r} keeps everything", where=where, hint="leave budget out, or choose an evicting policy"
         )
-    smallest = b if isinstance(b, int) else p.min_slots
-    smallest = smallest_budget(p, smallest)
+    smallest = smallest_budget(p)
     protected = p.protect.sinks + recent_of(p, smallest)
     if not whole and protected > smallest:
+        whose = "" if p.allocate.layers == "uniform" else " of the last layer"
         raise PolicyError(
-            f"the budget can be as small as {smallest} slots, but {protected} are protected "
+            f"the budget{whose} can be as small as {smallest} slots, but {protected} are protected "
             f"(sinks {p.protect.sinks}, recent {p.protect.recent})",
             where=where,
             hint="raise the budget or min_slots, or protect less",
@@ -196,12 +184,15 @@ def check_files(p: Policy) -> None:
         raise PolicyError(f"policy {p.name!r}: {what}", where="options.file", hint=hint)
 
 
-def smallest_budget(p: Policy, slots: int) -> int:
-    """The least that a layer gets when the even budget is `slots`."""
+def smallest_budget(p: Policy) -> int:
+    """The least that a layer gets under a checked budget: a pyramid's last layer, as `Rule.budget` tapers."""
+    slots = p.budget if isinstance(p.budget, int) else p.min_slots
     if p.allocate.layers == "uniform":
         return slots
     window = p.observe.queries if isinstance(p.observe.queries, int) else 0
-    return min(slots, max(slots - window, 0) // p.allocate.beta + window)
+    if slots - window >= p.allocate.beta:
+        return (slots - window) // p.allocate.beta + window
+    return slots if isinstance(p.budget, int) else min(slots, window + 1)  # a fraction grows into the pyramid
 
 
 def fraction(value: float) -> Fraction:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from dataclasses import fields, is_dataclass
+import reprlib
+from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -53,43 +54,62 @@ def _preset(name: str) -> Policy:
 
 
 def _file(path: Path) -> Policy:
-    return _from_dict(_with_files(extended(read(path), str(path), path.parent, (path.resolve(),)), path), str(path))
-
-
-def _with_files(data: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Options that name a file, relative to the folder of the policy file."""
-    options = data.get("options")
-    if isinstance(options, dict) and isinstance(options.get("file"), str):
-        return {**data, "options": {**options, "file": str(path.parent / options["file"])}}
-    return data
+    data = read(path)
+    base = data.get("extends")
+    where = f"{path}, which extends {base}" if isinstance(base, str) else str(path)
+    return _from_dict(extended(data, str(path), path.parent, (path.resolve(),)), where)
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The mapping in a policy file, as it stands there.
+    """The mapping in a policy file, as it stands there; an option that names a file starts at the file's folder.
 
     Raises:
-        PolicyError: no such file, no YAML, no mapping.
+        PolicyError: no such file, no YAML, no mapping, a key that is there twice.
     """
     import yaml
 
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_unique_keys())
     except OSError as error:
         raise PolicyError(
             f"cannot read the policy file: {error.strerror}", where=str(path), hint="give an existing YAML file"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        what = " ".join(str(error).split())
         raise PolicyError(
-            f"not valid YAML: {error}", where=str(path), hint="see docs/policies.md for an example"
+            f"not valid YAML: {what}", where=str(path), hint="see docs/policy-files.md for an example"
         ) from None
     if not isinstance(data, dict):
         raise PolicyError("a policy file holds a mapping", where=str(path), hint="start with `name: my_policy`")
+    options = data.get("options")
+    if isinstance(options, dict) and options.get("file") and isinstance(options["file"], str):
+        data["options"] = {**options, "file": str(path.parent / options["file"])}
     return data
+
+
+@lru_cache(maxsize=1)
+def _unique_keys() -> Any:
+    """A safe loader of YAML that refuses a mapping with a key twice, where PyYAML takes the last."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            first: dict[str, int] = {}
+            for key, _ in node.value:
+                line = key.start_mark.line + 1
+                word = key.value if isinstance(key, yaml.ScalarNode) else ""
+                if word and word in first:
+                    raise yaml.YAMLError(f"key {word!r} is there twice, in lines {first[word]} and {line}; leave one")
+                first[word] = line
+            return super().construct_mapping(node, deep)
+
+    return Loader
 
 
 def extended(data: dict[str, Any], where: str, folder: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A policy's data with what it extends filled in: mappings are merged key by key, anything else is replaced, and
-    null takes a key out. `extends` is a built-in name or a path, relative to `folder`.
+    null takes a key out. `extends` is a built-in name or a path, relative to `folder`. Names and papers are not
+    inherited.
 
     Raises:
         PolicyError: `extends` is not a name, names nothing, or leads back to itself.
@@ -99,12 +119,18 @@ def extended(data: dict[str, Any], where: str, folder: Path, chain: tuple[Path, 
     name, own = data["extends"], {key: value for key, value in data.items() if key != "extends"}
     if not isinstance(name, str):
         raise PolicyError(f"bad value {name!r} in 'extends'", where=where, hint="give a policy's name or a path")
-    path = folder / name if name.endswith((".yaml", ".yml")) else PRESETS / f"{_known(name, where)}.yaml"
+    if name.endswith((".yaml", ".yml")):
+        path = folder / name
+        if not path.is_file():
+            hint = "give a policy's name, or the path of a YAML file; a relative one starts at this file's folder"
+            raise PolicyError(f"bad value {name!r} in 'extends': no such file", where=where, hint=hint)
+    else:
+        path = PRESETS / f"{_known(name, where, field='extends')}.yaml"
     if path.resolve() in chain:
         loop = " -> ".join(p.name for p in (*chain, path))
         raise PolicyError(f"'extends' runs in a circle: {loop}", where=where, hint="let one of them stand alone")
     base = extended(read(path), str(path), path.parent, (*chain, path.resolve()))
-    return merged(_with_files({k: v for k, v in base.items() if k not in ("paper", "source", "notes")}, path), own)
+    return merged({k: v for k, v in base.items() if k not in ("name", "paper", "source", "notes")}, own)
 
 
 def merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
@@ -120,12 +146,12 @@ def merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _known(name: str, where: str) -> str:
+def _known(name: str, where: str, field: str = "") -> str:
     if name not in names():
         near = difflib.get_close_matches(name.lower(), names(), n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise PolicyError(
-            f"no policy named {name!r}",
+            f"no policy named {name!r}" + (f" in {field!r}" if field else ""),
             where=where,
             hint=f"{hint}built in: {', '.join(names())}; or give a path ending in .yaml",
         )
@@ -136,19 +162,23 @@ def _from_dict(data: dict[str, Any], where: str) -> Policy:
     from pydantic import TypeAdapter, ValidationError
 
     try:
-        policy = TypeAdapter(Policy).validate_json(json.dumps(data, default=str), strict=True)
-    except ValidationError as error:
-        raise _readable(error.errors()[0], where) from None
+        text = json.dumps(data, default=str)
     except TypeError:
         raise PolicyError("keys of a policy are words", where=where, hint=f"valid: {', '.join(_keys_at([]))}") from None
+    except (ValueError, RecursionError):
+        what = "a policy cannot hold itself"
+        raise PolicyError(what, where=where, hint="write the values out, without YAML's & and *") from None
+    try:
+        policy = TypeAdapter(Policy).validate_json(text, strict=True)
+    except ValidationError as error:
+        raise _readable(error.errors(), json.loads(text), where) from None
     check_policy(policy, where)
     return policy
 
 
-def _readable(error: Any, where: str) -> PolicyError:
-    path = [
-        str(part) for part in error["loc"] if str(part) not in ("int", "float") and not str(part).startswith("literal")
-    ]
+def _readable(errors: list[Any], data: Any, where: str) -> PolicyError:
+    """The first of pydantic's errors; those of the other members of a union are part of it."""
+    error, path = errors[0], _path(errors[0], data)
     key = ".".join(path)
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         valid = _keys_at(path[:-1])
@@ -156,10 +186,37 @@ def _readable(error: Any, where: str) -> PolicyError:
         hint = f"did you mean {near[0]!r}? " if near else ""
         return PolicyError(f"unknown key {key!r}", where=where, hint=f"{hint}valid here: {', '.join(valid)}")
     if error["type"] in ("missing", "missing_argument"):
-        return PolicyError(f"key {key!r} is missing", where=where, hint=f"add `{path[-1]}:`")
-    return PolicyError(f"bad value {error['input']!r} in {key!r}", where=where, hint=str(error["msg"]))
+        hint = f"add `{path[-1]}:`" + (" (a policy that extends another has its own)" if path == ["name"] else "")
+        return PolicyError(f"key {key!r} is missing", where=where, hint=hint)
+    wanted = dict.fromkeys(e["msg"].removeprefix("Input should be ") for e in errors if _path(e, data) == path)
+    hint = f"give {' or '.join(wanted)}".replace("object", "object (a mapping)").replace("array", "array (a list)")
+    value = error["input"]
+    if isinstance(value, str) and "number" in hint and _is_number(value):
+        hint += "; without quotes, and YAML wants a dot: 1.0e-4, not 1e-4"
+    return PolicyError(f"bad value {reprlib.repr(value)} in {key!r}", where=where, hint=hint)
+
+
+def _path(error: Any, data: Any) -> list[str]:
+    """The keys down to an error, without the names that pydantic gives the members of a union."""
+    path: list[str] = []
+    for part in error["loc"]:
+        listed = isinstance(data, list) and isinstance(part, int) and part < len(data)
+        if listed or (isinstance(data, dict) and part in data):
+            data = data[part]
+        elif "missing" not in error["type"]:
+            break
+        path.append(str(part))
+    return path
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _keys_at(path: list[str]) -> list[str]:
     part = _PARTS.get(path[0], Policy) if path else Policy
-    return [f.name for f in fields(part)] if is_dataclass(part) else []
+    return [f.name for f in fields(part)] + (["extends"] if part is Policy else [])
