@@ -24,17 +24,26 @@ def held_scores(
     stats: Tensor,
     keys: tuple[Tensor, Tensor, Tensor],
     cursor: Tensor,
-    tensors: tuple[Tensor | None, Tensor | None, Tensor | None],
+    tensors: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    past: Tensor | None,
     rule: Rule,
 ) -> Tensor:
     """What each key holds after a multi-token call: float32 [B, Hkv, L].
 
     stats: [M, B, Hkv, L] that the call emitted; keys: position, candidates and end, as in `Seen`; cursor: after the
-    call; tensors: k, v and rows, as far as the scorer reads them.
+    call; tensors: k, v, rows and hidden states, as far as the scorer reads them; past: [B, Hkv, L], what slots held.
     """
     pos, candidate, end = keys
+    chosen = find_scorer(rule.scorer)
+    hidden = tensors[3]
+    if hidden is not None:
+        new = slice(pos.shape[-1] - hidden.shape[1], None)
+        own = [t if t is None else t[:, :, new] for t in tensors[:2]]
+        seen = _seen(pos[..., new], candidate[..., new], end, cursor, (*own, None, hidden), rule, {})
+        score = chosen.score(seen, rule.options)
+        return score if past is None else torch.cat([past[..., : new.start], score], -1)
     seen = _seen(pos, candidate, end, cursor, tensors, rule, dict(zip(rule.emitted, stats, strict=True)))
-    score = find_scorer(rule.scorer).score(seen, rule.options)
+    score = chosen.score(seen, rule.options)
     if rule.pool != "none":
         score = pooled(score, pos, candidate, end, rule)
     if rule.heads == "all":
@@ -49,11 +58,11 @@ def _seen(
     candidate: Tensor,
     end: Tensor,
     cursor: Tensor,
-    tensors: tuple[Tensor | None, Tensor | None, Tensor | None],
+    tensors: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
     rule: Rule,
     statistics: dict[str, Tensor],
 ) -> Seen:
-    k, v, rows = tensors
+    k, v, rows, hidden = tensors
     seen = cursor[..., SEEN, None].long()
     return Seen(
         pos=pos,
@@ -69,6 +78,7 @@ def _seen(
         v=v if "values" in rule.reads else None,
         rows=rows,
         statistics=statistics,
+        h=hidden,
     )
 
 
@@ -85,11 +95,18 @@ def _sampled(score: Tensor, seen: Seen, rule: Rule) -> Tensor:
 
 
 def arrivals(
-    k_new: Tensor, v_new: Tensor, cursor: Tensor, position: int, rule: str, wo: Tensor | None = None
+    k_new: Tensor,
+    v_new: Tensor,
+    cursor: Tensor,
+    position: int,
+    rule: str,
+    wo: Tensor | None = None,
+    hidden: Tensor | None = None,
 ) -> Tensor:
     """Statistics of a token's slot when it comes, in a call of one token: float32 [N, B, Hkv].
 
-    k_new [B, Hkv, 1, D], v_new [B, Hkv, 1, Dv], cursor int32 [B, Hkv, 4 or 6] before the call, wo as for `score_slots`.
+    k_new [B, Hkv, 1, D], v_new [B, Hkv, 1, Dv], cursor int32 [B, Hkv, 4 or 6] before the call, wo and
+    hidden [B, 1, size] as for `score_slots`.
     Attention's statistics start at 0; a pointwise scorer scores the token, of others it stays as long as any prompt
     token; a value weight is that of its value.
     """
@@ -97,21 +114,21 @@ def arrivals(
     batch, heads = k_new.shape[:2]
     out = torch.zeros(len(plan.stats), batch, heads, device=k_new.device)
     if HELD in plan.stats:
-        out[plan.stat(HELD)] = _arriving(k_new, v_new, cursor, position, plan)
+        out[plan.stat(HELD)] = _arriving((k_new, v_new, None, hidden), cursor, position, plan)
     if WEIGHT in plan.stats:
         waits = HELD in plan.stats and not find_scorer(plan.scorer).pointwise
         out[plan.stat(WEIGHT)] = 1.0 if waits else value_weights(plan.weight, v_new, wo)[..., 0]
     return out
 
 
-def _arriving(k_new: Tensor, v_new: Tensor, cursor: Tensor, position: int, rule: Rule) -> Tensor:
-    shape = (*k_new.shape[:2], 1)
-    pos = torch.full(shape, position, dtype=torch.int32, device=k_new.device)
+def _arriving(tensors: tuple[Tensor, Tensor, None, Tensor | None], cursor: Tensor, position: int, rule: Rule) -> Tensor:
+    """What a token of a one-token call holds: float32 [B, Hkv]."""
+    pos = torch.full((*cursor.shape[:2], 1), position, dtype=torch.int32, device=cursor.device)
     chosen = find_scorer(rule.scorer)
     if not chosen.pointwise:
         return (pos + LATER).view(torch.float32)[..., 0]
     cursor = cursor.clone()
     cursor[..., SEEN] += 1
     cursor[..., FIRST] = torch.where(cursor[..., FIRST] < 0, position, cursor[..., FIRST])
-    seen = _seen(pos, torch.ones_like(pos, dtype=torch.bool), pos + 1, cursor, (k_new, v_new, None), rule, {})
+    seen = _seen(pos, torch.ones_like(pos, dtype=torch.bool), pos + 1, cursor, tensors, rule, {})
     return chosen.score(seen, rule.options)[..., 0]

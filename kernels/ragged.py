@@ -80,3 +80,13 @@ def lengthened(state: list[Tensor], slots: int) -> list[Tensor]:
     out[2].view(-1)[new] = pos.reshape(-1)[old]
     out[3].view(stats.shape[0], -1)[:, new] = stats.reshape(stats.shape[0], -1)[:, old]
     return [*out, cursor]
+
+
+def even(state: list[Tensor]) -> list[Tensor]:
+    """The state (k, v, pos, stats, cursor) with as many slots for each head: itself, or a copy if it is ragged."""
+    k, v, pos, stats, cursor = state
+    if not is_ragged(cursor):
+        return state
+    width = used_slots(cursor)
+    rows = padded_rows(k, cursor, width), padded_rows(v, cursor, width)
+    return [*rows, padded(pos, cursor, width, -1), padded(stats, cursor, width, 0.0), cursor[..., :EXTRA]]

@@ -55,6 +55,7 @@ class Rule:
     sample_num: int = 0
     sample_den: int = 1
     seed: int = 0
+    decay: bool = False
     weight: str = "none"
     weight_floor: float = 0.0
     top_num: int = 0

@@ -31,6 +31,7 @@ def score_slots(
     v: Tensor | None = None,
     rows: Tensor | None = None,
     wo: Tensor | None = None,
+    hidden: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Score every key after a multi-token call.
 
@@ -38,7 +39,8 @@ def score_slots(
     the slots kept (`rule.stats`; sums are added if `rule.carry`). pos: int32 [B, Hkv, L] in ascending order, -1 =
     empty, or None (key l is at position l). valid: bool [B, S], the last S keys'. cursor: int32 [B, Hkv, 4 or 6] before
     the call. position: of the call's first token. mask: of the attention, checked if there is a past. k, v
-    [B, Hkv, L, D or Dv], rows (of `window_rows`) and wo [out, Hq * Dv]: for rules with a scorer or a value weight.
+    [B, Hkv, L, D or Dv], rows (of `window_rows`), wo [out, Hq * Dv] and hidden [B, S, size]: for rules with a scorer or
+    a value weight that reads them.
 
     Returns (score float32 [B, Hkv, L]: +inf protected, 3e38 untouchable, -inf no candidate; the statistics to keep
     [N, B, Hkv, L]; the new cursor). Raises ValueError if stats do not fit the rule, MaskError as `check_shown`.
@@ -57,7 +59,14 @@ def score_slots(
     if plan.pool != "none" and not plan.scorer:
         total[plan.stat("sum")] = pooled(total[plan.stat("sum")], where, candidate, end, plan)
     if HELD in plan.stats:
-        total[plan.stat(HELD)] = held_scores(stats, (where, candidate, end), after, (k, v, rows), plan)
+        total[plan.stat(HELD)] = held_scores(
+            stats,
+            (where, candidate, end),
+            after,
+            (k, v, rows, hidden),
+            None if past_stats is None else past_stats[plan.stat(HELD)],
+            plan,
+        )
     if WEIGHT in plan.stats:
         assert v is not None
         total[plan.stat(WEIGHT)] = value_weights(plan.weight, v, wo)
@@ -82,26 +91,30 @@ def _attention_statistics(stats: Tensor, past: Tensor | None, rule: Rule) -> Ten
     return total
 
 
-def slot_scores(stats: Tensor, pos: Tensor, rule: Rule) -> Tensor:
+def slot_scores(stats: Tensor, pos: Tensor, rule: Rule, now: Tensor | int = 0) -> Tensor:
     """Raw scores, before scope and protection: float32, the shape of pos.
 
-    stats float32 [N, B, Hkv, C], pos int [B, Hkv, C]. Empty slots get whatever their undefined statistics give.
+    stats float32 [N, B, Hkv, C], pos int [B, Hkv, C]; now: position of the latest token, for scores that decay. Empty
+    slots get whatever their undefined statistics give.
     """
-    score = base_scores(stats, pos, rule)
+    score = base_scores(stats, pos, rule, now)
     if rule.heads == "all" and rule.score not in ("position", HELD):
         score = score.mean(1, keepdim=True).expand_as(score)
     return (score + rule.weight_floor) * stats[rule.stat(WEIGHT)] if WEIGHT in rule.stats else score
 
 
-def base_scores(stats: Tensor, pos: Tensor, rule: Rule) -> Tensor:
-    """Scores of each head before any value weight, the shape of pos."""
+def base_scores(stats: Tensor, pos: Tensor, rule: Rule, now: Tensor | int) -> Tensor:
+    """Scores of each head before any value weight, the shape of pos. TRIM-KV's are log-retentions that count once for
+    each token since (arXiv 2512.03324).
+    """
     if rule.score == "position":
         return pos.float()
     if rule.score == "mean":
         return stats[rule.stat("sum")] / stats[rule.stat("count")].clamp(min=1)
     if rule.score == "important":
         return stats[rule.stat("important")] / stats[rule.stat("count")].clamp(min=1)
-    return stats[rule.stat(rule.score)]
+    score = stats[rule.stat(rule.score)]
+    return score * (now - pos) if rule.decay else score
 
 
 def deviations(stats: Tensor, rule: Rule) -> Tensor:
@@ -180,7 +193,7 @@ def _shared_out(score: Tensor, candidate: Tensor, cursor: Tensor, rule: Rule) ->
 
 def _ranked(stats: Tensor, pos: Tensor, candidate: Tensor, end: Tensor, cursor: Tensor, rule: Rule) -> Tensor:
     """Scores with scope and protection: float32 [B, Hkv, L]."""
-    score = slot_scores(stats, pos, rule)
+    score = slot_scores(stats, pos, rule, end - 1)
     size = budgets(cursor[..., SEEN], rule)[..., None]
     recent = rule.recent + size * rule.recent_num // rule.recent_den
     protected = pos >= end - recent
@@ -189,11 +202,11 @@ def _ranked(stats: Tensor, pos: Tensor, candidate: Tensor, end: Tensor, cursor: 
     protected = protected & candidate
     if rule.scope_num or rule.top_num:
         reach = size * rule.top_num // rule.top_den if rule.top_num else size * rule.scope_num // rule.scope_den + 1
-        spread = preference(stats, pos, rule).masked_fill(protected, INF).masked_fill(~candidate, -INF)
+        spread = preference(stats, pos, rule, end - 1).masked_fill(protected, INF).masked_fill(~candidate, -INF)
         score = score.masked_fill(untouchable(spread, pos, reach) & (reach > 0), UNTOUCHABLE)
     return score.masked_fill(protected, INF).masked_fill(~candidate, -INF)
 
 
-def preference(stats: Tensor, pos: Tensor, rule: Rule) -> Tensor:
+def preference(stats: Tensor, pos: Tensor, rule: Rule, now: Tensor | int) -> Tensor:
     """What decides which slots are untouchable: the deviation (RoCo), or the score before its weight (CriticalKV)."""
-    return base_scores(stats, pos, rule) if rule.top_num else deviations(stats, rule)
+    return base_scores(stats, pos, rule, now) if rule.top_num else deviations(stats, rule)

@@ -21,7 +21,8 @@ from torch import Tensor, fx
 from kvpass.errors import VerificationError
 from kvpass.isolate import Isolated
 from kvpass.kernels.masks import arrivals, visible
-from kvpass.kernels.rule import FREE, LIVE
+from kvpass.kernels.ragged import even
+from kvpass.kernels.rule import FREE, LIVE, Rule
 from kvpass.plan import Plan, SitePlan
 from kvpass.runtime.shell import find
 from kvpass.site import Site
@@ -134,17 +135,18 @@ class _Check:
 
     def __init__(self, original: fx.GraphModule, planned: SitePlan, args: Sequence[Any]) -> None:
         self.site: Site = planned.site
-        self.rule = replace(planned.rule, slots=0, num=1, den=1).encode()
+        self.rule = replace(planned.rule, slots=0, num=1, den=1) if planned.rule.plain else Rule()
         self.dense = Isolated(original, planned.site, args)
 
     def run(self, call: _Call, values: dict[str, Any]) -> None:
         if self.site.core.latent is not None or self.site.mixed is not None:
             log.warning("verify: %s holds keys and values in another form than the model; not checked", self.site.name)
             return
+        call = replace(call, state=even(call.state))
         k, v = (_dense_past(call, half) for half in (0, 1))
-        state = _all_slots(k, v, call.state[3].shape[0], room=call.q.shape[2] + 1)
+        state = _all_slots(k, v, len(self.rule.stats), room=call.q.shape[2] + 1)
         try:
-            actual = _run_ops(self.site, call, state, self.rule)
+            actual = _run_ops(self.site, call, state, self.rule.encode())
         except ValueError as error:
             self._fail(f"is refused by its own ops: {error}")
         expected = self.dense(values, (k, v))

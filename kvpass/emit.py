@@ -37,7 +37,7 @@ class Emitter:
             extras = (*(extras or (None, 0.0)), core.latent.rank if core.latent else 0)
         if self.planned.arrives:
             token = self.new_k, self.new_v, self.cursor, self.position, self.rule
-            extras += (self.write.op("arrivals", *token, *self._weight()),)
+            extras += (self.write.op("arrivals", *token, *self._read_beside()),)
         return self._outputs(self.write.op("decode_attend", *args, self.position, core.scale, self.rule, *extras))
 
     def multi(self) -> list[fx.Node]:
@@ -55,7 +55,7 @@ class Emitter:
         if self.planned.rule.scorer or self.planned.rule.weight != "none":
             shown = self.q, k, pos, self.mask, valid, core.scale, core.causal, self.rule
             rows = write.op("window_rows", *shown, *self.extras) if self.planned.windowed else None
-            read = (*(read or (None,)), k, v, rows, *self._weight())
+            read = (*(read or (None,)), k, v, rows, *self._read_beside())
         before = self.cursor, self.position, self.rule
         score, stats, cursor = write.parts(write.op("score_slots", stats, past_stats, pos, valid, *before, *read), 3)
         room = write.method("size", score if self.planned.rule.ragged else self.k, 2)
@@ -100,13 +100,15 @@ class Emitter:
         sinks = self.write.method("reshape", self.write.copy(core.sinks), -1)
         return regrouped(self.write, sinks, 0, to_model=False), core.softcap
 
-    def _weight(self) -> tuple[fx.Node, ...]:
-        """The weight of the output projection, [out, Hq * Dv], if the rule reads it."""
-        found = self.planned.projection
-        if found is None:
-            return ()
-        node = self.write.copy(found.weight)
-        return (self.write.method("transpose", node, 0, 1) if found.turned else node,)
+    def _read_beside(self) -> tuple[fx.Node | None, ...]:
+        """The weight of the output projection, [out, Hq * Dv], and the block's hidden states, [B, S, size]; each None
+        if the rule does not read it.
+        """
+        found, hidden = self.planned.projection, self.planned.hidden
+        weight = None if found is None else self.write.copy(found.weight)
+        if found is not None and found.turned:
+            weight = self.write.method("transpose", weight, 0, 1)
+        return weight, None if hidden is None else self.write.copy(hidden)
 
     def _outputs(self, out: fx.Node) -> list[fx.Node]:
         return [self._of_model(node) for node in from_slots(self.write, out)]

@@ -22,7 +22,8 @@ SCHEMAS = {
     "join_slots": "(Tensor k, Tensor v, Tensor pos, Tensor stats, Tensor cursor, Tensor k_new, Tensor v_new, "
     "SymInt position) -> (Tensor, Tensor, Tensor, Tensor)",
     "score_slots": "(Tensor stats, Tensor? past_stats, Tensor? pos, Tensor valid, Tensor cursor, SymInt position, "
-    "str rule, Tensor? mask=None, Tensor? k=None, Tensor? v=None, Tensor? rows=None, Tensor? wo=None) "
+    "str rule, Tensor? mask=None, Tensor? k=None, Tensor? v=None, Tensor? rows=None, Tensor? wo=None, "
+    "Tensor? hidden=None) "
     "-> (Tensor, Tensor, Tensor)",
     "select_slots": "(Tensor score, Tensor cursor, SymInt capacity) -> Tensor",
     "compact_slots": "(Tensor k, Tensor v, Tensor? pos, Tensor stats, Tensor idx, Tensor cursor_new, Tensor(a!) k_out, "
@@ -33,7 +34,8 @@ SCHEMAS = {
     "written": "(Tensor mask, SymInt end) -> Tensor",
     "window_rows": "(Tensor q, Tensor k, Tensor? pos, Tensor? mask, Tensor valid, float scale, bool causal, str rule, "
     "Tensor? sinks=None, float softcap=0.0) -> Tensor",
-    "arrivals": "(Tensor k_new, Tensor v_new, Tensor cursor, SymInt position, str rule, Tensor? wo=None) -> Tensor",
+    "arrivals": "(Tensor k_new, Tensor v_new, Tensor cursor, SymInt position, str rule, Tensor? wo=None, "
+    "Tensor? hidden=None) -> Tensor",
 }
 
 HOMES = {"written": "masks", "join_slots": "join_slots", "score_slots": "scores", "arrivals": "held"}
@@ -133,7 +135,7 @@ def _fake_window_rows(
 
 
 def _fake_arrivals(
-    k_new: Tensor, v_new: Tensor, cursor: Tensor, position: int, rule: str, wo: Tensor | None = None
+    k_new: Tensor, v_new: Tensor, cursor: Tensor, position: int, rule: str, *rest: Tensor | None
 ) -> Tensor:
     return k_new.new_empty(len(_rule(rule).stats), *cursor.shape[:2], dtype=torch.float32)
 

@@ -7,9 +7,12 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from torch import fx
+
 from kvpass.errors import PolicyError
 from kvpass.kernels.rule import HELD, WEIGHT, Rule
 from kvpass.match.output_projection import OutputProjection, output_projection
+from kvpass.match.projections import block_input
 from kvpass.policy.rule import rule_of
 from kvpass.policy.spec import Policy
 from kvpass.site import Decline, Site, SiteTable
@@ -45,6 +48,11 @@ class SitePlan:
         if not self.rule.weight.startswith("vo_") or core.tiled:
             return None
         return output_projection(core.node, int(dims["Hq"]), int(dims["Dv"]))
+
+    @property
+    def hidden(self) -> fx.Node | None:
+        """The hidden states that the rule's scorer reads; None if it reads none."""
+        return block_input(self.site.value.update.new) if "hidden" in self.rule.reads else None
 
     @property
     def windowed(self) -> bool:
@@ -128,6 +136,12 @@ def _check(policy: Policy, planned: SitePlan) -> None:
             f"policy {policy.name!r} weighs values by the output projection, which was not found behind the attention",
             where=f"{site.name}, {site.source}",
             hint="set weight.by: l1, which needs no projection; gates and norms in between cannot be read through",
+        )
+    if "hidden" in rule.reads and planned.hidden is None:
+        raise PolicyError(
+            f"policy {policy.name!r} reads the block's hidden states, which were not found above its values",
+            where=f"{site.name}, {site.source}",
+            hint="choose a policy that reads keys or attention; projections of several tensors cannot be read",
         )
     if rule.taper and rule.layers < 2:
         raise PolicyError(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from kvpass.errors import CacheError
-from kvpass.kernels.ragged import padded, padded_rows, used_slots
+from kvpass.kernels.ragged import even
 from kvpass.runtime.shell import attached, find
 from kvpass.runtime.store import SlotStore
 
@@ -195,27 +195,17 @@ def inspect(cache: Any) -> Inspection:
 def _layer_view(store: SlotStore) -> LayerView:
     from kvpass.kernels.scores import slot_scores
 
-    k, v, pos, stats = _as_host(store, *_unpacked(store))
+    k, v, pos, stats = _as_host(store, *even(store.state)[:4])
     c = int(store.live().max())
     far = torch.iinfo(torch.int64).max
     order = torch.where(pos >= 0, pos.long(), far).argsort(dim=-1)[..., :c]
     positions = pos.gather(-1, order).long()
     empty = positions < 0
-    scores = slot_scores(stats, pos, store.rule).gather(-1, order).masked_fill(empty, float("nan"))
+    scores = slot_scores(stats, pos, store.rule, store.tokens - 1).gather(-1, order).masked_fill(empty, float("nan"))
     keys, values = (
         t.gather(2, order[..., None].expand(-1, -1, -1, t.shape[-1])).masked_fill(empty[..., None], 0) for t in (k, v)
     )
     return LayerView(store.name, positions, scores, keys, values, store.bytes)
-
-
-def _unpacked(store: SlotStore) -> tuple[torch.Tensor, ...]:
-    """k, v, pos and stats with as many slots for each head."""
-    k, v, pos, stats, cursor = store.state
-    if not store.rule.ragged:
-        return k, v, pos, stats
-    width = used_slots(cursor)
-    rows = padded_rows(k, cursor, width), padded_rows(v, cursor, width)
-    return *rows, padded(pos, cursor, width, -1), padded(stats, cursor, width, 0.0)
 
 
 def _as_host(store: SlotStore, *state: torch.Tensor) -> tuple[torch.Tensor, ...]:

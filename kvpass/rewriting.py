@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from kvpass.errors import DeclinedError
+from kvpass.errors import DeclinedError, PolicyError
 from kvpass.plan import Plan, plan
 from kvpass.policy.spec import Policy
 from kvpass.site import SiteTable
@@ -115,7 +115,7 @@ def rewrite(
         patterns: recognisers; None for `kvpass.patterns.DEFAULT`.
 
     Raises:
-        PolicyError: bad policy or budget.
+        PolicyError: bad policy or budget, or one with scorers, value weights or uneven budgets.
         DeclinedError: a site cannot be rewritten (strict), nothing in the program is a cache, the program is no
             decode step, or its past has a fixed length.
     """
@@ -130,6 +130,7 @@ def rewrite(
     table = scan(gm, patterns or DEFAULT)
     _check(table, strict)
     planned = plan(chosen, table)
+    _check_rules(planned)
     lowered = lower(gm, planned)
     verify(gm, lowered, planned)
     return _rewritten(pure(lowered), planned, table, lowered.bindings)
@@ -144,6 +145,17 @@ def _rewritten(gm: fx.GraphModule, planned: Plan, table: SiteTable, bindings: tu
     kept = flat_outputs(next(iter(reversed(gm.graph.nodes))))[: -len(state)]
     outputs = (*(getattr(value, "name", repr(value)) for value in kept), *state)
     return Rewritten(gm, inputs, outputs, planned, table, bindings)
+
+
+def _check_rules(planned: Plan) -> None:
+    wide = next((one for one in planned.sites if not one.rule.plain), None)
+    if wide is not None:
+        raise PolicyError(
+            f"kvpass.rewrite cannot express policy {planned.policy.name!r}: it takes sums, squares and counts of "
+            "attention, and the same budget for all heads and layers",
+            where=f"{wide.site.name}, {wide.site.source}",
+            hint="choose streaming_llm, h2o, tova, snapkv or roco, or use kvpass.compile",
+        )
 
 
 def _check(table: SiteTable, strict: bool) -> None:

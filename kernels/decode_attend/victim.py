@@ -34,7 +34,7 @@ def _victim(pos: Tensor, stats: Tensor, step: Step, plan: Rule) -> Tensor:
     torch's where and masked_fill are slow on CPU, so protection is arithmetic: `guard` is 0 for slots that may go, at
     least 3e38 for the others (empties, at position -1, among them), and no score of attention is negative.
     """
-    score = slot_scores(stats, pos, plan)
+    score = slot_scores(stats, pos, plan, step.position)
     low, high = _exposed(step, plan)
     outside = pos - pos.clamp(low, high)  # type: ignore[arg-type]  # both ints or both tensors
     guard = outside.float().abs_().mul_(UNTOUCHABLE)
@@ -61,7 +61,7 @@ def _exposed(step: Step, plan: Rule) -> tuple[int | Tensor, int | Tensor]:
 
 def _scope(stats: Tensor, pos: Tensor, guard: Tensor, step: Step, plan: Rule) -> Tensor:
     """Slots that the scope keeps out of reach: bool, the shape of pos."""
-    spread = torch.where(guard > 0, guard, preference(stats, pos, plan))
+    spread = torch.where(guard > 0, guard, preference(stats, pos, plan, step.position))
     if len(step.runs) > 1:
         spread = spread.masked_fill(pos < 0, -INF)
     if not plan.top_num:

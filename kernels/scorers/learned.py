@@ -39,6 +39,26 @@ def q_filters(seen: Seen, file: str = "") -> Tensor:
     return -(seen.keys * filters[:, None]).sum(-1)
 
 
+@scorer("gate", reads=("hidden",), pointwise=True)
+def gate(seen: Seen, file: str = "") -> Tensor:
+    """An MLP over the block's hidden states gives each KV head a log-retention: logsigmoid(w2 silu(w1 x + b1) + c), for
+    TRIM-KV (arXiv 2512.03324, with `decay: true`): `w1` [layers, hidden, size], `b1` [layers, hidden], `w2`
+    [layers, Hkv, hidden], `c` [layers, Hkv].
+    """
+    w1, b1, w2, c = (read(file, name, seen) for name in ("w1", "b1", "w2", "c"))
+    inner = torch.nn.functional.silu(seen.hidden @ w1.mT + b1)
+    return torch.nn.functional.logsigmoid(inner @ w2.mT + c).transpose(1, 2)
+
+
+@scorer("surrogate", reads=("hidden",), pointwise=True)
+def surrogate(seen: Seen, file: str = "") -> Tensor:
+    """A linear map of the block's hidden states to a score for every KV head (KVzap, arXiv 2601.07891): `weight`
+    [layers, Hkv, size], `bias` [layers, Hkv].
+    """
+    weight, bias = read(file, "weight", seen), read(file, "bias", seen)
+    return (seen.hidden @ weight.mT + bias).transpose(1, 2)
+
+
 @scorer("kvp", reads=("keys", "values"), pointwise=True)
 def kvp(seen: Seen, file: str = "") -> Tensor:
     """An MLP per KV head over [k; v; position], ReLU between (arXiv 2602.10238): `w1` [layers, Hkv, hidden, D+Dv+1],

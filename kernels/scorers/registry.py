@@ -15,8 +15,10 @@ from urllib.parse import quote, unquote
 import torch
 from torch import Tensor
 
-READS = ("keys", "values", "rows", "logits", "statistics")
-"""What a scorer may ask for. `rows` and `logits`: of the observation window; `statistics`: what attention emitted."""
+READS = ("keys", "values", "hidden", "rows", "logits", "statistics")
+"""What a scorer may ask for. `hidden`: what the attention block reads; `rows` and `logits`: of the observation window;
+`statistics`: what attention emitted.
+"""
 
 BUILT_IN = ("geometry", "lag", "learned", "window", "redundancy", "chance")
 """Modules of this package that hold scorers."""
@@ -41,6 +43,8 @@ class Seen:
         rows: float32 [B, Hkv, G, w, L], probabilities of the last w valid queries (0 where hidden, and for missing
             queries), or their masked, scaled logits (-inf where hidden) for a scorer that reads `logits`.
         statistics: float32 [B, Hkv, L] by name, of this call.
+        h: [B, L, size], hidden states that the block's values are projected from. Only of the call's own tokens, so a
+            scorer that reads them sees no others (L is S), and scores of older slots stay.
     """
 
     pos: Tensor
@@ -56,6 +60,7 @@ class Seen:
     v: Tensor | None
     rows: Tensor | None
     statistics: dict[str, Tensor]
+    h: Tensor | None = None
 
     @property
     def keys(self) -> Tensor:
@@ -68,6 +73,12 @@ class Seen:
         """float32 [B, Hkv, L, Dv]"""
         assert self.v is not None, 'say reads=("values",)'
         return self.v.float()
+
+    @property
+    def hidden(self) -> Tensor:
+        """float32 [B, L, size]"""
+        assert self.h is not None, 'say reads=("hidden",)'
+        return self.h.float()
 
     @property
     def observed(self) -> Tensor:
@@ -129,11 +140,12 @@ def scorer(
 
     Args:
         name: as policies write it.
-        reads: of keys, values, rows, logits, statistics: nothing else is computed.
+        reads: of keys, values, hidden, rows, logits, statistics: nothing else is computed.
         pointwise: see `Scorer`.
 
     Raises:
-        ValueError: an unknown word in `reads`, a name that is taken, a parameter without a default.
+        ValueError: an unknown word in `reads`, a name that is taken, a parameter without a default, `hidden` without
+            `pointwise`.
     """
 
     def register(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -145,6 +157,8 @@ def scorer(
         known = _TABLE.get(name)
         if known is not None and known.run.__qualname__ != run.__qualname__:
             raise ValueError(f"scorer {name!r}: the name is taken by {known.run.__module__}.{known.run.__qualname__}")
+        if "hidden" in reads and not pointwise:
+            raise ValueError(f"scorer {name!r}: hidden states are seen once, when a token comes: say pointwise=True")
         parameters = list(inspect.signature(run).parameters.values())[1:]
         missing = [p.name for p in parameters if p.default is p.empty]
         if missing:

@@ -24,6 +24,14 @@ def foreign(q: fx.Node, k: fx.Node) -> bool:
     return not _streams(ours) & _streams(theirs)
 
 
+def block_input(value: fx.Node) -> fx.Node | None:
+    """The hidden states [B, S, size] that an attention's new values are projected from; None if they come from several
+    tensors, or from one of another form.
+    """
+    found = list(dict.fromkeys(_inputs(value)))
+    return found[0] if len(found) == 1 and len(shape_of(found[0])) == 3 else None
+
+
 def _streams(values: set[fx.Node]) -> set[fx.Node]:
     """What values of the size of hidden states are computed from, up to the nearest projections and inputs."""
     found, queue = set(values), list(values)

@@ -111,6 +111,12 @@ def _transforms(p: Policy, chosen: Scorer | None) -> Iterator[Broken]:
     yield p.sample > 0 and not held, "sample", fix
     yield bool(p.options) and not held, "options", f"score {p.score!r} has no options: leave them out"
     yield p.scope > 0 and held, "scope", "a scope needs the statistics of score: mean"
+    yield p.decay and not held, "decay", "only a scorer's score decays: name one in score"
+    once = held and chosen is not None and "hidden" in chosen.reads
+    fix = "a score of hidden states is given when a token comes, and cannot be changed among neighbours later"
+    yield once and pooled, "pool", fix
+    yield once and p.granule is not None, "granule", fix
+    yield once and p.sample > 0, "sample", fix
     weighed = p.weight is not None
     yield weighed and p.score == "position", "weight", "a position has no weight: rank by a statistic or a scorer"
     both = p.weight is not None and p.weight.after > 0 and p.scope > 0
@@ -178,7 +184,8 @@ def check_files(p: Policy) -> None:
     if chosen is None or "file" not in chosen.options:
         return
     value = p.options.get("file", "")
-    if not Path(str(value)).is_file():
+    whole = isinstance(p.budget, float) and p.budget == 1.0  # nothing is scored
+    if not whole and not Path(str(value)).is_file():
         what = f"no weight file {value!r}" if value else "no weight file"
         hint = f"give options.file, a path (a relative one starts at the policy's folder): {chosen.about}"
         raise PolicyError(f"policy {p.name!r}: {what}", where="options.file", hint=hint)

@@ -50,6 +50,7 @@ def _ranking(policy: Policy) -> dict[str, Any]:
         "scorer": policy.score,
         "options": encode_options(policy.options),
         "reads": find_scorer(policy.score).reads,
+        "decay": policy.decay,
         "granule": granule.size if granule else 1,
         "granule_by": granule.by if granule else "mean",
     }

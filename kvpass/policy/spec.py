@@ -130,6 +130,7 @@ class Policy:
         score: what ranks unprotected slots, higher = keep: `position` (newer), `sum`, `mean` (sum / count),
             `important` (important / count), or the name of a scorer.
         options: of the scorer.
+        decay: the score counts once for each token since the slot's own (TRIM-KV's log-retention).
         sample: this share of the budget is drawn by chance, with probability softmax(score) (NACL).
         seed: of all chance.
         scope: RoCo: this fraction of the slots, those with the largest standard deviation, cannot be evicted; 0 = no
@@ -146,6 +147,7 @@ class Policy:
     pool: Pool | None = None
     score: str = "position"
     options: dict[str, bool | int | float | str] = field(default_factory=dict)
+    decay: bool = False
     granule: Granule | None = None
     sample: float = 0.0
     seed: int = 0

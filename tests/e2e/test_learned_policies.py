@@ -1,0 +1,139 @@
+"""Policies whose scores come from a weight file, against plain loops in float64. The weights are made here: what is
+tested is that the right numbers reach the right slots, in prefill, in a second turn and in decode.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import tiny
+from transformers import DynamicCache
+
+import kvpass
+
+LAYERS, HEADS, KV_HEADS, DIM = 2, 6, 2, 16
+SIZE, WIDE = HEADS * DIM, 12
+SLOTS = 40
+CALLS = (90, 1, 1, 1, 17, 1, 1, 1, 1)
+"""Tokens of each call."""
+
+SHAPES = {
+    "q_filters": {"filters": (KV_HEADS, DIM)},
+    "kvp": {"w1": (KV_HEADS, WIDE, 2 * DIM + 1), "b1": (KV_HEADS, WIDE), "w2": (KV_HEADS, WIDE), "b2": (KV_HEADS,)},
+    "trim_kv": {"w1": (WIDE, SIZE), "b1": (WIDE,), "w2": (KV_HEADS, WIDE), "c": (KV_HEADS,)},
+    "kvzap": {"weight": (KV_HEADS, SIZE), "bias": (KV_HEADS,)},
+}
+PROTECTED = {"q_filters": (0, 0), "kvp": (4, 16), "trim_kv": (0, 0), "kvzap": (0, 32)}  # sinks, recent
+
+Scores = Callable[[dict[str, Any], np.ndarray, np.ndarray, np.ndarray, int, int], float]
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-x))
+
+
+def filtered(w: Any, x: Any, k: Any, v: Any, h: int, p: int) -> float:
+    return -float(w["filters"][h] @ k)
+
+
+def ranked(w: Any, x: Any, k: Any, v: Any, h: int, p: int) -> float:
+    hidden = np.maximum(w["w1"][h] @ np.concatenate([k, v, [p]]) + w["b1"][h], 0)
+    return float(w["w2"][h] @ hidden + w["b2"][h])
+
+
+def retained(w: Any, x: Any, k: Any, v: Any, h: int, p: int) -> float:
+    z = float(w["w2"][h] @ silu(w["w1"] @ x + w["b1"]) + w["c"][h])
+    return -math.log1p(math.exp(-z))
+
+
+def surrogate(w: Any, x: Any, k: Any, v: Any, h: int, p: int) -> float:
+    return float(w["weight"][h] @ x + w["bias"][h])
+
+
+SCORES: dict[str, Scores] = {"q_filters": filtered, "kvp": ranked, "trim_kv": retained, "kvzap": surrogate}
+
+
+def weights(policy: str, folder: Path) -> tuple[str, dict[str, np.ndarray]]:
+    """A file of random weights, and the same in float64."""
+    g = torch.Generator().manual_seed(3)
+    table = {name: torch.randn(LAYERS, *shape, generator=g) * 0.3 for name, shape in SHAPES[policy].items()}
+    path = folder / f"{policy}.pt"
+    torch.save(table, path)
+    return str(path), {name: value.double().numpy() for name, value in table.items()}
+
+
+class Recorder:
+    """Hidden states, keys and values that reach the cache of the model that is tested: the kept tokens change what
+    later layers compute, so that the reference must score those very numbers."""
+
+    def __init__(self, model: Any) -> None:
+        self.hidden: list[list[np.ndarray]] = [[] for _ in range(LAYERS)]
+        for at, layer in enumerate(model.model.layers):
+            layer.input_layernorm.register_forward_hook(
+                lambda m, a, out, at=at: self.hidden[at].append(self.plain(out))
+            )
+
+    def plain(self, out: torch.Tensor) -> np.ndarray:
+        return out[0].detach().double().numpy()
+
+
+def keys_and_values(model: Any, layer: int, hidden: np.ndarray, start: int) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and values [Hkv, S, D] of hidden states [S, size] at positions from `start` on, float64."""
+    attention = model.model.layers[layer].self_attn
+    k, v = (
+        (hidden @ p.weight.detach().double().numpy().T).reshape(len(hidden), KV_HEADS, DIM).transpose(1, 0, 2)
+        for p in (attention.k_proj, attention.v_proj)
+    )
+    inverse = model.model.rotary_emb.inv_freq.double().numpy()
+    angle = np.outer(np.arange(start, start + len(hidden)), inverse)
+    cos, sin = (np.concatenate([f(angle)] * 2, -1) for f in (np.cos, np.sin))
+    turned = np.concatenate([-k[..., DIM // 2 :], k[..., : DIM // 2]], -1)
+    return k * cos + turned * sin, v
+
+
+@pytest.mark.parametrize("policy", SHAPES)
+def test_kept_positions(policy: str, tmp_path: Path) -> None:
+    path, table = weights(policy, tmp_path)
+    model = tiny.llama(HEADS, KV_HEADS, DIM, LAYERS)
+    recorder = Recorder(model)
+    spec = {"name": "mine", "extends": policy, "options": {"file": path}}
+    compiled = kvpass.compile(model, policy=spec, budget=SLOTS, inner="eager")
+    ids, cache, start = tiny.tokens(1, sum(CALLS)), DynamicCache(config=model.config), 0
+    held: list[list[dict[int, float]]] = [[{} for _ in range(KV_HEADS)] for _ in range(LAYERS)]
+    sinks, recent = PROTECTED[policy]
+    for count in CALLS:
+        with torch.no_grad():
+            compiled(ids[:, start : start + count], past_key_values=cache)
+        end = start + count
+        for layer, view in enumerate(kvpass.inspect(cache).layers):
+            hidden = recorder.hidden[layer][-1]
+            k, v = keys_and_values(model, layer, hidden, start)
+            w = {name: value[layer] for name, value in table.items()}
+            for h in range(KV_HEADS):
+                slots = held[layer][h]
+                for i in range(count):
+                    slots[start + i] = SCORES[policy](w, hidden[i], k[h, i], v[h, i], h, start + i)
+
+                def rank(p: int, slots: dict[int, float] = slots, end: int = end) -> tuple[bool, float, int]:
+                    score = slots[p] * (end - 1 - p) if policy == "trim_kv" else slots[p]
+                    return p < sinks or p >= end - recent, score, -p
+
+                kept = sorted(sorted(slots, key=rank)[-SLOTS:])
+                held[layer][h] = {p: slots[p] for p in kept}
+                assert view.positions[0, h].tolist() == kept, f"layer {layer}, head {h}, after {end} tokens"
+        start = end
+
+
+def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "short.pt"
+    torch.save({"filters": torch.zeros(1, KV_HEADS, DIM)}, path)
+    spec = {"name": "mine", "extends": "q_filters", "options": {"file": str(path)}}
+    compiled = kvpass.compile(tiny.llama(HEADS, KV_HEADS, DIM, LAYERS), policy=spec, budget=SLOTS, inner="eager")
+    with torch.no_grad(), pytest.raises(ValueError, match=r"no 'filters' for layer 1; it holds .*\[1, 2, 16\]"):
+        compiled(tiny.tokens(1, 60))
