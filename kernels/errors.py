@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 
-class MaskError(ValueError):
-    """A mask shows what no cache holds. `hint` says what a user can do."""
+class DataError(ValueError):
+    """`hint` says what a user can do."""
 
     def __init__(self, what: str, hint: str) -> None:
         super().__init__(what)
         self.hint = hint
+
+
+class MaskError(DataError):
+    """A mask shows what no cache holds."""
+
+
+class MarkError(DataError):
+    """The caller marks more tokens than the budget holds."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from kvpass.kernels.allocate import budgets, ranks
-from kvpass.kernels.rule import FIRST, HELD, SEEN, WEIGHT, Rule
+from kvpass.kernels.rule import FIRST, HELD, KEEP, MARK, SEEN, WEIGHT, Rule
 from kvpass.kernels.scorers.chance import gumbel
 from kvpass.kernels.scorers.registry import Seen, find_scorer
-from kvpass.kernels.smooth import by_granule, pooled
+from kvpass.kernels.smooth import by_granule, fair_shares, pooled
 from kvpass.kernels.weights import value_weights
 from torch import Tensor
 
@@ -25,15 +25,16 @@ def held_scores(
     keys: tuple[Tensor, Tensor, Tensor],
     cursor: Tensor,
     tensors: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
-    past: Tensor | None,
+    beside: tuple[Tensor | None, Tensor | None],
     rule: Rule,
 ) -> Tensor:
     """What each key holds after a multi-token call: float32 [B, Hkv, L].
 
     stats: [M, B, Hkv, L] that the call emitted; keys: position, candidates and end, as in `Seen`; cursor: after the
-    call; tensors: k, v, rows and hidden states, as far as the scorer reads them; past: [B, Hkv, L], what slots held.
+    call; tensors: k, v, rows and hidden states, as far as the scorer reads them; beside: [B, Hkv, L]
+    each, what the slots held, and the marks of a fair rule.
     """
-    pos, candidate, end = keys
+    (pos, candidate, end), (past, marks) = keys, beside
     chosen = find_scorer(rule.scorer)
     hidden = tensors[3]
     if hidden is not None:
@@ -50,6 +51,8 @@ def held_scores(
         score = score.mean(1, keepdim=True).expand_as(score)
     if rule.granule > 1:
         score = by_granule(score, pos, candidate & (pos < end - max(rule.queries, 0)), seen.first, rule)
+    if marks is not None:
+        score = fair_shares(score, marks % KEEP, candidate & (pos < end - max(rule.queries, 0)))
     return _sampled(score, seen, rule) if rule.sample_num else score
 
 
@@ -102,11 +105,12 @@ def arrivals(
     rule: str,
     wo: Tensor | None = None,
     hidden: Tensor | None = None,
+    marks: Tensor | None = None,
 ) -> Tensor:
     """Statistics of a token's slot when it comes, in a call of one token: float32 [N, B, Hkv].
 
     k_new [B, Hkv, 1, D], v_new [B, Hkv, 1, Dv], cursor int32 [B, Hkv, 4 or 6] before the call, wo and
-    hidden [B, 1, size] as for `score_slots`.
+    hidden [B, 1, size] and marks [B, 1] as for `score_slots`.
     Attention's statistics start at 0; a pointwise scorer scores the token, of others it stays as long as any prompt
     token; a value weight is that of its value.
     """
@@ -115,6 +119,8 @@ def arrivals(
     out = torch.zeros(len(plan.stats), batch, heads, device=k_new.device)
     if HELD in plan.stats:
         out[plan.stat(HELD)] = _arriving((k_new, v_new, None, hidden), cursor, position, plan)
+    if MARK in plan.stats and marks is not None:
+        out[plan.stat(MARK)] = marks.float()
     if WEIGHT in plan.stats:
         waits = HELD in plan.stats and not find_scorer(plan.scorer).pointwise
         out[plan.stat(WEIGHT)] = 1.0 if waits else value_weights(plan.weight, v_new, wo)[..., 0]

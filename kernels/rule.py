@@ -23,6 +23,12 @@ it arrived.
 WEIGHT = "weight"
 """A slot's statistic that multiplies its score: a norm of its value."""
 
+MARK = "mark"
+"""A slot's statistic that the caller gave with its token: the number of its span, plus `KEEP` if it must stay."""
+
+KEEP = 1 << 20
+"""Above every span's number; sums with it are exact in float32."""
+
 UNTOUCHABLE = 3.0e38
 """Score of a slot that the scope keeps out of reach: above every real score, below a protected slot's +inf."""
 
@@ -74,6 +80,8 @@ class Rule:
     layer: int = 0
     layers: int = 1
     ragged: bool = False
+    marked: bool = False
+    fair: bool = False
     safe_num: int = 0
     safe_den: int = 1
 
@@ -136,7 +144,7 @@ class Rule:
     @property
     def plain(self) -> bool:
         """Whether sums, squares and counts are all that slots keep, and heads are alike: what Triton's decode knows."""
-        kept = {HELD, WEIGHT, "important"} & set(self.stats)
+        kept = {HELD, WEIGHT, MARK, "important"} & set(self.stats)
         return not (kept or self.ragged or self.top_num or self.taper)
 
     def emission(self, name: str) -> int:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import torch
 from kvpass.kernels.allocate import budgets, head_counts, ragged_columns
+from kvpass.kernels.errors import MarkError
 from kvpass.kernels.held import held_scores
 from kvpass.kernels.masks import check_shown
-from kvpass.kernels.rule import EXTRA, FIRST, FREE, HELD, LIVE, SEEN, SHIFT, UNTOUCHABLE, WEIGHT, Rule
+from kvpass.kernels.rule import EXTRA, FIRST, FREE, HELD, KEEP, LIVE, MARK, SEEN, SHIFT, UNTOUCHABLE, WEIGHT, Rule
 from kvpass.kernels.smooth import pooled
 from kvpass.kernels.weights import value_weights
 from torch import Tensor
@@ -32,6 +33,7 @@ def score_slots(
     rows: Tensor | None = None,
     wo: Tensor | None = None,
     hidden: Tensor | None = None,
+    marks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Score every key after a multi-token call.
 
@@ -40,7 +42,7 @@ def score_slots(
     empty, or None (key l is at position l). valid: bool [B, S], the last S keys'. cursor: int32 [B, Hkv, 4 or 6] before
     the call. position: of the call's first token. mask: of the attention, checked if there is a past. k, v
     [B, Hkv, L, D or Dv], rows (of `window_rows`), wo [out, Hq * Dv] and hidden [B, S, size]: for rules with a scorer or
-    a value weight that reads them.
+    a value weight that reads them. marks: int32 [B, S], of the call's tokens, for rules that are `marked`.
 
     Returns (score float32 [B, Hkv, L]: +inf protected, 3e38 untouchable, -inf no candidate; the statistics to keep
     [N, B, Hkv, L]; the new cursor). Raises ValueError if stats do not fit the rule, MaskError as `check_shown`.
@@ -58,13 +60,16 @@ def score_slots(
     total = _attention_statistics(stats, past_stats, plan)
     if plan.pool != "none" and not plan.scorer:
         total[plan.stat("sum")] = pooled(total[plan.stat("sum")], where, candidate, end, plan)
+    if MARK in plan.stats:
+        total[plan.stat(MARK)] = _marks(marks, past_stats, candidate, plan)
     if HELD in plan.stats:
+        past_held = None if past_stats is None else past_stats[plan.stat(HELD)]
         total[plan.stat(HELD)] = held_scores(
             stats,
             (where, candidate, end),
             after,
             (k, v, rows, hidden),
-            None if past_stats is None else past_stats[plan.stat(HELD)],
+            (past_held, total[plan.stat(MARK)] if plan.fair else None),
             plan,
         )
     if WEIGHT in plan.stats:
@@ -74,6 +79,34 @@ def score_slots(
         return torch.where(candidate, INF, -INF), total, after
     score = _ranked(total, where, candidate, end, after, plan)
     return score, total, _shared_out(score, candidate, after, plan) if plan.ragged else after
+
+
+def _marks(marks: Tensor | None, past: Tensor | None, candidate: Tensor, rule: Rule) -> Tensor:
+    """float32 [B, Hkv, L]"""
+    out = torch.zeros_like(candidate, dtype=torch.float32)
+    if past is not None:
+        out.copy_(past[rule.stat(MARK)])
+    if marks is not None:
+        out[..., out.shape[-1] - marks.shape[1] :] = marks[:, None].float()
+    return out
+
+
+def must_stay(stats: Tensor, rule: Rule) -> Tensor:
+    """Slots that the caller said to keep: bool [B, Hkv, C]."""
+    return stats[rule.stat(MARK)] >= KEEP
+
+
+def _check_marks(wanted: Tensor, size: Tensor) -> None:
+    """Raises MarkError if more tokens must stay than there is room for; on a GPU the device asserts it."""
+    counts = wanted.sum(-1, keepdim=True)
+    good = (counts <= size).all()
+    if good.device.type != "cpu":
+        torch._assert_async(good, "more tokens are marked to be kept than the budget holds")
+    elif not bool(good):
+        raise MarkError(
+            f"{int(counts.max())} tokens are marked to be kept, but the budget holds {int(size.min())}",
+            "mark fewer tokens, or raise the budget",
+        )
 
 
 def _attention_statistics(stats: Tensor, past: Tensor | None, rule: Rule) -> Tensor:
@@ -200,6 +233,10 @@ def _ranked(stats: Tensor, pos: Tensor, candidate: Tensor, end: Tensor, cursor: 
     if rule.sinks:
         protected = protected | (pos < cursor[..., FIRST, None] + rule.sinks)
     protected = protected & candidate
+    if rule.marked:
+        wanted = must_stay(stats, rule) & candidate
+        _check_marks(wanted, size)
+        protected = protected | wanted
     if rule.scope_num or rule.top_num:
         reach = size * rule.top_num // rule.top_den if rule.top_num else size * rule.scope_num // rule.scope_den + 1
         spread = preference(stats, pos, rule, end - 1).masked_fill(protected, INF).masked_fill(~candidate, -INF)

@@ -1,9 +1,10 @@
-"""Neighbours in a sequence: pooling and granules. Pure torch."""
+"""Keys among others of a sequence: pooling, granules, spans. Pure torch."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from kvpass.kernels.allocate import ranks
 from kvpass.kernels.rule import Rule
 from torch import Tensor
 
@@ -39,6 +40,19 @@ def by_granule(value: Tensor, pos: Tensor, candidate: Tensor, first: Tensor, rul
     chosen = candidate if rule.granule_by == "mean" else candidate & (rank < (size.gather(-1, place) + 1) // 2)
     mean = _sums(torch.where(chosen, value, 0.0), place, count) / _sums(chosen.float(), place, count).clamp(min=1)
     return torch.where(candidate, mean.gather(-1, place), value)
+
+
+def fair_shares(value: Tensor, span: Tensor, candidate: Tensor) -> Tensor:
+    """Fair eviction (arXiv 2510.00231): value, span and candidate [B, Hkv, L] -> minus a key's rank in its span as a
+    share of the span, so that the best n of all are the best n_X / n of each span X.
+    """
+    out = torch.zeros_like(value)
+    for number in torch.unique(span[candidate]):
+        inside = candidate & (span == number)
+        rank = ranks(torch.where(inside, value, -torch.inf))
+        share = -(rank + 0.5) / inside.sum(-1, keepdim=True).clamp(min=1)
+        out = torch.where(inside, share, out)
+    return out
 
 
 def _sums(value: Tensor, place: Tensor, count: int) -> Tensor:

@@ -15,27 +15,33 @@ _HOMES = {
     "KVPassError": "errors",
     "Policy": "policy.spec",
     "Reason": "errors",
+    "Seen": "kernels.scorers.registry",
     "backend": "compiler",
     "compile": "compiled",
     "explain": "explaining",
     "export_mlir": "mlir",
     "inspect": "reporting",
+    "marked": "runtime.marks",
     "report": "reporting",
     "rewrite": "rewriting",
+    "scorer": "kernels.scorers.registry",
 }
 
 __all__ = [
     "KVPassError",
     "Policy",
     "Reason",
+    "Seen",
     "__version__",
     "backend",
     "compile",
     "explain",
     "export_mlir",
     "inspect",
+    "marked",
     "report",
     "rewrite",
+    "scorer",
 ]
 
 if TYPE_CHECKING:
@@ -43,10 +49,12 @@ if TYPE_CHECKING:
     from kvpass.compiler import backend
     from kvpass.errors import KVPassError, Reason
     from kvpass.explaining import explain
+    from kvpass.kernels.scorers.registry import Seen, scorer
     from kvpass.mlir import export_mlir
     from kvpass.policy.spec import Policy
     from kvpass.reporting import inspect, report
     from kvpass.rewriting import rewrite
+    from kvpass.runtime.marks import marked
 
 
 def __getattr__(name: str) -> Any:

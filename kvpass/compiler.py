@@ -123,7 +123,7 @@ class Backend:
 
             inner = checked_once(inner, gm, lowered, record.plan)
         watched = data_inputs(gm.graph)
-        return Bound(inner, lowered.bindings, lowered.outputs, origin, watched, lowered.takes_position)
+        return Bound(inner, lowered.bindings, lowered.outputs, origin, watched, lowered.shared)
 
     @property
     def timings(self) -> dict[str, float]:

@@ -52,7 +52,7 @@ class Emitter:
         args = (self.q, k, values, pos, self.mask, core.scale, core.causal, self.rule, *self.extras)
         out, stats, valid = write.parts(write.op("prefill_attend", *args), 3)
         read: tuple[Any, ...] = (self.mask,) if pos is not None else ()
-        if self.planned.rule.scorer or self.planned.rule.weight != "none":
+        if self.planned.arrives:
             shown = self.q, k, pos, self.mask, valid, core.scale, core.causal, self.rule
             rows = write.op("window_rows", *shown, *self.extras) if self.planned.windowed else None
             read = (*(read or (None,)), k, v, rows, *self._read_beside())
@@ -101,14 +101,14 @@ class Emitter:
         return regrouped(self.write, sinks, 0, to_model=False), core.softcap
 
     def _read_beside(self) -> tuple[fx.Node | None, ...]:
-        """The weight of the output projection, [out, Hq * Dv], and the block's hidden states, [B, S, size]; each None
-        if the rule does not read it.
+        """The weight of the output projection, [out, Hq * Dv], the block's hidden states, [B, S, size], and the
+        caller's marks, [B, S]; each None if the rule does not read it.
         """
         found, hidden = self.planned.projection, self.planned.hidden
         weight = None if found is None else self.write.copy(found.weight)
         if found is not None and found.turned:
             weight = self.write.method("transpose", weight, 0, 1)
-        return weight, None if hidden is None else self.write.copy(hidden)
+        return weight, None if hidden is None else self.write.copy(hidden), self.write.low.marks
 
     def _outputs(self, out: fx.Node) -> list[fx.Node]:
         return [self._of_model(node) for node in from_slots(self.write, out)]

@@ -19,6 +19,7 @@ class Rewriting(Protocol):
     Attributes:
         copy: from nodes of the captured graph to those of the new one.
         masks: masks of attentions over buffers, cut to what is written, by what they were made of.
+        marks: the caller's marks on this call's tokens, int32 [B, S]; None if no rule reads them.
         position: where this call's tokens are written into buffers; None if there are none.
         values: fake values of emitted nodes, by what they were computed from.
     """
@@ -28,6 +29,7 @@ class Rewriting(Protocol):
     values: dict[Any, Any]
     masks: dict[Any, fx.Node]
     position: fx.Node | None
+    marks: fx.Node | None
 
 
 class Writer:

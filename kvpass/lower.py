@@ -37,24 +37,27 @@ class Lowered:
         gm: takes the original inputs, then `STATE` for each site; returns the original outputs that are no cache.
         bindings: one for each planned site, in order.
         outputs: number of outputs of the original graph.
-        takes_position: the last input is the place where the call's tokens are written (caches in buffers).
+        shared: names of the last inputs, which all sites share: `position`, where the call's tokens are written (caches
+            in buffers), and `marks`, int32 [B, S], what the caller says of them.
     """
 
     gm: fx.GraphModule
     bindings: tuple[Binding, ...]
     outputs: int
-    takes_position: bool = False
+    shared: tuple[str, ...] = ()
 
 
 def lower(gm: fx.GraphModule, plan: Plan) -> Lowered:
     """Rewrite the planned sites of a captured graph; all other nodes stay as they are."""
-    work = _Lowering(gm, any(_is_buffered(site_plan.site) for site_plan in plan.sites))
+    work = _Lowering(gm, plan)
     bindings = tuple(work.site(site_plan) for site_plan in plan.sites)
-    return Lowered(work.finish(bindings), bindings, len(work.outputs), work.position is not None)
+    shared = {"position": work.position, "marks": work.marks}
+    names = tuple(name for name, node in shared.items() if node is not None)
+    return Lowered(work.finish(bindings), bindings, len(work.outputs), names)
 
 
 class _Lowering:
-    def __init__(self, gm: fx.GraphModule, buffered: bool) -> None:
+    def __init__(self, gm: fx.GraphModule, plan: Plan) -> None:
         self.original = gm
         self.graph = fx.Graph()
         self.copy: dict[fx.Node, fx.Node] = {}
@@ -66,7 +69,8 @@ class _Lowering:
         self.states: dict[Any, list[Any]] = {}
         self.values: dict[Any, Any] = {}
         self.masks: dict[Any, fx.Node] = {}
-        self.position = self._position_input() if buffered else None
+        self.marks = self._marks_input(plan.sites[0].site) if any(one.rule.marked for one in plan.sites) else None
+        self.position = self._position_input() if any(_is_buffered(one.site) for one in plan.sites) else None
 
     def site(self, planned: SitePlan) -> Binding:
         """Replace one site by its ops."""
@@ -101,6 +105,16 @@ class _Lowering:
             node = self.graph.placeholder("kvpass_position")
         value = free_size(fake_mode.shape_env, "kvpass_position")
         node.meta = {"example_value": value, "kvpass": {"state": "position"}}
+        return node
+
+    def _marks_input(self, site: Site) -> fx.Node:
+        """What the caller says of the call's tokens: the last input, int32 [B, S]."""
+        fake = example(site.core.q)
+        with self.graph.inserting_after(self.last_input):
+            node = self.graph.placeholder("kvpass_marks")
+        with fake.fake_mode:
+            value = torch.empty(site.dims["B"], site.dims["S"], dtype=torch.int32, device=fake.device)
+        node.meta = {"example_value": value, "kvpass": {"state": "marks"}}
         return node
 
     def _state_inputs(self, planned: SitePlan) -> list[fx.Node]:

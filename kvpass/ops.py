@@ -23,7 +23,7 @@ SCHEMAS = {
     "SymInt position) -> (Tensor, Tensor, Tensor, Tensor)",
     "score_slots": "(Tensor stats, Tensor? past_stats, Tensor? pos, Tensor valid, Tensor cursor, SymInt position, "
     "str rule, Tensor? mask=None, Tensor? k=None, Tensor? v=None, Tensor? rows=None, Tensor? wo=None, "
-    "Tensor? hidden=None) "
+    "Tensor? hidden=None, Tensor? marks=None) "
     "-> (Tensor, Tensor, Tensor)",
     "select_slots": "(Tensor score, Tensor cursor, SymInt capacity) -> Tensor",
     "compact_slots": "(Tensor k, Tensor v, Tensor? pos, Tensor stats, Tensor idx, Tensor cursor_new, Tensor(a!) k_out, "
@@ -35,7 +35,7 @@ SCHEMAS = {
     "window_rows": "(Tensor q, Tensor k, Tensor? pos, Tensor? mask, Tensor valid, float scale, bool causal, str rule, "
     "Tensor? sinks=None, float softcap=0.0) -> Tensor",
     "arrivals": "(Tensor k_new, Tensor v_new, Tensor cursor, SymInt position, str rule, Tensor? wo=None, "
-    "Tensor? hidden=None) -> Tensor",
+    "Tensor? hidden=None, Tensor? marks=None) -> Tensor",
 }
 
 HOMES = {"written": "masks", "join_slots": "join_slots", "score_slots": "scores", "arrivals": "held"}

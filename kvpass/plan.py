@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx
 
 from kvpass.errors import PolicyError
-from kvpass.kernels.rule import HELD, WEIGHT, Rule
+from kvpass.kernels.rule import HELD, MARK, WEIGHT, Rule
 from kvpass.match.output_projection import OutputProjection, output_projection
 from kvpass.match.projections import block_input
 from kvpass.policy.rule import rule_of
@@ -62,7 +62,7 @@ class SitePlan:
     @property
     def arrives(self) -> bool:
         """Whether a generated token's slot starts with more than zeros."""
-        return bool({HELD, WEIGHT} & set(self.rule.stats))
+        return bool({HELD, WEIGHT, MARK} & set(self.rule.stats))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,10 @@ FILES = sorted(file for room in ROOMS for file in (ROOT / room).rglob("*.py"))
 WORDS = {"terms", "errors"}
 ARROWS = {
     # resolved on first use
-    "__init__": {"compiler", "compiled", "explaining", "mlir", "reporting", "rewriting", "policy", "errors"},
+    "__init__": {"compiler", "compiled", "explaining", "mlir", "reporting", "rewriting", "runtime.marks", "policy"}
+    | {"errors", "kernels.scorers.registry"},
+    "__main__": {"cli"},
+    "cli": {"policy", "kernels.scorers.registry"} | WORDS,
     "terms": set(),
     "errors": set(),
     "kernels": {"kernels"},

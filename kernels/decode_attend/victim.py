@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from kvpass.kernels.decode_attend.step import Step
 from kvpass.kernels.rule import FIRST, FREE, LIVE, SEEN, UNTOUCHABLE, Rule
-from kvpass.kernels.scores import INF, preference, slot_scores, untouchable
+from kvpass.kernels.scores import INF, must_stay, preference, slot_scores, untouchable
 from torch import Tensor
 
 
@@ -38,6 +38,8 @@ def _victim(pos: Tensor, stats: Tensor, step: Step, plan: Rule) -> Tensor:
     low, high = _exposed(step, plan)
     outside = pos - pos.clamp(low, high)  # type: ignore[arg-type]  # both ints or both tensors
     guard = outside.float().abs_().mul_(UNTOUCHABLE)
+    if plan.marked:
+        guard.masked_fill_(must_stay(stats, plan), INF)
     scope = _scope(stats, pos, guard, step, plan) if plan.scope_num or plan.top_num else None
     eligible = score if scope is None else torch.add(score, scope, alpha=UNTOUCHABLE)
     guarded = torch.where(guard > 0, guard, eligible) if plan.scorer else torch.maximum(eligible, guard)
@@ -46,7 +48,7 @@ def _victim(pos: Tensor, stats: Tensor, step: Step, plan: Rule) -> Tensor:
         return victim[..., :1]
     if scope is not None:
         score = score.masked_fill(scope, UNTOUCHABLE)
-    score = score.masked_fill(outside != 0, INF)
+    score = score.masked_fill(guard > 0, INF)
     return torch.where(score == score.amin(-1, keepdim=True), pos, -1).argmax(-1, keepdim=True)
 
 

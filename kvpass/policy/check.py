@@ -111,6 +111,8 @@ def _transforms(p: Policy, chosen: Scorer | None) -> Iterator[Broken]:
     yield p.sample > 0 and not held, "sample", fix
     yield bool(p.options) and not held, "options", f"score {p.score!r} has no options: leave them out"
     yield p.scope > 0 and held, "scope", "a scope needs the statistics of score: mean"
+    fix = "spans rank by a score that stays once it is given: use score: window_sum, or another scorer"
+    yield p.fair and not held, "fair", fix
     yield p.decay and not held, "decay", "only a scorer's score decays: name one in score"
     once = held and chosen is not None and "hidden" in chosen.reads
     fix = "a score of hidden states is given when a token comes, and cannot be changed among neighbours later"

@@ -29,6 +29,8 @@ def rule_of(policy: Policy, layer: int = 0, layers: int = 1) -> Rule:
         layers=layers if placed else 1,
         ragged=allocate.heads == "flat",
         seed=policy.seed,
+        marked=policy.protect.tokens or policy.fair,
+        fair=policy.fair,
         **_ranking(policy),
         **_weighing(policy),
         **_shares(policy),
@@ -37,14 +39,15 @@ def rule_of(policy: Policy, layer: int = 0, layers: int = 1) -> Rule:
 
 def _ranking(policy: Policy) -> dict[str, Any]:
     """What slots keep, and what ranks them."""
-    weight = ("weight",) if policy.weight else ()
+    beside = ("weight",) if policy.weight else ()
+    beside += ("mark",) if policy.protect.tokens or policy.fair else ()
     if policy.score in SCORES:
         kept = policy.statistic.keep
         decode = policy.statistic.decode if kept else "none"
-        return {"stats": (*kept, *weight), "decode": decode, "score": policy.score}
+        return {"stats": (*kept, *beside), "decode": decode, "score": policy.score}
     granule = policy.granule
     return {
-        "stats": ("held", *weight),
+        "stats": ("held", *beside),
         "emits": policy.statistic.keep,
         "score": "held",
         "scorer": policy.score,

@@ -64,11 +64,12 @@ class Pool:
 @dataclass(frozen=True)
 class Protect:
     """Slots that are never evicted: the first `sinks` tokens, the last `recent` (an int, or a fraction of the slots
-    of the budget).
+    of the budget), and `tokens` that the caller marks (`with kvpass.marked(keep=..)`).
     """
 
     sinks: int = 0
     recent: int | float = 0
+    tokens: bool = False
 
     __pydantic_config__ = _STRICT
 
@@ -130,6 +131,7 @@ class Policy:
         score: what ranks unprotected slots, higher = keep: `position` (newer), `sum`, `mean` (sum / count),
             `important` (important / count), or the name of a scorer.
         options: of the scorer.
+        fair: spans that the caller marks (`with kvpass.marked(spans=..)`) each keep their share of the budget.
         decay: the score counts once for each token since the slot's own (TRIM-KV's log-retention).
         sample: this share of the budget is drawn by chance, with probability softmax(score) (NACL).
         seed: of all chance.
@@ -147,6 +149,7 @@ class Policy:
     pool: Pool | None = None
     score: str = "position"
     options: dict[str, bool | int | float | str] = field(default_factory=dict)
+    fair: bool = False
     decay: bool = False
     granule: Granule | None = None
     sample: float = 0.0

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from kvpass.errors import CacheError, StaleCacheError
-from kvpass.kernels.errors import MaskError
+from kvpass.kernels.errors import DataError
 from kvpass.kernels.rule import Rule
+from kvpass.runtime.marks import marks_of
 from kvpass.runtime.shell import attach, make, of_buffer, refuse, unwrap
 from kvpass.runtime.store import Origin, SlotStore
 from kvpass.terms import Layout, Phase
@@ -100,7 +101,7 @@ class Bound:
         inner: the compiled rewritten graph; takes the original inputs and then five state tensors for each site.
         outputs: number of outputs of the original graph; the inner one returns those that are no cache.
         watched: places of inputs that the graph reads as data; those that are no past of a site must not be shells.
-        takes_position: the inner graph's last input is where the call's tokens are written (buffers).
+        shared: the inner graph's last inputs: `position`, where the call's tokens are written (buffers), `marks`.
     """
 
     def __init__(
@@ -110,9 +111,9 @@ class Bound:
         outputs: int,
         origin: Origin,
         watched: Sequence[int] = (),
-        takes_position: bool = False,
+        shared: tuple[str, ...] = (),
     ) -> None:
-        self.takes_position = takes_position
+        self.shared = shared
         self.inner, self.bindings, self.origin = inner, tuple(bindings), origin
         self.watched = tuple(at for at in watched if not any(at in (b.past or ()) for b in bindings))
         cached = {at for b in bindings for half in b.returned for at in half}
@@ -129,7 +130,7 @@ class Bound:
                 where=self._where(),
                 hint="give each layer what it returned itself, or a copy.deepcopy of it",
             )
-        results = self._run(args, stores, [max(positions)] if self.takes_position else [])
+        results = self._run(args, stores, [self._given(name, args, stores, positions) for name in self.shared])
         returned: list[Any] = [None] * self.outputs
         for at, value in zip(self.kept, results, strict=True):
             returned[at] = value
@@ -140,14 +141,21 @@ class Bound:
                     returned[at] = shell
         return returned
 
-    def _run(self, args: Sequence[Any], stores: Sequence[SlotStore], shared: Sequence[int]) -> Any:
+    def _given(self, name: str, args: Sequence[Any], stores: Sequence[SlotStore], positions: Sequence[int]) -> Any:
+        """The value of an input that all sites share."""
+        if name == "position":
+            return max(positions)
+        first = self.bindings[0]
+        return marks_of(first.sizes["B"](args), first.sizes["S"](args), stores[0].tokens, first.device)
+
+    def _run(self, args: Sequence[Any], stores: Sequence[SlotStore], shared: Sequence[Any]) -> Any:
         """The compiled call. If it fails, it may have changed the state of some layers."""
         try:
             return self.inner(*args, *(t for store in stores for t in store.state), *shared)
         except BaseException as error:
             for store in stores:
                 store.spoiled = True
-            if isinstance(error, MaskError):
+            if isinstance(error, DataError):
                 raise CacheError(str(error), where=self._where(), hint=error.hint) from error
             raise
 
