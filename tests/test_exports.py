@@ -9,8 +9,8 @@ import pytest
 import kvpass
 
 PUBLIC = [
-    "KVPassError", "Policy", "Reason", "__version__", "backend", "compile", "explain", "export_mlir", "inspect",
-    "report", "rewrite",
+    "KVPassError", "Policy", "Reason", "Seen", "__version__", "backend", "compile", "explain", "export_mlir", "inspect",
+    "report", "rewrite", "scorer",
 ]  # fmt: skip
 
 
