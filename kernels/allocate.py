@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from urllib.parse import unquote
+
 import torch
 from kvpass.kernels.rule import UNTOUCHABLE, Rule
+from kvpass.kernels.tables import layer_of
 from torch import Tensor
 
 INF = float("inf")
@@ -41,6 +44,24 @@ def head_counts(score: Tensor, candidate: Tensor, size: Tensor, rule: Rule) -> T
     flat = raised.transpose(1, 2).reshape(batch, length * heads)
     kept = ranks(flat) < heads * size[:, 0]
     return (kept.view(batch, length, heads) & candidate.transpose(1, 2)).sum(1)
+
+
+def table_counts(candidate: Tensor, size: Tensor, protected: Tensor, rule: Rule) -> Tensor:
+    """Budgets by a table, `heads` [layers, Hkv] of the rule's file (DuoAttention, arXiv 2410.10819; RazorAttention,
+    arXiv 2407.15891): each head gets its protected slots and one more, and its share of what is left of `Hkv * size`.
+
+    candidate bool [B, Hkv, L]; size, protected int64 [B, Hkv, 1]. Returns int64 [B, Hkv]: counts, at most the
+    candidates. Raises ValueError if the table is not for so many heads, or holds no positive share.
+    """
+    heads = candidate.shape[1]
+    share = layer_of(unquote(rule.table), "heads", rule.layer, candidate.device).double()
+    if share.shape != (heads,) or not bool((share >= 0).all()) or not bool(share.sum() > 0):
+        raise ValueError(f"{unquote(rule.table)}: layer {rule.layer} needs {heads} shares >= 0, one of them above 0")
+    least = torch.minimum(protected + 1, size)[..., 0]
+    rest = (heads * size[..., 0] - least.sum(-1, keepdim=True)).double() * (share / share.sum())
+    left = (rest.sum(-1, keepdim=True) + 0.5).long() - rest.long().sum(-1, keepdim=True)
+    counts = least + rest.long() + (ranks(rest - rest.long()) < left)
+    return torch.minimum(counts, candidate.sum(-1))
 
 
 def ragged_columns(counts: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:

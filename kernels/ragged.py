@@ -40,7 +40,7 @@ def places(cursor: Tensor, slots: int, width: int) -> tuple[Tensor, Tensor]:
 def padded(x: Tensor, cursor: Tensor, width: int, fill: float) -> Tensor:
     """[.., B, Hkv, C] -> [.., B, Hkv, width]: each head's first slots, `fill` where it has none. A copy."""
     index, exist = places(cursor, x.shape[-1], width)
-    flat = x.reshape(*x.shape[:-3], -1)[..., index.flatten()]
+    flat = x.reshape(*x.shape[:-3], x.shape[-3:].numel())[..., index.flatten()]
     return flat.view(*x.shape[:-3], *index.shape).masked_fill_(~exist, fill)
 
 
@@ -54,7 +54,7 @@ def padded_rows(x: Tensor, cursor: Tensor, width: int) -> Tensor:
 def write_back(x: Tensor, wide: Tensor, cursor: Tensor) -> None:
     """The inverse of `padded`: writes [.., B, Hkv, width] into the slots of x [.., B, Hkv, C], in place."""
     index, exist = places(cursor, x.shape[-1], wide.shape[-1])
-    x.view(*x.shape[:-3], -1)[..., index[exist]] = wide[..., exist]
+    x.view(*x.shape[:-3], x.shape[-3:].numel())[..., index[exist]] = wide[..., exist]
 
 
 def used_slots(cursor: Tensor) -> int:
@@ -78,7 +78,8 @@ def lengthened(state: list[Tensor], slots: int) -> list[Tensor]:
     for source, target in zip((k, v), out[:2], strict=True):
         target.view(-1, target.shape[3])[new] = source.reshape(-1, source.shape[3])[old]
     out[2].view(-1)[new] = pos.reshape(-1)[old]
-    out[3].view(stats.shape[0], -1)[:, new] = stats.reshape(stats.shape[0], -1)[:, old]
+    for at in range(len(stats)):
+        out[3][at].view(-1)[new] = stats[at].reshape(-1)[old]
     return [*out, cursor]
 
 

@@ -80,6 +80,7 @@ class Rule:
     layer: int = 0
     layers: int = 1
     ragged: bool = False
+    table: str = ""
     marked: bool = False
     fair: bool = False
     safe_num: int = 0

@@ -7,7 +7,7 @@ inspection. Selects nothing.
 from __future__ import annotations
 
 import torch
-from kvpass.kernels.allocate import budgets, head_counts, ragged_columns
+from kvpass.kernels.allocate import budgets, head_counts, ragged_columns, table_counts
 from kvpass.kernels.errors import MarkError
 from kvpass.kernels.held import held_scores
 from kvpass.kernels.masks import check_shown
@@ -216,7 +216,10 @@ def _advanced(cursor: Tensor, valid: Tensor, candidate: Tensor, position: int, r
 def _shared_out(score: Tensor, candidate: Tensor, cursor: Tensor, rule: Rule) -> Tensor:
     """The cursor with the layer's slots shared out over its heads."""
     size = budgets(cursor[..., SEEN], rule)[..., None]
-    counts = head_counts(score, candidate, size, rule)
+    if rule.table:
+        counts = table_counts(candidate, size, (score == INF).sum(-1, keepdim=True), rule)
+    else:
+        counts = head_counts(score, candidate, size, rule)
     columns = {LIVE: counts, FREE: counts} | dict(zip((EXTRA, SHIFT), ragged_columns(counts, size), strict=True))
     cursor = cursor.clone()
     for column, value in columns.items():

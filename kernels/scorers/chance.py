@@ -15,12 +15,7 @@ def uniform(seen: Seen, salt: int = 0) -> Tensor:
     token on, so that padding changes nothing.
     """
     heads = torch.arange(seen.pos.shape[1], device=seen.pos.device)[:, None]
-    place = (seen.pos - seen.first).long()
-    x = place + 0x9E3779B1 * (heads + 1) + 0x85EBCA77 * (seen.layer + 1) + 0xC2B2AE3D * (seen.seed + salt + 1)
-    x = x & 0xFFFFFFFF
-    for shift, factor in _MIX:
-        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
-    return ((x >> 8).float() + 0.5) / 2**24
+    return _hashed(_places(seen, heads, salt))
 
 
 def gumbel(seen: Seen) -> Tensor:
@@ -28,6 +23,29 @@ def gumbel(seen: Seen) -> Tensor:
     samples without replacement.
     """
     return -(-uniform(seen, salt=7).log()).log()
+
+
+def gumbel_rows(seen: Seen) -> Tensor:
+    """The same for each query of the window, float32 [B, Hkv, G, w, L]; the last query of a row is number 0."""
+    _, heads, group, queries, _ = seen.observed.shape
+    device = seen.pos.device
+    head = torch.arange(heads * group, device=device).view(heads, group, 1, 1)
+    query = torch.arange(queries - 1, -1, -1, device=device)[:, None]
+    x = _places(seen, 0, 13)[:, :, None, None] + 0x9E3779B1 * (head + 1) + 0x27D4EB2F * query
+    return -(-_hashed(x).log()).log()
+
+
+def _places(seen: Seen, head: Tensor | int, salt: int) -> Tensor:
+    """int64 [B, Hkv, L]"""
+    place = (seen.pos - seen.first).long()
+    return place + 0x9E3779B1 * (head + 1) + 0x85EBCA77 * (seen.layer + 1) + 0xC2B2AE3D * (seen.seed + salt + 1)
+
+
+def _hashed(x: Tensor) -> Tensor:
+    x = x & 0xFFFFFFFF
+    for shift, factor in _MIX:
+        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+    return ((x >> 8).float() + 0.5) / 2**24
 
 
 @scorer("random", pointwise=True)

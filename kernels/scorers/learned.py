@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from pathlib import Path
-
 import torch
 from kvpass.kernels.scorers.registry import Seen, scorer
+from kvpass.kernels.tables import layer_of
 from torch import Tensor
 
 
-@lru_cache(maxsize=8)
-def weights(path: str, changed: float) -> dict[str, Tensor]:
-    """Tensors of a weight file (`torch.save` of a dict), by name. `changed`: its time of change, so that a new file
-    is read again.
-    """
-    loaded: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    return loaded
-
-
 def read(path: str, name: str, seen: Seen) -> Tensor:
-    """One layer of a stacked tensor of a weight file, float32, on the keys' device.
-
-    Raises:
-        ValueError: no such tensor, or not for so many layers.
-    """
-    table = weights(path, Path(path).stat().st_mtime)
-    if name not in table or seen.layer >= len(table[name]):
-        held = {key: list(value.shape) for key, value in table.items()}
-        raise ValueError(f"{path}: no {name!r} for layer {seen.layer}; it holds {held}")
-    return table[name][seen.layer].float().to(seen.pos.device)
+    """A tensor of the weight file for the keys' layer."""
+    return layer_of(path, name, seen.layer, seen.pos.device)
 
 
 @scorer("q_filters", reads=("keys",), pointwise=True)

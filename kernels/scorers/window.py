@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from kvpass.kernels.scorers.chance import gumbel_rows
 from kvpass.kernels.scorers.registry import Seen, scorer
 from torch import Tensor
 from torch.nn import functional as F
@@ -85,3 +86,10 @@ def finch(seen: Seen) -> Tensor:
     rows = outside(seen)
     visible = (seen.observed > 0).sum(-1, keepdim=True)
     return window_mean(rows * visible, seen).mean(2)
+
+
+@scorer("keyformer", reads=("logits",))
+def keyformer(seen: Seen, temperature: float = 1.0) -> Tensor:
+    """Sum over the window's queries of softmax((logit + Gumbel noise) / temperature), group mean (arXiv 2403.09054)."""
+    noisy = (seen.observed + gumbel_rows(seen)) / temperature
+    return noisy.softmax(-1).nan_to_num(0.0).mean(2).sum(2)

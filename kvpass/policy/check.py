@@ -126,8 +126,11 @@ def _transforms(p: Policy, chosen: Scorer | None) -> Iterator[Broken]:
 
 
 def _sharing(p: Policy, chosen: Scorer | None) -> Iterator[Broken]:
-    flat = p.allocate.heads == "flat"
-    yield flat and p.observe.heads == "all", "allocate.heads", "heads that share one ranking hold equally many slots"
+    flat, table = (p.allocate.heads == kind for kind in ("flat", "table"))
+    shared = p.observe.heads == "all"
+    yield (flat or table) and shared, "allocate.heads", "heads that share one ranking hold equally many slots"
+    fix = "only a table has a file: set allocate.heads: table, or leave allocate.file out"
+    yield bool(p.allocate.file) and not table, "allocate.file", fix
     yield flat and p.score == "position", "allocate.heads", "positions rank all heads alike: rank by what differs"
     fix = "the score of a whole layer has no head's own scores to compare: set observe.heads: each"
     yield p.weight is not None and p.observe.heads == "all" and p.score != "position", "weight", fix
@@ -177,20 +180,23 @@ def check_budget(p: Policy, *, given: bool, own: int | float | None) -> None:
 
 
 def check_files(p: Policy) -> None:
-    """Weight files that a policy's scorer reads.
+    """Files that a policy reads: a scorer's weights, shares of the heads.
 
     Raises:
         PolicyError: none is given, or it is not there.
     """
     chosen = _scorer(p, p.name)
-    if chosen is None or "file" not in chosen.options:
-        return
-    value = p.options.get("file", "")
+    wanted = {}
+    if chosen is not None and "file" in chosen.options:
+        wanted["options.file"] = p.options.get("file", ""), chosen.about
+    if p.allocate.heads == "table":
+        wanted["allocate.file"] = p.allocate.file, "torch.save of {'heads': shares [layers, Hkv]}"
     whole = isinstance(p.budget, float) and p.budget == 1.0  # nothing is scored
-    if not whole and not Path(str(value)).is_file():
-        what = f"no weight file {value!r}" if value else "no weight file"
-        hint = f"give options.file, a path (a relative one starts at the policy's folder): {chosen.about}"
-        raise PolicyError(f"policy {p.name!r}: {what}", where="options.file", hint=hint)
+    for field, (value, about) in wanted.items():
+        if not whole and not Path(str(value)).is_file():
+            what = f"no weight file {value!r}" if value else "no weight file"
+            hint = f"give {field}, a path (a relative one starts at the policy's folder): {about}"
+            raise PolicyError(f"policy {p.name!r}: {what}", where=field, hint=hint)
 
 
 def smallest_budget(p: Policy) -> int:

@@ -81,9 +81,10 @@ def read(path: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(data, dict):
         raise PolicyError("a policy file holds a mapping", where=str(path), hint="start with `name: my_policy`")
-    options = data.get("options")
-    if isinstance(options, dict) and options.get("file") and isinstance(options["file"], str):
-        data["options"] = {**options, "file": str(path.parent / options["file"])}
+    for key in ("options", "allocate"):
+        part = data.get(key)
+        if isinstance(part, dict) and part.get("file") and isinstance(part["file"], str):
+            data[key] = {**part, "file": str(path.parent / part["file"])}
     return data
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import quote
 
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.scorers.registry import encode_options, find_scorer
@@ -15,7 +16,7 @@ def rule_of(policy: Policy, layer: int = 0, layers: int = 1) -> Rule:
     if policy.budget == 1.0 and isinstance(policy.budget, float):
         return Rule()
     allocate = policy.allocate
-    placed = policy.score not in SCORES or allocate.layers != "uniform"
+    placed = policy.score not in SCORES or allocate.layers != "uniform" or allocate.heads == "table"
     return Rule(
         queries=-1 if policy.observe.queries == "all" else policy.observe.queries,
         group=policy.observe.group,
@@ -27,7 +28,8 @@ def rule_of(policy: Policy, layer: int = 0, layers: int = 1) -> Rule:
         taper=allocate.beta if allocate.layers == "pyramid" else 0,
         layer=layer if placed else 0,
         layers=layers if placed else 1,
-        ragged=allocate.heads == "flat",
+        ragged=allocate.heads != "uniform",
+        table=quote(allocate.file) if allocate.heads == "table" else "",
         seed=policy.seed,
         marked=policy.protect.tokens or policy.fair,
         fair=policy.fair,

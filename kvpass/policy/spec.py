@@ -110,14 +110,18 @@ class Allocate:
 
     Attributes:
         layers: `uniform`, or `pyramid`: budgets fall from layer to layer by equal steps, to about 1 / `beta`.
-        heads: `uniform`, or `flat`: a layer's best slots stay, whatever head they belong to (Ada-KV).
+        heads: `uniform`; `flat`: a layer's best slots stay, whatever head they belong to (Ada-KV); or `table`: by the
+            shares in `file`.
         safeguard: with `flat`, this share of the even budget is safe in each head.
+        file: with `table`, `torch.save` of {"heads": tensor [layers, Hkv]} of shares >= 0; a relative path starts at the
+            policy's folder.
     """
 
     layers: Literal["uniform", "pyramid"] = "uniform"
     beta: int = 20
-    heads: Literal["uniform", "flat"] = "uniform"
+    heads: Literal["uniform", "flat", "table"] = "uniform"
     safeguard: float = 0.2
+    file: str = ""
 
     __pydantic_config__ = _STRICT
 
