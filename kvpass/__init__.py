@@ -16,7 +16,6 @@ _HOMES = {
     "Policy": "policy.spec",
     "Reason": "errors",
     "Seen": "kernels.scorers.registry",
-    "Seen": "kernels.scorers.registry",
     "backend": "compiler",
     "compile": "compiled",
     "explain": "explaining",
@@ -32,7 +31,6 @@ __all__ = [
     "KVPassError",
     "Policy",
     "Reason",
-    "Seen",
     "Seen",
     "__version__",
     "backend",
@@ -51,7 +49,6 @@ if TYPE_CHECKING:
     from kvpass.compiler import backend
     from kvpass.errors import KVPassError, Reason
     from kvpass.explaining import explain
-    from kvpass.kernels.scorers.registry import Seen, scorer
     from kvpass.kernels.scorers.registry import Seen, scorer
     from kvpass.mlir import export_mlir
     from kvpass.policy.spec import Policy

@@ -10,7 +10,7 @@ import kvpass
 
 PUBLIC = [
     "KVPassError", "Policy", "Reason", "Seen", "__version__", "backend", "compile", "explain", "export_mlir", "inspect",
-    "report", "rewrite", "scorer",
+    "marked", "report", "rewrite", "scorer",
 ]  # fmt: skip
 
 
