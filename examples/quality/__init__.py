@@ -1,0 +1,1 @@
+"""`make quality`: what eviction costs in answers and in likelihood, for every policy."""

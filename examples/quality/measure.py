@@ -1,0 +1,159 @@
+"""One cell: retrieval with the question inside and after the prompt, and the continuation of plain text.
+
+A prompt is one call, and is compressed at its end. What follows, question or not, comes in a second call of several
+tokens and then token by token, so that nothing that is judged has seen the whole prompt.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+import kvpass
+from quality.prompts import MODES, TASKS, Prompts, Trial
+from quality.reference import Reference, call, follow
+from quality.store import Cell, Settings
+
+BATCH_TOKENS = 8192
+"""Prompt tokens in one call, at most (one row always fits)."""
+
+Say = Callable[[str], None]
+
+
+def batch_rows(trials: int, context: int) -> int:
+    """Rows of a call: a divisor of `trials`, so that every call has one shape and nothing is compiled twice."""
+    most = max(1, BATCH_TOKENS // context)
+    return max(size for size in range(1, trials + 1) if trials % size == 0 and size <= most)
+
+
+def chunks(rows: list[Any], size: int) -> list[list[Any]]:
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+class Lab:
+    """A model, and the prompts for it."""
+
+    def __init__(self, model: Any, tokenizer: Any, settings: Settings) -> None:
+        self.model, self.settings = model, settings
+        self.prompts = Prompts(tokenizer, settings.seed)
+
+    def trials(self, context: int) -> list[list[Trial]]:
+        size = batch_rows(self.settings.trials, context)
+        return chunks([self.prompts.trial(context, i) for i in range(self.settings.trials)], size)
+
+    def plain_chunks(self, context: int) -> list[torch.Tensor]:
+        n, steps = self.settings.trials, self.settings.steps
+        rows = [self.prompts.plain(context, i, steps + 1) for i in range(n)]
+        return [torch.tensor(part) for part in chunks(rows, batch_rows(n, context))]
+
+    def compiled(self, cell: Cell) -> Any:
+        """A fresh model under this cell's policy; nothing that was compiled before is left."""
+        torch._dynamo.reset()
+        return kvpass.compile(self.model, cell.policy, cell.budget, inner="eager")
+
+    def cache(self) -> Any:
+        return DynamicCache(config=self.model.config)
+
+
+@torch.no_grad()
+def measure(lab: Lab, cell: Cell, reference: Reference, say: Say) -> dict[str, Any]:
+    """Everything about one cell, per trial and per text, as plain data."""
+    model, start = lab.compiled(cell), time.perf_counter()
+    say("text")
+    text, held = continuation(lab, model, cell, reference)
+    retrieval: dict[str, Any] = {mode: {task: [] for task in TASKS} for mode in MODES}
+    for part in lab.trials(cell.context):
+        for mode in MODES:
+            say(mode)
+            for task, found in answers(lab, model, cell.context, part, mode).items():
+                retrieval[mode][task] += found
+    spent = time.perf_counter() - start
+    return {
+        "held": held,
+        "text": text,
+        "retrieval": retrieval,
+        "seconds": spent,
+        "capture_seconds": model.kvpass.timings["capture"],
+    }
+
+
+def answers(lab: Lab, model: Any, context: int, trials: list[Trial], mode: str) -> dict[str, list[dict[str, Any]]]:
+    """By task, one entry for each trial. Without the question in it, one compressed prompt serves all tasks."""
+    found, shared = {}, None
+    for task in TASKS:
+        if mode == "aware" or shared is None:
+            prompts = [lab.prompts.prompt(trial, context, mode, task) for trial in trials]
+            shared = lab.cache()
+            call(model, torch.tensor(prompts), shared)
+        cache = copy.deepcopy(shared) if mode == "agnostic" else shared
+        second = torch.tensor([lab.prompts.follow_up(trial, mode, task) for trial in trials])
+        gold = torch.tensor([trial.questions[task].gold for trial in trials])
+        found[task] = judged(model, cache, second, gold)
+    return found
+
+
+def judged(model: Any, cache: Any, second: torch.Tensor, gold: torch.Tensor) -> list[dict[str, Any]]:
+    """Is each gold digit the most likely token, given those before it? Then greedy decoding says the whole number."""
+    logp = call(model, second, cache)[:, None]
+    if gold.shape[1] > 1:
+        logp = torch.cat([logp, follow(model, cache, gold[:, :-1])], dim=1)
+    right = logp.argmax(-1) == gold
+    nll = -logp.gather(-1, gold[..., None])[..., 0].mean(-1)
+    return [
+        {"right": bool(row.all()), "digits": int(row.sum()), "nll": float(value)}
+        for row, value in zip(right, nll, strict=True)
+    ]
+
+
+def continuation(lab: Lab, model: Any, cell: Cell, reference: Reference) -> tuple[dict[str, list[float]], dict]:
+    """Likelihoods along the true text and along the full cache's own text; one value for each text."""
+    out: dict[str, list[float]] = {}
+    size = batch_rows(lab.settings.trials, cell.context)
+    held: dict[str, Any] = {}
+    for at in range(0, lab.settings.trials, size):
+        part = Reference(*(value[at : at + size] for value in vars(reference).values()))
+        for key, values in text_rows(lab, model, part, held).items():
+            out.setdefault(key, []).extend(values)
+    return out, held
+
+
+def text_rows(lab: Lab, model: Any, part: Reference, held: dict[str, Any]) -> dict[str, list[float]]:
+    cache, steps = lab.cache(), lab.settings.steps
+    call(model, part.prompt, cache)
+    report = kvpass.report(cache).to_dict()
+    held.update({key: report[key] for key in ("bytes", "dense_bytes", "overhead_bytes", "tokens")})
+    other = copy.deepcopy(cache)
+    mass = mass_kept(cache, part.mass)
+    along = follow(model, cache, part.truth[:, :steps])
+    nll = -along.gather(-1, part.truth[:, 1:, None])[..., 0]
+    true, own = compared(part.truth_logp, along), compared(part.greedy_logp, follow(model, other, part.greedy))
+    return {
+        "mass": mass,
+        "nll": nll.mean(-1).tolist(),
+        "kl": true["kl"],
+        "agree": true["agree"],
+        "kl_greedy": own["kl"],
+        "agree_greedy": own["agree"],
+    }
+
+
+def compared(full: torch.Tensor, kept: torch.Tensor) -> dict[str, list[float]]:
+    """KL(full cache || policy) in nats, and how often both find the same token most likely; means over the steps."""
+    kl = (full.exp() * (full - kept)).sum(-1).mean(-1)
+    agree = (full.argmax(-1) == kept.argmax(-1)).float().mean(-1)
+    return {"kl": kl.tolist(), "agree": agree.tolist()}
+
+
+def mass_kept(cache: Any, mass: torch.Tensor) -> list[float]:
+    """Share of the full cache's attention to the prompt that falls on kept positions; mean of layers and heads."""
+    shares = []
+    for layer, view in enumerate(kvpass.inspect(cache).layers):
+        positions = view.positions.repeat_interleave(mass.shape[2] // view.positions.shape[1], dim=1)
+        found = mass[:, layer].gather(-1, positions.clamp(min=0)).masked_fill(positions < 0, 0.0)
+        shares.append(found.sum(-1).mean(-1))
+    return torch.stack(shares).mean(0).tolist()

@@ -1,0 +1,64 @@
+"""Quality against bytes held: one panel each for aware and agnostic retrieval and for KL, a row for each context."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from quality import render, stats
+
+MARKERS = "osv^D<>pPX*h"
+PANELS = (("aware", "right answers, question inside, %"), ("agnostic", "right answers, question after, %"))
+
+
+def points(cells: list[dict[str, Any]], panel: str) -> tuple[list[float], list[float]]:
+    """x: K and V held in percent of dense; y: right answers in percent, or KL."""
+    cells = sorted(cells, key=render.held)
+    held = [100 * render.held(cell) for cell in cells]
+    if panel == "kl":
+        return held, [max(stats.mean(cell["text"]["kl"])[0], 1e-6) for cell in cells]
+    return held, [100 * render.accuracy(cell, panel) for cell in cells]
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    contexts = sorted({cell["context"] for cell in results["cells"]})
+    size = (15, 0.6 + 5 * len(contexts))
+    figure, axes = plt.subplots(len(contexts), 3, figsize=size, squeeze=False, layout="constrained")
+    names = sorted({cell["policy"] for cell in results["cells"]} - {"full"})
+    for row, context in zip(axes, contexts, strict=True):
+        mine = [cell for cell in results["cells"] if cell["context"] == context]
+        for axis, (panel, label) in zip(row, (*PANELS, ("kl", "KL to the full cache, nats")), strict=True):
+            lines(axis, mine, names, panel)
+            axis.set(title=f"{context:,} tokens: {label}", xlabel="K and V held, % of dense")
+        row[2].set_yscale("log")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize=8)
+    machine = results["machine"]
+    figure.suptitle(f"SmolLM2-135M-Instruct, {results['settings']['trials']} trials, torch {machine['torch']}")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def lines(axis: Any, cells: list[dict[str, Any]], names: list[str], panel: str) -> None:
+    """A line per policy over its budgets; `full` is a dashed level, except in the KL panel, where it is rounding."""
+    import matplotlib
+
+    colours = matplotlib.colormaps["tab20"]
+    for index, name in enumerate(names):
+        mine = [cell for cell in cells if cell["policy"] == name]
+        if not mine:
+            continue
+        style = {"color": "black", "linestyle": ":"} if name == "random" else {"color": colours(index % 20)}
+        held, values = points(mine, panel)
+        # one budget alone would be a column of points on top of each other: spread them a little sideways
+        shift = 0.12 * (index - len(names) / 2) if len(mine) == 1 else 0.0
+        axis.plot([x + shift for x in held], values, marker=MARKERS[index % len(MARKERS)], label=name, **style)
+    full = [cell for cell in cells if cell["policy"] == "full"]
+    if full and panel != "kl":
+        axis.axhline(points(full, panel)[1][0], color="gray", linestyle="--", label="full")
+    axis.grid(alpha=0.3)

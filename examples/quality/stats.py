@@ -1,0 +1,35 @@
+"""Intervals of 95 %, wide where there are few trials."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+Z = 1.959964
+T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+"""Student's t for 1, 2, ... degrees of freedom; further on 2.0 to 2.12 is close enough to Z * (1 + 1.25 / df)."""
+
+Interval = tuple[float, float, float]
+"""Value, lower and upper end."""
+
+
+def wilson(successes: int, trials: int) -> Interval:
+    """A share and its Wilson score interval."""
+    if trials == 0:
+        return math.nan, 0.0, 1.0
+    share, z2 = successes / trials, Z * Z
+    middle = (share + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = Z / (1 + z2 / trials) * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials * trials))
+    return share, max(0.0, middle - half), min(1.0, middle + half)
+
+
+def mean(values: Sequence[float]) -> Interval:
+    """The mean over texts and its t interval. Steps within one text depend on each other: give one value per text."""
+    middle = statistics.fmean(values)
+    if len(values) < 2:
+        return middle, math.nan, math.nan
+    freedom = len(values) - 1
+    t = T[freedom - 1] if freedom <= len(T) else Z * (1 + 1.25 / freedom)
+    half = t * statistics.stdev(values) / math.sqrt(len(values))
+    return middle, middle - half, middle + half

@@ -1,0 +1,118 @@
+"""examples/quality on a tiny random model, letters as tokens: the harness, not the figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from models import tiny
+from quality import render, run, stats
+from quality.measure import Lab, batch_rows
+from quality.prompts import MODES, TASKS
+from quality.store import Cell, Settings, Store
+from rich.console import Console
+
+CONTEXT = 700
+CELLS = [Cell("full", 1.0, CONTEXT), Cell("random", 0.2, CONTEXT)]
+
+
+class Letters:
+    """A tokenizer with one token for each character."""
+
+    def __call__(self, text: str, add_special_tokens: bool) -> Any:
+        return SimpleNamespace(input_ids=[ord(letter) % 96 + 1 for letter in text])
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(chr(i - 1) for i in ids)
+
+    def apply_chat_template(self, chat: list[dict[str, str]], **_: Any) -> str:
+        return f"<user>{chat[0]['content']}<assistant>"
+
+
+@pytest.fixture(scope="module")
+def lab() -> Lab:
+    return Lab(tiny.llama(layers=1), Letters(), Settings(trials=2, steps=20))
+
+
+@pytest.fixture(scope="module")
+def measured(lab: Lab, tmp_path_factory: Any) -> Store:
+    store = Store(lab.settings, tmp_path_factory.mktemp("quality"))
+    assert run.run(lab, store, CELLS, Console(quiet=True)) == len(CELLS)
+    assert not store.errors()
+    return store
+
+
+def cell(store: Store, policy: str) -> dict[str, Any]:
+    return next(found for found in store.cells() if found["policy"] == policy)
+
+
+def test_prompts_have_their_length_and_needles(lab: Lab) -> None:
+    prompts, trial = lab.prompts, lab.prompts.trial(CONTEXT, 0)
+    assert trial == lab.prompts.trial(CONTEXT, 0)
+    for mode in MODES:
+        for task in TASKS:
+            ids, question = prompts.prompt(trial, CONTEXT, mode, task), trial.questions[task]
+            assert len(ids) == CONTEXT
+            assert (ids[-len(question.asked) :] == question.asked) == (mode == "aware")
+            text = prompts.tokenizer.decode(ids)
+            assert all(prompts.tokenizer.decode(needle) in text for needle in trial.needles)
+            assert prompts.tokenizer.decode(question.gold) in text
+            assert (prompts.follow_up(trial, mode, task)[: len(question.asked)] == question.asked) == (mode != "aware")
+
+
+def test_full_is_the_full_cache(measured: Store) -> None:
+    text = cell(measured, "full")["text"]
+    assert max(text["kl"] + text["kl_greedy"]) < 1e-6
+    assert text["agree"] == text["agree_greedy"] == [1.0, 1.0]
+    assert text["mass"] == pytest.approx([1.0, 1.0], abs=1e-5)
+
+
+def test_eviction_shows(measured: Store) -> None:
+    found = cell(measured, "random")
+    assert render.held(found) == pytest.approx(0.2, abs=0.02)
+    assert min(found["text"]["kl"]) > 1e-3
+    assert max(found["text"]["mass"]) < 0.6
+    assert all(len(found["retrieval"][mode][task]) == 2 for mode in MODES for task in TASKS)
+
+
+def test_a_second_run_computes_nothing(lab: Lab, measured: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "measure", lambda *_: pytest.fail("measured again"))
+    assert run.run(lab, measured, CELLS, Console(quiet=True)) == 0
+
+
+def test_a_failure_is_noted_and_tried_again(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, broken = Store(lab.settings, tmp_path), Cell("full", 1.0, CONTEXT)
+    monkeypatch.setattr(run, "load_or_measure", lambda *_: None)
+    monkeypatch.setattr(run, "measure", lambda *_: 1 / 0)
+    assert run.run(lab, store, [broken], Console(quiet=True)) == 0
+    assert store.errors() == {f"{CONTEXT}-1-full": "ZeroDivisionError: division by zero"}
+    assert not store.done(broken)
+
+
+def test_rendering(measured: Store, tmp_path: Path) -> None:
+    found = run.results(measured, "make quality")
+    paths = render.write(found, tmp_path, "2026-01-01-cpu", tmp_path)
+    assert [path.suffix for path in paths] == [".json", ".md", ".png", ".md"]
+    assert all(path.stat().st_size for path in paths)
+    page = paths[3].read_text()
+    assert "`random`" in page
+    assert "2026-01-01-cpu.png" in page
+    assert "Not measured" in page
+    assert "1,024 tokens, 20 %: ada_pyramid" in page
+    before = [path.read_text() for path in (paths[1], paths[3])]
+    assert [path.read_text() for path in render.newest(tmp_path, tmp_path) if path.suffix == ".md"] == before
+    assert json.loads(paths[0].read_text())["cells"] == measured.cells()
+
+
+def test_intervals() -> None:
+    assert stats.wilson(6, 6) == pytest.approx((1.0, 0.6097, 1.0), abs=1e-4)
+    assert stats.wilson(0, 10) == pytest.approx((0.0, 0.0, 0.2775), abs=1e-4)
+    assert stats.mean([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2 - 2.484, 2 + 2.484), abs=1e-3)
+
+
+def test_batches_have_one_shape() -> None:
+    assert [batch_rows(6, n) for n in (1024, 2048, 4096, 9000)] == [6, 3, 2, 1]
+    assert [batch_rows(20, 1024), batch_rows(20, 4096)] == [5, 2]
