@@ -31,6 +31,8 @@ SPECS = (
     Spec("kvpass full, eager", "eager", "full"),
     Spec("kvpass h2o 20 %, eager", "eager", "h2o", 0.2),
     Spec("kvpass snapkv 20 %, eager", "eager", "snapkv", 0.2),
+    Spec("kvpass knorm 20 %, eager", "eager", "knorm", 0.2),
+    Spec("kvpass ada_snapkv 20 %, eager", "eager", "ada_snapkv", 0.2),
     Spec("kvpass full, inductor", "inductor", "full"),
     Spec("kvpass h2o 20 %, inductor", "inductor", "h2o", 0.2),
     Spec("kvpass snapkv 20 %, inductor", "inductor", "snapkv", 0.2),
