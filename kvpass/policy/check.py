@@ -84,7 +84,7 @@ def _statistics(p: Policy, chosen: Scorer | None) -> Iterator[Broken]:
         fix = f"score {score!r} needs statistic.keep to hold 'count'"
         yield p.score == score and "count" not in keep, "score", fix
     deviates = {"sum", "sumsq", "count"} <= set(keep)
-    yield p.scope > 0 and not deviates, "scope", "a scope needs statistic.keep [sum, sumsq, count]"
+    yield p.scope > 0 and not deviates and chosen is None, "scope", "a scope needs statistic.keep [sum, sumsq, count]"
     yield bool(keep) and not watched, "observe.queries", "statistics need observed queries: 'all' or a number"
     order = [s for s in STATISTICS if s in keep]
     yield list(keep) != order, "statistic.keep", f"name each once, in the order {', '.join(STATISTICS)}"
