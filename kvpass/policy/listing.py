@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from dataclasses import dataclass, replace
 
-from kvpass.kernels.rule import Rule
+from kvpass.kernels.rule import MARK, Rule
 from kvpass.kernels.scorers.registry import Scorer
 from kvpass.policy.load import load, names
 from kvpass.policy.rule import rule_of
@@ -75,6 +75,7 @@ def _reads(rule: Rule) -> list[str]:
     if rule.weight != "none" and "values" not in found:
         found.append("values")
     found += ["output projection"] if rule.weight.startswith("vo") else []
+    found += ["marks"] if MARK in rule.stats else []
     found += ["chance"] if rule.sample_num or rule.scorer == "random" else []
     return found or (["positions"] if rule.evicts else ["nothing"])
 
