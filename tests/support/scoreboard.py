@@ -166,7 +166,8 @@ tiny random model (batch of 2, 90 tokens, left padded, 8 decode steps, float32, 
 
 Sites are matched / declined (reasons), for the prefill, and for decode where it differs. Sliding windows and
 cross-attention are dense by choice. Cells with two words: sdpa, eager; with `--quick` eviction and bytes are tried with
-eager attention only, and graph breaks are not counted.
+eager attention only, and graph breaks are not counted; `--graphs` counts them, with sdpa where a family has it, else
+with eager attention.
 
 | family | sdpa | eager | identity | eviction = oracle | bytes | note |
 | --- | --- | --- | --- | --- | --- | --- |

@@ -1,8 +1,9 @@
 """Which families of transformers work, proven on tiny random models: writes docs/support.md and docs/support.json.
 
-python -P tests/support/sweep.py [--jobs N] [--only llama,gpt2] [--resume] [--quick] [--limit SECONDS]
+python -P tests/support/sweep.py [--jobs N] [--only llama,gpt2] [--resume] [--quick | --graphs] [--limit SECONDS]
 
-Each family runs in a process of its own. Exits with 1 if a family that passed in the committed docs/support.json fails
+Each family runs in a process of its own. --graphs counts graph breaks, with one attention implementation of each family,
+and keeps the rest of the committed docs/support.json. Exits with 1 if a family that passed in the committed docs/support.json fails
 now. With --only nothing is written.
 """
 
@@ -37,8 +38,18 @@ def find_packages() -> None:
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
-def child(family: str, quick: bool) -> None:
-    """Run one family, both attention implementations, and leave the results in its file as they come."""
+SKIP = {
+    "full": {"sdpa": (), "eager": ()},
+    "quick": {"sdpa": ("eviction", "bytes", "graphs"), "eager": ("graphs",)},
+    "graphs": {"sdpa": ("eviction", "bytes"), "eager": ("eviction", "bytes")},
+}
+"""Checks that a mode leaves out."""
+
+
+def child(family: str, mode: str) -> None:
+    """Run one family, both attention implementations (to count graphs: the first that runs), and leave the results in
+    its file as they come.
+    """
     import torch
     import transformers
     from case import run
@@ -52,8 +63,10 @@ def child(family: str, quick: bool) -> None:
         part(family).write_text(json.dumps(results, indent=1))
 
     for attention in ATTENTIONS:
-        skip = ("eviction", "bytes", "graphs") if attention == "sdpa" else ("graphs",)
-        save(attention, run(family, attention, lambda result, a=attention: save(a, result), skip if quick else ()))
+        skip = SKIP[mode][attention]
+        save(attention, run(family, attention, lambda result, a=attention: save(a, result), skip))
+        if mode == "graphs" and results[attention]["status"] == "ran":
+            break
     save("done", True)
 
 
@@ -67,11 +80,11 @@ def finished(family: str) -> dict[str, Any] | None:
     return found if found.get("done") else None
 
 
-def measure(family: str, limit: float, quick: bool) -> dict[str, Any]:
+def measure(family: str, limit: float, mode: str) -> dict[str, Any]:
     """Results of one family by attention implementation, from a process with a time limit."""
     part(family).unlink(missing_ok=True)
     start = time.monotonic()
-    why = _in_a_process(family, limit, quick)
+    why = _in_a_process(family, limit, mode)
     results = json.loads(part(family).read_text()) if part(family).exists() else {}
     if not results.get("done"):
         for attention in ATTENTIONS:
@@ -84,7 +97,7 @@ def measure(family: str, limit: float, quick: bool) -> dict[str, Any]:
     return results
 
 
-def _in_a_process(family: str, limit: float, quick: bool) -> str:
+def _in_a_process(family: str, limit: float, mode: str) -> str:
     """Run one family in a fork of this process, which has imported everything; how that ended."""
     pid = os.fork()
     if pid == 0:
@@ -93,7 +106,7 @@ def _in_a_process(family: str, limit: float, quick: bool) -> str:
             with open(PARTS / f"{family}.log", "w") as log:
                 os.dup2(log.fileno(), 1)
                 os.dup2(log.fileno(), 2)
-            child(family, quick)
+            child(family, mode)
             os._exit(0)
         except BaseException:
             traceback.print_exc()
@@ -122,7 +135,7 @@ def warm_up() -> None:
     torch.set_num_threads(1)
 
 
-def sweep(families: list[str], jobs: int, limit: float, resume: bool, quick: bool) -> dict[str, Any]:
+def sweep(families: list[str], jobs: int, limit: float, resume: bool, mode: str) -> dict[str, Any]:
     """All families, with a line for each as it ends."""
     from scoreboard import line
 
@@ -132,7 +145,7 @@ def sweep(families: list[str], jobs: int, limit: float, resume: bool, quick: boo
     todo = [f for f in families if f not in known]
     print(f"{len(families)} families, {len(known)} known from before, {jobs} at a time", flush=True)
     with ThreadPoolExecutor(jobs) as pool:
-        running = {pool.submit(measure, family, limit, quick): family for family in todo}
+        running = {pool.submit(measure, family, limit, mode): family for family in todo}
         for future in as_completed(running):
             family = running[future]
             known[family] = future.result()
@@ -146,29 +159,54 @@ def committed() -> dict[str, Any]:
     return json.loads(shown.stdout)["families"] if shown.returncode == 0 else {}
 
 
+def command_line(mode: str) -> str:
+    """What wrote the documents, for people."""
+    first = "make support" if mode == "full" else "make support ARGS=--quick"
+    return first if mode != "graphs" else f"{first}, then make support ARGS=--graphs"
+
+
+def with_graphs(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """A family's committed results, with the checks that were made now in their places."""
+    out = {**before}
+    for attention in ATTENTIONS:
+        result = now.get(attention, {})
+        if result.get("status") == "ran":
+            made = {
+                name: value for name, value in result.items() if not isinstance(value, dict) or "skipped" not in value
+            }
+            out[attention] = {**before[attention], **made}
+    return out
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=2, help="families at a time (2)")
     parser.add_argument("--only", default="", help="these families, by commas; writes nothing")
     parser.add_argument("--resume", action="store_true", help="keep what an interrupted sweep has finished")
     quick = "eviction with eager attention only, graph breaks not counted"
-    parser.add_argument("--quick", action="store_true", help=quick)
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--quick", dest="mode", action="store_const", const="quick", default="full", help=quick)
+    modes.add_argument("--graphs", dest="mode", action="store_const", const="graphs", help="count graph breaks only")
     parser.add_argument("--limit", type=float, default=240, help="seconds for one family (240)")
     options = parser.parse_args()
     from families import FAMILIES
-    from scoreboard import document, regressions
+    from scoreboard import document, in_scope, regressions
 
     only = [f for f in options.only.split(",") if f]
     unknown = sorted(set(only) - set(FAMILIES))
     if unknown:
         parser.error(f"no such families: {', '.join(unknown)}")
-    results = sweep(only or FAMILIES, options.jobs, options.limit, options.resume, options.quick)
+    before = committed()
+    chosen = only or (FAMILIES if options.mode != "graphs" else [f for f in FAMILIES if in_scope(before[f])])
+    results = sweep(chosen, options.jobs, options.limit, options.resume, options.mode)
+    if options.mode == "graphs":
+        results = {f: with_graphs(old, results.get(f, {})) for f, old in before.items()}
     if not only:
-        record = document(results, command="make support" + (" ARGS=--quick" if options.quick else ""))
+        record = document(results, command=command_line(options.mode))
         for name, text in record.items():
             (ROOT / "docs" / name).write_text(text)
         print("wrote docs/support.md and docs/support.json")
-    worse = regressions(committed(), results)
+    worse = regressions(before, results)
     print("\n".join(["worse than the committed docs/support.json:", *worse] if worse else ["nothing got worse"]))
     return 1 if worse else 0
 
