@@ -2,9 +2,9 @@
 
 python -P tests/support/sweep.py [--jobs N] [--only llama,gpt2] [--resume] [--quick | --graphs] [--limit SECONDS]
 
-Each family runs in a process of its own. --graphs counts graph breaks, with one attention implementation of each family,
-and keeps the rest of the committed docs/support.json. Exits with 1 if a family that passed in the committed docs/support.json fails
-now. With --only nothing is written.
+Each family runs in a process of its own. --graphs counts graph breaks, with one attention implementation of each
+family, and keeps the rest of the committed docs/support.json. Exits with 1 if a family that passed there fails now.
+With --only nothing is written.
 """
 
 from __future__ import annotations
