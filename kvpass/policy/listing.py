@@ -115,8 +115,8 @@ def as_markdown(rows: list[Row]) -> str:
         out.append(f"| [`{name}`](#{name}) | {reads} | {extra} | {size} | {link} |")
     for row in rows:
         spec = f"[spec](../kvpass/policy/presets/{row.name}.yaml)"
-        out += ["", f"### {row.name}", f"Taken from: {row.source} ({spec})."]
-        out += [f"Differs: {row.notes}"] if row.notes else []
+        out += ["", f"### {row.name}", f"* Taken from: {row.source} ({spec})"]
+        out += [f"* Differs: {row.notes}"] if row.notes else []
     return "\n".join(out)
 
 
