@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from kvpass.kernels.allocate import budgets, ranks
 from kvpass.kernels.rule import FIRST, HELD, KEEP, MARK, SEEN, WEIGHT, Rule
@@ -16,44 +18,66 @@ LATER = 0x7E000000
 real score and below `UNTOUCHABLE`, and they rise with the position: of generated tokens the oldest goes first.
 """
 
+UNSCORED = 2.0**125
+"""The same at position 0, as a number: no value weight multiplies what is as large."""
+
 SURE = 1e4
 """Lifts keys that need no luck above all that do: a Gumbel number is below 17 in float32."""
+
+
+class Read(NamedTuple):
+    """Tensors that a scorer may read, as in `Seen`: k, v, rows, hidden states, unrotated queries and their angles."""
+
+    k: Tensor | None = None
+    v: Tensor | None = None
+    rows: Tensor | None = None
+    hidden: Tensor | None = None
+    queries: Tensor | None = None
+    turns: Tensor | None = None
 
 
 def held_scores(
     stats: Tensor,
     keys: tuple[Tensor, Tensor, Tensor],
     cursor: Tensor,
-    tensors: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    tensors: Read,
     beside: tuple[Tensor | None, Tensor | None],
     rule: Rule,
 ) -> Tensor:
     """What each key holds after a multi-token call: float32 [B, Hkv, L].
 
     stats: [M, B, Hkv, L] that the call emitted; keys: position, candidates and end, as in `Seen`; cursor: after the
-    call; tensors: k, v, rows and hidden states, as far as the scorer reads them; beside: [B, Hkv, L]
+    call; tensors: what the scorer reads; beside: [B, Hkv, L]
     each, what the slots held, and the marks of a fair rule.
     """
     (pos, candidate, end), (past, marks) = keys, beside
     chosen = find_scorer(rule.scorer)
-    hidden = tensors[3]
-    if hidden is not None:
-        new = slice(pos.shape[-1] - hidden.shape[1], None)
-        own = [t if t is None else t[:, :, new] for t in tensors[:2]]
-        seen = _seen(pos[..., new], candidate[..., new], end, cursor, (*own, None, hidden), rule, {})
+    if tensors.hidden is not None:
+        new = slice(pos.shape[-1] - tensors.hidden.shape[1], None)
+        k, v = (t if t is None else t[:, :, new] for t in tensors[:2])
+        own = tensors._replace(k=k, v=v)
+        seen = _seen(pos[..., new], candidate[..., new], end, cursor, own, rule, {})
         score = chosen.score(seen, rule.options)
         return score if past is None else torch.cat([past[..., : new.start], score], -1)
     seen = _seen(pos, candidate, end, cursor, tensors, rule, dict(zip(rule.emitted, stats, strict=True)))
     score = chosen.score(seen, rule.options)
     if rule.pool != "none":
         score = pooled(score, pos, candidate, end, rule)
-    if rule.heads == "all":
-        score = score.mean(1, keepdim=True).expand_as(score)
     if rule.granule > 1:
         score = by_granule(score, pos, candidate & (pos < end - max(rule.queries, 0)), seen.first, rule)
+    if rule.heads == "all":
+        score = score.mean(1, keepdim=True).expand_as(score)
     if marks is not None:
         score = fair_shares(score, marks % KEEP, candidate & (pos < end - max(rule.queries, 0)))
-    return _sampled(score, seen, rule) if rule.sample_num else score
+    score = _sampled(score, seen, rule) if rule.sample_num else score
+    # the protected window is not judged: when its keys leave it, they stay as generated ones do
+    window = candidate & (pos >= end - min(max(rule.queries, 0), rule.recent))
+    return torch.where(window, _later(pos), score)
+
+
+def _later(pos: Tensor) -> Tensor:
+    """float32: above every real score, rising with the position."""
+    return (pos + LATER).view(torch.float32)
 
 
 def _seen(
@@ -61,11 +85,10 @@ def _seen(
     candidate: Tensor,
     end: Tensor,
     cursor: Tensor,
-    tensors: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    tensors: Read,
     rule: Rule,
     statistics: dict[str, Tensor],
 ) -> Seen:
-    k, v, rows, hidden = tensors
     seen = cursor[..., SEEN, None].long()
     return Seen(
         pos=pos,
@@ -77,11 +100,13 @@ def _seen(
         window=max(rule.queries, 0),
         layer=rule.layer,
         seed=rule.seed,
-        k=k if "keys" in rule.reads else None,
-        v=v if "values" in rule.reads else None,
-        rows=rows,
+        k=tensors.k if "keys" in rule.reads else None,
+        v=tensors.v if "values" in rule.reads else None,
+        rows=tensors.rows,
         statistics=statistics,
-        h=hidden,
+        h=tensors.hidden,
+        q=tensors.queries,
+        turns=tensors.turns,
     )
 
 
@@ -89,7 +114,7 @@ def _sampled(score: Tensor, seen: Seen, rule: Rule) -> Tensor:
     """Let chance choose a share of the budget (NACL, arXiv 2408.03675): beside the best, keys are drawn without
     replacement with probability softmax(score).
     """
-    inside = seen.before_window
+    inside = seen.before_window & (seen.pos >= seen.first + rule.sinks)
     drawn = seen.budget * rule.sample_num // rule.sample_den
     protected = rule.recent + seen.budget * rule.recent_num // rule.recent_den + rule.sinks
     sure = (seen.budget - drawn - protected).clamp(min=0)
@@ -118,21 +143,20 @@ def arrivals(
     batch, heads = k_new.shape[:2]
     out = torch.zeros(len(plan.stats), batch, heads, device=k_new.device)
     if HELD in plan.stats:
-        out[plan.stat(HELD)] = _arriving((k_new, v_new, None, hidden), cursor, position, plan)
+        out[plan.stat(HELD)] = _arriving(Read(k_new, v_new, hidden=hidden), cursor, position, plan)
     if MARK in plan.stats and marks is not None:
         out[plan.stat(MARK)] = marks.float()
     if WEIGHT in plan.stats:
-        waits = HELD in plan.stats and not find_scorer(plan.scorer).pointwise
-        out[plan.stat(WEIGHT)] = 1.0 if waits else value_weights(plan.weight, v_new, wo)[..., 0]
+        out[plan.stat(WEIGHT)] = value_weights(plan.weight, v_new, wo)[..., 0]
     return out
 
 
-def _arriving(tensors: tuple[Tensor, Tensor, None, Tensor | None], cursor: Tensor, position: int, rule: Rule) -> Tensor:
+def _arriving(tensors: Read, cursor: Tensor, position: int, rule: Rule) -> Tensor:
     """What a token of a one-token call holds: float32 [B, Hkv]."""
     pos = torch.full((*cursor.shape[:2], 1), position, dtype=torch.int32, device=cursor.device)
     chosen = find_scorer(rule.scorer)
     if not chosen.pointwise:
-        return (pos + LATER).view(torch.float32)[..., 0]
+        return _later(pos)[..., 0]
     cursor = cursor.clone()
     cursor[..., SEEN] += 1
     cursor[..., FIRST] = torch.where(cursor[..., FIRST] < 0, position, cursor[..., FIRST])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from kvpass.kernels.allocate import budgets, head_counts, ragged_columns, table_counts
 from kvpass.kernels.errors import MarkError
-from kvpass.kernels.held import held_scores
+from kvpass.kernels.held import UNSCORED, Read, held_scores
 from kvpass.kernels.masks import check_shown
 from kvpass.kernels.rule import EXTRA, FIRST, FREE, HELD, KEEP, LIVE, MARK, SEEN, SHIFT, UNTOUCHABLE, WEIGHT, Rule
 from kvpass.kernels.smooth import pooled
@@ -34,6 +34,8 @@ def score_slots(
     wo: Tensor | None = None,
     hidden: Tensor | None = None,
     marks: Tensor | None = None,
+    queries: Tensor | None = None,
+    turns: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Score every key after a multi-token call.
 
@@ -41,8 +43,9 @@ def score_slots(
     the slots kept (`rule.stats`; sums are added if `rule.carry`). pos: int32 [B, Hkv, L] in ascending order, -1 =
     empty, or None (key l is at position l). valid: bool [B, S], the last S keys'. cursor: int32 [B, Hkv, 4 or 6] before
     the call. position: of the call's first token. mask: of the attention, checked if there is a past. k, v
-    [B, Hkv, L, D or Dv], rows (of `window_rows`), wo [out, Hq * Dv] and hidden [B, S, size]: for rules with a scorer or
-    a value weight that reads them. marks: int32 [B, S], of the call's tokens, for rules that are `marked`.
+    [B, Hkv, L, D or Dv], rows (of `window_rows`), wo [out, Hq * Dv], hidden [B, S, size], queries [B, Hq, S, D] before
+    their rotation and turns [2, 1 or B, S, D], its cosines and sines: for rules with a scorer or a value weight that
+    reads them. marks: int32 [B, S], of the call's tokens, for rules that are `marked`.
 
     Returns (score float32 [B, Hkv, L]: +inf protected, 3e38 untouchable, -inf no candidate; the statistics to keep
     [N, B, Hkv, L]; the new cursor). Raises ValueError if stats do not fit the rule, MaskError as `check_shown`.
@@ -68,13 +71,16 @@ def score_slots(
             stats,
             (where, candidate, end),
             after,
-            (k, v, rows, hidden),
+            Read(k, v, rows, hidden, queries, turns),
             (past_held, total[plan.stat(MARK)] if plan.fair else None),
             plan,
         )
     if WEIGHT in plan.stats:
         assert v is not None
-        total[plan.stat(WEIGHT)] = value_weights(plan.weight, v, wo)
+        old = length - valid.shape[1]  # their weights stay: a share of all heads needs the same token in each
+        total[plan.stat(WEIGHT), ..., old:] = value_weights(plan.weight, v[:, :, old:], wo)
+        if past_stats is not None:
+            total[plan.stat(WEIGHT), ..., :old] = past_stats[plan.stat(WEIGHT), ..., :old]
     if not plan.evicts:
         return torch.where(candidate, INF, -INF), total, after
     score = _ranked(total, where, candidate, end, after, plan)
@@ -133,7 +139,10 @@ def slot_scores(stats: Tensor, pos: Tensor, rule: Rule, now: Tensor | int = 0) -
     score = base_scores(stats, pos, rule, now)
     if rule.heads == "all" and rule.score not in ("position", HELD):
         score = score.mean(1, keepdim=True).expand_as(score)
-    return (score + rule.weight_floor) * stats[rule.stat(WEIGHT)] if WEIGHT in rule.stats else score
+    if WEIGHT not in rule.stats:
+        return score
+    weighted = (score + rule.weight_floor) * stats[rule.stat(WEIGHT)]
+    return torch.where(score >= UNSCORED, score, weighted) if HELD in rule.stats else weighted
 
 
 def base_scores(stats: Tensor, pos: Tensor, rule: Rule, now: Tensor | int) -> Tensor:

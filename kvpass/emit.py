@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 
 from kvpass.emit_heads import from_slots, regrouped, to_slots
@@ -55,7 +56,7 @@ class Emitter:
         if self.planned.arrives:
             shown = self.q, k, pos, self.mask, valid, core.scale, core.causal, self.rule
             rows = write.op("window_rows", *shown, *self.extras) if self.planned.windowed else None
-            read = (*(read or (None,)), k, v, rows, *self._read_beside())
+            read = (*(read or (None,)), k, v, rows, *self._read_beside(), *self._rotation())
         before = self.cursor, self.position, self.rule
         score, stats, cursor = write.parts(write.op("score_slots", stats, past_stats, pos, valid, *before, *read), 3)
         room = write.method("size", score if self.planned.rule.ragged else self.k, 2)
@@ -109,6 +110,14 @@ class Emitter:
         if found is not None and found.turned:
             weight = self.write.method("transpose", weight, 0, 1)
         return weight, None if hidden is None else self.write.copy(hidden), self.write.low.marks
+
+    def _rotation(self) -> tuple[fx.Node, ...]:
+        """Queries before their rotation, [B, Hq, S, D], and its angles, [2, 1 or B, S, D], if the rule reads them."""
+        found = self.planned.rotation
+        if found is None:
+            return ()
+        angles = [self.write.method("squeeze", self.write.copy(x), 1) for x in (found.cos, found.sin)]
+        return self.write.copy(found.before), self.write.call(torch.stack, angles)
 
     def _outputs(self, out: fx.Node) -> list[fx.Node]:
         return [self._of_model(node) for node in from_slots(self.write, out)]

@@ -13,6 +13,7 @@ from kvpass.errors import PolicyError
 from kvpass.kernels.rule import HELD, MARK, WEIGHT, Rule
 from kvpass.match.output_projection import OutputProjection, output_projection
 from kvpass.match.projections import block_input
+from kvpass.match.rope import Rotation, rotation
 from kvpass.policy.rule import rule_of
 from kvpass.policy.spec import Policy
 from kvpass.site import Decline, Site, SiteTable
@@ -53,6 +54,13 @@ class SitePlan:
     def hidden(self) -> fx.Node | None:
         """The hidden states that the rule's scorer reads; None if it reads none."""
         return block_input(self.site.value.update.new) if "hidden" in self.rule.reads else None
+
+    @property
+    def rotation(self) -> Rotation | None:
+        """The rotation of the queries, for a scorer that reads them before it; None if it reads none."""
+        core = self.site.core
+        plain = core.axes.q == "BHSD" and not core.tiled
+        return rotation(core.q) if "queries" in self.rule.reads and plain else None
 
     @property
     def windowed(self) -> bool:
@@ -142,6 +150,13 @@ def _check(policy: Policy, planned: SitePlan) -> None:
             f"policy {policy.name!r} reads the block's hidden states, which were not found above its values",
             where=f"{site.name}, {site.source}",
             hint="choose a policy that reads keys or attention; projections of several tensors cannot be read",
+        )
+    if "queries" in rule.reads and planned.rotation is None:
+        raise PolicyError(
+            f"policy {policy.name!r} reads queries before their rotation, and none of the usual form (RoPE over whole "
+            "heads, entry i with entry i + D / 2) was found",
+            where=f"{site.name}, {site.source}",
+            hint="choose a policy that reads keys or attention, e.g. keydiff or snapkv",
         )
     if rule.taper and rule.layers < 2:
         raise PolicyError(

@@ -14,7 +14,7 @@ def lag(seen: Seen, sinks: int = 4, block: int = 128, cross: bool = False) -> Te
     After `sinks` tokens the sequence is cut into blocks. Per channel the next block's minimum and maximum normalise a
     block; the standard deviation over the channels, softmax over the block, mean of keys and values, is a token's
     score; then, unless `cross`, its rank in the block / block (kvpress), so that every block loses the same share.
-    Sinks, the last full block and what follows it score 1: they are kept first.
+    Sinks, the last full block and what follows it score 1: they are kept first. Without two blocks the newer stay.
     """
     out = torch.ones_like(seen.pos, dtype=torch.float32)
     for b in range(out.shape[0]):
@@ -23,6 +23,7 @@ def lag(seen: Seen, sinks: int = 4, block: int = 128, cross: bool = False) -> Te
             body = alive[sinks:]
             blocks = len(body) // block
             if blocks < 2:
+                out[b, h, body] = torch.arange(len(body), device=out.device) / max(len(body), 1)
                 continue
             index = body[: blocks * block]
             parts = [_standing(x[b, h, index].unflatten(0, (blocks, block))) for x in (seen.keys, seen.values)]

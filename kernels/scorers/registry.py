@@ -15,12 +15,12 @@ from urllib.parse import quote, unquote
 import torch
 from torch import Tensor
 
-READS = ("keys", "values", "hidden", "rows", "logits", "statistics")
-"""What a scorer may ask for. `hidden`: what the attention block reads; `rows` and `logits`: of the observation window;
-`statistics`: what attention emitted.
+READS = ("keys", "values", "hidden", "queries", "rows", "logits", "statistics")
+"""What a scorer may ask for. `hidden`: what the attention block reads; `queries`: before their rotation; `rows` and
+`logits`: of the observation window; `statistics`: what attention emitted.
 """
 
-BUILT_IN = ("geometry", "lag", "learned", "window", "redundancy", "chance")
+BUILT_IN = ("geometry", "expected", "lag", "learned", "window", "redundancy", "chance")
 """Modules of this package that hold scorers."""
 
 _TABLE: dict[str, Scorer] = {}
@@ -45,6 +45,8 @@ class Seen:
         statistics: float32 [B, Hkv, L] by name, of this call.
         h: [B, L, size], hidden states that the block's values are projected from. Only of the call's own tokens, so a
             scorer that reads them sees no others (L is S), and scores of older slots stay.
+        q: [B, Hq, S, D], this call's queries before their rotation (RoPE, half-turned).
+        turns: [2, 1 or B, S, D], cosines and sines that they are rotated by.
     """
 
     pos: Tensor
@@ -61,6 +63,8 @@ class Seen:
     rows: Tensor | None
     statistics: dict[str, Tensor]
     h: Tensor | None = None
+    q: Tensor | None = None
+    turns: Tensor | None = None
 
     @property
     def keys(self) -> Tensor:
@@ -79,6 +83,18 @@ class Seen:
         """float32 [B, L, size]"""
         assert self.h is not None, 'say reads=("hidden",)'
         return self.h.float()
+
+    @property
+    def queries(self) -> Tensor:
+        """float32 [B, Hkv, G, S, D]"""
+        assert self.q is not None, 'say reads=("queries",)'
+        return self.q.float().unflatten(1, (self.pos.shape[1], -1))
+
+    @property
+    def angles(self) -> Tensor:
+        """[2, 1 or B, S, D]"""
+        assert self.turns is not None, 'say reads=("queries",)'
+        return self.turns
 
     @property
     def observed(self) -> Tensor:
@@ -140,7 +156,7 @@ def scorer(
 
     Args:
         name: as policies write it.
-        reads: of keys, values, hidden, rows, logits, statistics: nothing else is computed.
+        reads: of keys, values, hidden, queries, rows, logits, statistics: nothing else is computed.
         pointwise: see `Scorer`.
 
     Raises:

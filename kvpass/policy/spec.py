@@ -113,8 +113,8 @@ class Allocate:
         heads: `uniform`; `flat`: a layer's best slots stay, whatever head they belong to (Ada-KV); or `table`: by the
             shares in `file`.
         safeguard: with `flat`, this share of the even budget is safe in each head.
-        file: with `table`, `torch.save` of {"heads": tensor [layers, Hkv]} of shares >= 0; a relative path starts at the
-            policy's folder.
+        file: with `table`, `torch.save` of {"heads": tensor [layers, Hkv]} of shares >= 0; a relative path starts at
+            the policy's folder.
     """
 
     layers: Literal["uniform", "pyramid"] = "uniform"

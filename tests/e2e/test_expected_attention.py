@@ -1,0 +1,87 @@
+"""Expected Attention against its definition in float64: every rotation is a matrix, every key and position a loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import tiny
+from transformers import DynamicCache
+
+import kvpass
+
+SLOTS, SKIP, FUTURE, DIM = 40, 4, 512, 16
+
+
+def turn(model: Any, position: int) -> np.ndarray:
+    """The rotation matrix of a position: q_embed = R q."""
+    angle = position * model.model.rotary_emb.inv_freq.double().numpy()
+    half = DIM // 2
+    matrix = np.zeros((DIM, DIM))
+    for f in range(half):
+        c, s = np.cos(angle[f]), np.sin(angle[f])
+        matrix[f, f] = matrix[f + half, f + half] = c
+        matrix[f, f + half], matrix[f + half, f] = -s, s
+    return matrix
+
+
+def projected(weight: torch.Tensor, hidden: np.ndarray, heads: int) -> np.ndarray:
+    """[T, size] -> [heads, T, D], not rotated."""
+    return (hidden @ weight.detach().double().numpy().T).reshape(len(hidden), heads, DIM).transpose(1, 0, 2)
+
+
+def scores(model: Any, layer: int, hidden: np.ndarray, heads: int, kv_heads: int) -> np.ndarray:
+    """[Hkv, T] of a row's real tokens."""
+    attention, count = model.model.layers[layer].self_attn, len(hidden)
+    q, k, v = (
+        projected(getattr(attention, f"{x}_proj").weight, hidden, n)
+        for x, n in (("q", heads), ("k", kv_heads), ("v", kv_heads))
+    )
+    ahead = sum(turn(model, p) for p in range(count, count + FUTURE)) / FUTURE
+    out = np.zeros((kv_heads, count))
+    for h in range(heads):
+        group = h * kv_heads // heads
+        mean = q[h, SKIP:].mean(0)
+        spread = (q[h, SKIP:] - mean).T @ (q[h, SKIP:] - mean) / (count - SKIP)
+        mean, spread = ahead @ mean, ahead @ spread @ ahead.T
+        z = np.zeros(count - SKIP)
+        for j in range(SKIP, count):
+            key = turn(model, j) @ k[group, j]
+            z[j - SKIP] = key @ mean / DIM**0.5 + key @ spread @ key / (2 * DIM)
+        share = np.exp(z - z.max())
+        out[group, SKIP:] += share / share.sum() * kv_heads / heads
+    return out * np.linalg.norm(v, axis=-1)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (4, 4)])
+def test_kept_positions(heads: int, kv_heads: int) -> None:
+    model = tiny.llama(heads, kv_heads, DIM)
+    hidden: list[np.ndarray] = []
+    hooks = [
+        layer.input_layernorm.register_forward_hook(lambda m, a, out: hidden.append(out.detach().double().numpy()))
+        for layer in model.model.layers
+    ]
+    ids, mask = tiny.left_padded([120, 90])
+    with torch.no_grad():
+        places = (mask.cumsum(-1) - 1).clamp(min=0)
+        model(ids, attention_mask=mask, position_ids=places)
+        for hook in hooks:
+            hook.remove()
+        compiled = kvpass.compile(model, policy="expected_attention", budget=SLOTS, inner="eager")
+        cache = DynamicCache(config=model.config)
+        compiled(ids, attention_mask=mask, position_ids=places, past_key_values=cache)
+    for layer, view in enumerate(kvpass.inspect(cache).layers):
+        for b, count in enumerate((120, 90)):
+            pad = 120 - count
+            expected = scores(model, layer, hidden[layer][b, pad:], heads, kv_heads)
+            for h in range(kv_heads):
+                order = sorted(range(count), key=lambda j, s=expected[h]: (j >= SKIP, -s[j], j))
+                assert view.positions[b, h].tolist() == [pad + j for j in sorted(order[:SLOTS])], (layer, b, h)
+
+
+def test_a_model_without_rotation_is_refused() -> None:
+    compiled = kvpass.compile(tiny.gpt2("sdpa"), policy="expected_attention", budget=SLOTS, inner="eager")
+    with torch.no_grad(), pytest.raises(kvpass.KVPassError, match="reads queries before their rotation"):
+        compiled(tiny.tokens(1, 60))
