@@ -60,6 +60,7 @@ CHOICES = {
     "granule_by": ["mean", "top_half"],
     "weight": ["none", "l1", "vo_l1"],
     "scorer": ["", "knorm"],
+    "table": ["", "a/b%20c.pt"],
     "options": ["", "a:int:1,b:str:x%20y"],
     "group": ["mean", "max"],
     "heads": ["each", "all"],
