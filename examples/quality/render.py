@@ -32,7 +32,6 @@ READ = """How to read it:
 - `full` is the ceiling, and its KL is the floor of rounding; `random` is what every policy must beat. A 135M model is
   weak: where `full` itself is below 100 %, the rest of the way is not the policy's fault.
 """
-SHORT = {"passkey": "passkey", "multi-key": "multi-key", "variable": "variable"}
 
 
 def percent(value: float) -> str:
@@ -69,6 +68,7 @@ def answer_nll(cell: dict[str, Any]) -> list[float]:
 
 def retrieval_row(cell: dict[str, Any]) -> list[str]:
     scores = [share_cell(cell["retrieval"][mode][task]) for task in TASKS for mode in MODES]
+    scores += [percent(accuracy(cell, mode)) for mode in MODES]
     return [f"`{cell['policy']}`", f"{100 * held(cell):.1f}", *scores, spread(answer_nll(cell), 2)]
 
 
@@ -87,7 +87,8 @@ def text_row(cell: dict[str, Any]) -> list[str]:
     ]
 
 
-RETRIEVAL_COLUMNS = ["policy", "held %", *(f"{SHORT[t]} {m}" for t in TASKS for m in MODES), "answer NLL"]
+RETRIEVAL_COLUMNS = ["policy", "held %", *(f"{task} {mode}" for task in TASKS for mode in MODES)]
+RETRIEVAL_COLUMNS += [*(f"all {mode} %" for mode in MODES), "answer NLL"]
 TEXT_COLUMNS = ["policy", "held %", "KL", "same token %, true text", "same token %, own text"]
 TEXT_COLUMNS += ["perplexity", "attention kept %"]
 
@@ -130,13 +131,12 @@ def gaps(results: dict[str, Any]) -> list[str]:
 
 
 def facts(results: dict[str, Any]) -> list[str]:
-    machine, settings = results["machine"], results["settings"]
+    machine = results["machine"]
     commits = sorted({cell["commit"] for cell in results["cells"]})
     minutes = sum(cell["seconds"] for cell in results["cells"]) / 60
-    precise = "" if settings["matmul"] == "highest" else " with bfloat16 products (`--matmul medium`)"
     versions = ", ".join(f"{name} {machine[name]}" for name in ("python", "torch", "transformers", "kvpass"))
     return [
-        f"SmolLM2-135M-Instruct, float32{precise}, text of Python's documentation, inner compiler `eager`.",
+        "SmolLM2-135M-Instruct, float32, text of Python's documentation, inner compiler `eager`.",
         f"`{results['command']}`, {results['date']}; {len(results['cells'])} cells, {minutes:.0f} minutes;",
         f"commit {', '.join(commits)}; {versions}; {machine['cpu']}, {machine['threads']} thread(s).",
     ]

@@ -50,9 +50,9 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budgets", type=lambda text: [float(part) for part in listed(text)])
     parser.add_argument("--contexts", type=lambda text: [int(part) for part in listed(text)])
     parser.add_argument("--trials", type=int, help="retrieval prompts for each task and mode, and texts")
+    parser.add_argument("--steps", type=int, default=128, help="tokens of each continuation")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--full", action="store_true", help="1k, 2k and 4k; 10, 20 and 50 %%; 20 trials: many hours")
-    parser.add_argument("--matmul", default="highest", choices=["highest", "medium"], help="float32 products")
     parser.add_argument("--fresh", action="store_true", help="forget finished cells of these settings")
     parser.add_argument("--render", action="store_true", help="measure nothing: write table, picture and docs")
     parser.add_argument("--estimate", action="store_true", help="measure nothing: say how long it would take")
@@ -140,8 +140,7 @@ def main() -> None:
     args, console = arguments(), wide_console()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    torch.set_float32_matmul_precision(args.matmul)
-    store = Store(Settings(trials=args.trials, seed=args.seed, matmul=args.matmul))
+    store = Store(Settings(args.trials, args.steps, args.seed))
     command = shlex.join(["python", "-P", "examples/quality/run.py", *sys.argv[1:]])
     if not args.render:
         if args.fresh:

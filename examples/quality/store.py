@@ -20,17 +20,15 @@ class Settings:
         trials: retrieval prompts for each task and question mode, and texts to go on with.
         steps: tokens of each continuation.
         seed: of texts, needles and depths.
-        matmul: float32 products: `highest`, or `medium` (bfloat16 factors where the CPU has them: about 3 x faster).
     """
 
     trials: int
     steps: int = 128
     seed: int = 0
-    matmul: str = "highest"
 
     @property
     def key(self) -> str:
-        return f"t{self.trials}-n{self.steps}-s{self.seed}-{self.matmul}"
+        return f"t{self.trials}-n{self.steps}-s{self.seed}"
 
 
 @dataclass(frozen=True)
