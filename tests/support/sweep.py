@@ -66,6 +66,7 @@ def child(family: str, mode: str) -> None:
         skip = SKIP[mode][attention]
         save(attention, run(family, attention, lambda result, a=attention: save(a, result), skip))
         if mode == "graphs" and results[attention]["status"] == "ran":
+            save("eager", results.get("eager", {"status": "not tried"}))
             break
     save("done", True)
 

@@ -13,6 +13,7 @@ from transformers import Gemma2Config, LlamaConfig, Qwen3NextConfig
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import scoreboard
+import sweep
 from shrink import WINDOW, covering, rule_for, tiny_config
 
 GOOD = {
@@ -124,3 +125,11 @@ def test_the_documents() -> None:
     assert "| rwkv | no cache: its forward takes no past_key_values |" in text
     assert "every full-attention site matched: 3 (100 %)" in text
     assert "llama; sdpa: 2 / 1 (SLIDING_WINDOW) sites, identity ok" in scoreboard.line("llama", results["llama"])
+
+
+def test_graphs_are_counted_beside_what_was_known():
+    quick = {**GOOD, "graphs": {"skipped": True}}
+    now = {"status": "ran", "graphs": BAD, "eviction": {"skipped": True}, "identity": {"ok": True, "gap": 0.0}}
+    merged = sweep.with_graphs(both(quick), {"sdpa": now, "eager": {"status": "not tried"}})
+    assert merged["sdpa"] == {**GOOD, "graphs": BAD, "identity": {"ok": True, "gap": 0.0}}
+    assert merged["eager"] == quick
