@@ -24,6 +24,13 @@ class Choice:
     untouchable: int
     keep: int
     queries: int  # how many queries ever voted: each may have lost FLOAT32_TINY
+    error: Array | None = None  # how far float32 may have moved each score; None: `rtol` of itself
+    blurred: Array | None = None  # bool: float32 may see a rank or verdict otherwise, so equal scores are no tie
+
+    def bounds(self, rtol: float) -> tuple[Array, Array]:
+        """(lowest, highest) that float32 may have made of each score."""
+        slack = (rtol * self.score if self.error is None else self.error) + self.queries * FLOAT32_TINY
+        return self.score - slack, self.score + slack
 
     def in_scope(self) -> Array:
         """The `untouchable` slots: protected first, then the largest variance; ties go to the older."""
@@ -45,7 +52,8 @@ def objection(choice: Choice, theirs: Array, rtol: float) -> str | None:
     """Why keeping `theirs` cannot be float32's view of this choice, or None if it can.
 
     A score is a sum of probabilities, all positive, so its error is relative to itself: two scores may come
-    out in the other order if each moves by at most `rtol` of itself, plus what float32 flushes to zero.
+    out in the other order if each moves by at most `rtol` of itself, plus what float32 flushes to zero. Scores of
+    another kind come with an error of their own.
     A variance is a difference, so its error is relative to what it was subtracted from: a relative error r
     of the probabilities gives 2r in sumsq and in mean^2 <= sumsq/count, together 4r of `power`.
     """
@@ -85,8 +93,7 @@ def scope_bounds(choice: Choice, rtol: float) -> tuple[Array, Array]:
 def ranking_objection(choice: Choice, kept: Array, surely_in: Array, surely_out: Array, rtol: float) -> str | None:
     """No token that they kept may rank clearly below one that they evicted, unless it can be in the scope."""
     score, positions = choice.score, choice.positions
-    flushed = choice.queries * FLOAT32_TINY
-    low, high = score * (1 - rtol) - flushed, score * (1 + rtol) + flushed
+    low, high = choice.bounds(rtol)
     worst = np.flatnonzero(~kept)[low[~kept].argmax()]
     beaten = kept & ~choice.protected & (high < low[worst])
     if (beaten & surely_out).any():
@@ -105,6 +112,8 @@ def ranking_objection(choice: Choice, kept: Array, surely_in: Array, surely_out:
 def tie_objection(choice: Choice, kept: Array, surely_out: Array) -> str | None:
     """Exactly equal float64 scores are copies of one value (max-pooling) or zeros: float32 sees the tie too."""
     open_ = surely_out & ~choice.protected
+    if choice.blurred is not None:
+        open_ = open_ & ~choice.blurred
     oldest_lost: dict[float, int] = {}
     for i in np.flatnonzero(~kept & open_):
         oldest_lost.setdefault(choice.score[i], choice.positions[i])

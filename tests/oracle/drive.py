@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from oracle.base import Policy
 from oracle.hf import Oracle
 from transformers import DynamicCache
 
@@ -20,9 +21,12 @@ class Conversation:
     """Feeds the same tokens to a compiled model and to the oracle. Each call checks kept positions and the token
     chosen."""
 
-    def __init__(self, model: Any, policy: str, budget: float | int, **options: Any) -> None:
+    def __init__(
+        self, model: Any, policy: Any, budget: float | int, meaning: Policy | None = None, **options: Any
+    ) -> None:
+        """`meaning`: the oracle's policy, where `policy` is not a name that it knows."""
         self.compiled = kvpass.compile(model, policy=policy, budget=budget, **options)
-        self.oracle = Oracle(model, policy, budget)
+        self.oracle = Oracle(model, policy if meaning is None else meaning, budget)
         self.cache = DynamicCache(config=model.config)
         self.mask: torch.Tensor | None = None
 

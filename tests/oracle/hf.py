@@ -7,6 +7,7 @@ import copy
 from typing import Any
 
 import torch
+from oracle.base import Policy
 from oracle.simulator import Simulator
 from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -43,12 +44,25 @@ def twin(model: Any) -> Any:
     return other
 
 
+def attention_modules(model: Any) -> list[tuple[int, Any]]:
+    found = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "o_proj")]
+    return [(m.layer_idx, m) for m in found]
+
+
+def outward(module: Any) -> torch.Tensor:
+    """[Hq,Dv,hidden]: what the output of each query head is multiplied with."""
+    weight = module.o_proj.weight.detach().double()
+    return weight.T.unflatten(0, (-1, module.head_dim))
+
+
 class Oracle:
     """A conversation with the naive model: call it with tokens, it returns logits and has evicted."""
 
-    def __init__(self, model: Any, policy: str, budget: float | int = 1.0, floor: int = 64) -> None:
+    def __init__(self, model: Any, policy: str | Policy, budget: float | int = 1.0, floor: int = 64) -> None:
         self.model = twin(model)
         self.simulator = Simulator(policy, budget, floor)
+        self.simulator.depth = model.config.get_text_config().num_hidden_layers
+        self.simulator.outward = {i: outward(m) for i, m in attention_modules(model)}
         self.cache = DynamicCache(config=self.model.config)
 
     def __call__(self, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:

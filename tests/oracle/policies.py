@@ -1,100 +1,24 @@
 """What each policy means, for one KV head of one row, in float64 and plain Python.
 
-Written from shared/policies.md (sections 0, 1.1, 1.2, 1.4, 1.5, 2.1) and from the definitions of
-docs/design/0001, never from kvpass' code. A policy looks at `rows`: for each query of a call the
-probabilities over all tokens of the sequence, already averaged over the query heads that share this KV
-head, exactly zero where the query may not look or the token was evicted.
+Written from shared/policies.md and from the definitions of docs/design/0001, never from kvpass' code. A policy looks
+at `rows`: for each query of a call the probabilities over all tokens of the sequence, already averaged over the query
+heads that share this KV head, exactly zero where the query may not look or the token was evicted.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
+from oracle.base import ROUNDING, Budget, Memory, Policy, Row, Sight
+from oracle.held import RKV, KeyDiff, Knorm, LagKV, Random
+from oracle.smooth import pooled
+from oracle.weights import Weighted, l1, vo_l1
+from oracle.windowed import CAKE, NACL, ChunkKV, DefensiveKV, Finch, WindowKV
+
+__all__ = ["EVICTING", "NEW", "POLICIES", "Budget", "Memory", "Policy", "Row"]
 
 Array = np.ndarray
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Tokens a KV head may keep after `seen` valid tokens: a number of slots, or a fraction with a floor."""
-
-    slots: int | None = None
-    fraction: Fraction = Fraction(1)
-    floor: int = 64
-
-    @staticmethod
-    def of(budget: float | int, floor: int = 64) -> Budget:
-        """The two spellings of the library's `budget=`: int = slots, float = fraction of the tokens seen."""
-        if isinstance(budget, int):
-            return Budget(slots=budget)
-        return Budget(fraction=Fraction(str(budget)), floor=floor)
-
-    def __call__(self, seen: int) -> int:
-        if self.slots is not None:
-            return self.slots
-        return max(self.floor, seen * self.fraction.numerator // self.fraction.denominator)
-
-
-@dataclass
-class Row:
-    """One row of the batch during one call. Positions count padding."""
-
-    start: int  # position of the call's first token
-    valid: Array  # [S] bool: the call's tokens that are not padding
-    first: int  # position of the row's first valid token
-    end: int  # one past the row's last valid token
-    seen: int  # valid tokens seen so far, this call included
-
-    @property
-    def queries(self) -> Array:
-        """Positions of the call's queries."""
-        return self.start + np.arange(len(self.valid))
-
-
-class Memory:
-    """The statistics of one KV head, per token of the sequence (nobody reads those of evicted tokens)."""
-
-    def __init__(self) -> None:
-        self.sum = np.zeros(0)
-        self.sumsq = np.zeros(0)
-        self.count = np.zeros(0)
-
-    def grow(self, length: int) -> None:
-        """Room for tokens up to `length`; new tokens start at zero."""
-        for name in ("sum", "sumsq", "count"):
-            old = getattr(self, name)
-            setattr(self, name, np.concatenate([old, np.zeros(length - len(old))]))
-
-    def mean(self) -> Array:
-        return self.sum / np.maximum(self.count, 1)
-
-    def variance(self) -> Array:
-        """Of the observed probabilities. Never below zero, where rounding would put a constant's."""
-        return np.maximum(self.sumsq / np.maximum(self.count, 1) - self.mean() ** 2, 0)
-
-
-class Policy:
-    """Keeps everything. The base of the others."""
-
-    shared = False  # True: one choice for all KV heads of a layer, ranked by their average score
-    scoped = False  # True: the slots of largest standard deviation cannot be evicted
-
-    def observe(self, memory: Memory, rows: Array, sees: Array, row: Row, candidates: Array) -> None:
-        """Update the statistics. rows, sees: [S, T]; candidates: the tokens that compete, ascending."""
-
-    def score(self, memory: Memory) -> Array:
-        """[T], higher = keep."""
-        return np.zeros(len(memory.sum))
-
-    def protected(self, positions: Array, row: Row, n: int) -> Array:
-        """Which of these positions may not be evicted."""
-        return np.zeros(len(positions), dtype=bool)
-
-    def untouchable(self, n: int) -> int:
-        """How many slots the scope keeps out of reach."""
-        return 0
 
 
 class Full(Policy):
@@ -154,11 +78,7 @@ class SnapKV(Policy):
         memory.sum[candidates] = self.pooled(memory.sum[candidates], candidates < row.end - self.window)
 
     def pooled(self, values: Array, outside: Array) -> Array:
-        """Max over 7 neighbours outside the window; tokens of the window keep theirs and lend nothing."""
-        half, lent = self.pool // 2, np.where(outside, values, 0)
-        padded = np.concatenate([np.zeros(half), lent, np.zeros(half)])
-        best = [padded[i : i + self.pool].max() for i in range(len(values))]
-        return np.where(outside, best, values)
+        return pooled(values, outside, "max", self.pool)
 
     def score(self, memory: Memory) -> Array:
         return memory.mean()
@@ -187,6 +107,86 @@ class RoCo(Policy):
         return n * 3 // 10 + 1
 
 
+class Scissorhands(Policy):
+    """How often a token got at least an even share, of the queries that saw it; the last 400 of a call vote."""
+
+    window = 400
+
+    def observe(self, memory: Memory, rows: Array, sees: Array, row: Row, candidates: Array) -> None:
+        voters = row.valid & (row.queries >= row.end - self.window)
+        for share, seen in zip(rows[voters], sees[voters], strict=True):
+            even = 1 / max(seen.sum(), 1)
+            memory.important = memory.important + (seen & (share >= even))
+            memory.count = memory.count + seen
+            memory.blurred = memory.blurred + (seen & (np.abs(share - even) <= ROUNDING * even))
+
+    def score(self, memory: Memory) -> Array:
+        return memory.important / np.maximum(memory.count, 1)
+
+    def error(self, memory: Memory, rounding: float) -> Array:
+        """A verdict on a share that is even but for rounding may be the other one."""
+        return memory.blurred / np.maximum(memory.count, 1)
+
+    def protected(self, positions: Array, row: Row, n: int) -> Array:
+        return (positions < row.first + 4) | (positions >= row.end - 10)
+
+
+class VATP(Weighted, H2O):
+    """H2O's sums times the L1 norm of the value; 20 sinks."""
+
+    def weigh(self, sight: Sight) -> Array:
+        return l1(sight)
+
+    def protected(self, positions: Array, row: Row, n: int) -> Array:
+        return (positions < row.first + 20) | super().protected(positions, row, n)
+
+
+class CriticalKV(Weighted, SnapKV):
+    """Half of the budget by SnapKV's score, the rest by that times what the value gives to the output."""
+
+    scoped = True
+    floor = 1e-4
+
+    def weigh(self, sight: Sight) -> Array:
+        return vo_l1(sight)
+
+    def untouchable(self, n: int) -> int:
+        return n // 2
+
+    def scope_key(self, memory: Memory) -> tuple[Array, Array]:
+        plain = SnapKV.score(self, memory)
+        return plain, plain / 4
+
+
+class PyramidKV(SnapKV):
+    """SnapKV with budgets that fall from layer to layer: policies.md's R6."""
+
+    beta = 20
+
+    def budget(self, even: int, seen: int, layer: int, layers: int) -> int:
+        base = even - self.window
+        if base < self.beta or layers < 2 or seen < even or seen < 2 * base:
+            return even
+        low = base // self.beta
+        high = 2 * base - low
+        if high >= seen - self.window:
+            high = seen - self.window
+            low = 2 * base - high
+        return high - layer * ((high - low) // (layers - 1)) + self.window
+
+
+class AdaSnapKV(SnapKV):
+    safeguard = Fraction(2, 10)
+
+
+class AdaPyramid(PyramidKV):
+    safeguard = Fraction(2, 10)
+
+
+class CriticalAda(CriticalKV):
+    safeguard = Fraction(2, 10)
+
+
 POLICIES: dict[str, type[Policy]] = {
     "full": Full,
     "streaming_llm": StreamingLLM,
@@ -194,5 +194,25 @@ POLICIES: dict[str, type[Policy]] = {
     "tova": Tova,
     "snapkv": SnapKV,
     "roco": RoCo,
+    "vatp": VATP,
+    "random": Random,
+    "knorm": Knorm,
+    "keydiff": KeyDiff,
+    "lagkv": LagKV,
+    "r_kv": RKV,
+    "nacl": NACL,
+    "pyramidkv": PyramidKV,
+    "ada_snapkv": AdaSnapKV,
+    "ada_pyramid": AdaPyramid,
+    "criticalkv": CriticalKV,
+    "critical_ada": CriticalAda,
+    "defensivekv": DefensiveKV,
+    "chunkkv": ChunkKV,
+    "windowkv": WindowKV,
+    "finch": Finch,
+    "scissorhands": Scissorhands,
+    "cake": CAKE,
 }
-EVICTING = [name for name in POLICIES if name != "full"]
+EVICTING = ["streaming_llm", "h2o", "tova", "snapkv", "roco"]
+"""The first five, which look at probabilities and positions alone."""
+NEW = [name for name in POLICIES if name not in ("full", *EVICTING)]

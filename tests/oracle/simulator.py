@@ -10,18 +10,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from oracle.base import ROUNDING, Budget, Memory, Policy, Row, Sight
 from oracle.choice import Choice, objection
-from oracle.policies import POLICIES, Budget, Memory, Policy, Row
+from oracle.flat import counts, extras, joint_objection
+from oracle.policies import POLICIES
 
 Array = np.ndarray
-
-ROUNDING = 2.0**-14
-"""How far float32 may move a score, relative to its size: 1024 units in the last place.
-
-The relative error of a probability is the absolute error of its logit, a dot product of projections of
-hidden states that carry the rounding of all layers before. `test_oracle_rounding` measures it on SmolLM2,
-float32 against float64: at most 3.4e-5 for one query's probabilities, 1.8e-5 for sums over queries.
-"""
 
 
 class Head:
@@ -55,6 +49,8 @@ class Layer:
         self.seen = [0] * rows
         self.votes = 0
         self.rows: list[Row] = []  # of the call that is running
+        self.extra = [[0] * heads for _ in range(rows)]  # slots beyond the even budget, where heads share one
+        self.shares = False  # the latest call shared a layer's budget out
 
     def enter(self, b: int, start: int, valid: Array) -> Row:
         """Count the call's valid tokens of row b."""
@@ -67,11 +63,15 @@ class Layer:
 
 
 class Simulator:
-    def __init__(self, policy: str, budget: float | int = 1.0, floor: int = 64, rounding: float = ROUNDING) -> None:
-        self.policy: Policy = POLICIES[policy]()
+    def __init__(
+        self, policy: str | Policy, budget: float | int = 1.0, floor: int = 64, rounding: float = ROUNDING
+    ) -> None:
+        self.policy: Policy = POLICIES[policy]() if isinstance(policy, str) else policy
         self.budget = Budget.of(budget, floor)
         self.rounding = rounding
         self.layers: dict[int, Layer] = {}
+        self.depth = 0  # layers of the model, if the policy asks
+        self.outward: dict[int, torch.Tensor] = {}  # [Hq,Dv,hidden] output projection of each layer, if it asks
         self.step = -1
         self.history: list[list[list[list[Array]]]] = []  # [step][layer][row][head] -> positions
         self.compared = 0
@@ -91,9 +91,12 @@ class Simulator:
             for h in range(Hkv):
                 group = slice(h * Hq // Hkv, (h + 1) * Hq // Hkv)
                 extra = bias[b, group] if bias is not None else None
-                rows = probabilities(q[b, group], k[b, h], visible[b, group], extra, scale)
+                z = logits(q[b, group], k[b, h], visible[b, group], extra, scale)
+                rows = torch.softmax(z, dim=-1).nan_to_num_(nan=0.0)  # rows that see nothing are zero
                 out[b, group] = rows @ v[b, h].double()
                 self.observe(index, b, h, rows, visible[b, group])
+                if self.policy.needs:
+                    self.look(index, b, h, rows, z, visible[b, group], k[b, h], v[b])
         self.leave(index)
         return out.to(q.dtype)
 
@@ -123,24 +126,89 @@ class Simulator:
         head = layer.heads[b][h]
         self.policy.observe(head.memory, a, visible.any(0).numpy(), layer.rows[b], head.positions)
 
+    def look(
+        self,
+        index: int,
+        b: int,
+        h: int,
+        rows: torch.Tensor,
+        z: torch.Tensor,
+        visible: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+    ) -> None:
+        """What else a policy may ask for. Probabilities and logits [G,S,T], keys [T,D], values of all heads."""
+        layer = self.layers[index]
+        row, head, outward = layer.rows[b], layer.heads[b][h], self.outward.get(index)
+        sight = Sight(
+            rows=rows.numpy(),
+            logits=z.numpy(),
+            sees=visible.any(0).numpy(),
+            keys=k.double().numpy(),
+            values=v.double().numpy(),
+            outward=None if outward is None else outward.numpy(),
+            candidates=head.positions,
+            row=row,
+            layer=index,
+            head=h,
+            n=self.even(index, row),
+            rounding=self.rounding,
+        )
+        self.policy.look(head.memory, sight)
+
+    def even(self, index: int, row: Row) -> int:
+        """Slots per head of a layer, on average over its heads."""
+        return self.policy.budget(self.budget(row.seen), row.seen, index, self.depth)
+
     def leave(self, index: int) -> None:
         """End of the call for this layer: evict."""
-        for b, row in enumerate(self.layers[index].rows):
-            self.evict(self.layers[index], b, row)
+        layer = self.layers[index]
+        for b, row in enumerate(layer.rows):
+            self.evict(layer, b, row, self.even(index, row))
 
-    def evict(self, layer: Layer, b: int, row: Row) -> None:
-        """Each head of row b drops to its budget."""
-        heads, n = layer.heads[b], self.budget(row.seen)
+    def evict(self, layer: Layer, b: int, row: Row, even: int) -> None:
+        """Each head of row b drops to its budget; a single token drives out one at most."""
+        heads, one = layer.heads[b], len(row.valid) == 1
+        budgets = [even + (extra if one else 0) for extra in layer.extra[b]]
+        for head, choice in zip(heads, self.choices(layer, heads, row, budgets), strict=True):
+            most = len(choice.positions)
+            choice.keep = max(min(choice.keep, most), most - 1 if one else 0)
+            head.choice = choice
+        layer.shares = self.policy.safeguard is not None and not one
+        if layer.shares:
+            assert self.policy.safeguard is not None
+            shared_out = counts([head.choice for head in heads], even, self.policy.safeguard)
+            layer.extra[b] = extras(shared_out, even)
+            for head, count in zip(heads, shared_out, strict=True):
+                head.choice.keep = count
+        for head in heads:
+            head.keep(head.choice.kept())
+
+    def choices(self, layer: Layer, heads: list[Head], row: Row, budgets: list[int]) -> list[Choice]:
+        """What every head may choose from, `keep` still without a bound."""
         scores = [self.policy.score(head.memory) for head in heads]
+        errors = [self.policy.error(head.memory, self.rounding) for head in heads]
         if self.policy.shared:
             scores = [np.mean(scores, axis=0)] * len(heads)
-        for head, score in zip(heads, scores, strict=True):
-            p, m = head.positions, head.memory
-            power = m.sumsq / np.maximum(m.count, 1)
-            keep, scope = min(n, len(p)), self.policy.untouchable(n)
-            protected = self.policy.protected(p, row, n)
-            head.choice = Choice(p, score[p], m.variance()[p], power[p], protected, scope, keep, layer.votes)
-            head.keep(head.choice.kept())
+            errors = errors if errors[0] is None else [np.mean(errors, axis=0)] * len(heads)
+        made = []
+        for head, score, error, n in zip(heads, scores, errors, budgets, strict=True):
+            p = head.positions
+            key, power = self.policy.scope_key(head.memory)
+            choice = Choice(
+                positions=p,
+                score=score[p],
+                variance=key[p],
+                power=power[p],
+                protected=self.policy.protected(p, row, n),
+                untouchable=self.policy.untouchable(n),
+                keep=n,
+                queries=layer.votes,
+                error=None if error is None else error[p],
+                blurred=head.memory.blurred[p] > 0,
+            )
+            made.append(choice)
+        return made
 
     def kept(self, index: int) -> list[list[Array]]:
         """[row][head] -> positions held, ascending."""
@@ -159,11 +227,24 @@ class Simulator:
         for index, tensor in zip(sorted(self.layers), theirs, strict=True):
             shape = (len(self.layers[index].heads), len(self.layers[index].heads[0]))
             assert tensor.shape[:2] == shape, f"layer {index}: {tuple(tensor.shape[:2])} rows, heads; not {shape}"
-            for b, row in enumerate(self.layers[index].heads):
-                for h, head in enumerate(row):
-                    held = tensor[b, h].cpu().numpy()
-                    where = f"step {self.step}, layer {index}, row {b}, head {h}"
-                    self.follow_head(head, np.sort(held[held >= 0]), where)
+            for b, heads in enumerate(self.layers[index].heads):
+                held = [tensor[b, h].cpu().numpy() for h in range(len(heads))]
+                held = [np.sort(slots[slots >= 0]) for slots in held]
+                self.follow_row(index, b, held)
+
+    def follow_row(self, index: int, b: int, theirs: list[Array]) -> None:
+        layer, where = self.layers[index], f"step {self.step}, layer {index}, row {b}"
+        heads = layer.heads[b]
+        if layer.shares and any(not np.array_equal(head.positions, t) for head, t in zip(heads, theirs, strict=True)):
+            even = self.even(index, layer.rows[b])
+            why = joint_objection([h.choice for h in heads], theirs, even, self.policy.safeguard, self.rounding)
+            if why:
+                raise AssertionError(f"{where}: {why}")
+            for head, t in zip(heads, theirs, strict=True):
+                head.choice.keep = len(t)
+            layer.extra[b] = extras([len(t) for t in theirs], even)
+        for h, head in enumerate(heads):
+            self.follow_head(head, theirs[h], f"{where}, head {h}")
 
     def follow_head(self, head: Head, theirs: Array, where: str) -> None:
         self.compared += 1
@@ -188,12 +269,11 @@ def split_mask(mask: torch.Tensor | None, shape: tuple[int, ...]) -> tuple[torch
     return (mask > torch.finfo(mask.dtype).min / 2).expand(shape), mask.double().expand(shape)
 
 
-def probabilities(
+def logits(
     q: torch.Tensor, k: torch.Tensor, visible: torch.Tensor, bias: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    """softmax over the visible keys, float64 [G,S,T]; rows that see nothing are zero."""
-    logits = q.double() @ k.double().T * scale
+    """float64 [G,S,T], -inf where a query may not look."""
+    z = q.double() @ k.double().T * scale
     if bias is not None:
-        logits = logits + bias
-    logits.masked_fill_(~visible, -torch.inf)
-    return torch.softmax(logits, dim=-1).nan_to_num_(nan=0.0)
+        z = z + bias
+    return z.masked_fill_(~visible, -torch.inf)

@@ -1,0 +1,118 @@
+"""The library's ops of one attention layer and the oracle on the same random queries, keys and values: no model and no
+compiler, so that many policies and shapes can be compared."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from kvpass.kernels.compact_slots import compact_slots
+from kvpass.kernels.decode_attend import decode_attend
+from kvpass.kernels.held import arrivals
+from kvpass.kernels.join_slots import join_slots
+from kvpass.kernels.prefill_attend import prefill_attend
+from kvpass.kernels.ragged import even
+from kvpass.kernels.rule import Rule
+from kvpass.kernels.scores import score_slots
+from kvpass.kernels.select_slots import select_slots
+from kvpass.kernels.window_rows import window_rows
+from oracle.base import Policy
+from oracle.simulator import Simulator
+
+from kvpass.policy.load import load
+from kvpass.policy.rule import rule_of
+from kvpass.runtime.store import SlotStore, with_room
+
+DIM = 16
+
+
+class Site:
+    """One layer of the library: the order of ops of docs/design/0001."""
+
+    def __init__(self, rule: Rule, projection: torch.Tensor) -> None:
+        self.rule, self.projection = rule, projection
+        self.state: list[torch.Tensor] = []
+
+    @property
+    def arrives(self) -> bool:
+        return bool({"held", "weight"} & set(self.rule.stats))
+
+    def one(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, position: int) -> None:
+        self.state = with_room(self.state, self.rule, position + 1)
+        rule, cursor = self.rule.encode(), self.state[4]
+        arrive = arrivals(k, v, cursor, position, rule, self.projection) if self.arrives else None
+        decode_attend(q, k, v, mask, *self.state, position, DIM**-0.5, rule, arrive=arrive)
+
+    def many(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, position: int) -> None:
+        rule, tokens = self.rule.encode(), position + q.shape[2]
+        pos = past = None
+        first = not self.state
+        if first:
+            self.state = SlotStore.empty_state(self.rule, tokens, k, k.shape[0], k.shape[1], DIM, DIM)
+        self.state = with_room(self.state, self.rule, tokens)
+        if not first:
+            k, v, pos, past = join_slots(*self.state, k, v, position)
+        _, stats, valid = prefill_attend(q, k, v, pos, mask, DIM**-0.5, False, rule)
+        beside: dict[str, Any] = {}
+        if self.arrives:
+            reads = {"rows", "logits"} & set(self.rule.reads)
+            rows = window_rows(q, k, pos, mask, valid, DIM**-0.5, False, rule) if reads else None
+            beside = {"k": k, "v": v, "rows": rows, "wo": self.projection}
+        shown = mask if pos is not None else None
+        before = self.state[4], position, rule
+        score, stats, cursor = score_slots(stats, past, pos, valid, *before, mask=shown, **beside)
+        room = score.shape[2] if self.rule.ragged else self.state[0].shape[2]
+        compact_slots(k, v, pos, stats, select_slots(score, cursor, room), cursor, *self.state)
+
+    def positions(self) -> torch.Tensor:
+        return even(self.state)[2]
+
+
+class Layers:
+    """A few layers in the library and in the oracle, fed the same random tensors."""
+
+    def __init__(
+        self, policy: Any, budget: int | float, shape: tuple[int, int], layers: int = 2, meaning: Policy | None = None
+    ) -> None:
+        self.generator = torch.Generator().manual_seed(11)
+        self.shape, self.tokens = shape, 0
+        self.simulator = Simulator(policy if meaning is None else meaning, budget)
+        self.simulator.depth = layers
+        planned, self.sites = load(policy).with_budget(budget), []
+        for index in range(layers):
+            projection = self.random(24, shape[0] * DIM)
+            self.simulator.outward[index] = projection.double().T.unflatten(0, (-1, DIM))
+            self.sites.append(Site(rule_of(planned, index, layers), projection))
+        self.past: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.padding: torch.Tensor | None = None
+
+    def random(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=self.generator)
+
+    def call(self, mask: torch.Tensor) -> None:
+        """mask: bool [B, S], True = a token, False = padding."""
+        (batch, count), (heads, kv_heads) = mask.shape, self.shape
+        self.padding = mask if self.padding is None else torch.cat([self.padding, mask], 1)
+        total = self.tokens + count
+        causal = torch.ones(count, total, dtype=torch.bool).tril(self.tokens)
+        sees = causal & self.padding[:, None, None] & mask[:, None, :, None]
+        for index, site in enumerate(self.sites):
+            q = 1.5 * self.random(batch, heads, count, DIM)
+            k, v = self.random(batch, kv_heads, count, DIM), self.random(batch, kv_heads, count, DIM)
+            k = k + 0.5 * torch.sin(torch.arange(total - count, total) / 9.0)[:, None]  # neighbours are alike
+            k = k * (1 + torch.arange(DIM) / DIM)
+            old = self.past[index] if len(self.past) > index else (k[:, :, :0], v[:, :, :0])
+            joined = torch.cat([old[0], k], 2), torch.cat([old[1], v], 2)
+            self.past[index : index + 1] = [joined]
+            (site.one if count == 1 and self.tokens else site.many)(q, k, v, sees, self.tokens)
+            self.simulator.attend(index, q, *joined, sees, DIM**-0.5)
+        self.tokens = total
+        self.simulator.follow([site.positions() for site in self.sites])
+
+    def converse(self, turns: list[tuple[int, int]], lengths: list[int]) -> None:
+        """Turns of so many tokens at once, then so many one by one; rows of the first one are padded to `lengths`."""
+        for turn, (together, alone) in enumerate(turns):
+            kept = lengths if turn == 0 else [together] * len(lengths)
+            self.call(torch.stack([torch.arange(together) >= together - n for n in kept]))
+            for _ in range(alone):
+                self.call(torch.ones(len(lengths), 1, dtype=torch.bool))
