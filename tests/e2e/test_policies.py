@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import pytest
 import torch
 from models import tiny
+from oracle.base import Policy
 from oracle.drive import Conversation
+from oracle.held import LagKV
 from oracle.ops import Layers
-from oracle.policies import NEW
+from oracle.policies import NEW, POLICIES, AdaPyramid, AdaSnapKV, CriticalAda, PyramidKV
+from oracle.windowed import DefensiveKV
 
 NEAR_TIES = 0.005
 """Largest share of comparisons in which the library may have broken a near-tie otherwise than float64
@@ -81,3 +85,70 @@ def test_ops(policy: str, shape: tuple[int, int], capsys: pytest.CaptureFixture[
     layers = Layers(policy, BUDGETS.get(policy, 48), shape)
     layers.converse([(150, 40), (60, 3), (9, 12)], [150, 110])
     finish(layers, capsys, 58)
+
+
+class ShortLag(LagKV):
+    lag = 16
+
+
+class Safe(AdaSnapKV):
+    safeguard = Fraction(9, 10)
+
+
+class SafeCritical(CriticalAda):
+    safeguard = Fraction(3, 4)
+
+
+class Deep(AdaPyramid):
+    beta = 4
+
+
+VARIANTS: list[tuple[str, dict[str, Any], int | float, Policy]] = [
+    ("blocks of 16", {"extends": "lagkv", "options": {"block": 16}}, 48, ShortLag()),
+    ("safeguard", {"extends": "ada_snapkv", "allocate": {"heads": "flat", "safeguard": 0.9}}, 48, Safe()),
+    ("both stages", {"extends": "critical_ada", "allocate": {"heads": "flat", "safeguard": 0.75}}, 80, SafeCritical()),
+    ("a steep pyramid", {"extends": "ada_pyramid", "allocate": {"layers": "pyramid", "beta": 4}}, 56, Deep()),
+    ("a share of the tokens", {"extends": "defensivekv"}, 0.5, DefensiveKV()),
+    ("a share of a pyramid", {"extends": "pyramidkv"}, 0.4, PyramidKV()),
+]
+
+
+@pytest.mark.parametrize(("what", "policy", "budget", "meaning"), VARIANTS, ids=[v[0] for v in VARIANTS])
+def test_variants(
+    what: str, policy: dict[str, Any], budget: int | float, meaning: Policy, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the presets' numbers leave idle at this size: blocks, safe slots, steps between layers, growing budgets."""
+    layers = Layers({"name": "variant", **policy}, budget, (6, 2), layers=3, meaning=meaning)
+    layers.converse([(150, 40), (60, 3), (9, 12)], [150, 110])
+    finish(layers, capsys, 58)
+
+
+MUTATIONS: list[tuple[str, str, Any]] = [
+    ("vatp", "weigh", lambda self, sight: (sight.values[sight.head] ** 2).sum(-1)),
+    ("knorm", "score", lambda self, memory: memory.held**2),
+    ("keydiff", "pointwise", True),
+    ("r_kv", "balance", 0.2),
+    ("r_kv", "threshold", 0.6),
+    ("r_kv", "pool", 5),
+    ("nacl", "percent", 33),
+    ("nacl", "sinks", 3),
+    ("pyramidkv", "beta", 10),
+    ("ada_snapkv", "safeguard", None),
+    ("criticalkv", "untouchable", lambda self, n: 0),
+    ("criticalkv", "weigh", lambda self, sight: abs(sight.values[sight.head]).sum(-1)),
+    ("defensivekv", "nucleus", 0.5),
+    ("chunkkv", "shared", False),
+    ("windowkv", "window", 31),
+    ("finch", "window", 31),
+    ("scissorhands", "score", lambda self, memory: memory.important),
+    ("cake", "gamma", 100),
+]
+
+
+@pytest.mark.parametrize(("policy", "name", "wrong"), MUTATIONS)
+def test_mutation_is_caught(policy: str, name: str, wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison is sharp: a small mistake in the oracle disagrees with the library."""
+    monkeypatch.setattr(POLICIES[policy], name, wrong)
+    layers = Layers(policy, BUDGETS.get(policy, 48), (6, 2))
+    with pytest.raises(AssertionError, match=r"step .* layer .* row .*: "):
+        layers.converse([(150, 25), (60, 3)], [150, 110])
