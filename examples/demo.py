@@ -21,6 +21,8 @@ from rich.table import Table
 from task import FACT, QUESTION
 from workers import progress, run_worker, wide_console
 
+import kvpass
+
 HERE = Path(__file__).resolve().parent
 DEBUG = HERE.parent / "kvpass_debug" / "demo"
 
@@ -90,8 +92,17 @@ def table(full: dict[str, Any], kept: dict[str, Any], name: str) -> Table:
     return out
 
 
+def check(args: argparse.Namespace) -> None:
+    """Ends the demo before any work if the policy is wrong."""
+    try:
+        kvpass.Policy.load(args.policy).with_budget(number(args.budget))
+    except kvpass.KVPassError as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from None
+
+
 def main() -> None:
     args, started, console = arguments(), time.perf_counter(), wide_console()
+    check(args)
     with tempfile.TemporaryDirectory(prefix="kvpass-demo-") as scratch, progress(console) as shown:
         folder = Path(scratch)
         full, kept = (run_worker(HERE / "demo_worker.py", job, folder, shown) for job in jobs(args, folder))

@@ -21,8 +21,8 @@ real score and below `UNTOUCHABLE`, and they rise with the position: of generate
 UNSCORED = 2.0**125
 """The same at position 0, as a number: no value weight multiplies what is as large."""
 
-SURE = 1e4
-"""Lifts keys that need no luck above all that do: a Gumbel number is below 17 in float32."""
+LUCK = 18.0
+"""More than any Gumbel number that a float32 of 24 random bits gives (17)."""
 
 
 class Read(NamedTuple):
@@ -47,8 +47,7 @@ def held_scores(
     """What each key holds after a multi-token call: float32 [B, Hkv, L].
 
     stats: [M, B, Hkv, L] that the call emitted; keys: position, candidates and end, as in `Seen`; cursor: after the
-    call; tensors: what the scorer reads; beside: [B, Hkv, L]
-    each, what the slots held, and the marks of a fair rule.
+    call; tensors: what the scorer reads; beside: [B, Hkv, L] each, what the slots held, and the marks of a fair rule.
     """
     (pos, candidate, end), (past, marks) = keys, beside
     chosen = find_scorer(rule.scorer)
@@ -119,7 +118,10 @@ def _sampled(score: Tensor, seen: Seen, rule: Rule) -> Tensor:
     protected = rule.recent + seen.budget * rule.recent_num // rule.recent_den + rule.sinks
     sure = (seen.budget - drawn - protected).clamp(min=0)
     rank = ranks(torch.where(inside, score, -torch.inf))
-    return torch.where(rank < sure, score + SURE, score + gumbel(seen))
+    most = torch.where(inside, score, -torch.inf).amax(-1, keepdim=True)
+    least = torch.where(inside, score, torch.inf).amin(-1, keepdim=True)
+    lift = (most - least).clamp(min=0) + LUCK  # no luck brings the worst above the best
+    return torch.where(rank < sure, score + lift, score + gumbel(seen))
 
 
 def arrivals(
@@ -134,10 +136,9 @@ def arrivals(
 ) -> Tensor:
     """Statistics of a token's slot when it comes, in a call of one token: float32 [N, B, Hkv].
 
-    k_new [B, Hkv, 1, D], v_new [B, Hkv, 1, Dv], cursor int32 [B, Hkv, 4 or 6] before the call, wo and
-    hidden [B, 1, size] and marks [B, 1] as for `score_slots`.
-    Attention's statistics start at 0; a pointwise scorer scores the token, of others it stays as long as any prompt
-    token; a value weight is that of its value.
+    k_new [B, Hkv, 1, D], v_new [B, Hkv, 1, Dv], cursor int32 [B, Hkv, 4 or 6] before the call; wo, hidden [B, 1, size]
+    and marks [B, 1] as for `score_slots`. Attention's statistics start at 0; a pointwise scorer scores the token, of
+    others it stays as long as any prompt token; a value weight is that of its value.
     """
     plan = Rule.parse(rule)
     batch, heads = k_new.shape[:2]

@@ -45,7 +45,7 @@ def _hashed(x: Tensor) -> Tensor:
     x = x & 0xFFFFFFFF
     for shift, factor in _MIX:
         x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
-    return ((x >> 8).float() + 0.5) / 2**24
+    return ((x >> 9).float() + 0.5) / 2**23  # exact, so never 0 nor 1
 
 
 @scorer("random", pointwise=True)

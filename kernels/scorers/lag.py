@@ -14,16 +14,17 @@ def lag(seen: Seen, sinks: int = 4, block: int = 128, cross: bool = False) -> Te
     After `sinks` tokens the sequence is cut into blocks. Per channel the next block's minimum and maximum normalise a
     block; the standard deviation over the channels, softmax over the block, mean of keys and values, is a token's
     score; then, unless `cross`, its rank in the block / block (kvpress), so that every block loses the same share.
-    Sinks, the last full block and what follows it score 1: they are kept first. Without two blocks the newer stay.
+    The last full block and what follows it have no block to be measured against: they score 1 and more, the newer the
+    more, sinks above all.
     """
-    out = torch.ones_like(seen.pos, dtype=torch.float32)
+    out = torch.full_like(seen.pos, 3.0, dtype=torch.float32)
     for b in range(out.shape[0]):
         for h in range(out.shape[1]):
             alive = seen.candidate[b, h].nonzero().flatten()
             body = alive[sinks:]
             blocks = len(body) // block
+            out[b, h, body] = 1 + torch.arange(len(body), device=out.device) / max(len(body), 1)
             if blocks < 2:
-                out[b, h, body] = torch.arange(len(body), device=out.device) / max(len(body), 1)
                 continue
             index = body[: blocks * block]
             parts = [_standing(x[b, h, index].unflatten(0, (blocks, block))) for x in (seen.keys, seen.values)]

@@ -23,6 +23,8 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "threshold": (lambda cosine: -1 <= cosine <= 1, "give a cosine, from -1 to 1"),
     "gamma": (lambda factor: factor >= 0, "give a number >= 0"),
     "sinks": (lambda tokens: tokens >= 0, "give a number >= 0"),
+    "skip": (lambda tokens: tokens >= 0, "give a number >= 0"),
+    "future": (lambda tokens: tokens >= 1, "give a number of tokens, 1 or more"),
     "block": (lambda tokens: tokens >= 2, "give a number of tokens, 2 or more"),
 }
 """Options of kvpass' own scorers, by name: what is allowed, and the fix."""

@@ -158,8 +158,8 @@ def test_lag() -> None:
     keys = torch.tensor(block + reference)[None, None]
     pos = torch.arange(6, dtype=torch.int32)[None, None]
     here = seen(pos=pos, candidate=torch.ones(1, 1, 6, dtype=torch.bool), k=keys, v=keys)
-    close(lag(here, sinks=0, block=3, cross=True), [0.2483, 0.2483, 0.5035, 1, 1, 1])
-    close(lag(here, sinks=0, block=3), [0, 1 / 3, 2 / 3, 1, 1, 1])
+    close(lag(here, sinks=0, block=3, cross=True), [0.2483, 0.2483, 0.5035, 1 + 3 / 6, 1 + 4 / 6, 1 + 5 / 6])
+    close(lag(here, sinks=0, block=3), [0, 1 / 3, 2 / 3, 1 + 3 / 6, 1 + 4 / 6, 1 + 5 / 6])
 
 
 def test_retention() -> None:

@@ -95,7 +95,7 @@ class Random(Held):
 
 class LagKV(Held):
     """4 sinks, then blocks of 128, each measured against the next one; ranks within a block. As kvpress: the last
-    full block and the tail stay, and without two full blocks the later tokens stay."""
+    full block and the tail stay; where they alone are more than the budget, the later ones stay."""
 
     lag = 128
     sinks = 4
@@ -105,11 +105,8 @@ class LagKV(Held):
 
     def measure(self, sight: Sight) -> tuple[Array, Array, Array]:
         count, lag = len(sight.candidates), self.lag
-        score, error, blurred = np.ones(count), np.zeros(count), np.zeros(count)
+        score, error, blurred = 1 + np.arange(count) / count, np.zeros(count), np.zeros(count)
         blocks = (count - self.sinks) // lag
-        if blocks < 2:
-            score[self.sinks :] = np.arange(count - self.sinks) / (count - self.sinks)
-            return score, error, blurred
         keys, values = sight.keys[sight.candidates], sight.values[sight.head][sight.candidates]
         for block in range(blocks - 1):
             here = slice(self.sinks + block * lag, self.sinks + (block + 1) * lag)

@@ -33,7 +33,7 @@ class NACL(Window):
 
     sinks = 4
     percent = 35
-    SURE = 1e4
+    LUCK = 18.0
 
     def protected(self, positions: Array, row: Row, n: int) -> Array:
         return (positions < row.first + self.sinks) | super().protected(positions, row, n)
@@ -46,15 +46,16 @@ class NACL(Window):
         noise = -np.log(-np.log(uniform(sight, salt=7)))
         score, error = sums + noise, sight.rounding * sums + 2.0**-20 * (1 + np.abs(noise))
         chosen = order[:sure]
-        score[chosen] = sums[chosen] + self.SURE
-        error[chosen] = 2.0**-11  # half of float32's last place there
+        lift = sums[order].max() - sums[order].min() + self.LUCK if order else 0.0
+        score[chosen] = sums[chosen] + lift
+        error[chosen] = sight.rounding * sums[chosen] + 2.0**-18  # some of float32's last places there
         blurred = np.zeros(len(c))
         if 0 < sure < len(order):
             edge = np.array([sums[i] for i in order[sure - 1 : sure + 1]])
             for i in order:
                 other = edge[1] if i in chosen else edge[0]
                 if abs(sums[i] - other) <= sight.rounding * (sums[i] + other):
-                    error[i], blurred[i] = 2 * self.SURE, 1
+                    error[i], blurred[i] = 2 * lift, 1
         return score, error, blurred
 
 
