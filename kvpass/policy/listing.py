@@ -70,8 +70,8 @@ def _reads(rule: Rule) -> list[str]:
         whose = {-1: "all queries", 1: "the last query"}.get(rule.queries, f"the last {rule.queries} queries")
         decode = " and of generated tokens" if rule.decode != "none" and rule.queries > 0 else ""
         found.append(f"{kind} of {whose}{decode}")
-    words = {"keys": "keys", "values": "values", "hidden": "hidden states"}
-    found += [word for what, word in words.items() if what in rule.reads]
+    words = {"hidden": "hidden states", "queries": "unrotated queries"}
+    found += [words.get(what, what) for what in rule.reads if what not in ("rows", "logits", "statistics")]
     if rule.weight != "none" and "values" not in found:
         found.append("values")
     found += ["output projection"] if rule.weight.startswith("vo") else []

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from kvpass.kernels.scorers.registry import scorers
+from kvpass.kernels.scorers.registry import READS, scorers
 
 from kvpass.cli import main
 from kvpass.policy import spec
@@ -185,6 +185,11 @@ def test_the_reference_has_every_field_with_its_default():
     for name, value in leaves():
         said = json.dumps(value).strip('"') if value != "" else '""'
         assert found[name] == ("" if name == "name" else said), name
+
+
+def test_the_reference_has_what_scorers_may_read():
+    (said,) = re.findall(r"`reads` says .*", (DOCS / "policy-files.md").read_text())
+    assert [word for word in READS if f"`{word}`" not in said] == []
 
 
 def test_examples_of_the_reference_load(tmp_path: Path):
