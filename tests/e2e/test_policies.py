@@ -69,7 +69,11 @@ def finish(conversation: Conversation | Layers, capsys: pytest.CaptureFixture[st
     assert s.near_ties <= NEAR_TIES * s.compared
 
 
-@pytest.mark.parametrize("policy", NEW)
+COMPILED = ["knorm", "keydiff", "vatp", "r_kv", "nacl", "cake", "criticalkv", "ada_pyramid", "defensivekv", "chunkkv"]
+"""One for each way in which ops are joined in a graph; `test_ops` has them all."""
+
+
+@pytest.mark.parametrize("policy", COMPILED)
 def test_conversation(policy: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Prompts of 150 and 110 tokens, 40 single ones, a second turn of 60, 3 single ones."""
     shape = SHAPES[NEW.index(policy) % 3]
