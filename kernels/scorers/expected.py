@@ -27,7 +27,8 @@ def expected_attention(seen: Seen, future: int = 512, skip: int = 4) -> Tensor:
     logits = (keys @ mean[..., None])[..., 0] / size**0.5 + ((keys @ spread) * keys).sum(-1) / (2 * size)
     scored = seen.candidate & (seen.pos >= seen.first + skip)
     probs = logits.masked_fill(~scored[:, :, None], -torch.inf).softmax(-1)
-    return probs.nan_to_num(0.0).mean(2).float()
+    mean_over_group: Tensor = probs.nan_to_num(0.0).mean(2).float()
+    return mean_over_group
 
 
 def _average_turn(seen: Seen, own: Tensor, future: int) -> Tensor:

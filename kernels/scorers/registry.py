@@ -88,7 +88,8 @@ class Seen:
     def queries(self) -> Tensor:
         """float32 [B, Hkv, G, S, D]"""
         assert self.q is not None, 'say reads=("queries",)'
-        return self.q.float().unflatten(1, (self.pos.shape[1], -1))
+        grouped: Tensor = self.q.float().unflatten(1, (self.pos.shape[1], -1))
+        return grouped
 
     @property
     def angles(self) -> Tensor:

@@ -41,8 +41,8 @@ def rule_of(policy: Policy, layer: int = 0, layers: int = 1) -> Rule:
 
 def _ranking(policy: Policy) -> dict[str, Any]:
     """What slots keep, and what ranks them."""
-    beside = ("weight",) if policy.weight else ()
-    beside += ("mark",) if policy.protect.tokens or policy.fair else ()
+    marked = policy.protect.tokens or policy.fair
+    beside = [name for name, kept in (("weight", policy.weight), ("mark", marked)) if kept]
     if policy.score in SCORES:
         kept = policy.statistic.keep
         decode = policy.statistic.decode if kept else "none"
