@@ -103,8 +103,15 @@ def test_rendering(measured: Store, tmp_path: Path) -> None:
     assert "Not measured" in page
     assert "1,024 tokens, 20 %: ada_pyramid" in page
     before = [path.read_text() for path in (paths[1], paths[3])]
-    assert [path.read_text() for path in render.newest(tmp_path, tmp_path) if path.suffix == ".md"] == before
+    assert [path.read_text() for path in render.newest({}, tmp_path, tmp_path) if path.suffix == ".md"] == before
     assert json.loads(paths[0].read_text())["cells"] == measured.cells()
+
+
+def test_rendering_nothing_says_so(lab: Lab, tmp_path: Path) -> None:
+    nothing = run.results(Store(lab.settings, tmp_path / "cells"), "make quality")
+    (page,) = render.newest(nothing, tmp_path / "results", tmp_path)
+    assert "No figures yet" in page.read_text()
+    assert "full" in page.read_text().split("## Missing")[1]
 
 
 def test_intervals() -> None:

@@ -137,3 +137,26 @@ def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
     compiled = kvpass.compile(tiny.llama(HEADS, KV_HEADS, DIM, LAYERS), policy=spec, budget=SLOTS, inner="eager")
     with torch.no_grad(), pytest.raises(ValueError, match=r"no 'filters' for layer 1; it holds .*\[1, 2, 16\]"):
         compiled(tiny.tokens(1, 60))
+
+
+def test_heads_by_a_table(tmp_path: Path) -> None:
+    """Streaming heads keep sinks and recent tokens, the retrieval head of each layer what the budget leaves."""
+    path = tmp_path / "heads.pt"
+    torch.save({"heads": torch.tensor([[1.0, 0.0], [0.0, 1.0]])}, path)
+    spec = {"name": "mine", "extends": "duo_attention", "allocate": {"file": str(path)}}
+    model = tiny.llama(HEADS, KV_HEADS, DIM, LAYERS)
+    compiled = kvpass.compile(model, policy=spec, budget=SLOTS, inner="eager")
+    ids, cache = tiny.tokens(2, 150), DynamicCache(config=model.config)
+    with torch.no_grad():
+        compiled(ids[:, :120], past_key_values=cache)
+        for at in range(120, 130):
+            compiled(ids[:, at : at + 1], past_key_values=cache)
+    few, many = 4 + 16 + 1, 2 * SLOTS - (4 + 16 + 1)
+    for layer, view in enumerate(kvpass.inspect(cache).layers):
+        for b in range(2):
+            for h in range(KV_HEADS):
+                kept = many if h == layer else few
+                held = [p for p in view.positions[b, h].tolist() if p >= 0]
+                assert held == [*range(4), *range(130 - kept + 4, 130)], (layer, b, h)
+    dense = 2 * KV_HEADS * 130 * DIM * 4 * 2 * LAYERS
+    assert kvpass.report(cache).to_dict()["bytes"] <= dense * (SLOTS + 1) / 130

@@ -8,6 +8,9 @@ import pytest
 import torch
 from kvpass.kernels.allocate import head_counts, ragged_columns, table_counts
 from kvpass.kernels.rule import UNTOUCHABLE, Rule
+from kvpass.kernels.scorers.chance import gumbel_rows
+from kvpass.kernels.scorers.registry import Seen
+from kvpass.kernels.scorers.window import keyformer
 from kvpass.kernels.smooth import by_granule, fair_shares
 from kvpass.kernels.testing import assert_close, causal_mask, qkv
 from kvpass.kernels.weights import value_weights
@@ -168,3 +171,30 @@ def test_shares_by_a_table(tmp_path):
     assert table_counts(candidate, size, protected, rule).tolist() == [[27, 6, 27]]
     with pytest.raises(ValueError, match="layer 1 needs 3 shares"):
         table_counts(candidate, size, protected, Rule(ragged=True, table=str(path), layer=1))
+
+
+def test_keyformer():
+    """Sum over the window's queries of softmax((z + noise) / temperature), mean over the group; hidden keys get 0."""
+    g = torch.Generator().manual_seed(2)
+    batch, heads, group, w, length = 2, 2, 3, 4, 9
+    logits = torch.randn(batch, heads, group, w, length, generator=g)
+    logits[..., 0, -3:] = -INF
+    pos = torch.arange(length, dtype=torch.int32).expand(batch, heads, length)
+    one = torch.ones(batch, heads, 1, dtype=torch.int64)
+    seen = Seen(
+        pos=pos, candidate=pos >= 0, end=one * length, first=one * 0, seen=one * length, budget=one * 5, window=w,
+        layer=1, seed=3, k=None, v=None, rows=logits, statistics={},
+    )  # fmt: skip
+    noise = gumbel_rows(seen)
+    assert abs(float(noise.mean()) - 0.5772) < 0.15
+    assert len(noise.flatten().unique()) > 0.99 * noise[0].numel()  # rows of a batch draw alike
+    want = torch.zeros(batch, heads, length, dtype=torch.float64)
+    for b in range(batch):
+        for h in range(heads):
+            for n in range(group):
+                for i in range(w):
+                    z = [(float(logits[b, h, n, i, j]) + float(noise[b, h, n, i, j])) / 1.5 for j in range(length)]
+                    total = sum(math.exp(x) for x in z)
+                    for j in range(length):
+                        want[b, h, j] += math.exp(z[j]) / total / group
+    torch.testing.assert_close(keyformer(seen, temperature=1.5).double(), want, atol=1e-6, rtol=1e-5)
