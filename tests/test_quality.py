@@ -101,7 +101,7 @@ def test_rendering(measured: Store, tmp_path: Path) -> None:
     assert "`random`" in page
     assert "2026-01-01-cpu.png" in page
     assert "Not measured" in page
-    assert "1,024 tokens, 20 %: ada_pyramid" in page
+    assert "1,024 tokens, 20 %: all " in page
     before = [path.read_text() for path in (paths[1], paths[3])]
     assert [path.read_text() for path in render.newest({}, tmp_path, tmp_path) if path.suffix == ".md"] == before
     assert json.loads(paths[0].read_text())["cells"] == measured.cells()

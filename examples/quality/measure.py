@@ -64,14 +64,14 @@ class Lab:
 def measure(lab: Lab, cell: Cell, reference: Reference, say: Say) -> dict[str, Any]:
     """Everything about one cell, per trial and per text, as plain data."""
     model, start = lab.compiled(cell), time.perf_counter()
-    say("text")
-    text, held = continuation(lab, model, cell, reference)
     retrieval: dict[str, Any] = {mode: {task: [] for task in TASKS} for mode in MODES}
     for part in lab.trials(cell.context):
         for mode in MODES:
             say(mode)
             for task, found in answers(lab, model, cell.context, part, mode).items():
                 retrieval[mode][task] += found
+    say("text")  # last: its first decode step would be compiled for one length alone
+    text, held = continuation(lab, model, cell, reference)
     spent = time.perf_counter() - start
     return {
         "held": held,

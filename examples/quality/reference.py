@@ -37,7 +37,11 @@ class Reference:
 
 
 def call(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
-    """Log-probabilities after the last token, `[B, V]`; the cache goes on."""
+    """Log-probabilities after the last token, `[B, V]`; the cache goes on.
+
+    The copy is of plain strides and no offset: Dynamo compiles anew for each other layout.
+    """
+    ids = ids.clone(memory_format=torch.contiguous_format)
     return model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1].float().log_softmax(-1)
 
 

@@ -121,6 +121,7 @@ def results(store: Store, command: str) -> dict[str, Any]:
         "command": command,
         "machine": machine.describe(),
         "settings": {**vars(store.settings)},
+        "policies": names(),
         "missing": [cell.name for cell in whole if cell not in have],
         "failed": store.errors(),
         "cells": cells,
@@ -130,9 +131,9 @@ def results(store: Store, command: str) -> dict[str, Any]:
 def publish(store: Store, command: str) -> list[Path]:
     """Results and docs from the finished cells; with none, docs from the newest results."""
     folder, docs = HERE / "results", ROOT / "docs"
-    if not store.cells():
-        return render.newest(folder, docs)
     found = results(store, command)
+    if not found["cells"]:
+        return render.newest(found, folder, docs)
     return render.write(found, folder, f"{found['date']}-{machine.slug(found['machine'])}", docs)
 
 
