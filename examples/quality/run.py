@@ -1,6 +1,6 @@
 """`make quality`: what each policy's eviction costs, on SmolLM2-135M-Instruct and real text.
 
-    python -P examples/quality/run.py [--full] [--policies a,b] [--budgets 0.1,0.2] [--contexts 1024] [--trials 6]
+    python -P examples/quality/run.py [--full] [--policies a,b] [--budgets 0.1,0.2] [--contexts 1024] [--trials 4]
                                       [--fresh] [--render] [--estimate]
 
 Finished cells are kept in .cache/quality and skipped on a rerun. Writes examples/quality/results/<date>-<machine>.*
@@ -37,7 +37,7 @@ from quality.store import Cell, Settings, Store
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 CONTEXTS, BUDGETS, TRIALS = (1024, 2048, 4096), (0.1, 0.2, 0.5), 20
-DEFAULT_CONTEXTS, DEFAULT_BUDGETS, DEFAULT_TRIALS = (1024,), (0.1, 0.2), 6
+DEFAULT_CONTEXTS, DEFAULT_BUDGETS, DEFAULT_TRIALS = (1024,), (0.1, 0.2), 4
 
 
 def listed(text: str) -> list[str]:
