@@ -177,8 +177,6 @@ def _victim(stats: Tensor, choice: _Choice, plan: Rule) -> Tensor:
     """The slot that each head would give up: bool [B, Hkv, C], one True. Lowest score, ties evict the newer."""
     pos, used, size, first, now = choice
     score = slot_scores(stats, pos, plan)
-    if plan.heads == "all" and plan.score != "position":
-        score = score.mean(1, keepdim=True).expand(pos.shape)
     recent = plan.recent + _share(size, plan.recent_num, plan.recent_den) if plan.recent_num else plan.recent
     protected = (pos < first + plan.sinks) | (pos > now - recent)
     if plan.scope_num:

@@ -39,12 +39,13 @@ class Compiled:
         empty = [descriptor(np.zeros([1] * t.dim(), dtype=t.detach().numpy().dtype)) for t in like]
         fields = [(f"result{at}", type(one)) for at, one in enumerate(empty)]
         results = type("Results", (ctypes.Structure,), {"_fields_": fields})()
-        packed = [ctypes.pointer(ctypes.pointer(results)), *(self._packed(arg) for arg in args)]
-        self.engine.invoke("main", *packed)
+        plain = [arg if isinstance(arg, int) else np.ascontiguousarray(arg.detach().numpy()) for arg in args]
+        packed = [ctypes.pointer(ctypes.pointer(results)), *map(self._packed, plain)]
+        self.engine.invoke("main", *packed)  # a descriptor is an address: `plain` keeps what it points to
         views = (ranked_memref_to_numpy(ctypes.pointer(getattr(results, name))) for name, _ in fields)
         return [torch.from_numpy(view.copy()) for view in views]
 
     def _packed(self, arg: Any) -> Any:
         if isinstance(arg, int):
             return ctypes.pointer(ctypes.c_int64(arg))
-        return ctypes.pointer(ctypes.pointer(descriptor(np.ascontiguousarray(arg.detach().numpy()))))
+        return ctypes.pointer(ctypes.pointer(descriptor(arg)))
