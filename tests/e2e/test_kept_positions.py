@@ -72,7 +72,7 @@ def test_tiny_padded_extend(policy: str, capsys: pytest.CaptureFixture[str]) -> 
     finish(conversation, capsys, 15)
 
 
-@pytest.mark.parametrize("policy", EVICTING)
+@pytest.mark.parametrize("policy", ["h2o", "roco"])  # to a compiler the ops are opaque: one policy is as good as another
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
 def test_tiny_inner_compilers(policy: str, inner: str, capsys: pytest.CaptureFixture[str]) -> None:
     conversation = Conversation(tiny.llama(6, 2), policy, 48, inner=inner)
@@ -83,9 +83,9 @@ def test_tiny_inner_compilers(policy: str, inner: str, capsys: pytest.CaptureFix
 
 @pytest.fixture(scope="module")
 def real() -> tuple[Any, torch.Tensor]:
-    """SmolLM2 and 2,000 tokens of real text."""
+    """SmolLM2 and 1,000 tokens of real text."""
     model, tokenizer = smollm2.load()
-    return model, tokenizer(smollm2.text(9000), return_tensors="pt").input_ids[:, :2000]
+    return model, tokenizer(smollm2.text(4500), return_tensors="pt").input_ids[:, :1000]
 
 
 @pytest.mark.model
@@ -93,5 +93,5 @@ def real() -> tuple[Any, torch.Tensor]:
 def test_smollm2(policy: str, real: tuple[Any, torch.Tensor], capsys: pytest.CaptureFixture[str]) -> None:
     model, ids = real
     conversation = Conversation(model, policy, 0.2, inner="eager")
-    conversation.decode(conversation.call(ids), 50)
-    finish(conversation, capsys, 51)
+    conversation.decode(conversation.call(ids), 30)
+    finish(conversation, capsys, 31)
