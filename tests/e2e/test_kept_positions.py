@@ -72,7 +72,7 @@ def test_tiny_padded_extend(policy: str, capsys: pytest.CaptureFixture[str]) -> 
     finish(conversation, capsys, 15)
 
 
-@pytest.mark.parametrize("policy", ["h2o", "roco"])  # to a compiler the ops are opaque: one policy is as good as another
+@pytest.mark.parametrize("policy", ["h2o", "roco"])  # to a compiler the ops are opaque
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
 def test_tiny_inner_compilers(policy: str, inner: str, capsys: pytest.CaptureFixture[str]) -> None:
     conversation = Conversation(tiny.llama(6, 2), policy, 48, inner=inner)
