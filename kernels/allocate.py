@@ -5,6 +5,7 @@ from __future__ import annotations
 from urllib.parse import unquote
 
 import torch
+from kvpass.kernels.errors import TableError
 from kvpass.kernels.rule import UNTOUCHABLE, Rule
 from kvpass.kernels.tables import layer_of
 from torch import Tensor
@@ -51,12 +52,13 @@ def table_counts(candidate: Tensor, size: Tensor, protected: Tensor, rule: Rule)
     arXiv 2407.15891): each head gets its protected slots and one more, and its share of what is left of `Hkv * size`.
 
     candidate bool [B, Hkv, L]; size, protected int64 [B, Hkv, 1]. Returns int64 [B, Hkv]: counts, at most the
-    candidates. Raises ValueError if the table is not for so many heads, or holds no positive share.
+    candidates. Raises TableError if the table is not for so many heads, or holds no positive share.
     """
     heads = candidate.shape[1]
     share = layer_of(unquote(rule.table), "heads", rule.layer, candidate.device).double()
     if share.shape != (heads,) or not bool((share >= 0).all()) or not bool(share.sum() > 0):
-        raise ValueError(f"{unquote(rule.table)}: layer {rule.layer} needs {heads} shares >= 0, one of them above 0")
+        what = f"{unquote(rule.table)}: 'heads' of layer {rule.layer} is {share.tolist()}"
+        raise TableError(what, f"give {heads} shares >= 0 for each layer, one of them above 0")
     least = torch.minimum(protected + 1, size)[..., 0]
     rest = (heads * size[..., 0] - least.sum(-1, keepdim=True)).double() * (share / share.sum())
     left = (rest.sum(-1, keepdim=True) + 0.5).long() - rest.long().sum(-1, keepdim=True)

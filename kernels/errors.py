@@ -17,3 +17,7 @@ class MaskError(DataError):
 
 class MarkError(DataError):
     """The caller marks more tokens than the budget holds."""
+
+
+class TableError(DataError):
+    """A policy's file of weights or shares does not fit the model."""

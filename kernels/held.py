@@ -97,7 +97,6 @@ def _seen(
         seen=seen,
         budget=budgets(seen, rule),
         window=max(rule.queries, 0),
-        layer=rule.layer,
         seed=rule.seed,
         k=tensors.k if "keys" in rule.reads else None,
         v=tensors.v if "values" in rule.reads else None,
@@ -106,6 +105,7 @@ def _seen(
         h=tensors.hidden,
         q=tensors.queries,
         turns=tensors.turns,
+        at=rule.layer if "layer" in rule.reads or rule.sample_num else None,
     )
 
 

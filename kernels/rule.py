@@ -7,7 +7,7 @@ and no models.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 STATISTICS = ("sum", "sumsq", "count", "important")
@@ -112,7 +112,7 @@ class Rule:
             low = 2 * base - high
         return high - self.layer * ((high - low) // (self.layers - 1)) + window
 
-    @property
+    @cached_property
     def emitted(self) -> tuple[str, ...]:
         """The statistics that a multi-token call computes, in order."""
         return self.emits or tuple(name for name in self.stats if name in STATISTICS)
@@ -134,15 +134,11 @@ class Rule:
         """How many slots the scope keeps out of reach for a budget of n slots; 0 when there is no scope."""
         return n * self.scope_num // self.scope_den + 1 if self.scope_num else 0
 
-    def top_of(self, n: int) -> int:
-        """How many slots are kept for their unweighted score, for a budget of n slots."""
-        return n * self.top_num // self.top_den
-
     def stat(self, name: str) -> int:
         """Row of `stats` that holds the named statistic, -1 if it is not kept."""
         return self.stats.index(name) if name in self.stats else -1
 
-    @property
+    @cached_property
     def plain(self) -> bool:
         """Whether sums, squares and counts are all that slots keep, and heads are alike: what Triton's decode knows."""
         kept = {HELD, WEIGHT, MARK, "important"} & set(self.stats)
@@ -182,4 +178,4 @@ class Rule:
             values[name] = (
                 tuple(value.split("+")) if kind is tuple else bool(int(value)) if kind is bool else kind(value)
             )
-        return Rule(**values)  # type: ignore[arg-type]
+        return Rule(**values)  # type: ignore[arg-type]  # values fit their fields by `kinds`

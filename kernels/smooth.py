@@ -12,12 +12,15 @@ from torch import Tensor
 def pooled(value: Tensor, pos: Tensor, candidate: Tensor, end: Tensor, rule: Rule) -> Tensor:
     """value [B, Hkv, L] smoothed over neighbours; keys outside the pool keep what they have (SnapKV)."""
     inside = candidate & (pos < end - max(rule.queries, 0))
-    pad = rule.pool_size // 2
-    if rule.pool == "avg":
-        smooth = F.avg_pool1d(torch.where(inside, value, 0.0), rule.pool_size, 1, pad)
-    else:  # sums are never negative, so that -inf and 0 outside agree
-        smooth = F.max_pool1d(torch.where(inside, value, -torch.inf), rule.pool_size, 1, pad)
-    return torch.where(inside, smooth, value)
+    outside = 0.0 if rule.pool == "avg" else -torch.inf
+    return torch.where(inside, smoothed(torch.where(inside, value, outside), rule.pool_size, rule.pool), value)
+
+
+def smoothed(x: Tensor, size: int, kind: str = "avg") -> Tensor:
+    """x [..., L], the `avg` (zeros beyond the ends count) or `max` of `size` neighbours: same shape."""
+    flat = x.reshape(-1, 1, x.shape[-1])
+    pool = F.avg_pool1d if kind == "avg" else F.max_pool1d
+    return pool(flat, size, 1, size // 2).view(x.shape)
 
 
 def by_granule(value: Tensor, pos: Tensor, candidate: Tensor, first: Tensor, rule: Rule) -> Tensor:

@@ -6,6 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from kvpass.kernels.errors import TableError
 from torch import Tensor
 
 
@@ -13,12 +14,12 @@ def layer_of(path: str, name: str, layer: int, device: torch.device) -> Tensor:
     """One layer of a stacked tensor of a file, float32.
 
     Raises:
-        ValueError: no such tensor, or not for so many layers.
+        TableError: no such tensor, or not for so many layers.
     """
     table = _read(path, Path(path).stat().st_mtime)
     if name not in table or layer >= len(table[name]):
         held = {key: list(value.shape) for key, value in table.items()}
-        raise ValueError(f"{path}: no {name!r} for layer {layer}; it holds {held}")
+        raise TableError(f"{path}: no {name!r} for layer {layer}", f"it holds {held}; give a file made for this model")
     return table[name][layer].float().to(device)
 
 

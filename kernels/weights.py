@@ -5,15 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-WEIGHTS = ("none", "l1", "l2", "vo_l1", "vo_l1_share")
-"""Norms of v (VATP, arXiv 2406.12335); of v W_O, mean over the query heads of a group (CriticalKV, arXiv 2502.03805);
-or that as a share of its sum over the KV heads (DefensiveKV, arXiv 2510.13334).
-"""
-
 
 def value_weights(kind: str, v: Tensor, wo: Tensor | None) -> Tensor:
     """float32 [B, Hkv, L] of values v [B, Hkv, L, Dv].
 
+    kind: `l1` or `l2`, norms of v (VATP, arXiv 2406.12335); `vo_l1`, of v W_O, mean over the query heads of a group
+    (CriticalKV, arXiv 2502.03805); `vo_l1_share`, that as a share of its sum over the KV heads (DefensiveKV,
+    arXiv 2510.13334).
     wo: for the last two kinds, the output projection's weight [out, Hq * Dv], as of torch.nn.Linear.
     """
     norm: Tensor

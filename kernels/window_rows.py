@@ -53,7 +53,7 @@ def window_rows(
 def _last_valid(valid: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Indices of the last `count` valid queries, int64 [B, w], ascending, and which of them exist, bool [B, w]."""
     count = min(count, valid.shape[1])
-    order = (valid.int() * 2).sort(dim=-1, stable=True).indices[:, valid.shape[1] - count :]
+    order = valid.int().sort(dim=-1, stable=True).indices[:, valid.shape[1] - count :]
     return order, valid.gather(1, order)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import fx
@@ -42,7 +44,7 @@ class SitePlan:
             ops.insert(ops.index("score_slots"), "window_rows")
         return ("arrivals", *ops) if self.arrives and self.site.phase is Phase.DECODE else tuple(ops)
 
-    @property
+    @cached_property
     def projection(self) -> OutputProjection | None:
         """Where the rule's value weight finds the output projection; None if it reads none."""
         core, dims = self.site.core, self.site.dims
@@ -50,12 +52,12 @@ class SitePlan:
             return None
         return output_projection(core.node, int(dims["Hq"]), int(dims["Dv"]))
 
-    @property
+    @cached_property
     def hidden(self) -> fx.Node | None:
         """The hidden states that the rule's scorer reads; None if it reads none."""
         return block_input(self.site.value.update.new) if "hidden" in self.rule.reads else None
 
-    @property
+    @cached_property
     def rotation(self) -> Rotation | None:
         """The rotation of the queries, for a scorer that reads them before it; None if it reads none."""
         core = self.site.core
@@ -128,39 +130,30 @@ def _check(policy: Policy, planned: SitePlan) -> None:
     Raises:
         PolicyError: naming the site.
     """
+    for broken, asked, fix in _unmet(planned):
+        if broken:
+            where = f"{planned.site.name}, {planned.site.source}"
+            raise PolicyError(f"policy {policy.name!r} {asked}", where=where, hint=fix)
+
+
+def _unmet(planned: SitePlan) -> Iterator[tuple[bool, str, str]]:
+    """Whether something is missing, what was asked, and the fix."""
     site, rule = planned.site, planned.rule
-    reads = [word for word in rule.reads if word != "statistics"] + (["weight"] if rule.weight != "none" else [])
+    reads = [word for word in rule.reads if word not in ("statistics", "layer")]
+    reads += ["weight"] if rule.weight != "none" else []
     shared = site.core.latent is not None or site.mixed is not None
-    if shared and (reads or rule.ragged):
-        what = "keeps latents instead of keys and values" if site.core.latent else "keeps all heads side by side"
-        asked = f"reads {' and '.join(reads)}" if reads else "gives heads budgets of their own"
-        raise PolicyError(
-            f"policy {policy.name!r} {asked}, but this attention {what}",
-            where=f"{site.name}, {site.source}",
-            hint="choose a policy of attention's statistics, e.g. h2o or snapkv",
-        )
-    if rule.weight.startswith("vo_") and planned.projection is None:
-        raise PolicyError(
-            f"policy {policy.name!r} weighs values by the output projection, which was not found behind the attention",
-            where=f"{site.name}, {site.source}",
-            hint="set weight.by: l1, which needs no projection; gates and norms in between cannot be read through",
-        )
-    if "hidden" in rule.reads and planned.hidden is None:
-        raise PolicyError(
-            f"policy {policy.name!r} reads the block's hidden states, which were not found above its values",
-            where=f"{site.name}, {site.source}",
-            hint="choose a policy that reads keys or attention; projections of several tensors cannot be read",
-        )
-    if "queries" in rule.reads and planned.rotation is None:
-        raise PolicyError(
-            f"policy {policy.name!r} reads queries before their rotation, and none of the usual form (RoPE over whole "
-            "heads, entry i with entry i + D / 2) was found",
-            where=f"{site.name}, {site.source}",
-            hint="choose a policy that reads keys or attention, e.g. keydiff or snapkv",
-        )
-    if rule.taper and rule.layers < 2:
-        raise PolicyError(
-            f"policy {policy.name!r} shares the budget out over layers, but this graph holds one",
-            where=f"{site.name}, {site.source}",
-            hint="avoid graph breaks between layers, or set allocate.layers: uniform",
-        )
+    what = "keeps latents instead of keys and values" if site.core.latent else "keeps all heads side by side"
+    asked = f"reads {' and '.join(reads)}" if reads else "gives heads budgets of their own"
+    fix = "choose a policy of attention's statistics, e.g. h2o or snapkv"
+    yield shared and (bool(reads) or rule.ragged), f"{asked}, but this attention {what}", fix
+    asked = "weighs values by the output projection, which was not found behind the attention"
+    fix = "set weight.by: l1, which needs no projection; gates and norms in between cannot be read through"
+    yield rule.weight.startswith("vo_") and planned.projection is None, asked, fix
+    asked = "reads the block's hidden states, which were not found above its values"
+    fix = "choose a policy that reads keys or attention; projections of several tensors cannot be read"
+    yield "hidden" in rule.reads and planned.hidden is None, asked, fix
+    asked = "reads queries before their rotation, and none of the usual form was found (RoPE over whole heads, entry i "
+    fix = "choose a policy that reads keys or attention, e.g. keydiff or snapkv"
+    yield "queries" in rule.reads and planned.rotation is None, f"{asked}with entry i + D / 2)", fix
+    asked, fix = "shares the budget out over layers, but this graph holds one", "set allocate.layers: uniform"
+    yield bool(rule.taper) and rule.layers < 2, asked, f"avoid graph breaks between layers, or {fix}"

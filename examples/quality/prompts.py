@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 from typing import Any
 
 import smollm2
@@ -54,7 +54,7 @@ class Prompts:
     def encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
-    @lru_cache(maxsize=1)  # noqa: B019 - one per process
+    @cached_property
     def words(self) -> list[str]:
         """Names for the keys that all take as many tokens, so that rows of a batch are of equal length."""
         size = len(self.encode(" river"))
@@ -64,7 +64,7 @@ class Prompts:
         """Passkey, three keys and a chain of variables, in one text: each is a distraction for the others."""
         rng = random.Random(f"{self.seed}-{context}-{index}")
         code, value, *numbers = ["".join(str(rng.randrange(1, 10)) for _ in range(DIGITS)) for _ in range(5)]
-        keys = rng.sample(self.words(), len(numbers))
+        keys = rng.sample(self.words, len(numbers))
         single = [f"The access code of the vault is {code}. Remember it."]
         single += [f"The special magic number for {k} is {n}." for k, n in zip(keys, numbers, strict=True)]
         rng.shuffle(single)

@@ -11,8 +11,8 @@ from kvpass.kernels.decode_attend.look import look
 from kvpass.kernels.decode_attend.step import Step, read_step
 from kvpass.kernels.decode_attend.victim import settle
 from kvpass.kernels.masks import additive, at_positions, by_kv_head, check_shown, shows_padding, visible
-from kvpass.kernels.ragged import padded, starts, write_back
-from kvpass.kernels.rule import FIRST, FREE, LIVE, SEEN, Rule
+from kvpass.kernels.ragged import padded, write_back
+from kvpass.kernels.rule import FIRST, LIVE, SEEN, Rule
 from kvpass.kernels.softmax import Softmax
 from torch import Tensor
 
@@ -51,7 +51,7 @@ def decode_attend_reference(
             state = (k, v, pos, stats, cursor)
             return _with_padding(q, k_new, v_new, mask, state, position, softmax, rule, (latent, arrive), arrived)
     step = read_step(cells, cursor, position, k.shape[2], plan)
-    _append(starts(cursor, k.shape[2]).flatten() + cursor[..., FREE].flatten(), k_new, v_new, k, v)
+    _append(step.rows, k_new, v_new, k, v)
     used, told = _with_arrival(pos, stats, cursor, step, arrive, plan)
     probs, seen = _probabilities(q, k, mask, used, step, softmax)
     if plan.emitted and plan.decode != "none":
@@ -109,15 +109,13 @@ def _with_arrival(
         pos, stats = padded(pos, cursor, step.slots, -1), padded(stats, cursor, step.slots, 0.0)
         unused = torch.arange(step.slots, device=pos.device) > cursor[..., LIVE, None]
         pos.masked_fill_(unused, -1)
-    slots = pos.shape[2]
-    rows = torch.arange(pos.shape[0] * pos.shape[1], device=pos.device) * slots + cursor[..., FREE].flatten()
-    pos.view(-1).index_fill_(0, rows, step.position)
+    pos.view(-1).index_fill_(0, step.noted, step.position)
     if stats.shape[0]:
         flat = stats.view(stats.shape[0], -1)
         if arrive is None:
-            flat.index_fill_(1, rows, 0.0)
+            flat.index_fill_(1, step.noted, 0.0)
         else:
-            flat.index_copy_(1, rows, arrive.reshape(stats.shape[0], -1))
+            flat.index_copy_(1, step.noted, arrive.reshape(stats.shape[0], -1))
     return pos[..., : step.slots], stats[..., : step.slots]
 
 

@@ -7,8 +7,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 import torch
-from kvpass.kernels.ragged import starts
-from kvpass.kernels.rule import EXTRA, FIRST, LIVE, SEEN, Rule
+from kvpass.kernels.rule import EXTRA, FIRST, FREE, LIVE, SEEN, SHIFT, Rule
 from torch import Tensor
 
 
@@ -44,15 +43,22 @@ class Step(NamedTuple):
     starts: bool
     """Whether this is the first valid token of some row."""
     position: int
+    rows: Tensor
+    """int64 [B * Hkv], rows of the flattened keys and values for the token."""
+    noted: Tensor
+    """The same for positions and statistics: of a ragged rule these are copies with `slots` slots for each head."""
 
 
 def read_step(cells: list[list[int]], cursor: Tensor, position: int, slots: int, plan: Rule) -> Step:
     """What the cursor, as `cells` [B * Hkv][columns], says about the step of a token at `position`; C = `slots`."""
     live, _, seen, first = cells[0][:4]
+    places = [i * slots + (c[SHIFT] if plan.ragged else 0) for i, c in enumerate(cells)]
+    rows = _free(places, cells, cursor)
     begins = any(c[FIRST] < 0 for c in cells)
     if not begins and not plan.ragged and all(c[LIVE] == live and c[SEEN] == seen and c[FIRST] == first for c in cells):
         size = plan.budget(seen + 1)
-        return Step(live + 1, [Run(0, len(cells), live + 1)], size, first, live + 1 > size, False, position)
+        runs = [Run(0, len(cells), live + 1)]
+        return Step(live + 1, runs, size, first, live + 1 > size, False, position, rows, rows)
 
     def shaped(values: Sequence[int]) -> Tensor:
         return torch.tensor(values, device=cursor.device).view(*cursor.shape[:2], 1)
@@ -62,12 +68,18 @@ def read_step(cells: list[list[int]], cursor: Tensor, position: int, slots: int,
     over = [u > s for u, s in zip(used, sizes, strict=True)]
     evicts = over[0] if all(o == over[0] for o in over) else shaped(over)
     firsts = [c[FIRST] if c[FIRST] >= 0 else position for c in cells]
-    return Step(max(used), _runs(used, cursor, slots, plan), shaped(sizes), shaped(firsts), evicts, begins, position)
+    runs, most = _runs(used, places, plan), max(used)
+    noted = _free([i * most for i in range(len(cells))], cells, cursor) if plan.ragged else rows
+    return Step(most, runs, shaped(sizes), shaped(firsts), evicts, begins, position, rows, noted)
 
 
-def _runs(used: list[int], cursor: Tensor, slots: int, plan: Rule) -> list[Run]:
+def _free(places: list[int], cells: list[list[int]], cursor: Tensor) -> Tensor:
+    """int64 [B * Hkv]: rows of the free slots of heads that begin at `places`."""
+    return torch.tensor([at + c[FREE] for at, c in zip(places, cells, strict=True)], device=cursor.device)
+
+
+def _runs(used: list[int], places: list[int], plan: Rule) -> list[Run]:
     if plan.ragged:
-        places = starts(cursor, slots).flatten().tolist()
         return [Run(i, i + 1, n, place) for i, (n, place) in enumerate(zip(used, places, strict=True))]
     runs, first = [], 0
     for n, same in groupby(used):

@@ -32,7 +32,7 @@ def _victim(pos: Tensor, stats: Tensor, step: Step, plan: Rule) -> Tensor:
     """The slot each head gives up: int64 [B, Hkv, 1]. Lowest unprotected score, ties evict the newer.
 
     torch's where and masked_fill are slow on CPU, so protection is arithmetic: `guard` is 0 for slots that may go, at
-    least 3e38 for the others (empties, at position -1, among them), and no score of attention is negative.
+    least 3e38 for the others (empties, at position -1, among them).
     """
     score = slot_scores(stats, pos, plan, step.position)
     low, high = _exposed(step, plan)
@@ -42,14 +42,18 @@ def _victim(pos: Tensor, stats: Tensor, step: Step, plan: Rule) -> Tensor:
         guard.masked_fill_(must_stay(stats, plan), INF)
     scope = _scope(stats, pos, guard, step, plan) if plan.scope_num or plan.top_num else None
     eligible = score if scope is None else torch.add(score, scope, alpha=UNTOUCHABLE)
-    guarded = torch.where(guard > 0, guard, eligible) if plan.scorer else torch.maximum(eligible, guard)
-    lowest, victim = guarded.topk(2, -1, largest=False)
+    lowest, victim = _guarded(eligible, guard, plan).topk(2, -1, largest=False)
     if all(a < b and a < UNTOUCHABLE for a, b in lowest.view(-1, 2).tolist()):
         return victim[..., :1]
     if scope is not None:
         score = score.masked_fill(scope, UNTOUCHABLE)
     score = score.masked_fill(guard > 0, INF)
     return torch.where(score == score.amin(-1, keepdim=True), pos, -1).argmax(-1, keepdim=True)
+
+
+def _guarded(score: Tensor, guard: Tensor, plan: Rule) -> Tensor:
+    """The score where the guard is 0, else the guard; only scorers give negative scores, that need the slower road."""
+    return torch.where(guard > 0, guard, score) if plan.scorer else torch.maximum(score, guard)
 
 
 def _exposed(step: Step, plan: Rule) -> tuple[int | Tensor, int | Tensor]:
@@ -63,7 +67,7 @@ def _exposed(step: Step, plan: Rule) -> tuple[int | Tensor, int | Tensor]:
 
 def _scope(stats: Tensor, pos: Tensor, guard: Tensor, step: Step, plan: Rule) -> Tensor:
     """Slots that the scope keeps out of reach: bool, the shape of pos."""
-    spread = torch.where(guard > 0, guard, preference(stats, pos, plan, step.position))
+    spread = _guarded(preference(stats, pos, plan, step.position), guard, plan)
     if len(step.runs) > 1:
         spread = spread.masked_fill(pos < 0, -INF)
     if not plan.top_num:

@@ -81,7 +81,7 @@ def _add(head: _Head, watched: Tensor, rule: Rule, target: Tensor) -> None:
     """Add one head's statistics to target [N, c], tile by tile."""
     group, rows = head.queries.shape[:2]
     step = max(1, ROWS // group)
-    shares = _even_shares(head, rows, target.shape[-1]) if "important" in rule.emitted else head.queries[0, :, 0]
+    shares = _even_shares(head, rows, target.shape[-1]) if "important" in rule.emitted else None
     tile = head.queries.new_empty(step * group * min(KEYS, target.shape[-1]))
     for i in range(0, rows, step):
         j = min(i + step, rows)
@@ -91,7 +91,7 @@ def _add(head: _Head, watched: Tensor, rule: Rule, target: Tensor) -> None:
             y = min(x + KEYS, seen)
             probs = tile[: len(block) * (y - x)].view(len(block), y - x)
             _fill(probs, head, block, (i, j), (x, y))
-            _reduce(probs.view(group, j - i, y - x), rule, target[:, x:y], shares[i:j])
+            _reduce(probs.view(group, j - i, y - x), rule, target[:, x:y], None if shares is None else shares[i:j])
     if "count" in rule.emitted:
         target[rule.emission("count")] += _counts(head, watched, target.shape[-1])
 
@@ -114,8 +114,11 @@ def _fill(probs: Tensor, head: _Head, block: Tensor, rows: tuple[int, int], cols
         grouped[..., edge - x :].tril_(i + head.offset - edge)
 
 
-def _reduce(probs: Tensor, rule: Rule, target: Tensor, shares: Tensor) -> None:
-    """Add the tile [G, r, c] to the float statistics [N, c]; changes the tile. shares [r]: of `_even_shares`."""
+def _reduce(probs: Tensor, rule: Rule, target: Tensor, shares: Tensor | None) -> None:
+    """Add the tile [G, r, c] to the float statistics [N, c]; changes the tile.
+
+    shares [r]: of `_even_shares`, for `important`.
+    """
     weight = 1.0 / len(probs) if rule.group == "mean" else 1.0
     if rule.group == "mean" and not {"sumsq", "important"} & set(rule.emitted):
         if "sum" in rule.emitted:
@@ -127,7 +130,7 @@ def _reduce(probs: Tensor, rule: Rule, target: Tensor, shares: Tensor) -> None:
             target[index].add_(row.sum(0), alpha=weight)
         elif name == "sumsq":
             target[index].add_((row * row).sum(0), alpha=weight * weight)
-        elif name == "important":
+        elif shares is not None and name == "important":
             target[index].add_((row * weight >= shares[:, None]).sum(0))
 
 

@@ -23,7 +23,7 @@ def expected_attention(seen: Seen, future: int = 512, skip: int = 4) -> Tensor:
     spread = centred.mT @ centred
     turn = _average_turn(seen, own, future)[:, None, None]
     mean, spread = (turn @ mean[..., None])[..., 0], turn @ spread @ turn.mT
-    keys, size = seen.keys.double()[:, :, None], seen.k.shape[-1]  # type: ignore[union-attr]  # it is read
+    keys, size = seen.keys.double()[:, :, None], seen.keys.shape[-1]
     logits = (keys @ mean[..., None])[..., 0] / size**0.5 + ((keys @ spread) * keys).sum(-1) / (2 * size)
     scored = seen.candidate & (seen.pos >= seen.first + skip)
     probs = logits.masked_fill(~scored[:, :, None], -torch.inf).softmax(-1)

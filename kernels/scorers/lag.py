@@ -17,7 +17,7 @@ def lag(seen: Seen, sinks: int = 4, block: int = 128, cross: bool = False) -> Te
     The last full block and what follows it have no block to be measured against: they score 1 and more, the newer the
     more, sinks above all.
     """
-    out = torch.full_like(seen.pos, 3.0, dtype=torch.float32)
+    out, halves = torch.full_like(seen.pos, 3.0, dtype=torch.float32), (seen.keys, seen.values)
     for b in range(out.shape[0]):
         for h in range(out.shape[1]):
             alive = seen.candidate[b, h].nonzero().flatten()
@@ -27,7 +27,7 @@ def lag(seen: Seen, sinks: int = 4, block: int = 128, cross: bool = False) -> Te
             if blocks < 2:
                 continue
             index = body[: blocks * block]
-            parts = [_standing(x[b, h, index].unflatten(0, (blocks, block))) for x in (seen.keys, seen.values)]
+            parts = [_standing(x[b, h, index].unflatten(0, (blocks, block))) for x in halves]
             score = (parts[0] + parts[1]) / 2
             if not cross:
                 score = score.argsort(dim=-1, stable=True).argsort(-1).float() / block

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from kvpass.kernels.scorers.registry import Seen, scorer
-from kvpass.kernels.scorers.window import pooled
+from kvpass.kernels.smooth import smoothed
 from torch import Tensor
 
 
@@ -20,17 +20,17 @@ def r_kv(seen: Seen, balance: float = 0.1, threshold: float = 0.5, pool: int = 7
     present = (logits > float("-inf")).any(-1, keepdim=True)
     probs = logits.masked_fill(~present, 0.0).softmax(-1) * present
     importance = probs.sum(2) / present.sum(2).clamp(min=1)
-    importance = pooled(importance * seen.before_window, pool, "max")
+    importance = smoothed(importance * seen.before_window, pool, "max")
     return balance * importance - (1 - balance) * _redundancy(seen, threshold)
 
 
 def _redundancy(seen: Seen, threshold: float) -> Tensor:
     """float32 [B, Hkv, L], head by head: a similarity matrix is L x L."""
-    out = torch.zeros(seen.pos.shape, device=seen.pos.device)
+    out, unit = torch.zeros(seen.pos.shape, device=seen.pos.device), torch.nn.functional.normalize(seen.keys, dim=-1)
     for b in range(out.shape[0]):
         for h in range(out.shape[1]):
             alive = seen.candidate[b, h].nonzero().flatten()
-            keys = torch.nn.functional.normalize(seen.keys[b, h, alive], dim=-1)
+            keys = unit[b, h, alive]
             cosine = (keys @ keys.mT).fill_diagonal_(0.0)
             close = cosine > threshold
             places = torch.arange(len(alive), device=close.device)

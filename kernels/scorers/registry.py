@@ -9,21 +9,24 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote, unquote
 
 import torch
 from torch import Tensor
 
-READS = ("keys", "values", "hidden", "queries", "rows", "logits", "statistics")
+READS = ("keys", "values", "hidden", "queries", "rows", "logits", "statistics", "layer")
 """What a scorer may ask for. `hidden`: what the attention block reads; `queries`: before their rotation; `rows` and
-`logits`: of the observation window; `statistics`: what attention emitted.
+`logits`: of the observation window; `statistics`: what attention emitted; `layer`: the layer's number, which costs that
+layers no longer share what is computed for a graph.
 """
 
 BUILT_IN = ("geometry", "expected", "lag", "learned", "window", "redundancy", "chance")
 """Modules of this package that hold scorers."""
 
 _TABLE: dict[str, Scorer] = {}
+
+Asked = TypeVar("Asked", Tensor, int)
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Seen:
         seen: int64 [B, Hkv, 1]: valid tokens so far.
         budget: int64 [B, Hkv, 1]: slots that each head may hold, on average over the heads.
         window: queries of the observation window; 0 for none.
-        layer, seed: of the site; of the policy.
+        seed: of the policy.
         k, v: [B, Hkv, L, D or Dv], as cached (keys rotated). None if not asked for.
         rows: float32 [B, Hkv, G, w, L], probabilities of the last w valid queries (0 where hidden, and for missing
             queries), or their masked, scaled logits (-inf where hidden) for a scorer that reads `logits`.
@@ -47,6 +50,7 @@ class Seen:
             scorer that reads them sees no others (L is S), and scores of older slots stay.
         q: [B, Hq, S, D], this call's queries before their rotation (RoPE, half-turned).
         turns: [2, 1 or B, S, D], cosines and sines that they are rotated by.
+        at: the layer's number, from 0.
     """
 
     pos: Tensor
@@ -56,7 +60,6 @@ class Seen:
     seen: Tensor
     budget: Tensor
     window: int
-    layer: int
     seed: int
     k: Tensor | None
     v: Tensor | None
@@ -65,48 +68,59 @@ class Seen:
     h: Tensor | None = None
     q: Tensor | None = None
     turns: Tensor | None = None
+    at: int | None = None
 
     @property
     def keys(self) -> Tensor:
         """float32 [B, Hkv, L, D]"""
-        assert self.k is not None, 'say reads=("keys",)'
-        return self.k.float()
+        return _asked(self.k, "keys").float()
 
     @property
     def values(self) -> Tensor:
         """float32 [B, Hkv, L, Dv]"""
-        assert self.v is not None, 'say reads=("values",)'
-        return self.v.float()
+        return _asked(self.v, "values").float()
 
     @property
     def hidden(self) -> Tensor:
         """float32 [B, L, size]"""
-        assert self.h is not None, 'say reads=("hidden",)'
-        return self.h.float()
+        return _asked(self.h, "hidden").float()
 
     @property
     def queries(self) -> Tensor:
         """float32 [B, Hkv, G, S, D]"""
-        assert self.q is not None, 'say reads=("queries",)'
-        grouped: Tensor = self.q.float().unflatten(1, (self.pos.shape[1], -1))
+        grouped: Tensor = _asked(self.q, "queries").float().unflatten(1, (self.pos.shape[1], -1))
         return grouped
 
     @property
     def angles(self) -> Tensor:
         """[2, 1 or B, S, D]"""
-        assert self.turns is not None, 'say reads=("queries",)'
-        return self.turns
+        return _asked(self.turns, "queries")
 
     @property
     def observed(self) -> Tensor:
         """float32 [B, Hkv, G, w, L]: `rows`"""
-        assert self.rows is not None, 'say reads=("rows",) or ("logits",)'
-        return self.rows
+        return _asked(self.rows, "rows")
+
+    @property
+    def layer(self) -> int:
+        """The site's layer, from 0."""
+        return _asked(self.at, "layer")
 
     @property
     def before_window(self) -> Tensor:
         """bool [B, Hkv, L]: candidates that came before the observation window."""
         return self.candidate & (self.pos < self.end - self.window)
+
+
+def _asked(value: Asked | None, word: str) -> Asked:
+    """What a scorer reads.
+
+    Raises:
+        ValueError: it did not say so.
+    """
+    if value is None:
+        raise ValueError(f"this scorer reads {word!r} without saying so: register it with reads=({word!r}, ...)")
+    return value
 
 
 @dataclass(frozen=True)
@@ -157,7 +171,7 @@ def scorer(
 
     Args:
         name: as policies write it.
-        reads: of keys, values, hidden, queries, rows, logits, statistics: nothing else is computed.
+        reads: of `READS`: nothing else is computed.
         pointwise: see `Scorer`.
 
     Raises:

@@ -5,15 +5,8 @@ from __future__ import annotations
 import torch
 from kvpass.kernels.scorers.chance import gumbel_rows
 from kvpass.kernels.scorers.registry import Seen, scorer
+from kvpass.kernels.smooth import smoothed
 from torch import Tensor
-from torch.nn import functional as F
-
-
-def pooled(x: Tensor, size: int, kind: str = "avg") -> Tensor:
-    """x [..., L] smoothed over L: same length, stride 1, zero padding counted."""
-    flat = x.reshape(-1, 1, x.shape[-1])
-    pool = F.avg_pool1d if kind == "avg" else F.max_pool1d
-    return pool(flat, size, 1, size // 2).view(x.shape)
 
 
 def outside(seen: Seen) -> Tensor:
@@ -50,7 +43,7 @@ def defensive(seen: Seen, pool: int = 5, nucleus: float = 0.9) -> Tensor:
     minus the window's own mass) are lifted above all others; at most budget - window of them.
     """
     rows = outside(seen)
-    smooth = pooled(rows, pool) * seen.before_window[:, :, None, None]
+    smooth = smoothed(rows, pool) * seen.before_window[:, :, None, None]
     smooth = smooth * (rows.sum(-1, keepdim=True) / smooth.sum(-1, keepdim=True).clamp(min=1e-30))
     most = smooth.amax((2, 3))
     count = seen.before_window.sum(-1, keepdim=True).clamp(min=1)
@@ -77,18 +70,20 @@ def cake(seen: Seen, gamma: float = 200.0, pool: int = 5) -> Tensor:
     rows, there = outside(seen), answered(seen)
     mean = window_mean(rows, seen)
     variance = ((rows - mean[:, :, :, None]).square() * there).sum(3) / (there.sum(3) - 1).clamp(min=1)
-    return pooled(mean + gamma * variance, pool).mean(2)
+    return smoothed(mean + gamma * variance, pool).mean(2)
 
 
 @scorer("finch", reads=("rows",))
 def finch(seen: Seen) -> Tensor:
     """Mean over the window's queries of a_ij times the keys that query sees, group mean (arXiv 2408.00167)."""
     rows = outside(seen)
-    visible = (seen.observed > 0).sum(-1, keepdim=True)
-    return window_mean(rows * visible, seen).mean(2)
+    queries = rows.shape[3]
+    own = seen.end + torch.arange(-queries, 0, device=rows.device)  # positions of the window's queries
+    visible = (seen.candidate[..., None, :] & (seen.pos[..., None, :] <= own[..., None])).sum(-1, keepdim=True)
+    return window_mean(rows * visible[:, :, None], seen).mean(2)
 
 
-@scorer("keyformer", reads=("logits",))
+@scorer("keyformer", reads=("logits", "layer"))
 def keyformer(seen: Seen, temperature: float = 1.0) -> Tensor:
     """Sum over the window's queries of softmax((logit + Gumbel noise) / temperature), group mean (arXiv 2403.09054)."""
     noisy = (seen.observed + gumbel_rows(seen)) / temperature

@@ -16,7 +16,9 @@ def rule_of(policy: Policy, layer: int = 0, layers: int = 1) -> Rule:
     if policy.budget == 1.0 and isinstance(policy.budget, float):
         return Rule()
     allocate = policy.allocate
-    placed = policy.score not in SCORES or allocate.layers != "uniform" or allocate.heads == "table"
+    ranking = _ranking(policy)
+    placed = "layer" in ranking.get("reads", ()) or policy.sample > 0
+    placed = placed or allocate.layers != "uniform" or allocate.heads == "table"
     return Rule(
         queries=-1 if policy.observe.queries == "all" else policy.observe.queries,
         group=policy.observe.group,
@@ -33,7 +35,7 @@ def rule_of(policy: Policy, layer: int = 0, layers: int = 1) -> Rule:
         seed=policy.seed,
         marked=policy.protect.tokens or policy.fair,
         fair=policy.fair,
-        **_ranking(policy),
+        **ranking,
         **_weighing(policy),
         **_shares(policy),
     )

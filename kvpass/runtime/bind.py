@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from kvpass.errors import CacheError, StaleCacheError
-from kvpass.kernels.errors import DataError
+from kvpass.errors import CacheError, PolicyError, StaleCacheError
+from kvpass.kernels.errors import DataError, TableError
 from kvpass.kernels.rule import Rule
 from kvpass.runtime.marks import marks_of
 from kvpass.runtime.shell import attach, make, of_buffer, refuse, unwrap
@@ -156,7 +156,8 @@ class Bound:
             for store in stores:
                 store.spoiled = True
             if isinstance(error, DataError):
-                raise CacheError(str(error), where=self._where(), hint=error.hint) from error
+                kind = PolicyError if isinstance(error, TableError) else CacheError
+                raise kind(str(error), where=self._where(), hint=error.hint) from error
             raise
 
     def _where(self) -> str:

@@ -16,6 +16,7 @@ from models import tiny
 from transformers import DynamicCache
 
 import kvpass
+from kvpass.errors import PolicyError
 
 LAYERS, HEADS, KV_HEADS, DIM = 2, 6, 2, 16
 SIZE, WIDE = HEADS * DIM, 12
@@ -135,7 +136,7 @@ def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
     torch.save({"filters": torch.zeros(1, KV_HEADS, DIM)}, path)
     spec = {"name": "mine", "extends": "q_filters", "options": {"file": str(path)}}
     compiled = kvpass.compile(tiny.llama(HEADS, KV_HEADS, DIM, LAYERS), policy=spec, budget=SLOTS, inner="eager")
-    with torch.no_grad(), pytest.raises(ValueError, match=r"no 'filters' for layer 1; it holds .*\[1, 2, 16\]"):
+    with torch.no_grad(), pytest.raises(PolicyError, match=r"no 'filters' for layer 1\n.*\n.*\[1, 2, 16\]"):
         compiled(tiny.tokens(1, 60))
 
 

@@ -13,10 +13,9 @@ from kvpass.kernels.rule import FIRST, LIVE, Rule
 from kvpass.kernels.scorers.lag import lag
 from kvpass.kernels.scorers.registry import Seen
 from kvpass.kernels.scorers.window import cake, defensive, finch, window_mean
-from kvpass.kernels.scorers.window import pooled as pooled_rows
 from kvpass.kernels.scores import score_slots, slot_scores
 from kvpass.kernels.select_slots import select_slots
-from kvpass.kernels.smooth import pooled
+from kvpass.kernels.smooth import pooled, smoothed
 from kvpass.kernels.weights import value_weights
 
 
@@ -32,7 +31,7 @@ def test_pool(kind: str, expected: list[float]) -> None:
     scores, pos = torch.tensor([[[0.1, 0.2, 0.6, 0.05, 0.05]]]), torch.arange(5)[None, None]
     there, end = torch.ones(1, 1, 5, dtype=torch.bool), torch.tensor([[[5]]])
     close(pooled(scores, pos, there, end, Rule(pool=kind, pool_size=3)), expected)
-    close(pooled_rows(scores, 3, kind), expected)
+    close(smoothed(scores, 3, kind), expected)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +130,7 @@ def seen(**given: Any) -> Seen:
     there = torch.ones(1, 1, 4, dtype=torch.bool)
     plain = {"pos": pos, "candidate": there, "end": 7 * one, "first": 0 * one, "seen": 7 * one, "budget": 5 * one}
     none = dict.fromkeys(("k", "v", "rows"))
-    return Seen(**{**plain, **none, "window": 3, "layer": 0, "seed": 0, "statistics": {}, **given})
+    return Seen(**{**plain, **none, "window": 3, "seed": 0, "statistics": {}, **given})
 
 
 WINDOW = torch.tensor([[0.05, 0.05, 0.8, 0.1], [0.3, 0.3, 0.1, 0.3], [0.3, 0.3, 0.1, 0.3]])[None, None, None]
