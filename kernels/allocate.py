@@ -6,7 +6,7 @@ from urllib.parse import unquote
 
 import torch
 from kvpass.kernels.errors import TableError
-from kvpass.kernels.rule import UNTOUCHABLE, Rule
+from kvpass.kernels.rule import EXTRA, UNTOUCHABLE, Rule
 from kvpass.kernels.tables import layer_of
 from torch import Tensor
 
@@ -73,3 +73,17 @@ def ragged_columns(counts: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
     even = size[..., 0]
     extra = torch.where((counts > even).any(-1, keepdim=True), counts - even, 0)
     return extra, extra.cumsum(-1) - extra
+
+
+def with_preference(cursor: Tensor, preference: Tensor) -> Tensor:
+    """The cursor of a layer that keeps all candidates, with its preference [B] as the bits of EXTRA, where
+    `kvpass.kernels.layers.shared_out` reads it.
+    """
+    cursor = cursor.clone()
+    cursor[..., EXTRA] = preference.float().view(torch.int32)[:, None]
+    return cursor
+
+
+def preference_of(cursor: Tensor) -> Tensor:
+    """float32 [B]"""
+    return cursor[:, 0, EXTRA].contiguous().view(torch.float32)

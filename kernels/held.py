@@ -43,8 +43,9 @@ def held_scores(
     tensors: Read,
     beside: tuple[Tensor | None, Tensor | None],
     rule: Rule,
-) -> Tensor:
-    """What each key holds after a multi-token call: float32 [B, Hkv, L].
+) -> tuple[Tensor, Tensor | None]:
+    """What each key holds after a multi-token call, float32 [B, Hkv, L]; and what the layer is preferred by, [B], if
+    layers share by it.
 
     stats: [M, B, Hkv, L] that the call emitted; keys: position, candidates and end, as in `Seen`; cursor: after the
     call; tensors: what the scorer reads; beside: [B, Hkv, L] each, what the slots held, and the marks of a fair rule.
@@ -57,7 +58,7 @@ def held_scores(
         own = tensors._replace(k=k, v=v)
         seen = _seen(pos[..., new], candidate[..., new], end, cursor, own, rule, {})
         score = chosen.score(seen, rule.options)
-        return score if past is None else torch.cat([past[..., : new.start], score], -1)
+        return score if past is None else torch.cat([past[..., : new.start], score], -1), None
     seen = _seen(pos, candidate, end, cursor, tensors, rule, dict(zip(rule.emitted, stats, strict=True)))
     score = chosen.score(seen, rule.options)
     if rule.pool != "none":
@@ -71,7 +72,8 @@ def held_scores(
     score = _sampled(score, seen, rule) if rule.sample_num else score
     # the protected window is not judged: when its keys leave it, they stay as generated ones do
     window = candidate & (pos >= end - min(max(rule.queries, 0), rule.recent))
-    return torch.where(window, _later(pos), score)
+    preferred = chosen.preference(seen) if chosen.preference and rule.spread == "preference" else None
+    return torch.where(window, _later(pos), score), preferred
 
 
 def _later(pos: Tensor) -> Tensor:

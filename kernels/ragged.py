@@ -1,14 +1,13 @@
 """Ragged slots: heads of a layer that hold different numbers of keys in one piece of memory.
 
 The state's tensors keep their shapes [.., B, Hkv, C, ..]; head (b, h) has its slots in a row from place
-(b * Hkv + h) * C + SHIFT on, in the flattened memory. The EXTRA slots of the heads add up to no more than 0, so nothing
-overlaps, and a longer C keeps every SHIFT.
+(b * Hkv + h) * C + SHIFT on, in the flattened memory, up to the next head's. A longer C keeps every SHIFT.
 """
 
 from __future__ import annotations
 
 import torch
-from kvpass.kernels.rule import EXTRA, LIVE, SHIFT
+from kvpass.kernels.rule import EXTRA, FREE, LIVE, SHIFT
 from torch import Tensor
 
 
@@ -26,8 +25,8 @@ def starts(cursor: Tensor, slots: int) -> Tensor:
 
 def rooms(cursor: Tensor, slots: int) -> Tensor:
     """Slots that each head has, int64 [B, Hkv]."""
-    extra = cursor[..., EXTRA].long() if is_ragged(cursor) else 0
-    return torch.full(cursor.shape[:2], slots, device=cursor.device) + extra
+    first = starts(cursor, slots).flatten()
+    return first.diff(append=first.new_full((1,), len(first) * slots)).view(cursor.shape[:2])
 
 
 def places(cursor: Tensor, slots: int, width: int) -> tuple[Tensor, Tensor]:
@@ -62,19 +61,53 @@ def used_slots(cursor: Tensor) -> int:
     return int(cursor[..., LIVE].max()) + 1
 
 
-def lengthened(state: list[Tensor], slots: int) -> list[Tensor]:
-    """The state (k, v, pos, stats, cursor) with `slots` slots per head on average. A copy, but for the cursor."""
-    k, v, pos, stats, cursor = state
-    old, exist = places(cursor, k.shape[2], used_slots(cursor))
-    new = (starts(cursor, slots)[..., None] + torch.arange(old.shape[-1], device=old.device))[exist]
-    old = old[exist]
-    batch, heads = cursor.shape[:2]
-    out = [
+def laid_out(cursor: Tensor, rooms: Tensor) -> tuple[Tensor, int]:
+    """The cursor with a SHIFT for heads that get `rooms` [B, Hkv] slots each, and C."""
+    places = rooms.flatten().cumsum(0)
+    slots = -(-int(places[-1]) // len(places))
+    even = torch.arange(len(places), device=places.device) * slots
+    cursor = cursor.clone()
+    cursor[..., SHIFT] = (places - rooms.flatten() - even).view(rooms.shape).int()
+    return cursor, slots
+
+
+def empty_like(state: list[Tensor], slots: int) -> list[Tensor]:
+    """k, v, pos and stats of a state with `slots` slots per head, none in use."""
+    k, v, pos, stats, _ = state
+    batch, heads = pos.shape[:2]
+    return [
         k.new_empty(batch, heads, slots, k.shape[3]),
         v.new_empty(batch, heads, slots, v.shape[3]),
         pos.new_full((batch, heads, slots), -1),
         stats.new_zeros(stats.shape[0], batch, heads, slots),
     ]
+
+
+def lengthened(state: list[Tensor], slots: int) -> list[Tensor]:
+    """The state (k, v, pos, stats, cursor) with `slots` slots per head on average. A copy, but for the cursor."""
+    return _moved(state, state[4], slots)
+
+
+def with_spare(state: list[Tensor], spare: int) -> list[Tensor]:
+    """The state with room for `spare` more slots behind those that each head uses. A copy."""
+    return _moved(state, *laid_out(state[4], state[4][..., LIVE].long() + max(spare, 1)))
+
+
+def evened(state: list[Tensor], spare: int) -> list[Tensor]:
+    """The state with as many slots for each head: those of the fullest, and `spare` more. A copy."""
+    cursor = state[4].clone()
+    cursor[..., EXTRA:] = 0
+    return _moved(state, cursor, used_slots(cursor) + spare)
+
+
+def _moved(state: list[Tensor], cursor: Tensor, slots: int) -> list[Tensor]:
+    """The used slots, where another cursor says."""
+    k, v, pos, stats, before = state
+    offset = torch.arange(used_slots(before), device=pos.device)
+    used = offset < (before[..., LIVE] + (before[..., FREE] < before[..., LIVE]))[..., None]
+    old = (starts(before, k.shape[2])[..., None] + offset)[used]
+    new = (starts(cursor, slots)[..., None] + offset)[used]
+    out = empty_like(state, slots)
     for source, target in zip((k, v), out[:2], strict=True):
         target.view(-1, target.shape[3])[new] = source.reshape(-1, source.shape[3])[old]
     out[2].view(-1)[new] = pos.reshape(-1)[old]

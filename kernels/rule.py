@@ -29,6 +29,8 @@ MARK = "mark"
 KEEP = 1 << 20
 """Above every span's number; sums with it are exact in float32."""
 
+INF = float("inf")
+
 UNTOUCHABLE = 3.0e38
 """Score of a slot that the scope keeps out of reach: above every real score, below a protected slot's +inf."""
 
@@ -39,6 +41,9 @@ of compiled graphs that Inductor keeps on disk: an older one must not be taken f
 
 LIVE, FREE, SEEN, FIRST, EXTRA, SHIFT = range(6)
 """Columns of the cursor [B, Hkv, 4 or 6]. The last two exist where heads have budgets of their own (`Rule.ragged`)."""
+
+SPREADS = ("model", "preference", "threshold")
+"""`Rule.spread`: what decides, once a whole call is over, how many slots a head gets (`kvpass.kernels.layers`)."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,8 @@ class Rule:
     layers: int = 1
     ragged: bool = False
     table: str = ""
+    spread: str = ""
+    cut: float = -INF
     marked: bool = False
     fair: bool = False
     safe_num: int = 0
@@ -89,7 +96,7 @@ class Rule:
     @property
     def evicts(self) -> bool:
         """False when the budget is everything: nothing is scored, nothing is dropped."""
-        return self.slots > 0 or self.num < self.den
+        return self.slots > 0 or self.num < self.den or self.cut > -INF
 
     def budget(self, seen: int) -> int:
         """Slots each KV head may hold after `seen` valid tokens; of a ragged rule, on average over the heads."""

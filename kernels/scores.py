@@ -7,7 +7,7 @@ inspection. Selects nothing.
 from __future__ import annotations
 
 import torch
-from kvpass.kernels.allocate import budgets, head_counts, ragged_columns, table_counts
+from kvpass.kernels.allocate import budgets, head_counts, ragged_columns, table_counts, with_preference
 from kvpass.kernels.errors import MarkError
 from kvpass.kernels.held import UNSCORED, Read, held_scores
 from kvpass.kernels.masks import check_shown
@@ -67,7 +67,7 @@ def score_slots(
         total[plan.stat(MARK)] = _marks(marks, past_stats, candidate, plan)
     if HELD in plan.stats:
         past_held = None if past_stats is None else past_stats[plan.stat(HELD)]
-        total[plan.stat(HELD)] = held_scores(
+        total[plan.stat(HELD)], preferred = held_scores(
             stats,
             (where, candidate, end),
             after,
@@ -75,6 +75,7 @@ def score_slots(
             (past_held, total[plan.stat(MARK)] if plan.fair else None),
             plan,
         )
+        after = after if preferred is None else with_preference(after, preferred)
     if WEIGHT in plan.stats:
         assert v is not None
         old = length - valid.shape[1]  # their weights stay: a share of all heads needs the same token in each
@@ -83,7 +84,9 @@ def score_slots(
             total[plan.stat(WEIGHT), ..., :old] = past_stats[plan.stat(WEIGHT), ..., :old]
     if not plan.evicts:
         return torch.where(candidate, INF, -INF), total, after
-    score = _ranked(total, where, candidate, end, after, plan)
+    if plan.spread:  # all candidates stay until all layers are known
+        return torch.where(candidate, INF, -INF), total, after
+    score = ranked(total, where, candidate, end, after, plan)
     return score, total, _shared_out(score, candidate, after, plan) if plan.ragged else after
 
 
@@ -215,7 +218,8 @@ def _advanced(cursor: Tensor, valid: Tensor, candidate: Tensor, position: int, r
     arrived = position + valid.int().argmax(-1)
     first = torch.where(valid.any(-1), arrived, -1)[:, None]
     first = torch.where(cursor[..., FIRST] >= 0, cursor[..., FIRST], first)
-    live = torch.minimum(budgets(seen, rule), candidate.sum(-1))
+    live = candidate.sum(-1)
+    live = live if rule.spread else torch.minimum(budgets(seen, rule), live)
     columns = {LIVE: live, FREE: live, SEEN: seen, FIRST: first}
     if rule.ragged:
         columns |= {EXTRA: torch.zeros_like(live), SHIFT: torch.zeros_like(live)}
@@ -236,7 +240,7 @@ def _shared_out(score: Tensor, candidate: Tensor, cursor: Tensor, rule: Rule) ->
     return cursor
 
 
-def _ranked(stats: Tensor, pos: Tensor, candidate: Tensor, end: Tensor, cursor: Tensor, rule: Rule) -> Tensor:
+def ranked(stats: Tensor, pos: Tensor, candidate: Tensor, end: Tensor, cursor: Tensor, rule: Rule) -> Tensor:
     """Scores with scope and protection: float32 [B, Hkv, L]."""
     score = slot_scores(stats, pos, rule, end - 1)
     size = budgets(cursor[..., SEEN], rule)[..., None]

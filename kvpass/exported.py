@@ -52,5 +52,3 @@ def _hint(size: Any) -> int:
         return int(size)
     hint = int(size.node.hint)
     return HINTS["capacity"] if hint > 4000 else hint
-
-

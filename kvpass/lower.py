@@ -130,10 +130,10 @@ class _Lowering:
 
     def _state_examples(self, planned: SitePlan) -> list[Any]:
         """Fake state of a site under the tracer's fake mode; one set for all sites of equal shape and rule, which grow
-        together.
+        together unless data decides.
         """
         site, fake_q = planned.site, example(planned.site.core.q)
-        key = (planned.rule, str(site.dims), site.dtype)
+        key = (planned.rule, str(site.dims), site.dtype, site.name if planned.rule.spread else "")
         if key not in self.states:
             b, hkv, d, dv = (site.dims[letter] for letter in ("B", "Hkv", "D", "Dv"))
             with fake_q.fake_mode:

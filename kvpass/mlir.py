@@ -158,5 +158,3 @@ def _operands(op: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         elif kind != "!torch.none":
             changing[name] = operand
     return changing, fixed
-
-

@@ -156,4 +156,5 @@ def _unmet(planned: SitePlan) -> Iterator[tuple[bool, str, str]]:
     fix = "choose a policy that reads keys or attention, e.g. keydiff or snapkv"
     yield "queries" in rule.reads and planned.rotation is None, f"{asked}with entry i + D / 2)", fix
     asked, fix = "shares the budget out over layers, but this graph holds one", "set allocate.layers: uniform"
-    yield bool(rule.taper) and rule.layers < 2, asked, f"avoid graph breaks between layers, or {fix}"
+    over_layers = bool(rule.taper) or rule.spread in ("model", "preference")
+    yield over_layers and rule.layers < 2, asked, f"avoid graph breaks between layers, or {fix}"

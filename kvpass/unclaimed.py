@@ -73,9 +73,7 @@ def _unattended(found: Any, node: fx.Node) -> Miss | None:
     if update.form is CacheForm.BUFFER:
         return None  # a tensor that is written in part may be anything
     length = shape_of(node)[update.axis]
-    twins = [
-        u for u in found.updates.values() if u.form is update.form and same(shape_of(u.node)[u.axis or 0], length)
-    ]
+    twins = [u for u in found.updates.values() if u.form is update.form and same(shape_of(u.node)[u.axis or 0], length)]
     if len(twins) < 2:
         return None
     readers = found.flow.escapes([node], ())

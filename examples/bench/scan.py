@@ -33,9 +33,7 @@ class Attention(nn.Module):
         self.k, self.v = nn.Linear(WIDTH, KV_HEADS * DIM), nn.Linear(WIDTH, KV_HEADS * DIM)
 
     def forward(self, x: Tensor, cache: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        q, k, v = (
-            t.view(*x.shape[:2], -1, DIM).transpose(1, 2) for t in (self.q(x), self.k(x), self.v(x))
-        )
+        q, k, v = (t.view(*x.shape[:2], -1, DIM).transpose(1, 2) for t in (self.q(x), self.k(x), self.v(x)))
         k, v = torch.cat([cache[0], k], 2), torch.cat([cache[1], v], 2)
         group, new, whole = HEADS // KV_HEADS, q.shape[2], k.shape[2]
         scores = q @ k.repeat_interleave(group, 1).transpose(2, 3) / DIM**0.5

@@ -14,22 +14,23 @@ def settle(pos: Tensor, stats: Tensor, cursor: Tensor, step: Step, plan: Rule) -
     cursor[..., SEEN].add_(1)
     if step.starts:
         cursor[..., FIRST].masked_fill_(cursor[..., FIRST] < 0, step.position)
-    if step.evicts is False:
+    if step.evicts is False and plan.cut == -INF:
         cursor[..., : FREE + 1] = cursor[..., LIVE, None] + 1
         return
-    victim = _victim(pos, stats, step, plan)
-    if step.evicts is True:
+    victim, lowest = _victim(pos, stats, step, plan)
+    evicts = step.evicts if plan.cut == -INF else (lowest < plan.cut) | step.evicts
+    if not isinstance(evicts, Tensor):
         cursor[..., FREE : FREE + 1] = victim
         pos.scatter_(2, victim, -1)
         return
-    live = cursor[..., LIVE, None] + ~step.evicts
+    live = cursor[..., LIVE, None] + ~evicts
     cursor[..., LIVE, None] = live
-    cursor[..., FREE, None] = torch.where(step.evicts, victim, live).int()
-    pos.scatter_(2, victim, torch.where(step.evicts, -1, pos.gather(2, victim)))
+    cursor[..., FREE, None] = torch.where(evicts, victim, live).int()
+    pos.scatter_(2, victim, torch.where(evicts, -1, pos.gather(2, victim)))
 
 
-def _victim(pos: Tensor, stats: Tensor, step: Step, plan: Rule) -> Tensor:
-    """The slot each head gives up: int64 [B, Hkv, 1]. Lowest unprotected score, ties evict the newer.
+def _victim(pos: Tensor, stats: Tensor, step: Step, plan: Rule) -> tuple[Tensor, Tensor]:
+    """The slot each head gives up, int64 [B, Hkv, 1], and its score. Lowest unprotected score, ties evict the newer.
 
     torch's where and masked_fill are slow on CPU, so protection is arithmetic: `guard` is 0 for slots that may go, at
     least 3e38 for the others (empties, at position -1, among them).
@@ -44,11 +45,12 @@ def _victim(pos: Tensor, stats: Tensor, step: Step, plan: Rule) -> Tensor:
     eligible = score if scope is None else torch.add(score, scope, alpha=UNTOUCHABLE)
     lowest, victim = _guarded(eligible, guard, plan).topk(2, -1, largest=False)
     if all(a < b and a < UNTOUCHABLE for a, b in lowest.view(-1, 2).tolist()):
-        return victim[..., :1]
+        return victim[..., :1], lowest[..., :1]
     if scope is not None:
         score = score.masked_fill(scope, UNTOUCHABLE)
     score = score.masked_fill(guard > 0, INF)
-    return torch.where(score == score.amin(-1, keepdim=True), pos, -1).argmax(-1, keepdim=True)
+    least = score.amin(-1, keepdim=True)
+    return torch.where(score == least, pos, -1).argmax(-1, keepdim=True), least
 
 
 def _guarded(score: Tensor, guard: Tensor, plan: Rule) -> Tensor:

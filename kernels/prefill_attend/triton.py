@@ -121,9 +121,7 @@ def _survey(q: Tensor, k: Tensor, pos: Tensor | None, mask: Tensor | None) -> _S
         POS=pos is not None,
         num_warps=4,
     )
-    return _Survey(
-        valid, end, by_query.view(batch, differ, tiles_q, 2), by_key.view(batch, kv_differ, tiles_k, 2)
-    )
+    return _Survey(valid, end, by_query.view(batch, differ, tiles_q, 2), by_key.view(batch, kv_differ, tiles_k, 2))
 
 
 def _attend(v: Tensor, out: Tensor, survey: _Survey, sinks: Tensor | None, shared: dict[str, Any]) -> None:

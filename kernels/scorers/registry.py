@@ -134,6 +134,7 @@ class Scorer:
             its own when it arrives. Of other scorers generated tokens stay until no others are left, the oldest goes
             first.
         options: names and defaults of the options, from the function's signature.
+        preference: what a layer deserves next to others, Seen -> float [B] >= 0, for `allocate.layers: preference`.
     """
 
     name: str
@@ -141,6 +142,7 @@ class Scorer:
     reads: tuple[str, ...]
     pointwise: bool
     options: dict[str, Any]
+    preference: Callable[[Seen], Tensor] | None = None
 
     @property
     def about(self) -> str:
@@ -161,7 +163,10 @@ class Scorer:
 
 
 def scorer(
-    name: str, reads: tuple[str, ...] | list[str] = (), pointwise: bool = False
+    name: str,
+    reads: tuple[str, ...] | list[str] = (),
+    pointwise: bool = False,
+    preference: Callable[[Seen], Tensor] | None = None,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Register a torch function as a scorer that policies can use by name.
 
@@ -172,7 +177,7 @@ def scorer(
     Args:
         name: as policies write it.
         reads: of `READS`: nothing else is computed.
-        pointwise: see `Scorer`.
+        pointwise, preference: see `Scorer`.
 
     Raises:
         ValueError: an unknown word in `reads`, a name that is taken, a parameter without a default, `hidden` without
@@ -195,7 +200,7 @@ def scorer(
         if missing:
             raise ValueError(f"scorer {name!r}: give its option {missing[0]!r} a default")
         options = {p.name: p.default for p in parameters}
-        _TABLE[name] = Scorer(name, run, tuple(reads), pointwise, options)
+        _TABLE[name] = Scorer(name, run, tuple(reads), pointwise, options, preference)
         return run
 
     return register

@@ -62,7 +62,17 @@ def _nucleus(rows: Tensor, seen: Seen, share: float) -> Tensor:
     return torch.zeros_like(chosen).scatter(-1, order, chosen) & seen.before_window
 
 
-@scorer("cake", reads=("rows",))
+def cake_preference(seen: Seen) -> Tensor:
+    """Entropy times variance over the window's queries, summed over keys and heads: float32 [B] (arXiv 2503.12491, both
+    temperatures 1). Spread and shifting attention asks for more slots.
+    """
+    rows, there = outside(seen), answered(seen)
+    entropy = -(rows * (rows + 1e-10).log()).sum((1, 2, 3, 4))
+    centred = (rows - window_mean(rows, seen)[:, :, :, None]) * there
+    return entropy * (centred.square().sum(3) / (there.sum(3) - 1).clamp(min=1)).sum((1, 2, 3))
+
+
+@scorer("cake", reads=("rows",), preference=cake_preference)
 def cake(seen: Seen, gamma: float = 200.0, pool: int = 5) -> Tensor:
     """Mean plus `gamma` times the unbiased variance over the window's queries, average-pooled, group mean
     (arXiv 2503.12491).

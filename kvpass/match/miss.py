@@ -19,9 +19,7 @@ class Miss(Exception):
         pattern: name of the pattern that refused; "" for a rule of sites.
     """
 
-    def __init__(
-        self, reason: Reason, node: fx.Node, detail: str = "", reads: tuple[fx.Node, ...] = ()
-    ) -> None:
+    def __init__(self, reason: Reason, node: fx.Node, detail: str = "", reads: tuple[fx.Node, ...] = ()) -> None:
         super().__init__(f"{reason.value} at {node.name}: {detail}")
         self.reason, self.node, self.detail = reason, node, detail
         self.reads = reads

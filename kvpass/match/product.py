@@ -116,9 +116,7 @@ def _einsum_values(node: fx.Node, space: str) -> Product | None:
     return _named(node, parts, {**names, fresh[0]: "D"})
 
 
-def _named(
-    node: fx.Node, parts: tuple[str, str, str, fx.Node, fx.Node], names: dict[str, str]
-) -> Product | None:
+def _named(node: fx.Node, parts: tuple[str, str, str, fx.Node, fx.Node], names: dict[str, str]) -> Product | None:
     if any(x not in names for part in parts[:3] for x in part):
         return None
     left, right, out = ("".join(names[x] for x in part) for part in parts[:3])

@@ -79,9 +79,7 @@ def read_layout(
     if other is not None:
         here = ("interleaved", "tiled (repeat)") if tiled else ("tiled (repeat)", "interleaved")
         raise Miss(Reason.GROUP_ORDER, other, f"KV heads are {here[0]}, not {here[1]}")
-    raise Miss(
-        Reason.LAYOUT, chain[-1] if chain else base, f"views between cache and attention do not end in {roles}"
-    )
+    raise Miss(Reason.LAYOUT, chain[-1] if chain else base, f"views between cache and attention do not end in {roles}")
 
 
 def is_tiled(base: fx.Node, chain: Sequence[fx.Node], axis: int | None, roles: str) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
+from math import isfinite
 from pathlib import Path
 
 from kvpass.errors import PolicyError
@@ -129,6 +131,29 @@ def _sharing(p: Policy, chosen: Scorer | None) -> Iterator[Broken]:
     flat, table = (p.allocate.heads == kind for kind in ("flat", "table"))
     shared = p.observe.heads == "all"
     yield (flat or table) and shared, "allocate.heads", "heads that share one ranking hold equally many slots"
+    by_data = p.allocate.layers in ("flat", "preference")
+    fix = f"layers that share by data ({p.allocate.layers!r}) share over all heads: leave allocate.heads out"
+    yield by_data and p.allocate.heads != "uniform", "allocate.heads", fix
+    yield by_data and shared, "allocate.layers", "heads that share one ranking hold equally many slots in each layer"
+    prefers = chosen is not None and chosen.preference is not None
+    fix = "no layer is preferred by this score: use score: cake, or a scorer of your own with preference="
+    yield p.allocate.layers == "preference" and not prefers, "allocate.layers", fix
+    fix = "positions rank all layers alike: rank by what differs"
+    yield p.allocate.layers == "flat" and p.score == "position", "allocate.layers", fix
+    cut = p.allocate.heads == "threshold"
+    yield cut and shared, "allocate.heads", "heads that share one ranking hold equally many slots"
+    yield (
+        cut and p.allocate.layers != "uniform",
+        "allocate.layers",
+        "a threshold needs no shares of layers: leave it out",
+    )
+    yield (
+        cut and p.score == "position",
+        "allocate.heads",
+        "no threshold fits all lengths: use protect.recent, or a scorer",
+    )
+    yield not isfinite(p.allocate.threshold), "allocate.threshold", "give a finite score"
+    yield not cut and p.allocate.threshold != 0, "allocate.threshold", "set allocate.heads: threshold, or leave it out"
     fix = "only a table has a file: set allocate.heads: table, or leave allocate.file out"
     yield bool(p.allocate.file) and not table, "allocate.file", fix
     yield flat and p.score == "position", "allocate.heads", "positions rank all heads alike: rank by what differs"
@@ -162,15 +187,15 @@ def check_budget(p: Policy, *, given: bool, own: int | float | None) -> None:
         )
     if isinstance(b, int) and not 1 <= b <= MOST:
         raise PolicyError(f"a budget of slots is at least 1 and at most {MOST}", where=where, hint="give budget=1024")
-    whole = isinstance(b, float) and b == 1.0  # 1.0 is everything, 1 is one slot
-    if given and isinstance(own, float) and own == 1.0 and not whole:
+    whole = isinstance(b, float) and b == 1.0
+    if given and replace(p, budget=own).keeps_all and not p.keeps_all:
         raise PolicyError(
             f"policy {p.name!r} keeps everything", where=where, hint="leave budget out, or choose an evicting policy"
         )
     smallest = smallest_budget(p)
     protected = p.protect.sinks + recent_of(p, smallest)
     if not whole and protected > smallest:
-        whose = "" if p.allocate.layers == "uniform" else " of the last layer"
+        whose = " of the last layer" if p.allocate.layers == "pyramid" else ""
         raise PolicyError(
             f"the budget{whose} can be as small as {smallest} slots, but {protected} are protected "
             f"(sinks {p.protect.sinks}, recent {p.protect.recent})",
@@ -191,9 +216,8 @@ def check_files(p: Policy) -> None:
         wanted["options.file"] = p.options.get("file", ""), chosen.about
     if p.allocate.heads == "table":
         wanted["allocate.file"] = p.allocate.file, "torch.save of {'heads': shares [layers, Hkv]}"
-    whole = isinstance(p.budget, float) and p.budget == 1.0  # nothing is scored
     for field, (value, about) in wanted.items():
-        if not whole and not Path(str(value)).is_file():
+        if not p.keeps_all and not Path(str(value)).is_file():
             what = f"no weight file {value!r}" if value else "no weight file"
             hint = f"give {field}, a path (a relative one starts at the policy's folder): {about}"
             raise PolicyError(f"policy {p.name!r}: {what}", where=field, hint=hint)
@@ -202,7 +226,7 @@ def check_files(p: Policy) -> None:
 def smallest_budget(p: Policy) -> int:
     """The least that a layer gets under a checked budget: a pyramid's last layer, as `Rule.budget` tapers."""
     slots = p.budget if isinstance(p.budget, int) else p.min_slots
-    if p.allocate.layers == "uniform":
+    if p.allocate.layers != "pyramid":
         return slots
     window = p.observe.queries if isinstance(p.observe.queries, int) else 0
     if slots - window >= p.allocate.beta:

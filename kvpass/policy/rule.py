@@ -5,20 +5,23 @@ from __future__ import annotations
 from typing import Any
 from urllib.parse import quote
 
-from kvpass.kernels.rule import Rule
+from kvpass.kernels.rule import INF, Rule
 from kvpass.kernels.scorers.registry import encode_options, find_scorer
 from kvpass.policy.check import SCORES, fraction
 from kvpass.policy.spec import Policy
 
+SPREAD = {"flat": "model", "preference": "preference"}
+"""`Rule.spread` of `allocate.layers`."""
+
 
 def rule_of(policy: Policy, layer: int = 0, layers: int = 1) -> Rule:
     """The rule of a policy with a checked budget, for one layer of a model that has so many."""
-    if policy.budget == 1.0 and isinstance(policy.budget, float):
-        return Rule()
     allocate = policy.allocate
+    if policy.keeps_all:
+        return Rule()
     ranking = _ranking(policy)
     placed = "layer" in ranking.get("reads", ()) or policy.sample > 0
-    placed = placed or allocate.layers != "uniform" or allocate.heads == "table"
+    placed = placed or allocate.layers == "pyramid" or allocate.heads == "table"
     return Rule(
         queries=-1 if policy.observe.queries == "all" else policy.observe.queries,
         group=policy.observe.group,
@@ -29,8 +32,10 @@ def rule_of(policy: Policy, layer: int = 0, layers: int = 1) -> Rule:
         sinks=policy.protect.sinks,
         taper=allocate.beta if allocate.layers == "pyramid" else 0,
         layer=layer if placed else 0,
-        layers=layers if placed else 1,
-        ragged=allocate.heads != "uniform",
+        layers=layers if allocate.layers != "uniform" else 1,
+        ragged=allocate.heads != "uniform" or allocate.layers in SPREAD,
+        spread="threshold" if allocate.heads == "threshold" else SPREAD.get(allocate.layers, ""),
+        cut=allocate.threshold if allocate.heads == "threshold" else -INF,
         table=quote(allocate.file) if allocate.heads == "table" else "",
         seed=policy.seed,
         marked=policy.protect.tokens or policy.fair,
@@ -74,7 +79,7 @@ def _shares(policy: Policy) -> dict[str, Any]:
     given: dict[str, float] = {"scope": policy.scope, "sample": policy.sample}
     if policy.weight:
         given["top"] = policy.weight.after
-    if policy.allocate.heads == "flat":
+    if "flat" in (policy.allocate.heads, policy.allocate.layers):
         given["safe"] = policy.allocate.safeguard
     if isinstance(policy.protect.recent, float):
         given["recent"] = policy.protect.recent

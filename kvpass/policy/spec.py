@@ -109,18 +109,24 @@ class Allocate:
     """Who gets how much of the budget.
 
     Attributes:
-        layers: `uniform`, or `pyramid`: budgets fall from layer to layer by equal steps, to about 1 / `beta`.
-        heads: `uniform`; `flat`: a layer's best slots stay, whatever head they belong to (Ada-KV); or `table`: by the
-            shares in `file`.
+        layers: `uniform`; `pyramid`: budgets fall from layer to layer by equal steps, to about 1 / `beta`; `flat`: the
+            model's best slots stay, whatever layer and head they belong to; or `preference`: by what the scorer says
+            of each layer (CAKE). The last two are shared out when a call of several tokens has passed all layers,
+            which hold dense keys and values until then.
+        heads: `uniform`; `flat`: a layer's best slots stay, whatever head they belong to (Ada-KV); `table`: by the
+            shares in `file`; or `threshold`: what scores below `threshold` goes, and the budget is the most that a
+            head may hold (also shared out at the end of a call of several tokens).
         safeguard: with `flat`, this share of the even budget is safe in each head.
+        threshold: a score. In a call of one token each head drops one slot below it at most.
         file: with `table`, `torch.save` of {"heads": tensor [layers, Hkv]} of shares >= 0; a relative path starts at
             the policy's folder.
     """
 
-    layers: Literal["uniform", "pyramid"] = "uniform"
+    layers: Literal["uniform", "pyramid", "flat", "preference"] = "uniform"
     beta: int = 20
-    heads: Literal["uniform", "flat", "table"] = "uniform"
+    heads: Literal["uniform", "flat", "table", "threshold"] = "uniform"
     safeguard: float = 0.2
+    threshold: float = 0.0
     file: str = ""
 
     __pydantic_config__ = _STRICT
@@ -193,6 +199,11 @@ class Policy:
         check_budget(chosen, given=budget is not None, own=self.budget)
         check_files(chosen)
         return chosen
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether nothing is ever evicted: a budget of 1.0 (1 is one slot), and no threshold beside it."""
+        return isinstance(self.budget, float) and self.budget == 1.0 and self.allocate.heads != "threshold"
 
     def __eq__(self, other: object) -> bool:
         """As YAML would say it: a budget of 1 (slot) is not a budget of 1.0 (everything)."""

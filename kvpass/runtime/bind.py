@@ -10,10 +10,11 @@ import torch
 
 from kvpass.errors import CacheError, PolicyError, StaleCacheError
 from kvpass.kernels.errors import DataError, TableError
+from kvpass.kernels.layers import shared_out
 from kvpass.kernels.rule import Rule
 from kvpass.runtime.marks import marks_of
 from kvpass.runtime.shell import attach, make, of_buffer, refuse, unwrap
-from kvpass.runtime.store import Origin, SlotStore
+from kvpass.runtime.store import Origin, SlotStore, spare_slots
 from kvpass.terms import Layout, Phase
 
 Size = Callable[[Sequence[Any]], int]
@@ -131,6 +132,7 @@ class Bound:
                 hint="give each layer what it returned itself, or a copy.deepcopy of it",
             )
         results = self._run(args, stores, [self._given(name, args, stores, positions) for name in self.shared])
+        self._share_out(args, stores)
         returned: list[Any] = [None] * self.outputs
         for at, value in zip(self.kept, results, strict=True):
             returned[at] = value
@@ -159,6 +161,19 @@ class Bound:
                 kind = PolicyError if isinstance(error, TableError) else CacheError
                 raise kind(str(error), where=self._where(), hint=error.hint) from error
             raise
+
+    def _share_out(self, args: Sequence[Any], stores: Sequence[SlotStore]) -> None:
+        """After a call of several tokens: layers that share slots by its data drop what is too much, one by one."""
+        pairs = zip(self.bindings, stores, strict=True)
+        sharing = [store for b, store in pairs if b.rule.spread and b.phase is not Phase.DECODE]
+        if not sharing:
+            return
+        tokens = sharing[0].tokens + self.bindings[0].sizes["S"](args)
+        spare = spare_slots(sharing[0].rule, tokens)
+        with torch.inference_mode(False), torch.no_grad():
+            states = shared_out([store.state for store in sharing], [store.rule for store in sharing], spare)
+            for store, state in zip(sharing, states, strict=True):
+                store.state, store.spare = state, spare
 
     def _where(self) -> str:
         first, count = self.bindings[0].where, len(self.bindings)

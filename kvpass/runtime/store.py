@@ -8,7 +8,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from kvpass.kernels.ragged import lengthened
+from kvpass.kernels.ragged import evened, lengthened, with_spare
 from kvpass.kernels.rule import LIVE, Rule
 from kvpass.terms import Layout
 
@@ -43,6 +43,7 @@ class SlotStore:
         versions: of the host's tensors for K and V, as the last call left them; None if torch does not count them, or
             if this is a copy.
         spoiled: a call failed halfway, and may or may not have changed the state.
+        spare: tokens that may still come one by one before the slots must be laid out anew; where `rule.spread`.
     """
 
     name: str
@@ -57,6 +58,7 @@ class SlotStore:
     bases: tuple[torch.Tensor, torch.Tensor] = field(init=False)
     versions: list[int | None] = field(init=False)
     spoiled: bool = False
+    spare: int = 0
 
     def __post_init__(self) -> None:
         k, v = self.state[0], self.state[1]
@@ -100,9 +102,19 @@ class SlotStore:
 
     def make_room(self, tokens: int) -> None:
         """Grow the slots, if needed, for a logical length of `tokens`. Copies this one layer, once in about n/40 kept
-        tokens.
+        tokens; under a rule with `spread` also before each call of several tokens.
         """
-        self.state = with_room(self.state, self.rule, tokens)
+        if not self.rule.spread:
+            self.state = with_room(self.state, self.rule, tokens)
+            return
+        new = tokens - self.tokens
+        with torch.inference_mode(False):
+            if new > 1:
+                self.state = evened(self.state, new)
+            elif self.spare < 1:
+                self.spare = spare_slots(self.rule, tokens)
+                self.state = with_spare(self.state, self.spare)
+        self.spare -= 1
 
     @property
     def bytes(self) -> int:
@@ -142,9 +154,15 @@ def _storage_key(tensor: torch.Tensor) -> int:
 
 
 def capacity(rule: Rule, tokens: int) -> int:
-    """Slots to allocate: what the budget keeps, one for the incoming token, and up to 2.5 % to grow into."""
-    n = rule.kept(tokens)
-    return n + max(1, n // 40)
+    """Slots to allocate: what the budget keeps, one for the incoming token, and up to 2.5 % to grow into; all tokens
+    where they are shared out later.
+    """
+    return tokens + 1 if rule.spread else rule.kept(tokens) + spare_slots(rule, tokens)
+
+
+def spare_slots(rule: Rule, tokens: int) -> int:
+    """Free slots of a head: one for the incoming token, and up to 2.5 % to grow into."""
+    return max(1, rule.kept(tokens) // 40)
 
 
 def with_room(state: list[torch.Tensor], rule: Rule, tokens: int) -> list[torch.Tensor]:

@@ -13,7 +13,7 @@ from oracle.drive import Conversation
 from oracle.held import LagKV
 from oracle.ops import Layers
 from oracle.policies import NEW, POLICIES, AdaPyramid, AdaSnapKV, CriticalAda, PyramidKV
-from oracle.windowed import DefensiveKV
+from oracle.windowed import DefensiveKV, LayerDefensiveKV
 
 NEAR_TIES = 0.005
 """Largest share of comparisons in which the library may have broken a near-tie otherwise than float64
@@ -69,7 +69,19 @@ def finish(conversation: Conversation | Layers, capsys: pytest.CaptureFixture[st
     assert s.near_ties <= NEAR_TIES * s.compared
 
 
-COMPILED = ["knorm", "keydiff", "vatp", "r_kv", "nacl", "cake", "criticalkv", "ada_pyramid", "defensivekv", "chunkkv"]
+COMPILED = [
+    "knorm",
+    "keydiff",
+    "vatp",
+    "r_kv",
+    "nacl",
+    "cake",
+    "criticalkv",
+    "ada_pyramid",
+    "defensivekv",
+    "chunkkv",
+    "layer_defensivekv",
+]
 """One for each way in which ops are joined in a graph; `test_ops` has them all."""
 
 
@@ -107,12 +119,23 @@ class Deep(AdaPyramid):
     beta = 4
 
 
+class ModelWide(AdaSnapKV):
+    spread = "model"
+    safeguard = Fraction(1, 10)
+
+
+class SmallNucleus(LayerDefensiveKV):
+    nucleus = 0.2
+
+
 VARIANTS: list[tuple[str, dict[str, Any], int | float, Policy]] = [
     ("blocks of 16", {"extends": "lagkv", "options": {"block": 16}}, 48, ShortLag()),
     ("safeguard", {"extends": "ada_snapkv", "allocate": {"heads": "flat", "safeguard": 0.9}}, 48, Safe()),
     ("both stages", {"extends": "critical_ada", "allocate": {"heads": "flat", "safeguard": 0.75}}, 80, SafeCritical()),
     ("a steep pyramid", {"extends": "ada_pyramid", "allocate": {"layers": "pyramid", "beta": 4}}, 56, Deep()),
     ("a share of the tokens", {"extends": "defensivekv"}, 0.5, DefensiveKV()),
+    ("the model's best", {"extends": "snapkv", "allocate": {"layers": "flat", "safeguard": 0.1}}, 48, ModelWide()),
+    ("a small nucleus", {"extends": "layer_defensivekv", "options": {"nucleus": 0.2}}, 48, SmallNucleus()),
     ("a share of a pyramid", {"extends": "pyramidkv"}, 0.4, PyramidKV()),
 ]
 
@@ -125,6 +148,9 @@ def test_variants(
     layers = Layers({"name": "variant", **policy}, budget, (6, 2), layers=3, meaning=meaning)
     layers.converse([(150, 40), (60, 3), (9, 12)], [150, 110])
     finish(layers, capsys, 58)
+    if meaning.spread:
+        totals = {sum(len(head.positions) for head in layer.heads[0]) for layer in layers.simulator.layers.values()}
+        assert len(totals) > 1, "the layers share nothing out"
 
 
 MUTATIONS: list[tuple[str, str, Any]] = [
@@ -146,6 +172,8 @@ MUTATIONS: list[tuple[str, str, Any]] = [
     ("finch", "window", 31),
     ("scissorhands", "score", lambda self, memory: memory.important),
     ("cake", "gamma", 100),
+    ("cake", "spread", ""),
+    ("cake", "prefer", lambda self, sights: 1.0),
 ]
 
 

@@ -69,9 +69,7 @@ def test_carry_adds_or_replaces():
 
 def test_golden_scope():
     """policies.md 7.2: RoCo's scope of three keeps the high-variance slot 0 out of reach; slot 1 is the lowest."""
-    rule = Rule(
-        stats=("sum", "sumsq", "count"), queries=-1, score="mean", scope_num=1, scope_den=4, recent=1, slots=4
-    )
+    rule = Rule(stats=("sum", "sumsq", "count"), queries=-1, score="mean", scope_num=1, scope_den=4, recent=1, slots=4)
     rows = [[1.0], [0.85, 0.15], [0.5, 0.15, 0.35], [0.35, 0.15, 0.3, 0.2], [0.25, 0.15, 0.2, 0.2, 0.2]]
     probs = torch.tensor([row + [0.0] * (5 - len(row)) for row in rows])
     stats = torch.stack([probs.sum(0), (probs**2).sum(0), torch.tensor([5.0, 4, 3, 2, 1])]).view(3, 1, 1, 5)

@@ -75,9 +75,7 @@ def test_fakes_put_no_guard_on_capacity():
 
 
 def decode(q, k_new, v_new, k, v, pos, stats, cursor, position):
-    out = torch.ops.kvpass.decode_attend(
-        q * 2, k_new + 1, v_new, None, k, v, pos, stats, cursor, position, 0.25, TEXT
-    )
+    out = torch.ops.kvpass.decode_attend(q * 2, k_new + 1, v_new, None, k, v, pos, stats, cursor, position, 0.25, TEXT)
     return out.transpose(1, 2).flatten(2) + 1
 
 

@@ -146,8 +146,6 @@ def test_presets_load_and_come_back_from_yaml(name, tmp_path: Path):
     assert Policy.load(PRESETS / f"{name}.yaml") == policy
 
 
-
-
 def test_fingerprints_tell_what_behaves_differently():
     h2o = Policy.load("h2o").with_budget(0.2)
     same = replace(h2o, paper="elsewhere", source="", notes="none")

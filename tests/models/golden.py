@@ -38,8 +38,6 @@ def code(gm: fx.GraphModule, around: str, context: int = 2) -> str:
 def line(node: fx.Node) -> str:
     if node.op == "output":
         return f"return {node.args[0]}"
-    target = (
-        node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    )
+    target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
     args = [str(arg) for arg in node.args] + [f"{key}={value}" for key, value in node.kwargs.items()]
     return f"{node.name} = {target}({', '.join(args)})"

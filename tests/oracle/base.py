@@ -67,6 +67,7 @@ class Memory:
         self.error = np.zeros(0)  # how far float32 may have moved `held`, or a count of verdicts
         self.blurred = np.zeros(0)  # 1: a rank or a verdict that float32 may see otherwise
         self.weight = np.zeros(0)  # what multiplies the score
+        self.last = np.zeros(0)  # newest query that gave the token an even share
 
     def grow(self, length: int) -> None:
         """Room for tokens up to `length`; new tokens start at zero."""
@@ -118,6 +119,8 @@ class Policy:
     scoped = False  # True: some slots cannot be evicted, whatever their score
     needs = False  # True: looks at keys, values or logits, so a simulator must be given them
     safeguard: Fraction | None = None  # not None: the heads of a layer share one budget, this share is safe in each
+    spread = ""  # what shares slots out once a call of several tokens has passed all layers (oracle.spread)
+    cut = -np.inf  # slots whose score is below it go, whatever the budget
 
     def observe(self, memory: Memory, rows: Array, sees: Array, row: Row, candidates: Array) -> None:
         """Update the statistics. rows, sees: [S, T]; candidates: the tokens that compete, ascending."""
@@ -144,6 +147,10 @@ class Policy:
 
     def look(self, memory: Memory, sight: Sight) -> None:
         """Update what does not follow from the mean probabilities alone. After `observe`."""
+
+    def prefer(self, sights: list[Sight]) -> float:
+        """What a layer deserves next to others, from the latest sights of its heads."""
+        raise NotImplementedError
 
     def budget(self, even: int, seen: int, layer: int, layers: int) -> int:
         """Slots per head of the layer-th of `layers` layers, where an even budget is `even`."""

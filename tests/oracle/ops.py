@@ -10,8 +10,9 @@ from kvpass.kernels.compact_slots import compact_slots
 from kvpass.kernels.decode_attend import decode_attend
 from kvpass.kernels.held import arrivals
 from kvpass.kernels.join_slots import join_slots
+from kvpass.kernels.layers import shared_out
 from kvpass.kernels.prefill_attend import prefill_attend
-from kvpass.kernels.ragged import even
+from kvpass.kernels.ragged import even, evened, with_spare
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.scores import score_slots
 from kvpass.kernels.select_slots import select_slots
@@ -30,7 +31,7 @@ class Site:
     """One layer of the library: the order of ops of docs/design/0001."""
 
     def __init__(self, rule: Rule, projection: torch.Tensor) -> None:
-        self.rule, self.projection = rule, projection
+        self.rule, self.projection, self.spare = rule, projection, 0
         self.state: list[torch.Tensor] = []
 
     @property
@@ -38,7 +39,12 @@ class Site:
         return bool({"held", "weight"} & set(self.rule.stats))
 
     def one(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, position: int) -> None:
-        self.state = with_room(self.state, self.rule, position + 1)
+        if not self.rule.spread:
+            self.state = with_room(self.state, self.rule, position + 1)
+        elif self.spare < 1:
+            self.spare = 3
+            self.state = with_spare(self.state, self.spare)
+        self.spare -= 1
         rule, cursor = self.rule.encode(), self.state[4]
         arrive = arrivals(k, v, cursor, position, rule, self.projection) if self.arrives else None
         decode_attend(q, k, v, mask, *self.state, position, DIM**-0.5, rule, arrive=arrive)
@@ -49,7 +55,10 @@ class Site:
         first = not self.state
         if first:
             self.state = SlotStore.empty_state(self.rule, tokens, k, k.shape[0], k.shape[1], DIM, DIM)
-        self.state = with_room(self.state, self.rule, tokens)
+        elif self.rule.spread:
+            self.state = evened(self.state, q.shape[2])
+        else:
+            self.state = with_room(self.state, self.rule, tokens)
         if not first:
             k, v, pos, past = join_slots(*self.state, k, v, position)
         _, stats, valid = prefill_attend(q, k, v, pos, mask, DIM**-0.5, False, rule)
@@ -106,6 +115,10 @@ class Layers:
             self.past[index : index + 1] = [joined]
             (site.one if count == 1 and self.tokens else site.many)(q, k, v, sees, self.tokens)
             self.simulator.attend(index, q, *joined, sees, DIM**-0.5)
+        if self.sites[0].rule.spread and not (count == 1 and self.tokens):
+            states = shared_out([site.state for site in self.sites], [site.rule for site in self.sites], 2)
+            for site, state in zip(self.sites, states, strict=True):
+                site.state, site.spare = state, 2
         self.tokens = total
         self.simulator.follow([site.positions() for site in self.sites])
 

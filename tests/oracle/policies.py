@@ -14,7 +14,7 @@ from oracle.base import ROUNDING, Budget, Memory, Policy, Row, Sight
 from oracle.held import RKV, KeyDiff, Knorm, LagKV, Random
 from oracle.smooth import pooled
 from oracle.weights import Weighted, l1, vo_l1
-from oracle.windowed import CAKE, NACL, ChunkKV, DefensiveKV, Finch, WindowKV
+from oracle.windowed import CAKE, NACL, ChunkKV, DefensiveKV, Finch, LayerDefensiveKV, WindowKV
 
 __all__ = ["EVICTING", "NEW", "POLICIES", "Budget", "Memory", "Policy", "Row"]
 
@@ -207,6 +207,7 @@ POLICIES: dict[str, type[Policy]] = {
     "criticalkv": CriticalKV,
     "critical_ada": CriticalAda,
     "defensivekv": DefensiveKV,
+    "layer_defensivekv": LayerDefensiveKV,
     "chunkkv": ChunkKV,
     "windowkv": WindowKV,
     "finch": Finch,

@@ -8,12 +8,15 @@ simulator.follow([positions of each layer])          # compare with a library's 
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import torch
 from oracle.base import ROUNDING, Budget, Memory, Policy, Row, Sight
 from oracle.choice import Choice, objection
 from oracle.flat import counts, extras, joint_objection
 from oracle.policies import POLICIES
+from oracle.spread import model, preference, threshold
 
 Array = np.ndarray
 
@@ -51,6 +54,8 @@ class Layer:
         self.rows: list[Row] = []  # of the call that is running
         self.extra = [[0] * heads for _ in range(rows)]  # slots beyond the even budget, where heads share one
         self.shares = False  # the latest call shared a layer's budget out
+        self.waits = False  # the call that is running shares slots out when it has passed all layers
+        self.sights: dict[tuple[int, int], Sight] = {}  # of the latest call, by row and head
 
     def enter(self, b: int, start: int, valid: Array) -> Row:
         """Count the call's valid tokens of row b."""
@@ -155,6 +160,7 @@ class Simulator:
             rounding=self.rounding,
         )
         self.policy.look(head.memory, sight)
+        layer.sights[b, h] = sight
 
     def even(self, index: int, row: Row) -> int:
         """Slots per head of a layer, on average over its heads."""
@@ -163,6 +169,9 @@ class Simulator:
     def leave(self, index: int) -> None:
         """End of the call for this layer: evict."""
         layer = self.layers[index]
+        if self.policy.spread and len(layer.rows[0].valid) > 1:
+            layer.waits = True
+            return
         for b, row in enumerate(layer.rows):
             self.evict(layer, b, row, self.even(index, row))
 
@@ -170,11 +179,14 @@ class Simulator:
         """Each head of row b drops to its budget; a single token drives out one at most."""
         heads, one = layer.heads[b], len(row.valid) == 1
         budgets = [even + (extra if one else 0) for extra in layer.extra[b]]
-        for head, choice in zip(heads, self.choices(layer, heads, row, budgets), strict=True):
+        choices = self.choices(layer, heads, row, budgets)
+        reached = threshold(choices, even, self.policy.cut)
+        for head, choice, count in zip(heads, choices, reached, strict=True):
             most = len(choice.positions)
+            choice.keep = count if self.policy.cut > -np.inf else choice.keep
             choice.keep = max(min(choice.keep, most), most - 1 if one else 0)
             head.choice = choice
-        layer.shares = self.policy.safeguard is not None and not one
+        layer.shares = self.policy.safeguard is not None and not one and not self.policy.spread
         if layer.shares:
             assert self.policy.safeguard is not None
             shared_out = counts([head.choice for head in heads], even, self.policy.safeguard)
@@ -183,6 +195,32 @@ class Simulator:
                 head.choice.keep = count
         for head in heads:
             head.keep(head.choice.kept())
+
+    def share_out(self) -> None:
+        """End of a call of several tokens for all layers that wait."""
+        layers = [self.layers[i] for i in sorted(self.layers) if self.layers[i].waits]
+        for b in range(len(layers[0].rows) if layers else 0):
+            row = layers[0].rows[b]
+            even = self.even(0, row)
+            choices = [self.choices(layer, layer.heads[b], row, [even] * len(layer.heads[b])) for layer in layers]
+            for layer, made in zip(layers, choices, strict=True):
+                for head, choice in zip(layer.heads[b], made, strict=True):
+                    head.choice = choice
+            none = [[0] * len(made) for made in choices]
+            if self.policy.spread == "model":
+                kept, extra = model(choices, even, self.policy.safeguard or Fraction(0))
+            elif self.policy.spread == "preference":
+                heads = range(len(choices[0]))
+                wanted = [self.policy.prefer([layer.sights[b, h] for h in heads]) for layer in layers]
+                kept, extra = preference(choices, even, wanted, self.policy.window)
+            else:
+                kept, extra = [threshold(made, even, self.policy.cut) for made in choices], none
+            for layer, counts_of, above in zip(layers, kept, extra, strict=True):
+                layer.extra[b] = above
+                for head, count in zip(layer.heads[b], counts_of, strict=True):
+                    assert head.choice is not None
+                    head.choice.keep = count
+                    head.keep(head.choice.kept())
 
     def choices(self, layer: Layer, heads: list[Head], row: Row, budgets: list[int]) -> list[Choice]:
         """What every head may choose from, `keep` still without a bound."""
@@ -216,6 +254,7 @@ class Simulator:
 
     def record(self) -> None:
         """End of a call: remember what every head holds."""
+        self.share_out()
         self.step += 1
         self.history.append([self.kept(i) for i in sorted(self.layers)])
 
@@ -224,13 +263,34 @@ class Simulator:
         explains is adopted and counted, the rest fails."""
         self.record()
         assert len(theirs) == len(self.layers), f"{len(theirs)} layers reported, the model has {len(self.layers)}"
+        if self.policy.spread == "model" and any(layer.waits for layer in self.layers.values()):
+            self.follow_model(theirs)
         for index, tensor in zip(sorted(self.layers), theirs, strict=True):
+            self.layers[index].waits = False
             shape = (len(self.layers[index].heads), len(self.layers[index].heads[0]))
             assert tensor.shape[:2] == shape, f"layer {index}: {tuple(tensor.shape[:2])} rows, heads; not {shape}"
             for b, heads in enumerate(self.layers[index].heads):
                 held = [tensor[b, h].cpu().numpy() for h in range(len(heads))]
                 held = [np.sort(slots[slots >= 0]) for slots in held]
                 self.follow_row(index, b, held)
+
+    def follow_model(self, theirs: list[torch.Tensor]) -> None:
+        """Where all layers share one budget, adopt the counts that float32 may have found."""
+        layers = [self.layers[i] for i in sorted(self.layers)]
+        for b in range(len(layers[0].heads)):
+            choices = [head.choice for layer in layers for head in layer.heads[b] if head.choice is not None]
+            held = [np.sort(h[h >= 0]) for tensor in theirs for h in tensor[b].cpu().numpy()]
+            if all(np.array_equal(c.kept(), t) for c, t in zip(choices, held, strict=True)):
+                continue
+            even = self.even(0, layers[0].rows[b])
+            why = joint_objection(choices, held, even, self.policy.safeguard or Fraction(0), self.rounding)
+            if why:
+                raise AssertionError(f"step {self.step}, all layers, row {b}: {why}")
+            above = extras([len(t) for t in held], even)
+            for layer in layers:
+                layer.extra[b] = [above.pop(0) for _ in layer.heads[b]]
+            for choice, t in zip(choices, held, strict=True):
+                choice.keep = len(t)
 
     def follow_row(self, index: int, b: int, theirs: list[Array]) -> None:
         layer, where = self.layers[index], f"step {self.step}, layer {index}, row {b}"

@@ -92,9 +92,21 @@ class Finch(Window):
 
 
 class CAKE(Window):
-    """Mean and variance over the window's queries, average-pooled over 5, mean over the group."""
+    """Mean and variance over the window's queries, average-pooled over 5, mean over the group. Layers share by their
+    attention's entropy and variance."""
 
     gamma = 200
+    spread = "preference"
+
+    def prefer(self, sights: list[Sight]) -> float:
+        entropy = variance = 0.0
+        for sight in sights:
+            for head in sight.rows:
+                before = sight.candidates[sight.outside(self.window)]
+                rows = head[sight.voters(self.window)][:, before]
+                entropy -= float((rows * np.log(rows + 1e-10)).sum())
+                variance += float(rows.var(0, ddof=1).sum())
+        return entropy * variance
 
     def measure(self, sight: Sight) -> tuple[Array, Array, Array]:
         outside = sight.outside(self.window)
@@ -153,3 +165,9 @@ class DefensiveKV(Window):
             if near or (place < most and abs(reached[place] - limit) <= 2 * slack):
                 doubtful.append(i)
         return chosen, np.array(doubtful, dtype=int)
+
+
+class LayerDefensiveKV(DefensiveKV):
+    """The best of the whole model."""
+
+    spread = "model"

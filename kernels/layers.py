@@ -1,0 +1,121 @@
+"""Slots that are shared out when all layers of a model have seen a call: budgets that only its data decide. Pure torch.
+
+In a call of several tokens under such a rule (`Rule.spread`) every layer keeps all its candidates, and what ranks
+them; `shared_out` drops what is too much and lays the slots out anew. In between each layer holds dense keys and
+values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from kvpass.kernels.allocate import budgets, head_counts, preference_of
+from kvpass.kernels.compact_slots import compact_slots
+from kvpass.kernels.ragged import empty_like, laid_out
+from kvpass.kernels.rule import EXTRA, FREE, LIVE, SEEN, Rule
+from kvpass.kernels.scores import INF, ranked
+from kvpass.kernels.select_slots import select_slots
+from torch import Tensor
+
+State = list[Tensor]
+
+
+def shared_out(states: list[State], rules: list[Rule], spare: int) -> Iterator[State]:
+    """The states (k, v, pos, stats, cursor) of all layers, one after the other, with what stays and `spare` free slots
+    for each head. Empties `states` as it goes, so that one layer at a time is held twice.
+
+    Each state is as a call of several tokens leaves it: as many slots for each head, all candidates in use.
+    """
+    scores = [_scores(state, rule) for state, rule in zip(states, rules, strict=True)]
+    even = [budgets(state[4][..., SEEN], rule)[..., None] for state, rule in zip(states, rules, strict=True)]
+    counts = _COUNTS[rules[0].spread](scores, even, states, rules)
+    extras = _extras(counts, even, rules[0])
+    for at, (score, count, extra) in enumerate(zip(scores, counts, extras, strict=True)):
+        state, states[at] = states[at], []
+        yield _dropped(state, score, count, extra, spare)
+
+
+def _scores(state: State, rule: Rule) -> Tensor:
+    """float32 [B, Hkv, C]: +inf protected, -inf empty."""
+    _, _, pos, stats, cursor = state
+    return ranked(stats, pos, pos >= 0, pos.amax(-1, keepdim=True) + 1, cursor, rule)
+
+
+def _by_model(scores: list[Tensor], even: list[Tensor], states: list[State], rules: list[Rule]) -> list[Tensor]:
+    """The best slots of all layers stay, whatever layer and head they belong to (Layer-DefensiveKV,
+    arXiv 2510.13334). Equal scores: the older, then the lower layer.
+    """
+    width = max(score.shape[2] for score in scores)
+    padded = [torch.nn.functional.pad(score, (width - score.shape[2], 0), value=-INF) for score in scores]
+    score = torch.cat(padded, 1)
+    counts = head_counts(score, score > -INF, torch.cat(even, 1), rules[0])
+    return list(counts.split([one.shape[1] for one in scores], 1))
+
+
+def _by_preference(scores: list[Tensor], even: list[Tensor], states: list[State], rules: list[Rule]) -> list[Tensor]:
+    """Layers share by what their scorer prefers (CAKE, arXiv 2503.12491), on top of the observation window."""
+    wanted = torch.stack([preference_of(state[4]) for state in states], -1).tolist()
+    counts = [torch.zeros_like(one[..., 0]) for one in even]
+    for row, shares in enumerate(wanted):
+        most = [int((score[row] > -INF).sum(-1).max()) for score in scores]
+        sizes = layer_sizes(shares, int(even[0][row, 0, 0]), most, max(rules[0].queries, 0))
+        for count, score, size in zip(counts, scores, sizes, strict=True):
+            count[row] = (score[row] > -INF).sum(-1).clamp(max=size)
+    return counts
+
+
+def layer_sizes(shares: list[float], even: int, most: list[int], window: int) -> list[int]:
+    """Slots for the heads of each layer: `even` on average, at most `most`; what is above the window by `shares`.
+
+    What layers cannot use goes to the others evenly; a remainder goes one by one, to the first layers first.
+    """
+    base = even - window
+    if base <= 0 or not sum(shares) > 0 or max(most) <= even:
+        return [min(even, n) for n in most]
+    total, above = base * len(shares), [n - window for n in most]
+    sizes = [min(int(share / sum(shares) * total), n) for share, n in zip(shares, above, strict=True)]
+    left = min(total, sum(above)) - sum(sizes)
+    while left:
+        room = [at for at, n in enumerate(above) if sizes[at] < n]
+        for at in room[: left or None]:
+            more = min(max(left // len(room), 1), above[at] - sizes[at])
+            sizes[at] += more
+            left -= more
+    return [size + window for size in sizes]
+
+
+def _by_threshold(scores: list[Tensor], even: list[Tensor], states: list[State], rules: list[Rule]) -> list[Tensor]:
+    """Each head keeps what scores at least `rule.cut`, and is protected, up to its budget."""
+    pairs = zip(scores, even, rules, strict=True)
+    return [torch.minimum((score >= rule.cut).sum(-1), size[..., 0]) for score, size, rule in pairs]
+
+
+_COUNTS: dict[str, Callable[[list[Tensor], list[Tensor], list[State], list[Rule]], list[Tensor]]] = {
+    "model": _by_model,
+    "preference": _by_preference,
+    "threshold": _by_threshold,
+}
+
+
+def _extras(counts: list[Tensor], even: list[Tensor], rule: Rule) -> list[Tensor]:
+    """EXTRA of each layer, int64 [B, Hkv]: slots above the even budget, for later calls of one token; 0 while no layer
+    is above it. Under a threshold the even budget is each head's bound.
+    """
+    if rule.spread == "threshold":
+        return [torch.zeros_like(count) for count in counts]
+    above = [count - size[..., 0] for count, size in zip(counts, even, strict=True)]
+    bound = torch.cat(above, 1).amax(1, keepdim=True) > 0
+    return [torch.where(bound, extra, 0) for extra in above]
+
+
+def _dropped(state: State, score: Tensor, count: Tensor, extra: Tensor, spare: int) -> State:
+    """The state with the best `count` keys of each head."""
+    k, v, pos, stats, before = state
+    cursor = before.clone()
+    for column, value in ((LIVE, count), (FREE, count), (EXTRA, extra)):
+        cursor[..., column] = value.int()
+    cursor, slots = laid_out(cursor, count + spare)
+    out = [*empty_like(state, slots), cursor.clone()]
+    compact_slots(k, v, pos, stats, select_slots(score, cursor, int(count.max())), cursor, *out)
+    return out
