@@ -48,7 +48,7 @@ def held_scores(
     layers share by it.
 
     stats: [M, B, Hkv, L] that the call emitted; keys: position, candidates and end, as in `Seen`; cursor: after the
-    call; tensors: what the scorer reads; beside: [B, Hkv, L] each, what the slots held, and the marks of a fair rule.
+    call; tensors: what the scorer reads; beside: [B, Hkv, L] each, what the slots held, and their marks.
     """
     (pos, candidate, end), (past, marks) = keys, beside
     chosen = find_scorer(rule.scorer)
@@ -59,7 +59,7 @@ def held_scores(
         seen = _seen(pos[..., new], candidate[..., new], end, cursor, own, rule, {})
         score = chosen.score(seen, rule.options)
         return score if past is None else torch.cat([past[..., : new.start], score], -1), None
-    seen = _seen(pos, candidate, end, cursor, tensors, rule, dict(zip(rule.emitted, stats, strict=True)))
+    seen = _seen(pos, candidate, end, cursor, tensors, rule, dict(zip(rule.emitted, stats, strict=True)), marks)
     score = chosen.score(seen, rule.options)
     if rule.pool != "none":
         score = pooled(score, pos, candidate, end, rule)
@@ -67,7 +67,7 @@ def held_scores(
         score = by_granule(score, pos, candidate & (pos < end - max(rule.queries, 0)), seen.first, rule)
     if rule.heads == "all":
         score = score.mean(1, keepdim=True).expand_as(score)
-    if marks is not None:
+    if rule.fair and marks is not None:
         score = fair_shares(score, marks % KEEP, candidate & (pos < end - max(rule.queries, 0)))
     score = _sampled(score, seen, rule) if rule.sample_num else score
     # the protected window is not judged: when its keys leave it, they stay as generated ones do
@@ -89,6 +89,7 @@ def _seen(
     tensors: Read,
     rule: Rule,
     statistics: dict[str, Tensor],
+    marks: Tensor | None = None,
 ) -> Seen:
     seen = cursor[..., SEEN, None].long()
     return Seen(
@@ -108,6 +109,7 @@ def _seen(
         q=tensors.queries,
         turns=tensors.turns,
         at=rule.layer if "layer" in rule.reads or rule.sample_num else None,
+        stay=marks >= KEEP if marks is not None and "marks" in rule.reads else None,
     )
 
 

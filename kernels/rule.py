@@ -10,9 +10,10 @@ from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from typing import Any
 
-STATISTICS = ("sum", "sumsq", "count", "important")
+STATISTICS = ("sum", "sumsq", "count", "important", "last")
 """What attention can emit for each key: sums of the observed probabilities, of their squares, of the queries that see
-the key, and of those that give it at least an even share (1 / keys visible to the query).
+the key, and of those that give it at least an even share (1 / keys visible to the query); and one more than the
+position of the newest of those, 0 if there is none.
 """
 
 HELD = "held"
@@ -148,7 +149,7 @@ class Rule:
     @cached_property
     def plain(self) -> bool:
         """Whether sums, squares and counts are all that slots keep, and heads are alike: what Triton's decode knows."""
-        kept = {HELD, WEIGHT, MARK, "important"} & set(self.stats)
+        kept = {HELD, WEIGHT, MARK, "important", "last"} & set(self.stats)
         return not (kept or self.ragged or self.top_num or self.taper)
 
     def emission(self, name: str) -> int:

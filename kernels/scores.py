@@ -72,7 +72,7 @@ def score_slots(
             (where, candidate, end),
             after,
             Read(k, v, rows, hidden, queries, turns),
-            (past_held, total[plan.stat(MARK)] if plan.fair else None),
+            (past_held, total[plan.stat(MARK)] if plan.marked else None),
             plan,
         )
         after = after if preferred is None else with_preference(after, preferred)
@@ -122,14 +122,14 @@ def _attention_statistics(stats: Tensor, past: Tensor | None, rule: Rule) -> Ten
     """What the slots keep of what was emitted, float32 [N, B, Hkv, L]; rows that are no statistics of attention are
     left undefined.
     """
-    if rule.emitted == rule.stats:
+    if rule.emitted == rule.stats and "last" not in rule.stats:
         return stats + past if past is not None and rule.carry else stats.clone()
     total = stats.new_empty(len(rule.stats), *stats.shape[1:])
     for at, name in enumerate(rule.stats):
         if name in rule.emitted:
             total[at] = stats[rule.emitted.index(name)]
             if past is not None and rule.carry:
-                total[at] += past[at]
+                total[at] = torch.maximum(total[at], past[at]) if name == "last" else total[at] + past[at]
     return total
 
 
@@ -158,6 +158,8 @@ def base_scores(stats: Tensor, pos: Tensor, rule: Rule, now: Tensor | int) -> Te
         return stats[rule.stat("sum")] / stats[rule.stat("count")].clamp(min=1)
     if rule.score == "important":
         return stats[rule.stat("important")] / stats[rule.stat("count")].clamp(min=1)
+    if rule.score == "last":
+        return stats[rule.stat("last")] - 1 - now
     score = stats[rule.stat(rule.score)]
     return score * (now - pos) if rule.decay else score
 
@@ -245,6 +247,8 @@ def ranked(stats: Tensor, pos: Tensor, candidate: Tensor, end: Tensor, cursor: T
     score = slot_scores(stats, pos, rule, end - 1)
     size = budgets(cursor[..., SEEN], rule)[..., None]
     recent = rule.recent + size * rule.recent_num // rule.recent_den
+    if rule.spread == "threshold":  # a budget that is only a bound may be smaller than the window
+        recent = torch.minimum(recent, size - rule.sinks)
     protected = pos >= end - recent
     if rule.sinks:
         protected = protected | (pos < cursor[..., FIRST, None] + rule.sinks)

@@ -180,7 +180,11 @@ def _observe(stats: Tensor, probs: Tensor, seen: Tensor | None, step: Step, plan
                 target.add_(1.0 if shown is None else shown)
             else:
                 visible = run.slots if shown is None else shown.sum(-1, keepdim=True).clamp(min=1)
-                target.add_(part * weight >= 1.0 / visible)
+                hit = part * weight >= 1.0 / visible
+                if name == "important":
+                    target.add_(hit)
+                else:
+                    target.masked_fill_(hit, step.position + 1)
 
 
 def _with_padding(

@@ -54,14 +54,18 @@ def _victim(pos: Tensor, stats: Tensor, step: Step, plan: Rule) -> tuple[Tensor,
 
 
 def _guarded(score: Tensor, guard: Tensor, plan: Rule) -> Tensor:
-    """The score where the guard is 0, else the guard; only scorers give negative scores, that need the slower road."""
-    return torch.where(guard > 0, guard, score) if plan.scorer else torch.maximum(score, guard)
+    """The score where the guard is 0, else the guard; negative scores need the slower road."""
+    return torch.where(guard > 0, guard, score) if plan.scorer or plan.score == "last" else torch.maximum(score, guard)
 
 
 def _exposed(step: Step, plan: Rule) -> tuple[int | Tensor, int | Tensor]:
     """First and last position that may be evicted: after the sinks, before the recent window; (.., -2) if none may."""
     low = step.first + plan.sinks
-    high = step.position - plan.recent - step.size * plan.recent_num // plan.recent_den
+    recent = plan.recent + step.size * plan.recent_num // plan.recent_den
+    if plan.spread == "threshold":  # see `ranked`
+        room = step.size - plan.sinks
+        recent = room.clamp(max=recent) if isinstance(room, Tensor) else min(recent, room)
+    high = step.position - recent
     if isinstance(low, Tensor):
         return low, torch.where(low > high, -2, high)
     return low, -2 if low > high else high

@@ -41,7 +41,7 @@ def prefill_attend(
     """
     _check(q, k, v, pos, mask)
     check_softmax("prefill_attend", q.shape[1], sinks, softcap)
-    wide = q.shape[3] > WIDEST or "important" in Rule.parse(rule).emitted
+    wide = q.shape[3] > WIDEST or bool({"important", "last"} & set(Rule.parse(rule).emitted))
     run = kernel("prefill_attend", q.device, wide)
     out, stats, valid = run(q, k, v, pos, mask, scale, causal, rule, sinks, softcap)
     if mask is not None and mask.dtype != torch.bool and pos is None and sinks is None:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 ROWS, KEYS = 384, 1024
 """Rows (queries times group) and keys of a tile: 1.5 MiB of float32, within a core's L2. Measured with D = 64."""
 
+_SHARED = {"important", "last"}
+"""Statistics of queries that give a key at least an even share."""
+
 NEVER = 1e30
 """A log-sum-exp that makes every probability 0; finite, because a matmul may multiply it by zero."""
 
@@ -36,6 +39,8 @@ class _Head(NamedTuple):
     offset: int | None
     """causal: row i sees keys up to i + offset; None: not causal."""
     softcap: float
+    position: int
+    """Of the first row's query."""
 
 
 def observe(
@@ -48,11 +53,12 @@ def observe(
     watched: Tensor,
     rule: Rule,
     stats: Tensor,
+    start: int,
 ) -> None:
     """Add the statistics of a piece's watched rows to stats [N, B, Hkv, L].
 
     q, k whole; lse float32 [b, Hq, rows] and bias (or None) [1|b, 1|Hkv, 1|G, 1|rows, 1|cols] of the piece; watched
-    bool [B, S].
+    bool [B, S]; start: position of the call's first query.
     """
     (top, bottom), (left, right) = piece.rows, piece.cols
     watched = watched[piece.batch, top:bottom]
@@ -74,14 +80,19 @@ def observe(
         for h in range(heads):
             one = None if bias is None else bias[min(b, len(bias) - 1), min(h, bias.shape[1] - 1)]
             full = torch.cat([keys[b, h], keys.new_ones(1, right - left)])
-            _add(_Head(queries[b, h], full, one, offset, softmax.softcap), watched[b], rule, target[:, b, h])
+            _add(
+                _Head(queries[b, h], full, one, offset, softmax.softcap, start + top + low),
+                watched[b],
+                rule,
+                target[:, b, h],
+            )
 
 
 def _add(head: _Head, watched: Tensor, rule: Rule, target: Tensor) -> None:
     """Add one head's statistics to target [N, c], tile by tile."""
     group, rows = head.queries.shape[:2]
     step = max(1, ROWS // group)
-    shares = _even_shares(head, rows, target.shape[-1]) if "important" in rule.emitted else None
+    shares = _even_shares(head, rows, target.shape[-1]) if _SHARED & set(rule.emitted) else None
     tile = head.queries.new_empty(step * group * min(KEYS, target.shape[-1]))
     for i in range(0, rows, step):
         j = min(i + step, rows)
@@ -91,7 +102,8 @@ def _add(head: _Head, watched: Tensor, rule: Rule, target: Tensor) -> None:
             y = min(x + KEYS, seen)
             probs = tile[: len(block) * (y - x)].view(len(block), y - x)
             _fill(probs, head, block, (i, j), (x, y))
-            _reduce(probs.view(group, j - i, y - x), rule, target[:, x:y], None if shares is None else shares[i:j])
+            even = None if shares is None else shares[i:j]
+            _reduce(probs.view(group, j - i, y - x), rule, target[:, x:y], even, head.position + i)
     if "count" in rule.emitted:
         target[rule.emission("count")] += _counts(head, watched, target.shape[-1])
 
@@ -114,13 +126,13 @@ def _fill(probs: Tensor, head: _Head, block: Tensor, rows: tuple[int, int], cols
         grouped[..., edge - x :].tril_(i + head.offset - edge)
 
 
-def _reduce(probs: Tensor, rule: Rule, target: Tensor, shares: Tensor | None) -> None:
+def _reduce(probs: Tensor, rule: Rule, target: Tensor, shares: Tensor | None, position: int) -> None:
     """Add the tile [G, r, c] to the float statistics [N, c]; changes the tile.
 
-    shares [r]: of `_even_shares`, for `important`.
+    shares [r]: of `_even_shares`, for `important` and `last`; position: of the first row's query.
     """
     weight = 1.0 / len(probs) if rule.group == "mean" else 1.0
-    if rule.group == "mean" and not {"sumsq", "important"} & set(rule.emitted):
+    if rule.group == "mean" and not {"sumsq", *_SHARED} & set(rule.emitted):
         if "sum" in rule.emitted:
             target[rule.emission("sum")].add_(probs.sum((0, 1)), alpha=weight)
         return
@@ -130,8 +142,13 @@ def _reduce(probs: Tensor, rule: Rule, target: Tensor, shares: Tensor | None) ->
             target[index].add_(row.sum(0), alpha=weight)
         elif name == "sumsq":
             target[index].add_((row * row).sum(0), alpha=weight * weight)
-        elif shares is not None and name == "important":
-            target[index].add_((row * weight >= shares[:, None]).sum(0))
+        elif shares is not None and name in _SHARED:
+            hit = row * weight >= shares[:, None]
+            if name == "important":
+                target[index].add_(hit.sum(0))
+            else:
+                newest = torch.arange(position + 1, position + 1 + len(hit), device=hit.device)[:, None] * hit
+                target[index].copy_(torch.maximum(target[index], newest.amax(0)))
 
 
 def _counts(head: _Head, watched: Tensor, keys: int) -> Tensor:

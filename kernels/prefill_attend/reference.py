@@ -72,7 +72,7 @@ def prefill_attend_reference(
             out = q.new_zeros(*q.shape[:3], v.shape[3]) if out is None else out
             out[piece.batch, :, slice(*piece.rows)] = result
         if watched is not None:
-            observe(piece, q, k, lse, bias, softmax, watched, plan, stats)
+            observe(piece, q, k, lse, bias, softmax, watched, plan, stats, start)
     return out if out is not None else q.new_zeros(*q.shape[:3], v.shape[3]), stats, valid
 
 

@@ -15,13 +15,13 @@ from urllib.parse import quote, unquote
 import torch
 from torch import Tensor
 
-READS = ("keys", "values", "hidden", "queries", "rows", "logits", "statistics", "layer")
+READS = ("keys", "values", "hidden", "queries", "rows", "logits", "statistics", "layer", "marks")
 """What a scorer may ask for. `hidden`: what the attention block reads; `queries`: before their rotation; `rows` and
-`logits`: of the observation window; `statistics`: what attention emitted; `layer`: the layer's number, which costs that
-layers no longer share what is computed for a graph.
+`logits`: of the observation window; `statistics`: what attention emitted; `marks`: of the caller; `layer`: its number,
+which costs that layers no longer share what is computed for a graph.
 """
 
-BUILT_IN = ("geometry", "expected", "lag", "learned", "window", "redundancy", "chance")
+BUILT_IN = ("geometry", "expected", "lag", "learned", "window", "redundancy", "chance", "needs")
 """Modules of this package that hold scorers."""
 
 _TABLE: dict[str, Scorer] = {}
@@ -51,6 +51,7 @@ class Seen:
         q: [B, Hq, S, D], this call's queries before their rotation (RoPE, half-turned).
         turns: [2, 1 or B, S, D], cosines and sines that they are rotated by.
         at: the layer's number, from 0.
+        stay: bool [B, Hkv, L], keys that the caller marked to keep.
     """
 
     pos: Tensor
@@ -69,6 +70,7 @@ class Seen:
     q: Tensor | None = None
     turns: Tensor | None = None
     at: int | None = None
+    stay: Tensor | None = None
 
     @property
     def keys(self) -> Tensor:
@@ -105,6 +107,11 @@ class Seen:
     def layer(self) -> int:
         """The site's layer, from 0."""
         return _asked(self.at, "layer")
+
+    @property
+    def marked(self) -> Tensor:
+        """bool [B, Hkv, L]"""
+        return _asked(self.stay, "marks")
 
     @property
     def before_window(self) -> Tensor:
@@ -188,7 +195,7 @@ def scorer(
         unknown = [word for word in reads if word not in READS]
         if unknown:
             raise ValueError(f"scorer {name!r}: cannot read {unknown[0]!r}; choose from {', '.join(READS)}")
-        if not name.isidentifier() or name in ("position", "sum", "mean", "important"):
+        if not name.isidentifier() or name in ("position", "sum", "mean", "important", "last"):
             raise ValueError(f"scorer {name!r}: give a word that is no statistic's")
         known = _TABLE.get(name)
         if known is not None and known.run.__qualname__ != run.__qualname__:

@@ -15,7 +15,7 @@ from kvpass.kernels.scorers.registry import Scorer, scorers
 from kvpass.policy.limits import MOST, check_options, oversized
 from kvpass.policy.spec import Policy
 
-SCORES = ("position", "sum", "mean", "important")
+SCORES = ("position", "sum", "mean", "important", "last")
 """Scores that attention's statistics give by themselves; all other names are scorers'."""
 
 Broken = tuple[bool, str, str]
@@ -79,7 +79,7 @@ def _numbers(p: Policy) -> Iterator[Broken]:
 
 def _statistics(p: Policy, chosen: Scorer | None) -> Iterator[Broken]:
     keep, watched = p.statistic.keep, p.observe.queries != 0
-    for score, needs in (("sum", "sum"), ("mean", "sum"), ("important", "important")):
+    for score, needs in (("sum", "sum"), ("mean", "sum"), ("important", "important"), ("last", "last")):
         fix = f"score {p.score!r} needs statistic.keep to hold {needs!r}"
         yield p.score == score and needs not in keep, "score", fix
     for score in ("mean", "important"):
@@ -98,6 +98,9 @@ def _statistics(p: Policy, chosen: Scorer | None) -> Iterator[Broken]:
     yield rows and not windowed, "observe.queries", f"scorer {p.score!r} reads an observation window: give a number"
     told = "statistics" in chosen.reads
     yield told and not keep, "statistic.keep", f"scorer {p.score!r} reads statistics: say which, e.g. [sum]"
+    marks = "marks" in chosen.reads
+    fix = f"scorer {p.score!r} reads the caller's marks: set protect.tokens: true"
+    yield marks and not (p.protect.tokens or p.fair), "protect.tokens", fix
     yield bool(keep) and not told, "statistic.keep", f"scorer {p.score!r} reads no statistics: leave it out"
 
 
@@ -194,7 +197,7 @@ def check_budget(p: Policy, *, given: bool, own: int | float | None) -> None:
         )
     smallest = smallest_budget(p)
     protected = p.protect.sinks + recent_of(p, smallest)
-    if not whole and protected > smallest:
+    if not whole and p.allocate.heads != "threshold" and protected > smallest:
         whose = " of the last layer" if p.allocate.layers == "pyramid" else ""
         raise PolicyError(
             f"the budget{whose} can be as small as {smallest} slots, but {protected} are protected "

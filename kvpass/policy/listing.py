@@ -71,7 +71,9 @@ def _reads(rule: Rule) -> list[str]:
         decode = " and of generated tokens" if rule.decode != "none" and rule.queries > 0 else ""
         found.append(f"{kind} of {whose}{decode}")
     words = {"hidden": "hidden states", "queries": "unrotated queries"}
-    found += [words.get(what, what) for what in rule.reads if what not in ("rows", "logits", "statistics", "layer")]
+    found += [
+        words.get(what, what) for what in rule.reads if what not in ("rows", "logits", "statistics", "layer", "marks")
+    ]
     if rule.weight != "none" and "values" not in found:
         found.append("values")
     found += ["output projection"] if rule.weight.startswith("vo") else []

@@ -37,12 +37,13 @@ class Statistic:
 
     Attributes:
         keep: of `sum` (of observed probabilities), `sumsq` (of their squares), `count` (of observing queries),
-            `important` (of queries that gave the slot at least an even share, 1 / slots they see).
+            `important` (of queries that gave the slot at least an even share, 1 / slots they see), `last` (position of
+            the newest of those, plus 1).
         across_calls: a multi-token call `add`s to the slots' statistics or starts `fresh`.
         decode: a one-token call `add`s its row, `replace`s the statistic with it, or does `none`.
     """
 
-    keep: tuple[Literal["sum", "sumsq", "count", "important"], ...] = ()
+    keep: tuple[Literal["sum", "sumsq", "count", "important", "last"], ...] = ()
     across_calls: Literal["add", "fresh"] = "add"
     decode: Literal["add", "replace", "none"] = "add"
 
@@ -139,7 +140,8 @@ class Policy:
     Attributes:
         name: what reports call it.
         score: what ranks unprotected slots, higher = keep: `position` (newer), `sum`, `mean` (sum / count),
-            `important` (important / count), or the name of a scorer.
+            `important` (important / count), `last` (minus the tokens since the newest such query), or the name of a
+            scorer.
         options: of the scorer.
         fair: spans that the caller marks (`with kvpass.marked(spans=..)`) each keep their share of the budget.
         decay: the score counts once for each token since the slot's own (TRIM-KV's log-retention).
