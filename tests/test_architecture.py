@@ -33,7 +33,7 @@ ARROWS = {
     "mixed_sites": {"match", "site", "site_rules"} | WORDS,
     "site_rules": {"match", "site"} | WORDS,
     "ops": {"terms", "kernels"},
-    "runtime": {"runtime", "ops", "kernels.rule", "kernels.ragged", "kernels.errors"} | WORDS,
+    "runtime": {"runtime", "ops", "kernels.rule", "kernels.ragged", "kernels.errors", "kernels.layers"} | WORDS,
     "plan": {"policy", "site", "match", "kernels.rule"} | WORDS,
     "emit": {"emit_nodes", "emit_heads", "emit_masks", "plan", "site", "match"} | WORDS,
     "emit_masks": {"emit_nodes", "emit_heads", "site", "match"} | WORDS,

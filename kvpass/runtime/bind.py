@@ -10,7 +10,6 @@ import torch
 
 from kvpass.errors import CacheError, PolicyError, StaleCacheError
 from kvpass.kernels.errors import DataError, TableError
-from kvpass.kernels.layers import shared_out
 from kvpass.kernels.rule import Rule
 from kvpass.runtime.marks import marks_of
 from kvpass.runtime.shell import attach, make, of_buffer, refuse, unwrap
@@ -168,6 +167,8 @@ class Bound:
         sharing = [store for b, store in pairs if b.rule.spread and b.phase is not Phase.DECODE]
         if not sharing:
             return
+        from kvpass.kernels.layers import shared_out
+
         tokens = sharing[0].tokens + self.bindings[0].sizes["S"](args)
         spare = spare_slots(sharing[0].rule, tokens)
         with torch.inference_mode(False), torch.no_grad():

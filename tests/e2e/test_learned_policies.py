@@ -131,6 +131,33 @@ def test_kept_positions(policy: str, tmp_path: Path) -> None:
         start = end
 
 
+def test_delayed_eviction(tmp_path: Path) -> None:
+    """DMS without a budget: a token whose gate says so goes when six newer ones have come, and none before."""
+    g = torch.Generator().manual_seed(5)
+    table = {"weight": torch.randn(LAYERS, KV_HEADS, SIZE, generator=g), "bias": torch.zeros(LAYERS, KV_HEADS)}
+    torch.save(table, tmp_path / "gate.pt")
+    model = tiny.llama(HEADS, KV_HEADS, DIM, LAYERS)
+    recorder = Recorder(model)
+    spec = {"name": "mine", "extends": "dms", "options": {"file": str(tmp_path / "gate.pt")}, "protect": {"recent": 6}}
+    compiled = kvpass.compile(model, policy=spec, inner="eager")
+    ids, cache, start = tiny.tokens(1, sum(CALLS)), DynamicCache(config=model.config), 0
+    scores: list[list[list[float]]] = [[[] for _ in range(KV_HEADS)] for _ in range(LAYERS)]
+    for count in CALLS:
+        with torch.no_grad():
+            compiled(ids[:, start : start + count], past_key_values=cache)
+        start += count
+        for layer, view in enumerate(kvpass.inspect(cache).layers):
+            for h, own in enumerate(scores[layer]):
+                w = table["weight"][layer, h].double().numpy()
+                own += [float(w @ x) for x in recorder.hidden[layer][-1]]
+                kept = [p for p, score in enumerate(own) if score >= 0 or p >= start - 6]
+                held = view.positions[0, h]
+                assert held[held >= 0].tolist() == kept, f"layer {layer}, head {h}, after {start} tokens"
+                assert 6 < len(kept) < 0.8 * start
+    report = kvpass.report(cache).to_dict()
+    assert report["bytes"] < 0.8 * report["dense_bytes"]
+
+
 def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "short.pt"
     torch.save({"filters": torch.zeros(1, KV_HEADS, DIM)}, path)

@@ -11,6 +11,7 @@ from models import tiny
 from oracle.base import Policy
 from oracle.drive import Conversation
 from oracle.held import LagKV
+from oracle.needs import CORM, FastGen, SimLayerKV
 from oracle.ops import Layers
 from oracle.policies import NEW, POLICIES, AdaPyramid, AdaSnapKV, CriticalAda, PyramidKV
 from oracle.windowed import DefensiveKV, LayerDefensiveKV
@@ -124,9 +125,25 @@ class ModelWide(AdaSnapKV):
     safeguard = Fraction(1, 10)
 
 
+class ShortMemory(CORM):
+    cut, recent = -2, 3
+
+
+class MostlyLazy(SimLayerKV):
+    recent, most = 16, 0.14
+
+
+class SmallSets(FastGen):
+    recovered, hitters, recent = 0.75, 0.4, 0.1
+
+
 class SmallNucleus(LayerDefensiveKV):
     nucleus = 0.2
 
+
+CORM_SPEC = {"extends": "corm", "allocate": {"threshold": -2}, "protect": {"recent": 3}}
+LAZY_SPEC = {"extends": "simlayerkv", "options": {"recent": 16, "most": 0.14}, "protect": {"recent": 16}}
+FASTGEN_SPEC = {"extends": "fastgen", "options": {"least": 0.75, "hitters": 0.4, "recent": 0.1}}
 
 VARIANTS: list[tuple[str, dict[str, Any], int | float, Policy]] = [
     ("blocks of 16", {"extends": "lagkv", "options": {"block": 16}}, 48, ShortLag()),
@@ -136,6 +153,12 @@ VARIANTS: list[tuple[str, dict[str, Any], int | float, Policy]] = [
     ("a share of the tokens", {"extends": "defensivekv"}, 0.5, DefensiveKV()),
     ("the model's best", {"extends": "snapkv", "allocate": {"layers": "flat", "safeguard": 0.1}}, 48, ModelWide()),
     ("a small nucleus", {"extends": "layer_defensivekv", "options": {"nucleus": 0.2}}, 48, SmallNucleus()),
+    ("a short memory", CORM_SPEC, 1.0, ShortMemory()),
+    ("and a bound", CORM_SPEC, 64, ShortMemory()),
+    ("lazy layers", LAZY_SPEC, 1.0, MostlyLazy()),
+    ("lazy layers and a bound", LAZY_SPEC, 100, MostlyLazy()),
+    ("small sets", FASTGEN_SPEC, 1.0, SmallSets()),
+    ("small sets and a bound", FASTGEN_SPEC, 64, SmallSets()),
     ("a share of a pyramid", {"extends": "pyramidkv"}, 0.4, PyramidKV()),
 ]
 
@@ -148,7 +171,7 @@ def test_variants(
     layers = Layers({"name": "variant", **policy}, budget, (6, 2), layers=3, meaning=meaning)
     layers.converse([(150, 40), (60, 3), (9, 12)], [150, 110])
     finish(layers, capsys, 58)
-    if meaning.spread:
+    if meaning.spread == "model":
         totals = {sum(len(head.positions) for head in layer.heads[0]) for layer in layers.simulator.layers.values()}
         assert len(totals) > 1, "the layers share nothing out"
 

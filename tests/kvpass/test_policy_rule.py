@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from fractions import Fraction
 from math import floor
 
@@ -49,7 +49,16 @@ def test_the_floor_holds_fractions_only(share, seen):
     assert rule_of(Policy.load("h2o").with_budget(share)).budget(seen) >= 64
 
 
-@pytest.mark.parametrize("name", names())
+WITH_THRESHOLD = [name for name in names() if Policy.load(name).allocate.heads == "threshold"]
+
+
+@pytest.mark.parametrize("name", WITH_THRESHOLD)
+def test_a_threshold_evicts_whatever_the_budget(name):
+    rule = rule_of(Policy.load(name).with_budget(1.0) if name != "dms" else replace(Policy.load(name), budget=1.0))
+    assert rule.evicts and rule.budget(1000) == 1000
+
+
+@pytest.mark.parametrize("name", [name for name in names() if name not in WITH_THRESHOLD])
 def test_everything_observes_nothing(name):
     assert rule_of(Policy.load(name).with_budget(1.0)) == Rule()
     assert not Rule().evicts
@@ -64,6 +73,7 @@ CHOICES = {
     "options": ["", "a:int:1,b:str:x%20y"],
     "group": ["mean", "max"],
     "heads": ["each", "all"],
+    "spread": ["", "model", "threshold"],
     "decode": ["add", "replace", "none"],
     "pool": ["none", "avg", "max"],
     "score": ["position", "sum", "mean"],

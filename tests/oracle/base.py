@@ -148,6 +148,9 @@ class Policy:
     def look(self, memory: Memory, sight: Sight) -> None:
         """Update what does not follow from the mean probabilities alone. After `observe`."""
 
+    def together(self, memories: list[Memory], sights: list[Sight]) -> None:
+        """What the heads of a layer decide together at the end of a call of several tokens."""
+
     def prefer(self, sights: list[Sight]) -> float:
         """What a layer deserves next to others, from the latest sights of its heads."""
         raise NotImplementedError

@@ -12,6 +12,7 @@ from fractions import Fraction
 import numpy as np
 from oracle.base import ROUNDING, Budget, Memory, Policy, Row, Sight
 from oracle.held import RKV, KeyDiff, Knorm, LagKV, Random
+from oracle.needs import CORM, FastGen, SimLayerKV
 from oracle.smooth import pooled
 from oracle.weights import Weighted, l1, vo_l1
 from oracle.windowed import CAKE, NACL, ChunkKV, DefensiveKV, Finch, LayerDefensiveKV, WindowKV
@@ -213,6 +214,9 @@ POLICIES: dict[str, type[Policy]] = {
     "finch": Finch,
     "scissorhands": Scissorhands,
     "cake": CAKE,
+    "corm": CORM,
+    "simlayerkv": SimLayerKV,
+    "fastgen": FastGen,
 }
 EVICTING = ["streaming_llm", "h2o", "tova", "snapkv", "roco"]
 """The first five, which look at probabilities and positions alone."""

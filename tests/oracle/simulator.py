@@ -201,6 +201,9 @@ class Simulator:
         layers = [self.layers[i] for i in sorted(self.layers) if self.layers[i].waits]
         for b in range(len(layers[0].rows) if layers else 0):
             row = layers[0].rows[b]
+            for layer in layers if self.policy.needs else []:
+                heads = range(len(layer.heads[b]))
+                self.policy.together([h.memory for h in layer.heads[b]], [layer.sights[b, h] for h in heads])
             even = self.even(0, row)
             choices = [self.choices(layer, layer.heads[b], row, [even] * len(layer.heads[b])) for layer in layers]
             for layer, made in zip(layers, choices, strict=True):
@@ -210,7 +213,7 @@ class Simulator:
             if self.policy.spread == "model":
                 kept, extra = model(choices, even, self.policy.safeguard or Fraction(0))
             elif self.policy.spread == "preference":
-                heads = range(len(choices[0]))
+                heads = range(len(layers[0].heads[b]))
                 wanted = [self.policy.prefer([layer.sights[b, h] for h in heads]) for layer in layers]
                 kept, extra = preference(choices, even, wanted, self.policy.window)
             else:
