@@ -42,18 +42,20 @@ def held_scores(
     cursor: Tensor,
     tensors: Read,
     beside: tuple[Tensor | None, Tensor | None],
+    called: int,
     rule: Rule,
 ) -> tuple[Tensor, Tensor | None]:
     """What each key holds after a multi-token call, float32 [B, Hkv, L]; and what the layer is preferred by, [B], if
     layers share by it.
 
     stats: [M, B, Hkv, L] that the call emitted; keys: position, candidates and end, as in `Seen`; cursor: after the
-    call; tensors: what the scorer reads; beside: [B, Hkv, L] each, what the slots held, and their marks.
+    call; tensors: what the scorer reads; beside: [B, Hkv, L] each, what the slots held, and their marks; called: how
+    many of the keys are the call's.
     """
     (pos, candidate, end), (past, marks) = keys, beside
     chosen = find_scorer(rule.scorer)
-    if tensors.hidden is not None:
-        new = slice(pos.shape[-1] - tensors.hidden.shape[1], None)
+    if {"hidden", "own"} & set(rule.reads):
+        new = slice(pos.shape[-1] - called, None)
         k, v = (t if t is None else t[:, :, new] for t in tensors[:2])
         own = tensors._replace(k=k, v=v)
         seen = _seen(pos[..., new], candidate[..., new], end, cursor, own, rule, {})

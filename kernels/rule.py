@@ -40,6 +40,9 @@ OPS_VERSION = 3
 of compiled graphs that Inductor keeps on disk: an older one must not be taken for this one.
 """
 
+ASIDE = frozenset({"statistics", "layer", "marks", "own"})
+"""Words of `Rule.reads` for which nothing more is taken from a graph."""
+
 LIVE, FREE, SEEN, FIRST, EXTRA, SHIFT = range(6)
 """Columns of the cursor [B, Hkv, 4 or 6]. The last two exist where heads have budgets of their own (`Rule.ragged`)."""
 

@@ -73,6 +73,7 @@ def score_slots(
             after,
             Read(k, v, rows, hidden, queries, turns),
             (past_held, total[plan.stat(MARK)] if plan.marked else None),
+            valid.shape[1],
             plan,
         )
         after = after if preferred is None else with_preference(after, preferred)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import fx
 
 from kvpass.errors import PolicyError
-from kvpass.kernels.rule import HELD, MARK, WEIGHT, Rule
+from kvpass.kernels.rule import ASIDE, HELD, MARK, WEIGHT, Rule
 from kvpass.match.output_projection import OutputProjection, output_projection
 from kvpass.match.projections import block_input
 from kvpass.match.rope import Rotation, rotation
@@ -139,7 +139,7 @@ def _check(policy: Policy, planned: SitePlan) -> None:
 def _unmet(planned: SitePlan) -> Iterator[tuple[bool, str, str]]:
     """Whether something is missing, what was asked, and the fix."""
     site, rule = planned.site, planned.rule
-    reads = [word for word in rule.reads if word not in ("statistics", "layer", "marks")]
+    reads = [word for word in rule.reads if word not in ASIDE]
     reads += ["weight"] if rule.weight != "none" else []
     shared = site.core.latent is not None or site.mixed is not None
     what = "keeps latents instead of keys and values" if site.core.latent else "keeps all heads side by side"

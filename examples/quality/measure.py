@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-import kvpass
 from quality.prompts import MODES, TASKS, Prompts, Trial
 from quality.reference import Reference, call, follow
 from quality.store import Cell, Settings
@@ -36,7 +35,7 @@ def chunks(rows: list[Any], size: int) -> list[list[Any]]:
 
 
 class Lab:
-    """A model, and the prompts for it."""
+    """A model, the prompts for it, and kvpass. `quality.peer` has another library in its place."""
 
     def __init__(self, model: Any, tokenizer: Any, settings: Settings) -> None:
         self.model, self.settings = model, settings
@@ -53,8 +52,26 @@ class Lab:
 
     def compiled(self, cell: Cell) -> Any:
         """A fresh model under this cell's policy; nothing that was compiled before is left."""
+        import kvpass
+
         torch._dynamo.reset()
         return kvpass.compile(self.model, cell.policy, cell.budget, inner="eager")
+
+    def capture_seconds(self, model: Any) -> float:
+        return float(model.kvpass.timings["capture"])
+
+    def held(self, cache: Any) -> dict[str, Any]:
+        """What a cache holds, and what a dense one would, in bytes."""
+        import kvpass
+
+        report = kvpass.report(cache).to_dict()
+        return {key: report[key] for key in ("bytes", "dense_bytes", "overhead_bytes", "tokens")}
+
+    def positions(self, cache: Any) -> list[torch.Tensor] | None:
+        """Kept positions `[B, Hkv, n]` of each layer, -1 = none; None if the library does not say."""
+        import kvpass
+
+        return [view.positions for view in kvpass.inspect(cache).layers]
 
     def cache(self) -> Any:
         return DynamicCache(config=self.model.config)
@@ -78,7 +95,7 @@ def measure(lab: Lab, cell: Cell, reference: Reference, say: Say) -> dict[str, A
         "text": text,
         "retrieval": retrieval,
         "seconds": spent,
-        "capture_seconds": model.kvpass.timings["capture"],
+        "capture_seconds": lab.capture_seconds(model),
     }
 
 
@@ -125,10 +142,9 @@ def continuation(lab: Lab, model: Any, cell: Cell, reference: Reference) -> tupl
 def text_rows(lab: Lab, model: Any, part: Reference, held: dict[str, Any]) -> dict[str, list[float]]:
     cache, steps = lab.cache(), lab.settings.steps
     call(model, part.prompt, cache)
-    report = kvpass.report(cache).to_dict()
-    held.update({key: report[key] for key in ("bytes", "dense_bytes", "overhead_bytes", "tokens")})
-    other = copy.deepcopy(cache)
-    mass = mass_kept(cache, part.mass)
+    held.update(lab.held(cache))
+    other, positions = copy.deepcopy(cache), lab.positions(cache)
+    mass = [] if positions is None else mass_kept(positions, part.mass)
     along = follow(model, cache, part.truth[:, :steps])
     nll = -along.gather(-1, part.truth[:, 1:, None])[..., 0]
     true, own = compared(part.truth_logp, along), compared(part.greedy_logp, follow(model, other, part.greedy))
@@ -149,11 +165,11 @@ def compared(full: torch.Tensor, kept: torch.Tensor) -> dict[str, list[float]]:
     return {"kl": kl.tolist(), "agree": agree.tolist()}
 
 
-def mass_kept(cache: Any, mass: torch.Tensor) -> list[float]:
+def mass_kept(kept: list[torch.Tensor], mass: torch.Tensor) -> list[float]:
     """Share of the full cache's attention to the prompt that falls on kept positions; mean of layers and heads."""
     shares = []
-    for layer, view in enumerate(kvpass.inspect(cache).layers):
-        positions = view.positions.repeat_interleave(mass.shape[2] // view.positions.shape[1], dim=1)
+    for layer, own in enumerate(kept):
+        positions = own.repeat_interleave(mass.shape[2] // own.shape[1], dim=1)
         found = mass[:, layer].gather(-1, positions.clamp(min=0)).masked_fill(positions < 0, 0.0)
         shares.append(found.sum(-1).mean(-1))
     return torch.stack(shares).mean(0).tolist()

@@ -83,7 +83,7 @@ def text_row(cell: dict[str, Any]) -> list[str]:
         spread(text["agree"], 0, 100),
         spread(text["agree_greedy"], 0, 100),
         perplexity,
-        spread(text["mass"], 1, 100),
+        spread(text["mass"], 1, 100) if text["mass"] else "",
     ]
 
 

@@ -35,6 +35,17 @@ def gumbel_rows(seen: Seen) -> Tensor:
     return -(-_hashed(x).log()).log()
 
 
+def gaussian(seen: Seen, rows: int, columns: int) -> Tensor:
+    """Independent standard normal numbers (Box and Muller), alike for all sequences: float32 [Hkv, rows, columns]."""
+    device = seen.pos.device
+    cell = torch.arange(2 * rows * columns, device=device).view(2, 1, rows, columns)
+    head = torch.arange(seen.pos.shape[1], device=device)[:, None, None]
+    seed = 0x85EBCA77 * (seen.layer + 1) + 0xC2B2AE3D * (seen.seed + 20)
+    first, second = _hashed(cell + 0x9E3779B1 * (head + 1) + seed)
+    out: Tensor = (-2 * first.log()).sqrt() * (2 * torch.pi * second).cos()
+    return out
+
+
 def _places(seen: Seen, head: Tensor | int, salt: int) -> Tensor:
     """int64 [B, Hkv, L]"""
     place = (seen.pos - seen.first).long()

@@ -15,13 +15,14 @@ from urllib.parse import quote, unquote
 import torch
 from torch import Tensor
 
-READS = ("keys", "values", "hidden", "queries", "rows", "logits", "statistics", "layer", "marks")
+READS = ("keys", "values", "hidden", "queries", "rows", "logits", "statistics", "layer", "marks", "own")
 """What a scorer may ask for. `hidden`: what the attention block reads; `queries`: before their rotation; `rows` and
 `logits`: of the observation window; `statistics`: what attention emitted; `marks`: of the caller; `layer`: its number,
-which costs that layers no longer share what is computed for a graph.
+which costs that layers no longer share what is computed for a graph; `own`: the call's tokens alone, scores of older
+slots stay (as with `hidden`).
 """
 
-BUILT_IN = ("geometry", "expected", "lag", "learned", "window", "redundancy", "chance", "needs")
+BUILT_IN = ("geometry", "expected", "lag", "learned", "window", "redundancy", "chance", "needs", "leverage")
 """Modules of this package that hold scorers."""
 
 _TABLE: dict[str, Scorer] = {}

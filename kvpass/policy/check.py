@@ -109,7 +109,9 @@ def _transforms(p: Policy, chosen: Scorer | None) -> Iterator[Broken]:
     pooled, held = p.pool is not None, chosen is not None
     fix = "pooling smooths 'sum': add it to statistic.keep"
     yield pooled and not held and "sum" not in p.statistic.keep, "pool", fix
-    yield pooled and not windowed, "pool", "pooling needs an observation window: observe.queries as a number"
+    again = pooled and not windowed and not held and p.statistic.across_calls == "add"
+    fix = "a sum that goes on over calls would be smoothed again in each: set statistic.across_calls: fresh"
+    yield again, "statistic.across_calls", fix
     fix = "granules need a score that stays once it is given: use score: window_sum, or another scorer"
     yield p.granule is not None and not held, "granule", fix
     fix = "drawing by chance needs a score that stays once it is given: use score: window_sum, or another scorer"
@@ -119,8 +121,8 @@ def _transforms(p: Policy, chosen: Scorer | None) -> Iterator[Broken]:
     fix = "spans rank by a score that stays once it is given: use score: window_sum, or another scorer"
     yield p.fair and not held, "fair", fix
     yield p.decay and not held, "decay", "only a scorer's score decays: name one in score"
-    once = held and chosen is not None and "hidden" in chosen.reads
-    fix = "a score of hidden states is given when a token comes, and cannot be changed among neighbours later"
+    once = held and chosen is not None and bool({"hidden", "own"} & set(chosen.reads))
+    fix = "this score is given when a token comes, and cannot be changed among neighbours later"
     yield once and pooled, "pool", fix
     yield once and p.granule is not None, "granule", fix
     yield once and p.sample > 0, "sample", fix

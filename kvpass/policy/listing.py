@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from dataclasses import dataclass, replace
 
-from kvpass.kernels.rule import MARK, Rule
+from kvpass.kernels.rule import ASIDE, MARK, Rule
 from kvpass.kernels.scorers.registry import Scorer
 from kvpass.policy.load import load, names
 from kvpass.policy.rule import rule_of
@@ -15,7 +15,7 @@ HEADINGS = ("policy", "reads", "extra at prefill", "bytes a slot", "paper", "dif
 EXAMPLE_BUDGET = 0.2
 """Rules hold a budget; this one is shown for policies that bring none."""
 
-_ALSO = {"r_kv": "T*T cosines"}
+_ALSO = {"r_kv": "T*T cosines", "compactor": "256*T"}
 """Work of scorers that grows faster than what they read."""
 
 
@@ -71,9 +71,7 @@ def _reads(rule: Rule) -> list[str]:
         decode = " and of generated tokens" if rule.decode != "none" and rule.queries > 0 else ""
         found.append(f"{kind} of {whose}{decode}")
     words = {"hidden": "hidden states", "queries": "unrotated queries"}
-    found += [
-        words.get(what, what) for what in rule.reads if what not in ("rows", "logits", "statistics", "layer", "marks")
-    ]
+    found += [words.get(what, what) for what in rule.reads if what not in ASIDE | {"rows", "logits"}]
     if rule.weight != "none" and "values" not in found:
         found.append("values")
     found += ["output projection"] if rule.weight.startswith("vo") else []

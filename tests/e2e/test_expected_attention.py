@@ -8,28 +8,12 @@ import numpy as np
 import pytest
 import torch
 from models import tiny
+from oracle.rope import DIM, projected, turn
 from transformers import DynamicCache
 
 import kvpass
 
-SLOTS, SKIP, FUTURE, DIM = 40, 4, 512, 16
-
-
-def turn(model: Any, position: int) -> np.ndarray:
-    """The rotation matrix of a position: q_embed = R q."""
-    angle = position * model.model.rotary_emb.inv_freq.double().numpy()
-    half = DIM // 2
-    matrix = np.zeros((DIM, DIM))
-    for f in range(half):
-        c, s = np.cos(angle[f]), np.sin(angle[f])
-        matrix[f, f] = matrix[f + half, f + half] = c
-        matrix[f, f + half], matrix[f + half, f] = -s, s
-    return matrix
-
-
-def projected(weight: torch.Tensor, hidden: np.ndarray, heads: int) -> np.ndarray:
-    """[T, size] -> [heads, T, D], not rotated."""
-    return (hidden @ weight.detach().double().numpy().T).reshape(len(hidden), heads, DIM).transpose(1, 0, 2)
+SLOTS, SKIP, FUTURE = 40, 4, 512
 
 
 def scores(model: Any, layer: int, hidden: np.ndarray, heads: int, kv_heads: int) -> np.ndarray:
