@@ -19,5 +19,9 @@ class MarkError(DataError):
     """The caller marks more tokens than the budget holds."""
 
 
+class RotationError(DataError):
+    """Keys cannot be turned to other positions."""
+
+
 class TableError(DataError):
     """A policy's file of weights or shares does not fit the model."""

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 from kvpass.kernels.allocate import budgets, ranks
-from kvpass.kernels.rule import FIRST, HELD, KEEP, MARK, SEEN, WEIGHT, Rule
+from kvpass.kernels.rule import FIRST, HELD, KEEP, MARK, PLACE, SEEN, WEIGHT, Rule
 from kvpass.kernels.scorers.chance import gumbel
 from kvpass.kernels.scorers.registry import Seen, find_scorer
 from kvpass.kernels.smooth import by_granule, fair_shares, pooled
@@ -153,6 +153,8 @@ def arrivals(
         out[plan.stat(HELD)] = _arriving(Read(k_new, v_new, hidden=hidden), cursor, position, plan)
     if MARK in plan.stats and marks is not None:
         out[plan.stat(MARK)] = marks.float()
+    if PLACE in plan.stats:
+        out[plan.stat(PLACE)] = cursor[..., SEEN].float()
     if WEIGHT in plan.stats:
         out[plan.stat(WEIGHT)] = value_weights(plan.weight, v_new, wo)[..., 0]
     return out

@@ -27,6 +27,11 @@ WEIGHT = "weight"
 MARK = "mark"
 """A slot's statistic that the caller gave with its token: the number of its span, plus `KEEP` if it must stay."""
 
+PLACE = "place"
+"""A slot's statistic: which of its row's valid tokens it is, or where its key was turned to since
+(`kvpass.kernels.reindex`).
+"""
+
 KEEP = 1 << 20
 """Above every span's number; sums with it are exact in float32."""
 
@@ -93,6 +98,7 @@ class Rule:
     spread: str = ""
     cut: float = -INF
     marked: bool = False
+    reindex: bool = False
     fair: bool = False
     safe_num: int = 0
     safe_den: int = 1
@@ -152,7 +158,7 @@ class Rule:
     @cached_property
     def plain(self) -> bool:
         """Whether sums, squares and counts are all that slots keep, and heads are alike: what Triton's decode knows."""
-        kept = {HELD, WEIGHT, MARK, "important", "last"} & set(self.stats)
+        kept = {HELD, WEIGHT, MARK, PLACE, "important", "last"} & set(self.stats)
         return not (kept or self.ragged or self.top_num or self.taper)
 
     def emission(self, name: str) -> int:

@@ -11,7 +11,21 @@ from kvpass.kernels.allocate import budgets, head_counts, ragged_columns, table_
 from kvpass.kernels.errors import MarkError
 from kvpass.kernels.held import UNSCORED, Read, held_scores
 from kvpass.kernels.masks import check_shown
-from kvpass.kernels.rule import EXTRA, FIRST, FREE, HELD, KEEP, LIVE, MARK, SEEN, SHIFT, UNTOUCHABLE, WEIGHT, Rule
+from kvpass.kernels.rule import (
+    EXTRA,
+    FIRST,
+    FREE,
+    HELD,
+    KEEP,
+    LIVE,
+    MARK,
+    PLACE,
+    SEEN,
+    SHIFT,
+    UNTOUCHABLE,
+    WEIGHT,
+    Rule,
+)
 from kvpass.kernels.smooth import pooled
 from kvpass.kernels.weights import value_weights
 from torch import Tensor
@@ -63,6 +77,10 @@ def score_slots(
     total = _attention_statistics(stats, past_stats, plan)
     if plan.pool != "none" and not plan.scorer:
         total[plan.stat("sum")] = pooled(total[plan.stat("sum")], where, candidate, end, plan)
+    if PLACE in plan.stats:
+        total[plan.stat(PLACE)] = 0.0 if past_stats is None else past_stats[plan.stat(PLACE)]
+        new = cursor[:, :1, SEEN, None] + valid[:, None].cumsum(-1) - 1
+        total[plan.stat(PLACE), ..., length - valid.shape[1] :] = new.float()
     if MARK in plan.stats:
         total[plan.stat(MARK)] = _marks(marks, past_stats, candidate, plan)
     if HELD in plan.stats:

@@ -19,6 +19,7 @@ from kvpass.match.calls import example, is_metadata
 from kvpass.match.dataflow import flat_outputs
 from kvpass.match.extract import function_of
 from kvpass.match.nearby import taken_out
+from kvpass.match.rope import unrounded
 from kvpass.match.shapes import shape_of
 from kvpass.match.symbols import SizeReader, free_size
 from kvpass.plan import Plan, SitePlan
@@ -229,6 +230,7 @@ class _Lowering:
             start=self._start(update.start) if "L" in dims else None,
             paths=(update.path, site.value.update.path),
             host=self._host(site),
+            angles=self._angles(planned),
         )
 
     def _host(self, site: Site) -> tuple[tuple[int, int], tuple[int, int]] | None:
@@ -236,6 +238,13 @@ class _Lowering:
         if site.core.latent is None and site.mixed is None:
             return None
         return _heads_and_entries(site.key), _heads_and_entries(site.value)
+
+    def _angles(self, planned: SitePlan) -> tuple[Callable[[Sequence[Any]], Any], ...]:
+        """Cosines and sines of a call of several tokens as functions of the graph's inputs."""
+        found = planned.key_rotation
+        if found is None or planned.site.phase is Phase.DECODE:
+            return ()
+        return tuple(function_of(self.original, unrounded(angle)) for angle in (found.cos, found.sin))
 
     def _start(self, start: Any) -> Callable[[Sequence[Any]], Any]:
         """Where a buffer is written, as a function of the graph's inputs."""

@@ -9,17 +9,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import fx
 
 from kvpass.errors import PolicyError
-from kvpass.kernels.rule import ASIDE, HELD, MARK, WEIGHT, Rule
+from kvpass.kernels.rule import ASIDE, HELD, MARK, PLACE, WEIGHT, Rule
+from kvpass.match.calls import example
 from kvpass.match.output_projection import OutputProjection, output_projection
 from kvpass.match.projections import block_input
-from kvpass.match.rope import Rotation, rotation
+from kvpass.match.rope import Rotation, rotation, unrounded
 from kvpass.policy.rule import rule_of
 from kvpass.policy.spec import Policy
 from kvpass.site import Decline, Site, SiteTable
-from kvpass.terms import Phase
+from kvpass.terms import Layout, Phase
 
 OPS = {
     Phase.PREFILL: ("prefill_attend", "score_slots", "select_slots", "compact_slots"),
@@ -64,6 +66,14 @@ class SitePlan:
         plain = core.axes.q == "BHSD" and not core.tiled
         return rotation(core.q) if "queries" in self.rule.reads and plain else None
 
+    @cached_property
+    def key_rotation(self) -> Rotation | None:
+        """The rotation of the new keys, for a rule that turns them again; None if it does not."""
+        half = self.site.key
+        found = rotation(half.update.new) if self.rule.reindex and half.layout is Layout.BHTD else None
+        # angles of half precision are too coarse to tell one position from the next
+        return found if found is None or example(unrounded(found.cos)).dtype is torch.float32 else None
+
     @property
     def windowed(self) -> bool:
         """Whether the scorer reads the rows of the observation window."""
@@ -72,7 +82,7 @@ class SitePlan:
     @property
     def arrives(self) -> bool:
         """Whether a generated token's slot starts with more than zeros."""
-        return bool({HELD, WEIGHT, MARK} & set(self.rule.stats))
+        return bool({HELD, WEIGHT, MARK, PLACE} & set(self.rule.stats))
 
 
 @dataclass(frozen=True)
@@ -143,9 +153,10 @@ def _unmet(planned: SitePlan) -> Iterator[tuple[bool, str, str]]:
     reads += ["weight"] if rule.weight != "none" else []
     shared = site.core.latent is not None or site.mixed is not None
     what = "keeps latents instead of keys and values" if site.core.latent else "keeps all heads side by side"
-    asked = f"reads {' and '.join(reads)}" if reads else "gives heads budgets of their own"
+    asked = "turns keys to new positions" if rule.reindex else "gives heads budgets of their own"
+    asked = f"reads {' and '.join(reads)}" if reads else asked
     fix = "choose a policy of attention's statistics, e.g. h2o or snapkv"
-    yield shared and (bool(reads) or rule.ragged), f"{asked}, but this attention {what}", fix
+    yield shared and (bool(reads) or rule.ragged or rule.reindex), f"{asked}, but this attention {what}", fix
     asked = "weighs values by the output projection, which was not found behind the attention"
     fix = "set weight.by: l1, which needs no projection; gates and norms in between cannot be read through"
     yield rule.weight.startswith("vo_") and planned.projection is None, asked, fix
@@ -155,6 +166,9 @@ def _unmet(planned: SitePlan) -> Iterator[tuple[bool, str, str]]:
     asked = "reads queries before their rotation, and none of the usual form was found (RoPE over whole heads, entry i "
     fix = "choose a policy that reads keys or attention, e.g. keydiff or snapkv"
     yield "queries" in rule.reads and planned.rotation is None, f"{asked}with entry i + D / 2)", fix
+    unfound = rule.reindex and site.phase is not Phase.DECODE and planned.key_rotation is None
+    asked = "turns keys to new positions, and none of the usual rotation was found (float32, RoPE over whole heads, "
+    yield unfound, f"{asked}entry i with entry i + D / 2)", "set positions: kept"
     asked, fix = "shares the budget out over layers, but this graph holds one", "set allocate.layers: uniform"
     over_layers = bool(rule.taper) or rule.spread in ("model", "preference")
     yield over_layers and rule.layers < 2, asked, f"avoid graph breaks between layers, or {fix}"

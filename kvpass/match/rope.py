@@ -38,6 +38,16 @@ def rotation(q: fx.Node) -> Rotation | None:
     return None
 
 
+def unrounded(angle: fx.Node) -> fx.Node:
+    """The cosines or sines before they were cast to the model's dtype: [.., S, D]."""
+    while call_name(angle) in ("unsqueeze", "to"):
+        above = operand(angle)
+        if not isinstance(above, fx.Node):
+            break
+        angle = above
+    return angle
+
+
 def _pair(node: fx.Node) -> tuple[Any, Any]:
     return argument(node, 0, "input"), argument(node, 1, "other")
 

@@ -39,6 +39,7 @@ def rule_of(policy: Policy, layer: int = 0, layers: int = 1) -> Rule:
         table=quote(allocate.file) if allocate.heads == "table" else "",
         seed=policy.seed,
         marked=policy.protect.tokens or policy.fair,
+        reindex=policy.positions == "reindexed",
         fair=policy.fair,
         **ranking,
         **_weighing(policy),
@@ -49,7 +50,8 @@ def rule_of(policy: Policy, layer: int = 0, layers: int = 1) -> Rule:
 def _ranking(policy: Policy) -> dict[str, Any]:
     """What slots keep, and what ranks them."""
     marked = policy.protect.tokens or policy.fair
-    beside = [name for name, kept in (("weight", policy.weight), ("mark", marked)) if kept]
+    turned = policy.positions == "reindexed"
+    beside = [name for name, kept in (("weight", policy.weight), ("mark", marked), ("place", turned)) if kept]
     if policy.score in SCORES:
         kept = policy.statistic.keep
         decode = policy.statistic.decode if kept else "none"

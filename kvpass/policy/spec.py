@@ -147,6 +147,7 @@ class Policy:
         decay: the score counts once for each token since the slot's own (TRIM-KV's log-retention).
         sample: this share of the budget is drawn by chance, with probability softmax(score) (NACL).
         seed: of all chance.
+        positions: `kept`, or `reindexed`: kept keys are turned as if nothing had stood between them; needs RoPE.
         scope: RoCo: this fraction of the slots, those with the largest standard deviation, cannot be evicted; 0 = no
             scope.
         budget: fraction of the tokens seen so far (float, at most 1.0) or slots per KV head (int). None: the caller
@@ -170,6 +171,7 @@ class Policy:
     scope: float = 0.0
     allocate: Allocate = field(default_factory=Allocate)
     protect: Protect = field(default_factory=Protect)
+    positions: Literal["kept", "reindexed"] = "kept"
     budget: int | float | None = None
     min_slots: int = 64
     paper: str = ""

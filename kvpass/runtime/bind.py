@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ class Binding:
         start: where a call writes its tokens into a buffer: an index tensor or a number.
         paths: places of the buffers of K and V in their inputs, where several are stacked in one.
         host: heads and entries of the host's keys and values, where the slots hold them otherwise.
+        angles: cosines and sines of a call's positions, [.., S, D] each, where keys are turned again.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Binding:
     start: Callable[[Sequence[Any]], Any] | None = None
     paths: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
     host: tuple[tuple[int, int], tuple[int, int]] | None = None
+    angles: tuple[Callable[[Sequence[Any]], Any], ...] = ()
 
     def open(self, args: Sequence[Any], origin: Origin, position: int = 0) -> SlotStore:
         """The store of this site for a call, with room for the call's tokens, of which the first is at `position`."""
@@ -132,6 +135,7 @@ class Bound:
             )
         results = self._run(args, stores, [self._given(name, args, stores, positions) for name in self.shared])
         self._share_out(args, stores)
+        self._reindex(args, stores)
         returned: list[Any] = [None] * self.outputs
         for at, value in zip(self.kept, results, strict=True):
             returned[at] = value
@@ -151,8 +155,14 @@ class Bound:
 
     def _run(self, args: Sequence[Any], stores: Sequence[SlotStore], shared: Sequence[Any]) -> Any:
         """The compiled call. If it fails, it may have changed the state of some layers."""
-        try:
+        with self._told(stores):
             return self.inner(*args, *(t for store in stores for t in store.state), *shared)
+
+    @contextmanager
+    def _told(self, stores: Sequence[SlotStore]) -> Iterator[None]:
+        """Mark the stores as spoiled if something fails inside, and say where."""
+        try:
+            yield
         except BaseException as error:
             for store in stores:
                 store.spoiled = True
@@ -171,10 +181,24 @@ class Bound:
 
         tokens = sharing[0].tokens + self.bindings[0].sizes["S"](args)
         spare = spare_slots(sharing[0].rule, tokens)
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), self._told(stores):
             states = shared_out([store.state for store in sharing], [store.rule for store in sharing], spare)
             for store, state in zip(sharing, states, strict=True):
                 store.state, store.spare = state, spare
+
+    def _reindex(self, args: Sequence[Any], stores: Sequence[SlotStore]) -> None:
+        """Turn the keys of sites that want it to their places in the cache."""
+        pairs = [(b, store) for b, store in zip(self.bindings, stores, strict=True) if b.rule.reindex]
+        if not pairs:
+            return
+        from kvpass.kernels.reindex import reindex, step_of
+
+        with torch.inference_mode(False), torch.no_grad(), self._told(stores):
+            angles = pairs[0][0].angles
+            step = step_of(*(part(args) for part in angles)) if angles else None
+            for _, store in pairs:
+                store.step = store.step if step is None else step
+                reindex(store.state, store.rule, store.step)
 
     def _where(self) -> str:
         first, count = self.bindings[0].where, len(self.bindings)

@@ -44,6 +44,8 @@ class SlotStore:
             if this is a copy.
         spoiled: a call failed halfway, and may or may not have changed the state.
         spare: tokens that may still come one by one before the slots must be laid out anew; where `rule.spread`.
+        step: radians that each pair of a key's entries turns from position to position, float64 [D / 2]; where
+            `rule.reindex`, once a call of several tokens has shown it.
     """
 
     name: str
@@ -59,6 +61,7 @@ class SlotStore:
     versions: list[int | None] = field(init=False)
     spoiled: bool = False
     spare: int = 0
+    step: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         k, v = self.state[0], self.state[1]

@@ -82,6 +82,8 @@ COMPILED = [
     "defensivekv",
     "chunkkv",
     "layer_defensivekv",
+    "streaming_llm_reindexed",
+    "finch",
 ]
 """One for each way in which ops are joined in a graph; `test_ops` has them all."""
 
@@ -196,6 +198,8 @@ MUTATIONS: list[tuple[str, str, Any]] = [
     ("scissorhands", "score", lambda self, memory: memory.important),
     ("cake", "gamma", 100),
     ("cake", "spread", ""),
+    ("finch", "reindexed", False),
+    ("corm", "recent", 47),
     ("cake", "prefer", lambda self, sights: 1.0),
 ]
 

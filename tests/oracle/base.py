@@ -120,6 +120,7 @@ class Policy:
     needs = False  # True: looks at keys, values or logits, so a simulator must be given them
     safeguard: Fraction | None = None  # not None: the heads of a layer share one budget, this share is safe in each
     spread = ""  # what shares slots out once a call of several tokens has passed all layers (oracle.spread)
+    reindexed = False  # True: kept keys are turned to their places among the kept tokens
     cut = -np.inf  # slots whose score is below it go, whatever the budget
 
     def observe(self, memory: Memory, rows: Array, sees: Array, row: Row, candidates: Array) -> None:

@@ -63,6 +63,8 @@ class Oracle:
         self.simulator = Simulator(policy, budget, floor)
         self.simulator.depth = model.config.get_text_config().num_hidden_layers
         self.simulator.outward = {i: outward(m) for i, m in attention_modules(model)}
+        rotary = next((m for m in model.modules() if hasattr(m, "inv_freq")), None)
+        self.simulator.angles = None if rotary is None else rotary.inv_freq.double()
         self.cache = DynamicCache(config=self.model.config)
 
     def __call__(self, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:

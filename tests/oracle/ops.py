@@ -13,6 +13,7 @@ from kvpass.kernels.join_slots import join_slots
 from kvpass.kernels.layers import shared_out
 from kvpass.kernels.prefill_attend import prefill_attend
 from kvpass.kernels.ragged import even, evened, with_spare
+from kvpass.kernels.reindex import reindex
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.scores import score_slots
 from kvpass.kernels.select_slots import select_slots
@@ -36,7 +37,7 @@ class Site:
 
     @property
     def arrives(self) -> bool:
-        return bool({"held", "weight", "mark"} & set(self.rule.stats))
+        return bool({"held", "weight", "mark", "place"} & set(self.rule.stats))
 
     def one(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, position: int) -> None:
         if not self.rule.spread:
@@ -87,6 +88,7 @@ class Layers:
         self.shape, self.tokens = shape, 0
         self.simulator = Simulator(policy if meaning is None else meaning, budget)
         self.simulator.depth = layers
+        self.simulator.angles = 0.7 ** torch.arange(1, DIM // 2 + 1, dtype=torch.float64)
         planned, self.sites = load(policy).with_budget(budget), []
         for index in range(layers):
             projection = self.random(24, shape[0] * DIM)
@@ -119,6 +121,9 @@ class Layers:
             states = shared_out([site.state for site in self.sites], [site.rule for site in self.sites], 2)
             for site, state in zip(self.sites, states, strict=True):
                 site.state, site.spare = state, 2
+        for site in self.sites:
+            if site.rule.reindex:
+                reindex(site.state, site.rule, self.simulator.angles)
         self.tokens = total
         self.simulator.follow([site.positions() for site in self.sites])
 

@@ -36,6 +36,10 @@ class StreamingLLM(Policy):
         return positions < row.first + 4
 
 
+class StreamingLLMReindexed(StreamingLLM):
+    reindexed = True
+
+
 class H2O(Policy):
     """Sum of the probabilities from all queries so far; half of the budget goes to the latest tokens."""
 
@@ -191,6 +195,7 @@ class CriticalAda(CriticalKV):
 POLICIES: dict[str, type[Policy]] = {
     "full": Full,
     "streaming_llm": StreamingLLM,
+    "streaming_llm_reindexed": StreamingLLMReindexed,
     "h2o": H2O,
     "tova": Tova,
     "snapkv": SnapKV,

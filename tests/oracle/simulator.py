@@ -50,6 +50,7 @@ class Layer:
         self.first = [-1] * rows
         self.end = [0] * rows
         self.seen = [0] * rows
+        self.valid: list[list[int]] = [[] for _ in range(rows)]  # positions of real tokens, evicted ones too
         self.votes = 0
         self.rows: list[Row] = []  # of the call that is running
         self.extra = [[0] * heads for _ in range(rows)]  # slots beyond the even budget, where heads share one
@@ -64,6 +65,7 @@ class Layer:
             self.first[b] = new[0] if self.first[b] < 0 else self.first[b]
             self.end[b] = new[-1] + 1
             self.seen[b] += len(new)
+            self.valid[b] += new.tolist()
         return Row(start, valid, self.first[b], self.end[b], self.seen[b])
 
 
@@ -78,6 +80,7 @@ class Simulator:
         self.depth = 0  # layers of the model, if the policy asks
         self.outward: dict[int, torch.Tensor] = {}  # [Hq,Dv,hidden] output projection of each layer, if it asks
         self.step = -1
+        self.angles: torch.Tensor | None = None  # radians by which a pair of a key's entries turns per position
         self.history: list[list[list[list[Array]]]] = []  # [step][layer][row][head] -> positions
         self.compared = 0
         self.near_ties = 0
@@ -96,7 +99,8 @@ class Simulator:
             for h in range(Hkv):
                 group = slice(h * Hq // Hkv, (h + 1) * Hq // Hkv)
                 extra = bias[b, group] if bias is not None else None
-                z = logits(q[b, group], k[b, h], visible[b, group], extra, scale)
+                keys = self.turned(index, b, h, k[b, h], S) if self.policy.reindexed else k[b, h]
+                z = logits(q[b, group], keys, visible[b, group], extra, scale)
                 rows = torch.softmax(z, dim=-1).nan_to_num_(nan=0.0)  # rows that see nothing are zero
                 out[b, group] = rows @ v[b, h].double()
                 self.observe(index, b, h, rows, visible[b, group])
@@ -104,6 +108,20 @@ class Simulator:
                     self.look(index, b, h, rows, z, visible[b, group], k[b, h], v[b])
         self.leave(index)
         return out.to(q.dtype)
+
+    def turned(self, index: int, b: int, h: int, k: torch.Tensor, new: int) -> torch.Tensor:
+        """Keys [T,D] as if the tokens that were evicted before this call of `new` tokens had never been."""
+        assert self.angles is not None
+        layer, start = self.layers[index], len(k) - new
+        held = {int(p) for p in layer.heads[b][h].positions if p < start}
+        out, half = k.double().clone(), k.shape[1] // 2
+        for p in held:
+            gone = sum(p < other < start and other not in held for other in layer.valid[b])
+            turn = gone * self.angles
+            first, second = k[p, :half].double(), k[p, half:].double()
+            out[p, :half] = first * turn.cos() - second * turn.sin()
+            out[p, half:] = second * turn.cos() + first * turn.sin()
+        return out
 
     def enter(self, index: int, sees: torch.Tensor, kv_heads: int) -> torch.Tensor:
         """A call reaches a layer: `sees` [B,Hq,S,T] says whom its queries may see, the call's tokens are the last S.

@@ -83,7 +83,9 @@ class WindowKV(Window):
 
 
 class Finch(Window):
-    """Probabilities count more where a query sees more keys."""
+    """Probabilities count more where a query sees more keys. Kept keys move together."""
+
+    reindexed = True
 
     def measure(self, sight: Sight) -> tuple[Array, Array, Array]:
         voters = sight.voters(self.window)
