@@ -11,6 +11,7 @@ from kvpass.emit_heads import from_slots, regrouped, to_slots
 from kvpass.emit_masks import mask_of
 from kvpass.emit_nodes import Rewriting, Writer
 from kvpass.match.calls import example
+from kvpass.match.shapes import shape_of
 from kvpass.plan import SitePlan
 from kvpass.site import Half
 from kvpass.terms import CacheForm, Layout, Phase
@@ -116,8 +117,16 @@ class Emitter:
         found = self.planned.rotation
         if found is None:
             return ()
-        angles = [self.write.method("squeeze", self.write.copy(x), 1) for x in (found.cos, found.sin)]
+        angles = [self._angle(x, found.halved) for x in (found.cos, found.sin)]
         return self.write.copy(found.before), self.write.call(torch.stack, angles)
+
+    def _angle(self, angle: fx.Node, halved: bool) -> fx.Node:
+        """Cosines or sines as [1 or B, S, D]."""
+        node, axes = self.write.copy(angle), len(shape_of(angle))
+        node = self.write.call(torch.cat, [node, node], -1) if halved else node
+        if axes == 2:
+            return self.write.method("unsqueeze", node, 0)
+        return node if axes == 3 else self.write.method("squeeze", node, 1)
 
     def _outputs(self, out: fx.Node) -> list[fx.Node]:
         return [self._of_model(node) for node in from_slots(self.write, out)]

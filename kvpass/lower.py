@@ -244,7 +244,10 @@ class _Lowering:
         found = planned.key_rotation
         if found is None or planned.site.phase is Phase.DECODE:
             return ()
-        return tuple(function_of(self.original, unrounded(angle)) for angle in (found.cos, found.sin))
+        parts = [function_of(self.original, unrounded(angle)) for angle in (found.cos, found.sin)]
+        if not found.halved:
+            return tuple(parts)
+        return tuple(lambda args, part=part: torch.cat([part(args)] * 2, -1) for part in parts)
 
     def _start(self, start: Any) -> Callable[[Sequence[Any]], Any]:
         """Where a buffer is written, as a function of the graph's inputs."""

@@ -14,7 +14,7 @@ from torch import fx
 
 from kvpass.errors import PolicyError
 from kvpass.kernels.rule import ASIDE, HELD, MARK, PLACE, WEIGHT, Rule
-from kvpass.match.calls import example
+from kvpass.match.calls import call_name, example, operand
 from kvpass.match.output_projection import OutputProjection, output_projection
 from kvpass.match.projections import block_input
 from kvpass.match.rope import Rotation, rotation, unrounded
@@ -70,7 +70,10 @@ class SitePlan:
     def key_rotation(self) -> Rotation | None:
         """The rotation of the new keys, for a rule that turns them again; None if it does not."""
         half = self.site.key
-        found = rotation(half.update.new) if self.rule.reindex and half.layout is Layout.BHTD else None
+        new: Any = half.update.new
+        if half.layout is Layout.BTHD:
+            new = operand(new) if call_name(new) == "transpose" else None
+        found = rotation(new) if self.rule.reindex and isinstance(new, fx.Node) else None
         # angles of half precision are too coarse to tell one position from the next
         return found if found is None or example(unrounded(found.cos)).dtype is torch.float32 else None
 

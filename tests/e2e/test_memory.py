@@ -98,6 +98,38 @@ def test_live_storage(policy: str, budget: Any, extra: int, lengths: tuple[int, 
         run.check(slots, extra)
 
 
+@pytest.mark.parametrize(
+    ("policy", "budget", "extra"),
+    [
+        ("ada_snapkv", 0.2, 12),
+        ("critical_ada", 96, 16),
+        ("layer_defensivekv", 96, 12),
+        ("cake", 0.2, 8),
+        ("streaming_llm_reindexed", 96, 8),
+    ],
+)
+def test_uneven_heads_and_layers_in_a_batch(policy: str, budget: Any, extra: int) -> None:
+    """What heads and layers share is the budget in total, from the prompt on and while tokens come."""
+    run = Run(tiny.llama(4, 2, HEAD_DIM, layers=3), tiny.tokens(4, 400), policy, budget)
+    for generated in (1, 60):
+        run.step(generated + 400 - run.seen)
+        run.check(96 if budget == 96 else run.seen // 5, extra)
+
+
+@pytest.mark.model
+def test_uneven_heads_smollm2() -> None:
+    """A batch of 4 at 20 %: 20 % of the dense cache within 3 %, where others mask and hold all of it."""
+    model, tokenizer = smollm2.load()
+    ids = tokenizer(smollm2.text(12_000), return_tensors="pt").input_ids[0, :1600].view(4, 400)
+    run = Run(model, ids, "ada_snapkv", 0.2)
+    run.step(5)
+    run.check(run.seen // 5, 12)
+    counts = kvpass.inspect(run.cache).layers[10].positions.ge(0).sum(-1)
+    assert len(set(counts.flatten().tolist())) > 1, "all heads hold equally many"
+    report = kvpass.report(run.cache).to_dict()
+    assert abs(report["bytes"] / report["dense_bytes"] - 0.2) <= 0.03 * 0.2
+
+
 @pytest.mark.model
 def test_live_storage_smollm2() -> None:
     model, tokenizer = smollm2.load()
