@@ -50,10 +50,42 @@ def padded_rows(x: Tensor, cursor: Tensor, width: int) -> Tensor:
     return rows.masked_fill_(~exist[..., None], 0.0)
 
 
-def write_back(x: Tensor, wide: Tensor, cursor: Tensor) -> None:
-    """The inverse of `padded`: writes [.., B, Hkv, width] into the slots of x [.., B, Hkv, C], in place."""
-    index, exist = places(cursor, x.shape[-1], wide.shape[-1])
-    x.view(*x.shape[:-3], x.shape[-3:].numel())[..., index[exist]] = wide[..., exist]
+def row_of(state: list[Tensor], b: int) -> list[Tensor]:
+    """The state of one sequence: views, or copies if it is ragged (`put_row` brings them back)."""
+    k, v, pos, stats, cursor = state
+    one = slice(b, b + 1)
+    if not is_ragged(cursor):
+        return [k[one], v[one], pos[one], stats[:, one], cursor[one]]
+    index, used, own = _row_places(state, b)
+    own_pos = pos.view(-1)[index].masked_fill_(~used, -1)
+    rows = k.view(-1, k.shape[3])[index], v.view(-1, v.shape[3])[index]
+    return [*rows, own_pos, stats.view(len(stats), pos.numel())[:, index], own]
+
+
+def put_row(state: list[Tensor], row: list[Tensor], b: int) -> None:
+    """Bring a step's changes of `row_of` back, in place."""
+    k, v, pos, stats, cursor = state
+    if not is_ragged(cursor):
+        return
+    index, used, _ = _row_places(state, b)
+    there = index[used]
+    k.view(-1, k.shape[3])[there] = row[0][used]
+    v.view(-1, v.shape[3])[there] = row[1][used]
+    pos.view(-1)[there] = row[2][used]
+    stats.view(len(stats), pos.numel())[:, there] = row[3][:, used]
+    cursor[b, :, :SHIFT] = row[4][0, :, :SHIFT]
+
+
+def _row_places(state: list[Tensor], b: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Places int64 [1, Hkv, n] of a sequence's slots, the next token's too, which of them are used, and its cursor in
+    memory of its own.
+    """
+    cursor = state[4][b : b + 1].clone()
+    offset = torch.arange(used_slots(cursor) + 1, device=cursor.device)
+    used = offset <= cursor[..., LIVE, None]
+    places = starts(state[4], state[2].shape[2])[b : b + 1, :, None] + offset
+    cursor[..., SHIFT] = 0
+    return torch.where(used, places, 0), used, cursor
 
 
 def used_slots(cursor: Tensor) -> int:

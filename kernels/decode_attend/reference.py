@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from kvpass.kernels.decode_attend.look import look
 from kvpass.kernels.decode_attend.step import Step, read_step
-from kvpass.kernels.decode_attend.victim import settle
+from kvpass.kernels.decode_attend.victim import settle, used_positions
 from kvpass.kernels.masks import additive, at_positions, by_kv_head, check_shown, shows_padding, visible
-from kvpass.kernels.ragged import padded, write_back
-from kvpass.kernels.rule import FIRST, LIVE, SEEN, Rule
+from kvpass.kernels.ragged import put_row, row_of
+from kvpass.kernels.rule import FIRST, SEEN, Rule
 from kvpass.kernels.softmax import Softmax
 from torch import Tensor
 
@@ -48,20 +48,18 @@ def decode_attend_reference(
         check_shown(mask, cursor[:, 0, SEEN], position)
         arrived = _arrived(mask, position, len(q))
         if not all(arrived):
-            state = (k, v, pos, stats, cursor)
+            state = [k, v, pos, stats, cursor]
             return _with_padding(q, k_new, v_new, mask, state, position, softmax, rule, (latent, arrive), arrived)
     step = read_step(cells, cursor, position, k.shape[2], plan)
     _append(step.rows, k_new, v_new, k, v)
-    used, told = _with_arrival(pos, stats, cursor, step, arrive, plan)
+    _arrive(pos, stats, step, arrive)
+    used = None if mask is None else used_positions(pos, cursor, step, plan)
     probs, seen = _probabilities(q, k, mask, used, step, softmax)
     if plan.emitted and plan.decode != "none":
-        _observe(told, probs, seen, step, plan)
+        _observe(stats, probs, seen, step, plan)
     values = k[..., :latent] if latent else v
     out = _mix(probs, values, step).to(q.dtype).view(*q.shape[:3], values.shape[3])
-    settle(used, told, cursor, step, plan)
-    if plan.ragged:
-        write_back(pos, used, cursor)
-        write_back(stats, told, cursor)
+    settle(pos, stats, cursor, step, plan)
     return out
 
 
@@ -99,46 +97,37 @@ def _append(rows: Tensor, k_new: Tensor, v_new: Tensor, k: Tensor, v: Tensor) ->
         v.view(-1, v.shape[3]).index_copy_(0, rows, v_new.reshape(-1, v.shape[3]))
 
 
-def _with_arrival(
-    pos: Tensor, stats: Tensor, cursor: Tensor, step: Step, arrive: Tensor | None, plan: Rule
-) -> tuple[Tensor, Tensor]:
-    """Positions [B, Hkv, n] and statistics [N, B, Hkv, n] of the used slots, the token's written. Views of the state;
-    ragged: copies.
-    """
-    if plan.ragged:
-        pos, stats = padded(pos, cursor, step.slots, -1), padded(stats, cursor, step.slots, 0.0)
-        unused = torch.arange(step.slots, device=pos.device) > cursor[..., LIVE, None]
-        pos.masked_fill_(unused, -1)
-    pos.view(-1).index_fill_(0, step.noted, step.position)
+def _arrive(pos: Tensor, stats: Tensor, step: Step, arrive: Tensor | None) -> None:
+    """Write the token's position, and statistics to start with."""
+    pos.view(-1).index_fill_(0, step.rows, step.position)
     if stats.shape[0]:
         flat = stats.view(stats.shape[0], -1)
         if arrive is None:
-            flat.index_fill_(1, step.noted, 0.0)
+            flat.index_fill_(1, step.rows, 0.0)
         else:
-            flat.index_copy_(1, step.noted, arrive.reshape(stats.shape[0], -1))
-    return pos[..., : step.slots], stats[..., : step.slots]
+            flat.index_copy_(1, step.rows, arrive.reshape(stats.shape[0], -1))
 
 
 def _probabilities(
-    q: Tensor, k: Tensor, mask: Tensor | None, pos: Tensor, step: Step, softmax: Softmax
+    q: Tensor, k: Tensor, mask: Tensor | None, pos: Tensor | None, step: Step, softmax: Softmax
 ) -> tuple[Tensor, Tensor | None]:
-    """float32 [B*Hkv, G, n], 0 on empty slots; and if masked bool [B*Hkv, n], what some query of the group sees."""
+    """float32 [B*Hkv, G, n], 0 on empty slots; and if masked bool [B*Hkv, n], what some query of the group sees. pos:
+    int32 [B, Hkv, n], if masked.
+    """
     queries = q.reshape(k.shape[0] * k.shape[1], -1, q.shape[3])
     if len(step.runs) == 1:
-        logits = _logits(queries, step.runs[0].rows(k), softmax)
+        unused = queries.new_empty(1, dtype=torch.float32)
+        keys = step.runs[0].rows(k).float().mT
+        logits = softmax.capped(torch.baddbmm(unused, queries.float(), keys, beta=0, alpha=softmax.factor))
     else:  # a run of heads at a time: undefined keys of empty slots are not read
         logits = torch.full((*queries.shape[:2], step.slots), -INF, device=q.device)
+        scaled = queries.float() * softmax.factor
         for run in step.runs:
-            part = _logits(queries[run.first : run.last], run.rows(k), softmax)
-            logits[run.first : run.last, :, : run.slots] = part
-    if mask is None:
+            part = torch.bmm(scaled[run.first : run.last], run.rows(k).float().mT)
+            logits[run.first : run.last, :, : run.slots] = softmax.capped(part)
+    if mask is None or pos is None:
         return softmax.probabilities(logits), None
     return _masked_softmax(logits, mask, pos, softmax)
-
-
-def _logits(q: Tensor, k: Tensor, softmax: Softmax) -> Tensor:
-    unused = q.new_empty(1, dtype=torch.float32)
-    return softmax.capped(torch.baddbmm(unused, q.float(), k.float().mT, beta=0, alpha=softmax.factor))
 
 
 def _masked_softmax(logits: Tensor, mask: Tensor, pos: Tensor, softmax: Softmax) -> tuple[Tensor, Tensor]:
@@ -166,9 +155,9 @@ def _observe(stats: Tensor, probs: Tensor, seen: Tensor | None, step: Step, plan
     row = probs.sum(1) if mean else probs.amax(1)
     weight = 1.0 / probs.shape[1] if mean else 1.0  # the mean's division rides along in the update
     for name in plan.emitted:
-        table = stats[plan.stat(name)].flatten(0, 1)
+        table = stats[plan.stat(name)]
         for run in step.runs:
-            target, part = table[run.first : run.last, : run.slots], row[run.first : run.last, : run.slots]
+            target, part = run.cells(table), row[run.first : run.last, : run.slots]
             shown = None if seen is None else seen[run.first : run.last, : run.slots]
             if plan.decode == "replace":
                 target.zero_()
@@ -192,7 +181,7 @@ def _with_padding(
     k_new: Tensor,
     v_new: Tensor,
     mask: Tensor,
-    state: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    state: list[Tensor],
     position: int,
     softmax: Softmax,
     rule: str,
@@ -200,18 +189,16 @@ def _with_padding(
     arrived: list[bool],
 ) -> Tensor:
     """Some rows carry a pad token: one row at a time, pad rows only look."""
-    k, v, pos, stats, cursor = state
     latent, arrive = extras
     outs = []
     for b, real in enumerate(arrived):
-        one = slice(b, b + 1)
-        seen = mask if mask.shape[0] == 1 else mask[one]
-        if real:
-            row = (k[one], v[one], pos[one], stats[:, one], cursor[one])
-            new, (scale, sinks, softcap) = (q[one], k_new[one], v_new[one]), softmax
-            told = None if arrive is None else arrive[:, one]
-            outs.append(decode_attend_reference(*new, seen, *row, position, scale, rule, sinks, softcap, latent, told))
-        else:
-            values = k[one, ..., :latent] if latent else v[one]
-            outs.append(look(q[one], seen, k[one], values, pos[one], cursor[one], softmax))
+        one, seen = slice(b, b + 1), mask if mask.shape[0] == 1 else mask[b : b + 1]
+        k, v, pos, stats, cursor = row = row_of(state, b)
+        if not real:
+            outs.append(look(q[one], seen, k, k[..., :latent] if latent else v, pos, cursor, softmax))
+            continue
+        new, told = (q[one], k_new[one], v_new[one]), None if arrive is None else arrive[:, one]
+        five, (scale, sinks, softcap) = (k, v, pos, stats, cursor), softmax
+        outs.append(decode_attend_reference(*new, seen, *five, position, scale, rule, sinks, softcap, latent, told))
+        put_row(state, row, b)
     return torch.cat(outs)

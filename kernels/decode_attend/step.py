@@ -27,6 +27,12 @@ class Run(NamedTuple):
             return x.view(-1, *x.shape[2:])[self.first : self.last, : self.slots]
         return x.view(-1, x.shape[3])[self.place : self.place + self.slots].unsqueeze(0)
 
+    def cells(self, x: Tensor) -> Tensor:
+        """Its used slots of x [B, Hkv, C]: [heads, slots], a view."""
+        if self.place is None:
+            return x.view(-1, x.shape[2])[self.first : self.last, : self.slots]
+        return x.view(-1)[self.place : self.place + self.slots].unsqueeze(0)
+
 
 class Step(NamedTuple):
     """One step in numbers. Ints where all heads agree, else int64 or bool tensors [B, Hkv, 1]."""
@@ -44,21 +50,19 @@ class Step(NamedTuple):
     """Whether this is the first valid token of some row."""
     position: int
     rows: Tensor
-    """int64 [B * Hkv], rows of the flattened keys and values for the token."""
-    noted: Tensor
-    """The same for positions and statistics: of a ragged rule these are copies with `slots` slots for each head."""
+    """int64 [B * Hkv], the token's slots in the flattened memory."""
 
 
 def read_step(cells: list[list[int]], cursor: Tensor, position: int, slots: int, plan: Rule) -> Step:
     """What the cursor, as `cells` [B * Hkv][columns], says about the step of a token at `position`; C = `slots`."""
     live, _, seen, first = cells[0][:4]
     places = [i * slots + (c[SHIFT] if plan.ragged else 0) for i, c in enumerate(cells)]
-    rows = _free(places, cells, cursor)
+    rows = torch.tensor([at + c[FREE] for at, c in zip(places, cells, strict=True)], device=cursor.device)
     begins = any(c[FIRST] < 0 for c in cells)
     if not begins and not plan.ragged and all(c[LIVE] == live and c[SEEN] == seen and c[FIRST] == first for c in cells):
         size = plan.budget(seen + 1)
         runs = [Run(0, len(cells), live + 1)]
-        return Step(live + 1, runs, size, first, live + 1 > size, False, position, rows, rows)
+        return Step(live + 1, runs, size, first, live + 1 > size, False, position, rows)
 
     def shaped(values: Sequence[int]) -> Tensor:
         return torch.tensor(values, device=cursor.device).view(*cursor.shape[:2], 1)
@@ -68,14 +72,8 @@ def read_step(cells: list[list[int]], cursor: Tensor, position: int, slots: int,
     over = [u > s for u, s in zip(used, sizes, strict=True)]
     evicts = over[0] if all(o == over[0] for o in over) else shaped(over)
     firsts = [c[FIRST] if c[FIRST] >= 0 else position for c in cells]
-    runs, most = _runs(used, places, plan), max(used)
-    noted = _free([i * most for i in range(len(cells))], cells, cursor) if plan.ragged else rows
-    return Step(most, runs, shaped(sizes), shaped(firsts), evicts, begins, position, rows, noted)
-
-
-def _free(places: list[int], cells: list[list[int]], cursor: Tensor) -> Tensor:
-    """int64 [B * Hkv]: rows of the free slots of heads that begin at `places`."""
-    return torch.tensor([at + c[FREE] for at, c in zip(places, cells, strict=True)], device=cursor.device)
+    runs = _runs(used, places, plan)
+    return Step(max(used), runs, shaped(sizes), shaped(firsts), evicts, begins, position, rows)
 
 
 def _runs(used: list[int], places: list[int], plan: Rule) -> list[Run]:

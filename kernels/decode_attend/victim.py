@@ -4,29 +4,42 @@ from __future__ import annotations
 
 import torch
 from kvpass.kernels.decode_attend.step import Step
+from kvpass.kernels.ragged import padded, starts
 from kvpass.kernels.rule import FIRST, FREE, LIVE, SEEN, UNTOUCHABLE, Rule
 from kvpass.kernels.scores import INF, must_stay, preference, slot_scores, untouchable
 from torch import Tensor
 
 
 def settle(pos: Tensor, stats: Tensor, cursor: Tensor, step: Step, plan: Rule) -> None:
-    """Advance the cursor; if over budget, evict one slot per head, leave the hole at FREE. pos, stats: used slots."""
+    """Advance the cursor; if over budget, evict one slot per head, leave the hole at FREE."""
     cursor[..., SEEN].add_(1)
     if step.starts:
         cursor[..., FIRST].masked_fill_(cursor[..., FIRST] < 0, step.position)
     if step.evicts is False and plan.cut == -INF:
         cursor[..., : FREE + 1] = cursor[..., LIVE, None] + 1
         return
-    victim, lowest = _victim(pos, stats, step, plan)
+    used = used_positions(pos, cursor, step, plan)
+    victim, lowest = _victim(used, _used_statistics(stats, cursor, step, plan), step, plan)
+    flat, places = pos.view(-1), (starts(cursor, pos.shape[2])[..., None] + victim).view(-1)
     evicts = step.evicts if plan.cut == -INF else (lowest < plan.cut) | step.evicts
     if not isinstance(evicts, Tensor):
         cursor[..., FREE : FREE + 1] = victim
-        pos.scatter_(2, victim, -1)
+        flat.index_fill_(0, places, -1)
         return
     live = cursor[..., LIVE, None] + ~evicts
     cursor[..., LIVE, None] = live
     cursor[..., FREE, None] = torch.where(evicts, victim, live).int()
-    pos.scatter_(2, victim, torch.where(evicts, -1, pos.gather(2, victim)))
+    flat.index_copy_(0, places, torch.where(evicts, -1, used.gather(2, victim)).view(-1))
+
+
+def used_positions(pos: Tensor, cursor: Tensor, step: Step, plan: Rule) -> Tensor:
+    """int32 [B, Hkv, n] of the used slots, -1 where a head uses fewer. A view; ragged: a copy."""
+    return padded(pos, cursor, step.slots, -1) if plan.ragged else pos[..., : step.slots]
+
+
+def _used_statistics(stats: Tensor, cursor: Tensor, step: Step, plan: Rule) -> Tensor:
+    """float32 [N, B, Hkv, n], the same."""
+    return padded(stats, cursor, step.slots, 0.0) if plan.ragged else stats[..., : step.slots]
 
 
 def _victim(pos: Tensor, stats: Tensor, step: Step, plan: Rule) -> tuple[Tensor, Tensor]:
