@@ -21,9 +21,9 @@ from torch import Tensor
 State = list[Tensor]
 
 
-def shared_out(states: list[State], rules: list[Rule], spare: int) -> Iterator[State]:
-    """The states (k, v, pos, stats, cursor) of all layers, one after the other, with what stays and `spare` free slots
-    for each head. Empties `states` as it goes, so that one layer at a time is held twice.
+def shared_out(states: list[State], rules: list[Rule], spare: int) -> Iterator[tuple[State, int]]:
+    """The states (k, v, pos, stats, cursor) of all layers, one after the other, with what stays, and how many tokens
+    each has room for: `spare`, or a few less. Empties `states` as it goes, so that one layer at a time is held twice.
 
     Each state is as a call of several tokens leaves it: as many slots for each head, all candidates in use.
     """
@@ -109,13 +109,13 @@ def _extras(counts: list[Tensor], even: list[Tensor], rule: Rule) -> list[Tensor
     return [torch.where(bound, extra, 0) for extra in above]
 
 
-def _dropped(state: State, score: Tensor, count: Tensor, extra: Tensor, spare: int) -> State:
-    """The state with the best `count` keys of each head."""
+def _dropped(state: State, score: Tensor, count: Tensor, extra: Tensor, spare: int) -> tuple[State, int]:
+    """The state with the best `count` keys of each head, and the tokens that it has room for."""
     k, v, pos, stats, before = state
     cursor = before.clone()
     for column, value in ((LIVE, count), (FREE, count), (EXTRA, extra)):
         cursor[..., column] = value.int()
-    cursor, slots = laid_out(cursor, count + spare)
+    cursor, slots, free = laid_out(cursor, spare)
     out = [*empty_like(state, slots), cursor.clone()]
     compact_slots(k, v, pos, stats, select_slots(score, cursor, int(count.max())), cursor, *out)
-    return out
+    return out, free

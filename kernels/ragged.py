@@ -93,14 +93,18 @@ def used_slots(cursor: Tensor) -> int:
     return int(cursor[..., LIVE].max()) + 1
 
 
-def laid_out(cursor: Tensor, rooms: Tensor) -> tuple[Tensor, int]:
-    """The cursor with a SHIFT for heads that get `rooms` [B, Hkv] slots each, and C."""
-    places = rooms.flatten().cumsum(0)
-    slots = -(-int(places[-1]) // len(places))
-    even = torch.arange(len(places), device=places.device) * slots
+def laid_out(cursor: Tensor, spare: int) -> tuple[Tensor, int, int]:
+    """The cursor with a SHIFT for heads that hold LIVE slots and get free ones; C; and how many free ones each head
+    gets: at most `spare`, at least one, so that C is no more than LIVE's mean + `spare`.
+    """
+    live = cursor[..., LIVE].flatten().long()
+    heads, held = len(live), int(live.sum())
+    slots = max(held // heads + spare, -(-held // heads) + 1)
+    free = (heads * slots - held) // heads
+    even = torch.arange(heads, device=live.device) * slots
     cursor = cursor.clone()
-    cursor[..., SHIFT] = (places - rooms.flatten() - even).view(rooms.shape).int()
-    return cursor, slots
+    cursor[..., SHIFT] = ((live + free).cumsum(0) - live - free - even).view(cursor.shape[:2]).int()
+    return cursor, slots, free
 
 
 def empty_like(state: list[Tensor], slots: int) -> list[Tensor]:
@@ -120,9 +124,12 @@ def lengthened(state: list[Tensor], slots: int) -> list[Tensor]:
     return _moved(state, state[4], slots)
 
 
-def with_spare(state: list[Tensor], spare: int) -> list[Tensor]:
-    """The state with room for `spare` more slots behind those that each head uses. A copy."""
-    return _moved(state, *laid_out(state[4], state[4][..., LIVE].long() + max(spare, 1)))
+def with_spare(state: list[Tensor], spare: int) -> tuple[list[Tensor], int]:
+    """The state with room for `spare` more tokens, or a few less, behind those that each head holds, and for how many.
+    A copy.
+    """
+    cursor, slots, free = laid_out(state[4], spare)
+    return _moved(state, cursor, slots), free
 
 
 def evened(state: list[Tensor], spare: int) -> list[Tensor]:

@@ -33,7 +33,16 @@ ARROWS = {
     "mixed_sites": {"match", "site", "site_rules"} | WORDS,
     "site_rules": {"match", "site"} | WORDS,
     "ops": {"terms", "kernels"},
-    "runtime": {"runtime", "ops", "kernels.rule", "kernels.ragged", "kernels.errors", "kernels.layers"} | WORDS,
+    "runtime": {
+        "runtime",
+        "ops",
+        "kernels.rule",
+        "kernels.ragged",
+        "kernels.errors",
+        "kernels.layers",
+        "kernels.reindex",
+    }
+    | WORDS,
     "plan": {"policy", "site", "match", "kernels.rule"} | WORDS,
     "emit": {"emit_nodes", "emit_heads", "emit_masks", "plan", "site", "match"} | WORDS,
     "emit_masks": {"emit_nodes", "emit_heads", "site", "match"} | WORDS,

@@ -183,8 +183,8 @@ class Bound:
         spare = spare_slots(sharing[0].rule, tokens)
         with torch.inference_mode(False), torch.no_grad(), self._told(stores):
             states = shared_out([store.state for store in sharing], [store.rule for store in sharing], spare)
-            for store, state in zip(sharing, states, strict=True):
-                store.state, store.spare = state, spare
+            for store, (state, free) in zip(sharing, states, strict=True):
+                store.state, store.spare = state, free
 
     def _reindex(self, args: Sequence[Any], stores: Sequence[SlotStore]) -> None:
         """Turn the keys of sites that want it to their places in the cache."""

@@ -115,8 +115,7 @@ class SlotStore:
             if new > 1:
                 self.state = evened(self.state, new)
             elif self.spare < 1:
-                self.spare = spare_slots(self.rule, tokens)
-                self.state = with_spare(self.state, self.spare)
+                self.state, self.spare = with_spare(self.state, spare_slots(self.rule, tokens))
         self.spare -= 1
 
     @property

@@ -198,7 +198,6 @@ MUTATIONS: list[tuple[str, str, Any]] = [
     ("scissorhands", "score", lambda self, memory: memory.important),
     ("cake", "gamma", 100),
     ("cake", "spread", ""),
-    ("finch", "reindexed", False),
     ("corm", "recent", 47),
     ("cake", "prefer", lambda self, sights: 1.0),
 ]

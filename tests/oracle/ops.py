@@ -43,8 +43,7 @@ class Site:
         if not self.rule.spread:
             self.state = with_room(self.state, self.rule, position + 1)
         elif self.spare < 1:
-            self.spare = 3
-            self.state = with_spare(self.state, self.spare)
+            self.state, self.spare = with_spare(self.state, 3)
         self.spare -= 1
         rule, cursor = self.rule.encode(), self.state[4]
         arrive = arrivals(k, v, cursor, position, rule, self.projection) if self.arrives else None
@@ -119,8 +118,8 @@ class Layers:
             self.simulator.attend(index, q, *joined, sees, DIM**-0.5)
         if self.sites[0].rule.spread and not (count == 1 and self.tokens):
             states = shared_out([site.state for site in self.sites], [site.rule for site in self.sites], 2)
-            for site, state in zip(self.sites, states, strict=True):
-                site.state, site.spare = state, 2
+            for site, (state, free) in zip(self.sites, states, strict=True):
+                site.state, site.spare = state, free
         for site in self.sites:
             if site.rule.reindex:
                 reindex(site.state, site.rule, self.simulator.angles)
