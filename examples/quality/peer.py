@@ -26,6 +26,7 @@ import kvpress
 import smollm2
 import torch
 from rich.progress import track
+from transformers.utils import logging as transformers_logging
 
 from quality.measure import Lab, measure
 from quality.reference import load_or_measure
@@ -92,6 +93,7 @@ def main() -> None:
     parser.add_argument("--contexts", default="1024")
     parser.add_argument("--trials", type=int, default=4)
     args = parser.parse_args()
+    transformers_logging.disable_progress_bar()
     lab = PeerLab(*smollm2.load(), Settings(args.trials))
     store = Store(lab.settings)
     grid = [(c, b, p) for c in args.contexts.split(",") for b in args.budgets.split(",") for p in PRESSES]
