@@ -25,15 +25,17 @@ WEIGHT = "weight"
 """A slot's statistic that multiplies its score: a norm of its value."""
 
 MARK = "mark"
-"""A slot's statistic that the caller gave with its token: the number of its span, plus `KEEP` if it must stay."""
+"""A slot's statistic that the caller gave with its token: the number of its span, plus `KEEP` or `DROP`."""
 
 PLACE = "place"
 """A slot's statistic: which of its row's valid tokens it is, or where its key was turned to since
 (`kvpass.kernels.reindex`).
 """
 
-KEEP = 1 << 20
-"""Above every span's number; sums with it are exact in float32."""
+KEEP, DROP = 1 << 20, 1 << 21
+"""Added to the mark of a token that must stay, or that must go when its call is over. Above every span's number; sums
+are exact in float32.
+"""
 
 INF = float("inf")
 

@@ -12,6 +12,7 @@ from kvpass.kernels.errors import MarkError
 from kvpass.kernels.held import UNSCORED, Read, held_scores
 from kvpass.kernels.masks import check_shown
 from kvpass.kernels.rule import (
+    DROP,
     EXTRA,
     FIRST,
     FREE,
@@ -71,6 +72,9 @@ def score_slots(
         check_shown(mask, cursor[:, 0, SEEN], position)
     batch, heads, length = stats.shape[1:]
     candidate = _candidates(pos, valid, batch, heads, length)
+    marked = _marks(marks, past_stats, candidate, plan) if MARK in plan.stats else None
+    if marked is not None:
+        candidate = candidate & (marked < DROP)
     where = _positions(pos, length, stats.device).expand(batch, heads, length)
     end = torch.where(candidate, where, -1).amax(-1, keepdim=True) + 1
     after = _advanced(cursor, valid, candidate, position, plan)
@@ -81,8 +85,8 @@ def score_slots(
         total[plan.stat(PLACE)] = 0.0 if past_stats is None else past_stats[plan.stat(PLACE)]
         new = cursor[:, :1, SEEN, None] + valid[:, None].cumsum(-1) - 1
         total[plan.stat(PLACE), ..., length - valid.shape[1] :] = new.float()
-    if MARK in plan.stats:
-        total[plan.stat(MARK)] = _marks(marks, past_stats, candidate, plan)
+    if marked is not None:
+        total[plan.stat(MARK)] = marked
     if HELD in plan.stats:
         past_held = None if past_stats is None else past_stats[plan.stat(HELD)]
         total[plan.stat(HELD)], preferred = held_scores(
@@ -90,7 +94,7 @@ def score_slots(
             (where, candidate, end),
             after,
             Read(k, v, rows, hidden, queries, turns),
-            (past_held, total[plan.stat(MARK)] if plan.marked else None),
+            (past_held, marked),
             valid.shape[1],
             plan,
         )
