@@ -270,8 +270,8 @@ def ranked(stats: Tensor, pos: Tensor, candidate: Tensor, end: Tensor, cursor: T
     score = slot_scores(stats, pos, rule, end - 1)
     size = budgets(cursor[..., SEEN], rule)[..., None]
     recent = rule.recent + size * rule.recent_num // rule.recent_den
-    if rule.spread == "threshold":  # a budget that is only a bound may be smaller than the window
-        recent = torch.minimum(recent, size - rule.sinks)
+    if rule.spread == "threshold":  # a budget that is only a bound may be smaller than the window: half of it, then
+        recent = torch.minimum(recent, (size - rule.sinks) // 2)
     protected = pos >= end - recent
     if rule.sinks:
         protected = protected | (pos < cursor[..., FIRST, None] + rule.sinks)

@@ -76,7 +76,7 @@ def _exposed(step: Step, plan: Rule) -> tuple[int | Tensor, int | Tensor]:
     low = step.first + plan.sinks
     recent = plan.recent + step.size * plan.recent_num // plan.recent_den
     if plan.spread == "threshold":  # see `ranked`
-        room = step.size - plan.sinks
+        room = (step.size - plan.sinks) // 2
         recent = room.clamp(max=recent) if isinstance(room, Tensor) else min(recent, room)
     high = step.position - recent
     if isinstance(low, Tensor):

@@ -12,9 +12,10 @@ import torch
 from models import tiny
 from oracle.base import Memory, Row, Sight
 from oracle.drive import Conversation
-from oracle.policies import H2O
+from oracle.policies import H2O, SnapKV
 from oracle.smooth import pooled
 from oracle.weights import Weighted, vo_l1
+from oracle.windowed import Fair
 
 import kvpass
 from kvpass.cli import main
@@ -72,3 +73,29 @@ def test_a_composed_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         counts = (view.positions >= 0).sum(-1)
         assert counts.sum(-1).tolist() == [2 * 48, 2 * 48]
         assert all(set(MARKED) <= set(head) for row in view.positions.tolist() for head in row)
+
+
+class Whitelisted(SnapKV):
+    def protected(self, positions: Array, row: Row, n: int) -> Array:
+        return super().protected(positions, row, n) | np.isin(positions, MARKED)
+
+
+def test_a_whitelist() -> None:
+    keep = torch.zeros(1, 150, dtype=torch.bool)
+    keep[:, MARKED] = True
+    conversation = Conversation(tiny.llama(6, 2), "whitelist", 48, meaning=Whitelisted(), inner="eager")
+    with kvpass.marked(keep=keep):
+        conversation.decode(conversation.call(tiny.tokens(1, 150)), 40)
+        conversation.call(tiny.tokens(1, 60, seed=1))
+
+
+def test_fair_spans() -> None:
+    """Three spans of unlike length, a second turn that belongs to the first."""
+    spans = torch.zeros(1, 150, dtype=torch.long)
+    spans[:, 40:60], spans[:, 60:100] = 1, 2
+    meaning = Fair()
+    meaning.spans = spans[0].numpy()
+    conversation = Conversation(tiny.llama(6, 2), "fair", 64, meaning=meaning, inner="eager")
+    with kvpass.marked(spans=spans):
+        conversation.decode(conversation.call(tiny.tokens(1, 150)), 40)
+        conversation.call(tiny.tokens(1, 60, seed=1))

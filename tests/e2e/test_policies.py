@@ -198,7 +198,7 @@ MUTATIONS: list[tuple[str, str, Any]] = [
     ("scissorhands", "score", lambda self, memory: memory.important),
     ("cake", "gamma", 100),
     ("cake", "spread", ""),
-    ("corm", "recent", 47),
+    ("corm", "recent", 20),
     ("cake", "prefer", lambda self, sights: 1.0),
 ]
 

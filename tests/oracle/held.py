@@ -72,16 +72,16 @@ def directions(keys: Array) -> Array:
     return keys / np.linalg.norm(keys, axis=-1, keepdims=True)
 
 
-def uniform(sight: Sight, seed: int = 0, salt: int = 0) -> Array:
+def uniform(sight: Sight, seed: int = 0, salt: int = 0, head: int | None = None, more: int = 0) -> Array:
     """The numbers of kvpass.kernels.scorers.chance for all candidates, in Python's integers."""
-    numbers = []
+    numbers, head = [], sight.head if head is None else head
     for position in sight.candidates:
         x = int(position) - int(sight.row.first)
-        x += 0x9E3779B1 * (sight.head + 1) + 0x85EBCA77 * (sight.layer + 1) + 0xC2B2AE3D * (seed + salt + 1)
+        x += 0x9E3779B1 * (head + 1) + 0x85EBCA77 * (sight.layer + 1) + 0xC2B2AE3D * (seed + salt + 1) + more
         x &= 0xFFFFFFFF
         for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
             x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
-        numbers.append((np.float32(x >> 8) + np.float32(0.5)) / np.float32(2**24))
+        numbers.append(((x >> 9) + 0.5) / 2**23)
     return np.array(numbers, dtype=float)
 
 

@@ -34,7 +34,7 @@ class CORM(Policy):
         return np.maximum(memory.sum - memory.last, memory.last - memory.sumsq)
 
     def protected(self, positions: Array, row: Row, n: int) -> Array:
-        return positions >= row.end - min(self.recent, n)
+        return positions >= row.end - min(self.recent, n // 2)
 
 
 class SimLayerKV(Held):
@@ -63,7 +63,7 @@ class SimLayerKV(Held):
                 memory.held[before] = 0
 
     def protected(self, positions: Array, row: Row, n: int) -> Array:
-        return (positions < row.first + self.sinks) | (positions >= row.end - min(self.recent, n - self.sinks))
+        return (positions < row.first + self.sinks) | (positions >= row.end - min(self.recent, (n - self.sinks) // 2))
 
 
 class FastGen(Held):

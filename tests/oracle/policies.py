@@ -15,7 +15,7 @@ from oracle.held import RKV, KeyDiff, Knorm, LagKV, Random
 from oracle.needs import CORM, FastGen, SimLayerKV
 from oracle.smooth import pooled
 from oracle.weights import Weighted, l1, vo_l1
-from oracle.windowed import CAKE, NACL, ChunkKV, DefensiveKV, Finch, LayerDefensiveKV, WindowKV
+from oracle.windowed import CAKE, NACL, ChunkKV, DefensiveKV, Finch, Keyformer, LayerDefensiveKV, WindowKV
 
 __all__ = ["EVICTING", "NEW", "POLICIES", "Budget", "Memory", "Policy", "Row"]
 
@@ -219,6 +219,7 @@ POLICIES: dict[str, type[Policy]] = {
     "finch": Finch,
     "scissorhands": Scissorhands,
     "cake": CAKE,
+    "keyformer": Keyformer,
     "corm": CORM,
     "simlayerkv": SimLayerKV,
     "fastgen": FastGen,

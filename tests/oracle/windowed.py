@@ -173,3 +173,49 @@ class LayerDefensiveKV(DefensiveKV):
     """The best of the whole model."""
 
     spread = "model"
+
+
+class Keyformer(Held):
+    """Softmax of the last 32 queries' logits with Gumbel noise, summed; half of the budget is recent."""
+
+    voting = 32
+
+    def measure(self, sight: Sight) -> tuple[Array, Array, Array]:
+        voters, c = sight.voters(self.voting), sight.candidates
+        total = np.zeros(len(c))
+        for g, logits in enumerate(sight.logits):
+            for i, row in enumerate(logits[voters][:, c]):
+                noisy = row + gumbel(sight, len(sight.logits) * sight.head + g, len(voters) - 1 - i)
+                shares = np.exp(noisy - noisy.max())
+                total += shares / shares.sum() / len(sight.logits)
+        return clear(total, 2 * sight.rounding * total)
+
+    def protected(self, positions: Array, row: Row, n: int) -> Array:
+        return positions >= row.end - n // 2
+
+
+def gumbel(sight: Sight, head: int, query: int) -> Array:
+    """The numbers of kvpass.kernels.scorers.chance for a query head and the query-th last query."""
+    more = 0x9E3779B1 * (head + 1) + 0x27D4EB2F * query
+    return -np.log(-np.log(uniform(sight, salt=13, head=0, more=more)))
+
+
+class Fair(Window):
+    """SnapKV's pooled votes, ranked inside of spans: the best n of all are the best n_X / n of each span X."""
+
+    spans: Array
+
+    def measure(self, sight: Sight) -> tuple[Array, Array, Array]:
+        c, outside = sight.candidates, sight.outside(self.window)
+        votes, error = pooled(self.sums(sight), outside, "max", 7), np.zeros(len(c))
+        score = votes.copy()
+        span = np.array([self.spans[p] if p < len(self.spans) else 0 for p in c])
+        for number in set(span[outside]):
+            inside = np.flatnonzero(outside & (span == number))
+            order = sorted(inside, key=lambda i: (-votes[i], c[i]))
+            for rank, i in enumerate(order):
+                score[i] = -(rank + 0.5) / len(inside)
+                near = np.abs(votes[inside] - votes[i]) <= sight.rounding * (votes[inside] + votes[i])
+                close = near & (votes[inside] != votes[i])
+                error[i] = close.sum() / len(inside)
+        return score, error + 2.0**-22, (error > 0).astype(float)
