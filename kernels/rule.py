@@ -32,6 +32,9 @@ PLACE = "place"
 (`kvpass.kernels.reindex`).
 """
 
+RING = "ring"
+"""A slot's statistic: the ring that it is in (`kvpass.kernels.rings`)."""
+
 KEEP, DROP = 1 << 20, 1 << 21
 """Added to the mark of a token that must stay, or that must go when its call is over. Above every span's number; sums
 are exact in float32.
@@ -101,6 +104,7 @@ class Rule:
     cut: float = -INF
     marked: bool = False
     reindex: bool = False
+    rings: int = 0
     fair: bool = False
     safe_num: int = 0
     safe_den: int = 1
@@ -113,6 +117,7 @@ class Rule:
     def budget(self, seen: int) -> int:
         """Slots each KV head may hold after `seen` valid tokens; of a ragged rule, on average over the heads."""
         even = self.slots if self.slots > 0 else max(self.floor, seen * self.num // self.den)
+        even -= (even - self.sinks) % self.rings if self.rings else 0
         return self._tapered(even, seen) if self.taper else even
 
     def _tapered(self, even: int, seen: int) -> int:
@@ -160,7 +165,7 @@ class Rule:
     @cached_property
     def plain(self) -> bool:
         """Whether sums, squares and counts are all that slots keep, and heads are alike: what Triton's decode knows."""
-        kept = {HELD, WEIGHT, MARK, PLACE, "important", "last"} & set(self.stats)
+        kept = {HELD, WEIGHT, MARK, PLACE, RING, "important", "last"} & set(self.stats)
         return not (kept or self.ragged or self.top_num or self.taper)
 
     def emission(self, name: str) -> int:

@@ -11,6 +11,7 @@ from kvpass.kernels.allocate import budgets, head_counts, ragged_columns, table_
 from kvpass.kernels.errors import MarkError
 from kvpass.kernels.held import UNSCORED, Read, held_scores
 from kvpass.kernels.masks import check_shown
+from kvpass.kernels.rings import ringed
 from kvpass.kernels.rule import (
     DROP,
     EXTRA,
@@ -21,6 +22,7 @@ from kvpass.kernels.rule import (
     LIVE,
     MARK,
     PLACE,
+    RING,
     SEEN,
     SHIFT,
     UNTOUCHABLE,
@@ -109,8 +111,30 @@ def score_slots(
         return torch.where(candidate, INF, -INF), total, after
     if plan.spread:  # all candidates stay until all layers are known
         return torch.where(candidate, INF, -INF), total, after
+    if plan.rings:
+        return _in_rings(total, past_stats, where, candidate, valid.shape[1], (cursor, after), plan)
     score = ranked(total, where, candidate, end, after, plan)
     return score, total, _shared_out(score, candidate, after, plan) if plan.ragged else after
+
+
+def _in_rings(
+    stats: Tensor,
+    past: Tensor | None,
+    pos: Tensor,
+    candidate: Tensor,
+    new: int,
+    cursors: tuple[Tensor, Tensor],
+    rule: Rule,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `score_slots` returns where slots are rings; `cursors`: before the call, and after it but for LIVE."""
+    before, after = cursors
+    rings = torch.zeros_like(stats[0]) if past is None else past[rule.stat(RING)].clone()
+    size = budgets(after[..., SEEN], rule)[..., None]
+    stay = ringed(slot_scores(stats, pos, rule), rings, candidate, new, size, before, rule)
+    stats[rule.stat(RING)] = rings
+    after = after.clone()
+    after[..., LIVE] = after[..., FREE] = stay.sum(-1).int()
+    return torch.where(stay, INF, -INF), stats, after
 
 
 def _marks(marks: Tensor | None, past: Tensor | None, candidate: Tensor, rule: Rule) -> Tensor:

@@ -25,7 +25,7 @@ cache silently.
 
 def compile(
     model: M,
-    policy: str | Policy | dict[str, Any],
+    policy: str | Policy | dict[str, Any] = "h2o",
     budget: int | float | None = None,
     *,
     inner: str = "inductor",
@@ -39,7 +39,8 @@ def compile(
 
     Args:
         model: any nn.Module in eval mode. It is left alone; the result is of the same class and shares every parameter.
-        policy: a built-in name (docs/policies.md), a path to a YAML file, a dict or a Policy.
+        policy: a built-in name (docs/policies.md), a path to a YAML file, a dict or a Policy. The default goes on with
+            text most like the full cache does, for its bytes (docs/quality.md), and asks nothing of a model.
         budget: float: fraction of the tokens seen so far that each KV head keeps (never fewer than the policy's
             `min_slots`);
             int: slots per KV head. Sinks, recent and observation windows count inside it.

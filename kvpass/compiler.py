@@ -183,7 +183,7 @@ def _capture_seconds(graphs: list[GraphRecord]) -> float:
 
 
 def backend(
-    policy: str | Policy | dict[str, Any],
+    policy: str | Policy | dict[str, Any] = "h2o",
     budget: int | float | None = None,
     *,
     inner: str = "inductor",
@@ -237,10 +237,8 @@ def from_options(
         if mode is not None:
             raise PolicyError("the backend 'kvpass' knows no mode", hint='use options={"policy": "h2o", "budget": 0.2}')
         unknown = sorted(set(given) - set(valid))
-        if unknown or "policy" not in given:
-            raise PolicyError(
-                f"unknown option {unknown[0]!r}" if unknown else "no policy", hint=f"options are {', '.join(valid)}"
-            )
+        if unknown:
+            raise PolicyError(f"unknown option {unknown[0]!r}", hint=f"options are {', '.join(valid)}")
         key = repr(sorted(given.items()))
         if key not in _FROM_OPTIONS:
             _FROM_OPTIONS[key] = backend(**given)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from kvpass.kernels.decode_attend.step import Step
 from kvpass.kernels.ragged import padded, starts
-from kvpass.kernels.rule import FIRST, FREE, LIVE, SEEN, UNTOUCHABLE, Rule
+from kvpass.kernels.rings import enter
+from kvpass.kernels.rule import FIRST, FREE, LIVE, RING, SEEN, UNTOUCHABLE, Rule
 from kvpass.kernels.scores import INF, must_stay, preference, slot_scores, untouchable
 from torch import Tensor
 
@@ -15,6 +16,9 @@ def settle(pos: Tensor, stats: Tensor, cursor: Tensor, step: Step, plan: Rule) -
     cursor[..., SEEN].add_(1)
     if step.starts:
         cursor[..., FIRST].masked_fill_(cursor[..., FIRST] < 0, step.position)
+    if plan.rings:
+        _enter(pos, stats, cursor, step, plan)
+        return
     if step.evicts is False and plan.cut == -INF:
         cursor[..., : FREE + 1] = cursor[..., LIVE, None] + 1
         return
@@ -26,10 +30,26 @@ def settle(pos: Tensor, stats: Tensor, cursor: Tensor, step: Step, plan: Rule) -
         cursor[..., FREE : FREE + 1] = victim
         flat.index_fill_(0, places, -1)
         return
+    _leave(cursor, used, flat, places, victim, evicts)
+
+
+def _leave(cursor: Tensor, used: Tensor, flat: Tensor, places: Tensor, victim: Tensor, evicts: Tensor) -> None:
+    """Where `evicts` says so, the victim's slot becomes the hole; else the next slot is free."""
     live = cursor[..., LIVE, None] + ~evicts
     cursor[..., LIVE, None] = live
     cursor[..., FREE, None] = torch.where(evicts, victim, live).int()
     flat.index_copy_(0, places, torch.where(evicts, -1, used.gather(2, victim)).view(-1))
+
+
+def _enter(pos: Tensor, stats: Tensor, cursor: Tensor, step: Step, plan: Rule) -> None:
+    """The token finds its ring, and may drive another out of the last one."""
+    used, told = pos[..., : step.slots], stats[..., : step.slots]
+    score, rings = slot_scores(told, used, plan, step.position), told[plan.stat(RING)]
+    room = (step.size - plan.sinks) // plan.rings
+    slot, tokens = cursor[..., FREE, None].long(), cursor[..., SEEN, None]
+    victim, evicts = enter(used, score, rings, slot, tokens, room, plan)
+    places = (starts(cursor, pos.shape[2])[..., None] + victim).view(-1)
+    _leave(cursor, used, pos.view(-1), places, victim, evicts)
 
 
 def used_positions(pos: Tensor, cursor: Tensor, step: Step, plan: Rule) -> Tensor:

@@ -145,6 +145,14 @@ def _sharing(p: Policy, chosen: Scorer | None) -> Iterator[Broken]:
     yield p.allocate.layers == "preference" and not prefers, "allocate.layers", fix
     fix = "positions rank all layers alike: rank by what differs"
     yield p.allocate.layers == "flat" and p.score == "position", "allocate.layers", fix
+    rings = p.allocate.rings > 0
+    yield p.allocate.rings < 0, "allocate.rings", "give a number of rings, e.g. 4"
+    shares = p.allocate.heads != "uniform" or p.allocate.layers != "uniform"
+    yield rings and shares, "allocate.rings", "rings are of equal size in all heads and layers: leave the shares out"
+    fix = "rings say by themselves what is recent: protect sinks only"
+    yield rings and (p.protect.recent != 0 or p.protect.tokens or p.fair), "protect", fix
+    own = chosen is not None or p.scope > 0 or p.weight is not None or p.score == "position"
+    yield rings and own, "allocate.rings", "duels are by attention's statistics: use score: sum, mean or important"
     cut = p.allocate.heads == "threshold"
     yield cut and shared, "allocate.heads", "heads that share one ranking hold equally many slots"
     yield (
@@ -198,7 +206,7 @@ def check_budget(p: Policy, *, given: bool, own: int | float | None) -> None:
             f"policy {p.name!r} keeps everything", where=where, hint="leave budget out, or choose an evicting policy"
         )
     smallest = smallest_budget(p)
-    protected = p.protect.sinks + recent_of(p, smallest)
+    protected = p.protect.sinks + recent_of(p, smallest) + p.allocate.rings
     if not whole and p.allocate.heads != "threshold" and protected > smallest:
         whose = " of the last layer" if p.allocate.layers == "pyramid" else ""
         raise PolicyError(

@@ -39,6 +39,7 @@ def rule_of(policy: Policy, layer: int = 0, layers: int = 1) -> Rule:
         table=quote(allocate.file) if allocate.heads == "table" else "",
         seed=policy.seed,
         marked=policy.protect.tokens or policy.fair,
+        rings=allocate.rings,
         reindex=policy.positions == "reindexed",
         fair=policy.fair,
         **ranking,
@@ -49,9 +50,13 @@ def rule_of(policy: Policy, layer: int = 0, layers: int = 1) -> Rule:
 
 def _ranking(policy: Policy) -> dict[str, Any]:
     """What slots keep, and what ranks them."""
-    marked = policy.protect.tokens or policy.fair
-    turned = policy.positions == "reindexed"
-    beside = [name for name, kept in (("weight", policy.weight), ("mark", marked), ("place", turned)) if kept]
+    asked = {
+        "weight": policy.weight is not None,
+        "mark": policy.protect.tokens or policy.fair,
+        "place": policy.positions == "reindexed",
+        "ring": policy.allocate.rings > 0,
+    }
+    beside = [name for name, kept in asked.items() if kept]
     if policy.score in SCORES:
         kept = policy.statistic.keep
         decode = policy.statistic.decode if kept else "none"

@@ -119,6 +119,8 @@ class Allocate:
             head may hold (also shared out at the end of a call of several tokens).
         safeguard: with `flat`, this share of the even budget is safe in each head.
         threshold: a score. In a call of one token each head drops one slot below it at most.
+        rings: 0, or into how many rings the slots beside the sinks are parted (Cascading KV): ring i takes every 2**i
+            tokens, so that old ones thin out. The budget is rounded down to whole rings.
         file: with `table`, `torch.save` of {"heads": tensor [layers, Hkv]} of shares >= 0; a relative path starts at
             the policy's folder.
     """
@@ -128,6 +130,7 @@ class Allocate:
     heads: Literal["uniform", "flat", "table", "threshold"] = "uniform"
     safeguard: float = 0.2
     threshold: float = 0.0
+    rings: int = 0
     file: str = ""
 
     __pydantic_config__ = _STRICT

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from models import tiny
+from oracle.ops import Layers
+from oracle.policies import Streams
 from transformers import DynamicCache
 
 import kvpass
@@ -165,6 +167,20 @@ def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
     compiled = kvpass.compile(tiny.llama(HEADS, KV_HEADS, DIM, LAYERS), policy=spec, budget=SLOTS, inner="eager")
     with torch.no_grad(), pytest.raises(PolicyError, match=r"no 'filters' for layer 1\n.*\n.*\[1, 2, 16\]"):
         compiled(tiny.tokens(1, 60))
+
+
+@pytest.mark.parametrize("policy", ["duo_attention", "razor_attention"])
+def test_streaming_heads(policy: str, tmp_path: Path) -> None:
+    """The oracle's positions, with shares that do not divide evenly."""
+    shares = torch.tensor([[1.0, 0.3, 0.0, 0.7], [0.0, 0.1, 1.0, 0.1]])
+    torch.save({"heads": shares}, tmp_path / "heads.pt")
+    spec = {"name": "mine", "extends": policy, "allocate": {"heads": "table", "file": str(tmp_path / "heads.pt")}}
+    meaning = Streams()
+    meaning.table = shares.double().numpy()
+    layers = Layers(spec, 48, (8, 4), meaning=meaning)
+    layers.converse([(150, 40), (60, 3)], [150, 110])
+    assert layers.simulator.near_ties == 0
+    assert len({len(head.positions) for head in layers.simulator.layers[0].heads[0]}) == 4
 
 
 def test_heads_by_a_table(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_bad_policies_and_budgets(policy, budget, what, fix, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        ({}, "no policy"),
+        ({}, "no budget"),
         ({"policy": "h2o", "bugdet": 0.2}, "unknown option 'bugdet'"),
         ({"policy": "h20", "budget": 0.2}, "no policy named 'h20'"),
         ({"policy": "h2o", "budget": 2.0}, "above 0 and at most at 1.0"),

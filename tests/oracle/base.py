@@ -120,6 +120,8 @@ class Policy:
     needs = False  # True: looks at keys, values or logits, so a simulator must be given them
     safeguard: Fraction | None = None  # not None: the heads of a layer share one budget, this share is safe in each
     spread = ""  # what shares slots out once a call of several tokens has passed all layers (oracle.spread)
+    table: Array | None = None  # [layers, Hkv] shares of what a layer's budget leaves beside the protected slots
+    rings = 0  # not 0: slots are this many rings (oracle.rings)
     reindexed = False  # True: kept keys are turned to their places among the kept tokens
     cut = -np.inf  # slots whose score is below it go, whatever the budget
 

@@ -33,6 +33,18 @@ def counts(choices: list[Choice], even: int, safeguard: Fraction) -> list[int]:
     return [sum(entry[-1] == head for entry in kept) for head in range(len(choices))]
 
 
+def by_table(choices: list[Choice], even: int, shares: Array) -> list[int]:
+    """Slots of each head: the protected ones and one more, then its share of the rest; what rounding leaves goes to
+    the largest fractions, the lower head first."""
+    least = [min(int(choice.protected.sum()) + 1, even) for choice in choices]
+    rest = (even * len(choices) - sum(least)) * shares / shares.sum()
+    whole = np.floor(rest).astype(int)
+    order = sorted(range(len(choices)), key=lambda h: (-(rest[h] - whole[h]), h))
+    for h in order[: round(rest.sum()) - whole.sum()]:
+        whole[h] += 1
+    return [min(a + int(b), len(c.positions)) for a, b, c in zip(least, whole, choices, strict=True)]
+
+
 def extras(kept: list[int], even: int) -> list[int]:
     """Slots beyond the even budget, as long as the budget binds anywhere."""
     return [count - even if max(kept) > even else 0 for count in kept]

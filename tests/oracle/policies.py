@@ -13,6 +13,7 @@ import numpy as np
 from oracle.base import ROUNDING, Budget, Memory, Policy, Row, Sight
 from oracle.held import RKV, KeyDiff, Knorm, LagKV, Random
 from oracle.needs import CORM, FastGen, SimLayerKV
+from oracle.rings import Cascading
 from oracle.smooth import pooled
 from oracle.weights import Weighted, l1, vo_l1
 from oracle.windowed import CAKE, NACL, ChunkKV, DefensiveKV, Finch, Keyformer, LayerDefensiveKV, WindowKV
@@ -38,6 +39,14 @@ class StreamingLLM(Policy):
 
 class StreamingLLMReindexed(StreamingLLM):
     reindexed = True
+
+
+class Streams(StreamingLLM):
+    """4 sinks and 16 recent tokens in every head, the latest that fit; a table says who gets the rest (DuoAttention,
+    RazorAttention)."""
+
+    def protected(self, positions: Array, row: Row, n: int) -> Array:
+        return super().protected(positions, row, n) | (positions >= row.end - 16)
 
 
 class H2O(Policy):
@@ -220,6 +229,7 @@ POLICIES: dict[str, type[Policy]] = {
     "scissorhands": Scissorhands,
     "cake": CAKE,
     "keyformer": Keyformer,
+    "cascading": Cascading,
     "corm": CORM,
     "simlayerkv": SimLayerKV,
     "fastgen": FastGen,

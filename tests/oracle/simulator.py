@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from oracle.base import ROUNDING, Budget, Memory, Policy, Row, Sight
 from oracle.choice import Choice, objection
-from oracle.flat import counts, extras, joint_objection
+from oracle.flat import by_table, counts, extras, joint_objection
 from oracle.policies import POLICIES
 from oracle.spread import model, preference, threshold
 
@@ -196,6 +196,14 @@ class Simulator:
     def evict(self, layer: Layer, b: int, row: Row, even: int) -> None:
         """Each head of row b drops to its budget; a single token drives out one at most."""
         heads, one = layer.heads[b], len(row.valid) == 1
+        if self.policy.rings:
+            new = (row.start + np.flatnonzero(row.valid)).tolist()
+            for head in heads:
+                old = head.positions[head.positions < row.start]
+                head.choice = None
+                kept = self.policy.insert(head.memory, old, new, row.seen - len(new), even)
+                head.keep(np.array(kept, dtype=int))
+            return
         budgets = [even + (extra if one else 0) for extra in layer.extra[b]]
         choices = self.choices(layer, heads, row, budgets)
         reached = threshold(choices, even, self.policy.cut)
@@ -208,6 +216,12 @@ class Simulator:
         if layer.shares:
             assert self.policy.safeguard is not None
             shared_out = counts([head.choice for head in heads], even, self.policy.safeguard)
+            layer.extra[b] = extras(shared_out, even)
+            for head, count in zip(heads, shared_out, strict=True):
+                head.choice.keep = count
+        if self.policy.table is not None and not one:
+            index = next(i for i, other in self.layers.items() if other is layer)
+            shared_out = by_table([head.choice for head in heads], even, self.policy.table[index])
             layer.extra[b] = extras(shared_out, even)
             for head, count in zip(heads, shared_out, strict=True):
                 head.choice.keep = count
