@@ -35,7 +35,7 @@ bench: $(STAMP)
 quality: $(STAMP)
 	@$(BIN)/python -P examples/quality/run.py $(ARGS)
 
-# Every built-in policy in generate on SmolLM2 at a fifth of the cache: docs/policies-smollm2.md. 12 minutes or so.
+# Every built-in policy in generate on SmolLM2 at a fifth of the cache: docs/policies-smollm2.md. 15 minutes or so.
 policies: $(STAMP)
 	@$(BIN)/python -P tests/support/policies.py $(ARGS)
 

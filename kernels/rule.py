@@ -123,7 +123,8 @@ class Rule:
     def _tapered(self, even: int, seen: int) -> int:
         """PyramidKV (arXiv 2406.02069): budgets fall from layer to layer by equal steps, `even` on average.
 
-        The arithmetic of Zefan-Cai/KVCache-Factory, the observation window on top.
+        The arithmetic of Zefan-Cai/KVCache-Factory, the observation window on top. Its steps are whole slots; where a
+        fraction lets `even` grow, they are not, or a layer's budget would jump up and down with every new slot.
         """
         window = max(self.queries, 0)
         base = even - window
@@ -134,7 +135,9 @@ class Rule:
         if high >= seen - window:
             high = seen - window
             low = 2 * base - high
-        return high - self.layer * ((high - low) // (self.layers - 1)) + window
+        steps = self.layers - 1
+        fall = self.layer * ((high - low) // steps) if self.slots else self.layer * (high - low) // steps
+        return high - fall + window
 
     @cached_property
     def emitted(self) -> tuple[str, ...]:

@@ -62,7 +62,12 @@ BAD: list[tuple[Any, Any, str, str]] = [
     (spec(**{**SUM, "observe": {"queries": -4}}), 0.2, "bad value in observe.queries", "number >= 0"),
     (spec(pool={"size": 7}), 0.2, "bad value in pool", "add it to statistic.keep"),
     (spec(**SUM, pool={"size": 4}), 0.2, "bad value in pool.size", "odd"),
-    (spec(**{**SUM, "observe": {"queries": "all"}}, pool={"size": 3}), 0.2, "bad value in pool", "observation window"),
+    (
+        spec(**{**SUM, "observe": {"queries": "all"}}, pool={"size": 3}),
+        0.2,
+        "bad value in statistic.across_calls",
+        "fresh",
+    ),
     (spec(protect={"sinks": -1}), 0.2, "bad value in protect.sinks", ">= 0"),
     (spec(protect={"recent": -1}), 0.2, "bad value in protect.recent", ">= 0"),
     (spec(protect={"recent": 1.0}), 0.2, "bad value in protect.recent", "below 1"),

@@ -119,6 +119,7 @@ class Policy:
     scoped = False  # True: some slots cannot be evicted, whatever their score
     needs = False  # True: looks at keys, values or logits, so a simulator must be given them
     safeguard: Fraction | None = None  # not None: the heads of a layer share one budget, this share is safe in each
+    steady = True  # the budget is a number of slots, not a fraction
     spread = ""  # what shares slots out once a call of several tokens has passed all layers (oracle.spread)
     table: Array | None = None  # [layers, Hkv] shares of what a layer's budget leaves beside the protected slots
     rings = 0  # not 0: slots are this many rings (oracle.rings)

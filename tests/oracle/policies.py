@@ -186,7 +186,8 @@ class PyramidKV(SnapKV):
         if high >= seen - self.window:
             high = seen - self.window
             low = 2 * base - high
-        return high - layer * ((high - low) // (layers - 1)) + self.window
+        fall = layer * ((high - low) // (layers - 1)) if self.steady else layer * (high - low) // (layers - 1)
+        return high - fall + self.window
 
 
 class AdaSnapKV(SnapKV):

@@ -75,6 +75,7 @@ class Simulator:
     ) -> None:
         self.policy: Policy = POLICIES[policy]() if isinstance(policy, str) else policy
         self.budget = Budget.of(budget, floor)
+        self.policy.steady = self.budget.slots is not None
         self.rounding = rounding
         self.layers: dict[int, Layer] = {}
         self.depth = 0  # layers of the model, if the policy asks

@@ -1,9 +1,9 @@
 """`make policies`: every built-in policy in generate on SmolLM2-135M, at a fifth of the cache, in a batch of 4.
 
-    python -P tests/support/policies.py [--only a,b] [--tokens 600] [--new 24]
+    python -P tests/support/policies.py [--only a,b] [--tokens 400] [--new 12]
 
 Policies that read weights or tables get random ones, made here. Writes docs/policies-smollm2.md: bytes of K and V held,
-of the dense cache, beside what the policy's rule allows. Some 12 minutes on one core.
+of the dense cache, beside what the policy's rule allows. Some 15 minutes on one core.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ def page(rows: list[dict[str, Any]], tokens: int, new: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="")
-    parser.add_argument("--tokens", type=int, default=600)
-    parser.add_argument("--new", type=int, default=24)
+    parser.add_argument("--tokens", type=int, default=400)
+    parser.add_argument("--new", type=int, default=12)
     args = parser.parse_args()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
