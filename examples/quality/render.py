@@ -27,6 +27,8 @@ READ = """How to read it:
   the full cache's attention to the prompt (next 16 true tokens, all layers and heads, Hugging Face's eager attention)
   that falls on kept positions.
 - `held`: K and V as kvpass.report counts them after the prompt, of the dense cache; positions and statistics apart.
+- Rows `kvpress ..`: the same with NVIDIA's library (`examples/quality/peer.py`). It compresses the first call and keeps
+  every later token, so that by the end of a text it holds more than `held` says.
 - All policies see the same texts, numbers and depths. Intervals are of one policy alone: differences between policies
   are paired and less noisy than the intervals look, but with few trials most neighbours cannot be told apart.
 - `full` is the ceiling, and its KL is the floor of rounding; `random` is what every policy must beat. A 135M model is
