@@ -102,7 +102,12 @@ def main() -> None:
         path = store.reference_path(cell.context)
         with torch.no_grad():
             reference = load_or_measure(path, lab.model, lab.plain_chunks(cell.context), lab.settings.steps)
-        found = measure(lab, cell, reference, lambda doing: None)
+        try:
+            found = measure(lab, cell, reference, lambda doing: None)
+        except Exception as error:  # of the other library: noted, and the rest goes on
+            store.fail(cell, f"{type(error).__name__}: {error}")
+            print(f"{cell.name} failed: {error}", flush=True)
+            continue
         stamp = {"commit": f"kvpress {version('kvpress')}", "date": date.today().isoformat()}
         store.save(cell, {**found, **stamp})
         print(f"{cell.name}: {found['seconds']:.0f} s", flush=True)
