@@ -8,6 +8,9 @@ from typing import Any
 from quality import render, stats
 
 MARKERS = "osv^D<>pPX*h"
+MASKED = 0.95
+"""What holds more (the full cache, policies that mask) would leave no room for the rest."""
+
 PANELS = (("aware", "right answers, question inside, %"), ("agnostic", "right answers, question after, %"))
 
 
@@ -27,7 +30,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     contexts = sorted({cell["context"] for cell in results["cells"]})
-    size = (15, 0.6 + 5 * len(contexts))
+    size = (18, 1.5 + 6 * len(contexts))
     figure, axes = plt.subplots(len(contexts), 3, figsize=size, squeeze=False, layout="constrained")
     names = sorted({cell["policy"] for cell in results["cells"]} - {"full"})
     for row, context in zip(axes, contexts, strict=True):
@@ -37,7 +40,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
             axis.set(title=f"{context:,} tokens: {label}", xlabel="K and V held, % of dense")
         row[2].set_yscale("log")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize=8)
+    figure.legend(handles, labels, loc="outside right upper", fontsize=8, ncols=2)
     machine = results["machine"]
     figure.suptitle(f"SmolLM2-135M-Instruct, {results['settings']['trials']} trials, torch {machine['torch']}")
     figure.savefig(path, dpi=100)
@@ -58,6 +61,8 @@ def lines(axis: Any, cells: list[dict[str, Any]], names: list[str], panel: str) 
         # one budget alone would be a column of points on top of each other: spread them a little sideways
         shift = 0.12 * (index - len(names) / 2) if len(mine) == 1 else 0.0
         axis.plot([x + shift for x in held], values, marker=MARKERS[index % len(MARKERS)], label=name, **style)
+    shared = [100 * render.held(cell) for cell in cells if render.held(cell) < MASKED]
+    axis.set_xlim(0, 1.15 * max(shared, default=100))
     full = [cell for cell in cells if cell["policy"] == "full"]
     if full and panel != "kl":
         axis.axhline(points(full, panel)[1][0], color="gray", linestyle="--", label="full")
