@@ -15,14 +15,11 @@ INF = float("inf")
 
 def budgets(seen: Tensor, rule: Rule) -> Tensor:
     """`rule.budget` for a tensor of seen counts, in int64."""
-    if rule.taper:
+    if rule.taper or rule.rings:
         counts = [rule.budget(n) for n in seen.flatten().tolist()]
         return torch.tensor(counts, device=seen.device).view(seen.shape)
     if rule.slots > 0:
-        return torch.full_like(seen, rule.budget(0), dtype=torch.int64)
-    if rule.rings:
-        even = (seen.long() * rule.num // rule.den).clamp(min=rule.floor)
-        return even - (even - rule.sinks) % rule.rings
+        return torch.full_like(seen, rule.slots, dtype=torch.int64)
     return (seen.long() * rule.num // rule.den).clamp(min=rule.floor)
 
 

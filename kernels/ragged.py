@@ -23,17 +23,14 @@ def starts(cursor: Tensor, slots: int) -> Tensor:
     return even + cursor[..., SHIFT] if is_ragged(cursor) else even
 
 
-def rooms(cursor: Tensor, slots: int) -> Tensor:
-    """Slots that each head has, int64 [B, Hkv]."""
-    first = starts(cursor, slots).flatten()
-    return first.diff(append=first.new_full((1,), len(first) * slots)).view(cursor.shape[:2])
-
-
 def places(cursor: Tensor, slots: int, width: int) -> tuple[Tensor, Tensor]:
     """Places int64 [B, Hkv, width] of each head's first slots in the flattened memory, and which exist (else 0)."""
+    first = starts(cursor, slots)
+    end = first.new_full((1,), first.numel() * slots)
+    room = first.flatten().diff(append=end).view(first.shape)
     offset = torch.arange(width, device=cursor.device)
-    exist = offset < rooms(cursor, slots)[..., None]
-    return torch.where(exist, starts(cursor, slots)[..., None] + offset, 0), exist
+    exist = offset < room[..., None]
+    return torch.where(exist, first[..., None] + offset, 0), exist
 
 
 def padded(x: Tensor, cursor: Tensor, width: int, fill: float) -> Tensor:

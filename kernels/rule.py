@@ -16,6 +16,9 @@ the key, and of those that give it at least an even share (1 / keys visible to t
 position of the newest of those, 0 if there is none.
 """
 
+SCORES = ("position", "sum", "mean", "important", "last")
+"""Scores that positions and attention's statistics give by themselves; all other names are scorers'."""
+
 HELD = "held"
 """A slot's statistic that is no sum over queries: the score that a scorer gave it, in its last multi-token call or when
 it arrived.
@@ -55,9 +58,6 @@ ASIDE = frozenset({"statistics", "layer", "marks", "own"})
 
 LIVE, FREE, SEEN, FIRST, EXTRA, SHIFT = range(6)
 """Columns of the cursor [B, Hkv, 4 or 6]. The last two exist where heads have budgets of their own (`Rule.ragged`)."""
-
-SPREADS = ("model", "preference", "threshold")
-"""`Rule.spread`: what decides, once a whole call is over, how many slots a head gets (`kvpass.kernels.layers`)."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ class Rule:
     def parse(text: str) -> Rule:
         """Inverse of `encode`."""
         kinds: dict[str, Any] = {f.name: type(f.default) for f in fields(Rule)}
-        values: dict[str, object] = {}
+        values: dict[str, Any] = {}
         for part in text.split():
             name, _, value = part.partition("=")
             if name == "ops":
@@ -205,4 +205,4 @@ class Rule:
             values[name] = (
                 tuple(value.split("+")) if kind is tuple else bool(int(value)) if kind is bool else kind(value)
             )
-        return Rule(**values)  # type: ignore[arg-type]  # values fit their fields by `kinds`
+        return Rule(**values)

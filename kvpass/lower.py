@@ -70,6 +70,7 @@ class _Lowering:
         self.states: dict[Any, list[Any]] = {}
         self.values: dict[Any, Any] = {}
         self.masks: dict[Any, fx.Node] = {}
+        self.angles: dict[Any, tuple[Callable[[Sequence[Any]], Any], ...]] = {}
         self.marks = self._marks_input(plan.sites[0].site) if any(one.rule.marked for one in plan.sites) else None
         self.position = self._position_input() if any(_is_buffered(one.site) for one in plan.sites) else None
 
@@ -244,10 +245,12 @@ class _Lowering:
         found = planned.key_rotation
         if found is None or planned.site.phase is Phase.DECODE:
             return ()
-        parts = [function_of(self.original, unrounded(angle)) for angle in (found.cos, found.sin)]
-        if not found.halved:
-            return tuple(parts)
-        return tuple(lambda args, part=part: torch.cat([part(args)] * 2, -1) for part in parts)
+        key = found.cos, found.sin
+        if key not in self.angles:  # layers share them
+            parts = [function_of(self.original, unrounded(angle)) for angle in key]
+            whole = [lambda args, part=part: torch.cat([part(args)] * 2, -1) for part in parts]
+            self.angles[key] = tuple(whole if found.halved else parts)
+        return self.angles[key]
 
     def _start(self, start: Any) -> Callable[[Sequence[Any]], Any]:
         """Where a buffer is written, as a function of the graph's inputs."""

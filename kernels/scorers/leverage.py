@@ -24,12 +24,13 @@ def compactor(
     size = (cos.square() + sin.square()).clamp(min=1e-30)  # some models scale their rotations
     plain = (seen.keys * cos - _half_turned(seen.keys) * sin) / size
     queries = seen.queries * cos[:, :, None] + _half_turned(seen.queries) * sin[:, :, None]
+    noise = gaussian(seen, plain.shape[-1], sketch) / sketch**0.5
     for b in range(len(out)):
         alive = seen.candidate[b, 0].nonzero().flatten()
         body = alive[sinks : len(alive) - recent]
         if len(body) < 2:
             continue
-        apart = _leverage(plain[b, :, body], gaussian(seen, plain.shape[-1], sketch) / sketch**0.5)
+        apart = _leverage(plain[b, :, body], noise)
         heard = _heard(queries[b, :, :, body], seen.keys[b, :, body], chunk)
         heard = smoothed(heard * torch.linalg.vector_norm(seen.values[b, :, body], dim=-1), 3)
         out[b, :, body] = blend * _standard(apart) + _standard(heard)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote, unquote
 
 import torch
+from kvpass.kernels.rule import SCORES
 from torch import Tensor
 
 READS = ("keys", "values", "hidden", "queries", "rows", "logits", "statistics", "layer", "marks", "own")
@@ -196,7 +197,7 @@ def scorer(
         unknown = [word for word in reads if word not in READS]
         if unknown:
             raise ValueError(f"scorer {name!r}: cannot read {unknown[0]!r}; choose from {', '.join(READS)}")
-        if not name.isidentifier() or name in ("position", "sum", "mean", "important", "last"):
+        if not name.isidentifier() or name in SCORES:
             raise ValueError(f"scorer {name!r}: give a word that is no statistic's")
         known = _TABLE.get(name)
         if known is not None and known.run.__qualname__ != run.__qualname__:

@@ -10,13 +10,10 @@ from math import isfinite
 from pathlib import Path
 
 from kvpass.errors import PolicyError
-from kvpass.kernels.rule import STATISTICS
+from kvpass.kernels.rule import SCORES, STATISTICS
 from kvpass.kernels.scorers.registry import Scorer, scorers
 from kvpass.policy.limits import MOST, check_options, oversized
 from kvpass.policy.spec import Policy
-
-SCORES = ("position", "sum", "mean", "important", "last")
-"""Scores that attention's statistics give by themselves; all other names are scorers'."""
 
 Broken = tuple[bool, str, str]
 """Whether a rule is broken, the field, and the fix."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 from urllib.parse import quote
 
-from kvpass.kernels.rule import INF, Rule
+from kvpass.kernels.rule import INF, SCORES, Rule
 from kvpass.kernels.scorers.registry import encode_options, find_scorer
-from kvpass.policy.check import SCORES, fraction
+from kvpass.policy.check import fraction
 from kvpass.policy.spec import Policy
 
 SPREAD = {"flat": "model", "preference": "preference"}

@@ -7,9 +7,9 @@ import json
 import re
 from typing import Any
 
+from kvpass.kernels.rule import SCORES
 from kvpass.kernels.scorers.registry import Scorer, scorers
 from kvpass.policy import spec
-from kvpass.policy.check import SCORES
 
 Schema = dict[str, Any]
 _KINDS = {bool: "boolean", int: "integer", float: "number", str: "string"}

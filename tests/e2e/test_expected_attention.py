@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from models import tiny
-from oracle.rope import DIM, projected, turn
+from oracle.rope import DIM, hidden_states, projected, turn
 from transformers import DynamicCache
 
 import kvpass
@@ -42,17 +42,11 @@ def scores(model: Any, layer: int, hidden: np.ndarray, heads: int, kv_heads: int
 @pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (4, 4)])
 def test_kept_positions(heads: int, kv_heads: int) -> None:
     model = tiny.llama(heads, kv_heads, DIM)
-    hidden: list[np.ndarray] = []
-    hooks = [
-        layer.input_layernorm.register_forward_hook(lambda m, a, out: hidden.append(out.detach().double().numpy()))
-        for layer in model.model.layers
-    ]
     ids, mask = tiny.left_padded([120, 90])
     with torch.no_grad():
         places = (mask.cumsum(-1) - 1).clamp(min=0)
-        model(ids, attention_mask=mask, position_ids=places)
-        for hook in hooks:
-            hook.remove()
+        with hidden_states(model) as hidden:
+            model(ids, attention_mask=mask, position_ids=places)
         compiled = kvpass.compile(model, policy="expected_attention", budget=SLOTS, inner="eager")
         cache = DynamicCache(config=model.config)
         compiled(ids, attention_mask=mask, position_ids=places, past_key_values=cache)

@@ -156,7 +156,8 @@ class Policy:
         """What the heads of a layer decide together at the end of a call of several tokens."""
 
     def prefer(self, sights: list[Sight]) -> float:
-        """What a layer deserves next to others, from the latest sights of its heads."""
+        """What a layer deserves next to others, from the latest sights of its heads; only for `spread = "preference"`,
+        which comes with its own."""
         raise NotImplementedError
 
     def budget(self, even: int, seen: int, layer: int, layers: int) -> int:
