@@ -111,7 +111,7 @@ def _seen(
         q=tensors.queries,
         turns=tensors.turns,
         at=rule.layer if "layer" in rule.reads or rule.sample_num else None,
-        stay=marks >= KEEP if marks is not None and "marks" in rule.reads else None,
+        stay=(marks >= KEEP) & candidate if marks is not None and "marks" in rule.reads else None,
     )
 
 

@@ -86,9 +86,12 @@ def layer_sizes(shares: list[float], even: int, most: list[int], window: int) ->
 
 
 def _by_threshold(scores: list[Tensor], even: list[Tensor], states: list[State], rules: list[Rule]) -> list[Tensor]:
-    """Each head keeps what scores at least `rule.cut`, and is protected, up to its budget."""
-    pairs = zip(scores, even, rules, strict=True)
-    return [torch.minimum((score >= rule.cut).sum(-1), size[..., 0]) for score, size, rule in pairs]
+    """Each head keeps what scores at least `rule.cut`, and is protected, up to its budget; the best key at least."""
+    counts = []
+    for score, size, rule in zip(scores, even, rules, strict=True):
+        least = (score > -INF).any(-1).long()
+        counts.append(torch.minimum((score >= rule.cut).sum(-1).maximum(least), size[..., 0]))
+    return counts
 
 
 _COUNTS: dict[str, Callable[[list[Tensor], list[Tensor], list[State], list[Rule]], list[Tensor]]] = {

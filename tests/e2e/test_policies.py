@@ -11,7 +11,7 @@ from models import tiny
 from oracle.base import Policy
 from oracle.drive import Conversation
 from oracle.held import LagKV
-from oracle.needs import CORM, FastGen, SimLayerKV
+from oracle.needs import CORM, FastGen, NoneGoodEnough, SimLayerKV
 from oracle.ops import Layers
 from oracle.policies import NEW, POLICIES, AdaPyramid, AdaSnapKV, CriticalAda, PyramidKV
 from oracle.windowed import DefensiveKV, LayerDefensiveKV
@@ -153,6 +153,7 @@ VARIANTS: list[tuple[str, dict[str, Any], int | float, Policy]] = [
     ("the model's best", {"extends": "snapkv", "allocate": {"layers": "flat", "safeguard": 0.1}}, 48, ModelWide()),
     ("a small nucleus", {"extends": "layer_defensivekv", "options": {"nucleus": 0.2}}, 48, SmallNucleus()),
     ("a short memory", CORM_SPEC, 1.0, ShortMemory()),
+    ("none is good enough", {"extends": "knorm", "allocate": {"heads": "threshold"}}, 1.0, NoneGoodEnough()),
     ("and a bound", CORM_SPEC, 64, ShortMemory()),
     ("lazy layers", LAZY_SPEC, 1.0, MostlyLazy()),
     ("lazy layers and a bound", LAZY_SPEC, 100, MostlyLazy()),

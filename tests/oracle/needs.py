@@ -9,6 +9,18 @@ from oracle.held import Held, clear
 Array = np.ndarray
 
 
+class NoneGoodEnough(Held):
+    """Keys of negative length: every one is below the threshold, and the best stays all the same."""
+
+    pointwise = True
+    spread = "threshold"
+    cut = 0.0
+
+    def measure(self, sight: Sight) -> tuple[Array, Array, Array]:
+        norm = np.sqrt((sight.keys[sight.candidates] ** 2).sum(-1))
+        return clear(-norm, sight.rounding * norm)
+
+
 class CORM(Policy):
     """A token goes when the last `window` queries all gave it less than an even share, in every head of the group."""
 

@@ -41,7 +41,8 @@ def preference(
 
 def threshold(choices: list[Choice], even: int, cut: float) -> list[int]:
     """Slots of each head: what reaches the threshold or is protected, up to the budget."""
-    return [min(even, int(np.sum(choice.protected | (choice.score >= cut)))) for choice in choices]
+    reached = [int(np.sum(choice.protected | (choice.score >= cut))) for choice in choices]
+    return [min(even, max(n, len(choice.positions) > 0)) for n, choice in zip(reached, choices, strict=True)]
 
 
 def split(flat: list[int], like: list[list[Choice]]) -> list[list[int]]:
