@@ -6,7 +6,7 @@ and no models.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -103,6 +103,8 @@ class Rule:
     spread: str = ""
     cut: float = -INF
     marked: bool = False
+    when: str = "always"
+    every: int = 1
     reindex: bool = False
     rings: int = 0
     fair: bool = False
@@ -113,6 +115,20 @@ class Rule:
     def evicts(self) -> bool:
         """False when the budget is everything: nothing is scored, nothing is dropped."""
         return self.slots > 0 or self.num < self.den or self.cut > -INF
+
+    @cached_property
+    def growing(self) -> Rule:
+        """The same observations, and nothing goes: the rule of calls that do not evict."""
+        return replace(self, slots=0, num=1, den=1, taper=0, cut=-INF)
+
+    @cached_property
+    def of_steps(self) -> Rule:
+        """What calls of one token do under this rule: nothing goes by itself if evictions wait."""
+        return self if self.when == "always" and self.every == 1 else self.growing
+
+    def of_call(self, position: int) -> Rule:
+        """What a call of several tokens does whose first is at `position`."""
+        return self.growing if self.when == "first" and position > 0 else self
 
     def budget(self, seen: int) -> int:
         """Slots each KV head may hold after `seen` valid tokens; of a ragged rule, on average over the heads."""

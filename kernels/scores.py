@@ -67,7 +67,7 @@ def score_slots(
     Returns (score float32 [B, Hkv, L]: +inf protected, 3e38 untouchable, -inf no candidate; the statistics to keep
     [N, B, Hkv, L]; the new cursor). Raises ValueError if stats do not fit the rule, MaskError as `check_shown`.
     """
-    plan = Rule.parse(rule)
+    plan = Rule.parse(rule).of_call(position)
     if stats.dim() != 4 or stats.shape[0] != len(plan.emitted):
         raise ValueError(f"score_slots: stats must be [{len(plan.emitted)}, B, Hkv, L], got {list(stats.shape)}")
     if pos is not None:
@@ -114,7 +114,7 @@ def score_slots(
     if plan.rings:
         return _in_rings(total, past_stats, where, candidate, valid.shape[1], (cursor, after), plan)
     score = ranked(total, where, candidate, end, after, plan)
-    return score, total, _shared_out(score, candidate, after, plan) if plan.ragged else after
+    return score, total, shared_by_heads(score, candidate, after, plan) if plan.ragged else after
 
 
 def _in_rings(
@@ -275,7 +275,7 @@ def _advanced(cursor: Tensor, valid: Tensor, candidate: Tensor, position: int, r
     return torch.stack([columns[c].int() for c in range(rule.columns)], -1)
 
 
-def _shared_out(score: Tensor, candidate: Tensor, cursor: Tensor, rule: Rule) -> Tensor:
+def shared_by_heads(score: Tensor, candidate: Tensor, cursor: Tensor, rule: Rule) -> Tensor:
     """The cursor with the layer's slots shared out over its heads."""
     size = budgets(cursor[..., SEEN], rule)[..., None]
     if rule.table:

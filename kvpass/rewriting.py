@@ -85,7 +85,7 @@ class Rewritten:
         given = [*state]
         for at, binding in enumerate(self.bindings):
             five = slice(5 * at, 5 * at + 5)
-            given[five] = with_room(given[five], binding.rule, tokens + 1)
+            given[five] = with_room(given[five], binding.rule.kept(tokens + 1))
         with torch.no_grad():
             results = self.graph_module(*inputs, tokens, *given)
         kept = len(results) - len(given)
@@ -148,11 +148,11 @@ def _rewritten(gm: fx.GraphModule, planned: Plan, table: SiteTable, bindings: tu
 
 
 def _check_rules(planned: Plan) -> None:
-    wide = next((one for one in planned.sites if not one.rule.plain), None)
+    wide = next((one for one in planned.sites if not one.rule.plain or one.rule.of_steps is not one.rule), None)
     if wide is not None:
         raise PolicyError(
             f"kvpass.rewrite cannot express policy {planned.policy.name!r}: it takes sums, squares and counts of "
-            "attention, and the same budget for all heads and layers",
+            "attention, the same budget for all heads and layers, and evicts in each step",
             where=f"{wide.site.name}, {wide.site.source}",
             hint="choose streaming_llm, h2o, tova, snapkv or roco, or use kvpass.compile",
         )

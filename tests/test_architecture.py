@@ -40,6 +40,7 @@ ARROWS = {
         "kernels.ragged",
         "kernels.errors",
         "kernels.layers",
+        "kernels.late",
         "kernels.reindex",
     }
     | WORDS,

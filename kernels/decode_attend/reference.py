@@ -38,7 +38,7 @@ def decode_attend_reference(
     arrive: Tensor | None = None,
 ) -> Tensor:
     """See `kvpass.kernels.decode_attend.decode_attend`."""
-    plan, softmax = Rule.parse(rule), Softmax(scale, sinks, softcap)
+    plan, softmax = Rule.parse(rule).of_steps, Softmax(scale, sinks, softcap)
     cells = cursor.view(-1, plan.columns).tolist()
     if mask is None and any(c[SEEN] < position for c in cells[:: k.shape[1]]):
         raise shows_padding()

@@ -49,7 +49,7 @@ def decode_attend_triton(
 ) -> Tensor:
     """See `kvpass.kernels.decode_attend.decode_attend`. The state tensors are contiguous."""
     check_head_dims(q.shape[3], v.shape[3])
-    plan, softmax = Rule.parse(rule), Softmax(scale, sinks, softcap)
+    plan, softmax = Rule.parse(rule).of_steps, Softmax(scale, sinks, softcap)
     hidden = mask_arguments(mask)
     hidden.pop("s_mq")
     heads = 1 if mask is None else mask.shape[1]

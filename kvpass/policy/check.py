@@ -26,7 +26,7 @@ def check_policy(p: Policy, where: str) -> None:
         PolicyError: naming the field and the fix.
     """
     chosen = _scorer(p, where)
-    for rules in (_numbers(p), _statistics(p, chosen), _transforms(p, chosen), _sharing(p, chosen)):
+    for rules in (_numbers(p), _statistics(p, chosen), _transforms(p, chosen), _sharing(p, chosen), _when(p)):
         for broken, field, fix in rules:
             if broken:
                 raise PolicyError(f"policy {p.name!r}: bad value in {field}", where=where, hint=fix)
@@ -169,6 +169,17 @@ def _sharing(p: Policy, chosen: Scorer | None) -> Iterator[Broken]:
     yield flat and p.score == "position", "allocate.heads", "positions rank all heads alike: rank by what differs"
     fix = "the score of a whole layer has no head's own scores to compare: set observe.heads: each"
     yield p.weight is not None and p.observe.heads == "all" and p.score != "position", "weight", fix
+
+
+def _when(p: Policy) -> Iterator[Broken]:
+    late, rings = p.every > 1, p.allocate.rings > 0
+    by_data = p.allocate.layers in ("flat", "preference") or p.allocate.heads == "threshold"
+    yield p.every < 1, "every", "give a number of generated tokens, 1 or more"
+    yield late and p.when != "always", "every", f"when: {p.when} evicts no generated token: leave one of both out"
+    yield late and by_data, "every", "shares that only data decide are given at the end of calls: set when: calls"
+    yield rings and (late or p.when != "always"), "when", "a token that comes must find its ring: leave it out"
+    fix = "heads with budgets of their own are laid out anew by each call of several tokens: set when: calls"
+    yield p.when == "first" and (by_data or p.allocate.heads != "uniform"), "when", fix
 
 
 def check_budget(p: Policy, *, given: bool, own: int | float | None) -> None:

@@ -40,6 +40,8 @@ def rule_of(policy: Policy, layer: int = 0, layers: int = 1) -> Rule:
         seed=policy.seed,
         marked=policy.protect.tokens or policy.fair,
         rings=allocate.rings,
+        when=policy.when,
+        every=policy.every,
         reindex=policy.positions == "reindexed",
         fair=policy.fair,
         **ranking,

@@ -151,6 +151,10 @@ class Policy:
         sample: this share of the budget is drawn by chance, with probability softmax(score) (NACL).
         seed: of all chance.
         positions: `kept`, or `reindexed`: kept keys are turned as if nothing had stood between them; needs RoPE.
+        when: what is above the budget goes at the end of each call (`always`), only of calls of several tokens, so that
+            generated tokens all stay until the next (`calls`), or only of the cache's first call, after which it grows
+            by every token (`first`).
+        every: of generated tokens, so many come before what is above the budget goes, all at once.
         scope: RoCo: this fraction of the slots, those with the largest standard deviation, cannot be evicted; 0 = no
             scope.
         budget: fraction of the tokens seen so far (float, at most 1.0) or slots per KV head (int). None: the caller
@@ -171,6 +175,8 @@ class Policy:
     sample: float = 0.0
     seed: int = 0
     weight: Weight | None = None
+    when: Literal["always", "calls", "first"] = "always"
+    every: int = 1
     scope: float = 0.0
     allocate: Allocate = field(default_factory=Allocate)
     protect: Protect = field(default_factory=Protect)

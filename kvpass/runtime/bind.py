@@ -64,7 +64,7 @@ class Binding:
         store.layouts = self.layouts
         if origin.declined:
             store.origin = origin
-        store.make_room(store.tokens + new)
+        store.make_room(new, self.phase is Phase.DECODE)
         return store
 
     def _of_buffer(self, args: Sequence[Any], origin: Origin, position: int, new: int) -> SlotStore:
@@ -77,7 +77,7 @@ class Binding:
                 f"the attention reads the new tokens only, but they are written at {position}", where=self.where
             )
         store = of_buffer((args[self.past[0]], args[self.past[1]]), self.paths, position, self.where)
-        store.make_room(store.tokens + new)
+        store.make_room(new, self.phase is Phase.DECODE)
         return store
 
     def leave(self, args: Sequence[Any], store: SlotStore) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,7 +94,8 @@ class Binding:
         with torch.inference_mode(False):  # a cache begun in inference mode can go on under no_grad
             like = torch.empty(0, dtype=self.dtype, device=self.device)
             state = SlotStore.empty_state(self.rule, tokens, like, b, hkv, d, dv)
-        return SlotStore(self.name, self.layer, self.rule, self.layouts, origin, state, host=self.host)
+        kept = self.rule.kept(tokens)
+        return SlotStore(self.name, self.layer, self.rule, self.layouts, origin, state, host=self.host, held=kept)
 
 
 class Bound:
@@ -135,6 +136,7 @@ class Bound:
             )
         results = self._run(args, stores, [self._given(name, args, stores, positions) for name in self.shared])
         self._share_out(args, stores)
+        self._evict_late(stores)
         self._reindex(args, stores)
         returned: list[Any] = [None] * self.outputs
         for at, value in zip(self.kept, results, strict=True):
@@ -180,11 +182,23 @@ class Bound:
         from kvpass.kernels.layers import shared_out
 
         tokens = sharing[0].tokens + self.bindings[0].sizes["S"](args)
-        spare = spare_slots(sharing[0].rule, tokens)
+        spare = spare_slots(sharing[0].rule.kept(tokens))
         with torch.inference_mode(False), torch.no_grad(), self._told(stores):
             states = shared_out([store.state for store in sharing], [store.rule for store in sharing], spare)
             for store, (state, free) in zip(sharing, states, strict=True):
                 store.state, store.spare = state, free
+
+    def _evict_late(self, stores: Sequence[SlotStore]) -> None:
+        """Where steps leave what is too much: drop it when so many have come, and free what a longer call evicted."""
+        for b, store in zip(self.bindings, stores, strict=True):
+            step = b.phase is Phase.DECODE
+            if b.rule.when == "calls" and not step:
+                store.give_back()
+            if b.rule.every > 1:
+                store.waiting = store.waiting + 1 if step else 0
+                if store.waiting == b.rule.every:
+                    with self._told(stores):
+                        store.evict_late()
 
     def _reindex(self, args: Sequence[Any], stores: Sequence[SlotStore]) -> None:
         """Turn the keys of sites that want it to their places in the cache."""

@@ -8,7 +8,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from kvpass.kernels.ragged import evened, lengthened, with_spare
+from kvpass.kernels.ragged import evened, is_ragged, lengthened, with_spare
 from kvpass.kernels.rule import LIVE, Rule
 from kvpass.terms import Layout
 
@@ -43,6 +43,8 @@ class SlotStore:
         versions: of the host's tensors for K and V, as the last call left them; None if torch does not count them, or
             if this is a copy.
         spoiled: a call failed halfway, and may or may not have changed the state.
+        held: slots in use, at most; of heads with budgets of their own on average. Not where `rule.spread`.
+        waiting: steps since something was evicted, where `rule.every` lets them wait.
         spare: tokens that may still come one by one before the slots must be laid out anew; where `rule.spread`.
         step: radians that each pair of a key's entries turns from position to position, float64 [D / 2]; where
             `rule.reindex`, once a call of several tokens has shown it.
@@ -60,6 +62,8 @@ class SlotStore:
     bases: tuple[torch.Tensor, torch.Tensor] = field(init=False)
     versions: list[int | None] = field(init=False)
     spoiled: bool = False
+    held: int = 0
+    waiting: int = 0
     spare: int = 0
     step: torch.Tensor | None = None
 
@@ -103,20 +107,37 @@ class SlotStore:
         """Slots in use, `[B, Hkv]` int32."""
         return self.state[4][..., LIVE]
 
-    def make_room(self, tokens: int) -> None:
-        """Grow the slots, if needed, for a logical length of `tokens`. Copies this one layer, once in about n/40 kept
-        tokens; under a rule with `spread` also before each call of several tokens.
+    def make_room(self, new: int, step: bool) -> None:
+        """Grow the slots, if needed, for a call of `new` tokens, which is a step or not. Copies this one layer, once in
+        about n/40 kept tokens; under a rule with `spread` also before each call of several tokens.
         """
+        tokens = self.tokens + new
         if not self.rule.spread:
-            self.state = with_room(self.state, self.rule, tokens)
+            rule = self.rule.of_steps if step else self.rule.of_call(self.tokens)
+            self.held = rule.kept(tokens) if rule is self.rule else self.held + new
+            self.state = with_room(self.state, self.held)
             return
-        new = tokens - self.tokens
         with torch.inference_mode(False):
             if new > 1:
                 self.state = evened(self.state, new)
             elif self.spare < 1:
-                self.state, self.spare = with_spare(self.state, spare_slots(self.rule, tokens))
+                self.state, self.spare = with_spare(self.state, spare_slots(self.rule.kept(tokens)))
         self.spare -= 1
+
+    def evict_late(self) -> None:
+        """Drop what steps, the last of which is not counted yet, left above the budget (`rule.every`)."""
+        from kvpass.kernels.late import thinned
+
+        with torch.inference_mode(False), torch.no_grad():
+            self.state = thinned(self.state, self.rule)
+        self.held, self.waiting = self.rule.kept(self.tokens + 1), 0
+
+    def give_back(self) -> None:
+        """Free the slots that tokens needed which a call of several tokens has evicted."""
+        slots = self.held + spare_slots(self.held)
+        if not self.rule.spread and self.slots > slots:
+            with torch.inference_mode(False):
+                self.state = shortened(self.state, slots)
 
     @property
     def bytes(self) -> int:
@@ -159,24 +180,26 @@ def capacity(rule: Rule, tokens: int) -> int:
     """Slots to allocate: what the budget keeps, one for the incoming token, and up to 2.5 % to grow into; all tokens
     where they are shared out later.
     """
-    return tokens + 1 if rule.spread else rule.kept(tokens) + spare_slots(rule, tokens)
+    kept = rule.kept(tokens)
+    return tokens + 1 if rule.spread else kept + spare_slots(kept)
 
 
-def spare_slots(rule: Rule, tokens: int) -> int:
-    """Free slots of a head: one for the incoming token, and up to 2.5 % to grow into."""
-    return max(1, rule.kept(tokens) // 40)
+def spare_slots(kept: int) -> int:
+    """Free slots of a head that keeps so many: one for the incoming token, and up to 2.5 % to grow into."""
+    return max(1, kept // 40)
 
 
-def with_room(state: list[torch.Tensor], rule: Rule, tokens: int) -> list[torch.Tensor]:
-    """The same state if it has room for a logical length of `tokens`, else a longer copy."""
+def with_room(state: list[torch.Tensor], kept: int) -> list[torch.Tensor]:
+    """The same state if it has room for one token beside `kept` slots, else a longer copy."""
     slots = state[0].shape[2]
-    if slots > rule.kept(tokens):
+    if slots > kept:
         return state
-    extra = capacity(rule, tokens) - slots
+    longer = kept + spare_slots(kept)
     k, v, pos, stats, cursor = state
     with torch.inference_mode(False):
-        if rule.ragged:
-            return lengthened(state, slots + extra)
+        if is_ragged(cursor):
+            return lengthened(state, longer)
+        extra = longer - slots
         return [
             _longer(k, 2, extra),
             _longer(v, 2, extra),
@@ -184,6 +207,13 @@ def with_room(state: list[torch.Tensor], rule: Rule, tokens: int) -> list[torch.
             _longer(stats, 3, extra, 0),
             cursor,
         ]
+
+
+def shortened(state: list[torch.Tensor], slots: int) -> list[torch.Tensor]:
+    """A copy with so many slots for each head (on average), all of which that are in use."""
+    if is_ragged(state[4]):
+        return lengthened(state, slots)
+    return [*(t.narrow(3 if at == 3 else 2, 0, slots).clone() for at, t in enumerate(state[:4])), state[4]]
 
 
 def _longer(t: torch.Tensor, dim: int, extra: int, fill: int | None = None) -> torch.Tensor:

@@ -75,6 +75,7 @@ CHOICES = {
     "group": ["mean", "max"],
     "heads": ["each", "all"],
     "spread": ["", "model", "threshold"],
+    "when": ["always", "calls", "first"],
     "decode": ["add", "replace", "none"],
     "pool": ["none", "avg", "max"],
     "score": ["position", "sum", "mean"],

@@ -124,6 +124,8 @@ class Policy:
     table: Array | None = None  # [layers, Hkv] shares of what a layer's budget leaves beside the protected slots
     rings = 0  # not 0: slots are this many rings (oracle.rings)
     reindexed = False  # True: kept keys are turned to their places among the kept tokens
+    when = "always"  # "calls": generated tokens drive nothing out; "first": only the first call evicts
+    every = 1  # so many generated tokens come before what is too much goes
     cut = -np.inf  # slots whose score is below it go, whatever the budget
 
     def observe(self, memory: Memory, rows: Array, sees: Array, row: Row, candidates: Array) -> None:

@@ -41,7 +41,7 @@ class Site:
 
     def one(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, position: int) -> None:
         if not self.rule.spread:
-            self.state = with_room(self.state, self.rule, position + 1)
+            self.state = with_room(self.state, self.rule.kept(position + 1))
         elif self.spare < 1:
             self.state, self.spare = with_spare(self.state, 3)
         self.spare -= 1
@@ -58,7 +58,7 @@ class Site:
         elif self.rule.spread:
             self.state = evened(self.state, q.shape[2])
         else:
-            self.state = with_room(self.state, self.rule, tokens)
+            self.state = with_room(self.state, self.rule.kept(tokens))
         if not first:
             k, v, pos, past = join_slots(*self.state, k, v, position)
         _, stats, valid = prefill_attend(q, k, v, pos, mask, DIM**-0.5, False, rule)

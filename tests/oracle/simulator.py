@@ -56,6 +56,7 @@ class Layer:
         self.extra = [[0] * heads for _ in range(rows)]  # slots beyond the even budget, where heads share one
         self.shares = False  # the latest call shared a layer's budget out
         self.waits = False  # the call that is running shares slots out when it has passed all layers
+        self.waited = 0  # generated tokens since something went
         self.sights: dict[tuple[int, int], Sight] = {}  # of the latest call, by row and head
 
     def enter(self, b: int, start: int, valid: Array) -> Row:
@@ -191,12 +192,25 @@ class Simulator:
         if self.policy.spread and len(layer.rows[0].valid) > 1:
             layer.waits = True
             return
-        for b, row in enumerate(layer.rows):
-            self.evict(layer, b, row, self.even(index, row))
+        if self.due(layer):
+            for b, row in enumerate(layer.rows):
+                self.evict(layer, b, row, self.even(index, row))
+
+    def due(self, layer: Layer) -> bool:
+        """Does this call evict?"""
+        row = layer.rows[0]
+        if len(row.valid) > 1:
+            layer.waited = 0
+            return self.policy.when != "first" or row.start == 0
+        layer.waited += 1
+        if self.policy.when != "always" or layer.waited < self.policy.every:
+            return False
+        layer.waited = 0
+        return True
 
     def evict(self, layer: Layer, b: int, row: Row, even: int) -> None:
         """Each head of row b drops to its budget; a single token drives out one at most."""
-        heads, one = layer.heads[b], len(row.valid) == 1
+        heads, one = layer.heads[b], len(row.valid) == 1 and self.policy.every == 1
         if self.policy.rings:
             new = (row.start + np.flatnonzero(row.valid)).tolist()
             for head in heads:
