@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from kvpass.kernels.rule import ASIDE, MARK, Rule
 from kvpass.kernels.scorers.registry import Scorer
+from kvpass.policy.layers import variants
 from kvpass.policy.load import load, names
 from kvpass.policy.rule import rule_of
 from kvpass.policy.spec import Policy
@@ -55,7 +56,8 @@ def row_of(policy: Policy) -> Row:
 
 def example_rule(policy: Policy) -> Rule:
     """The rule that the ops get at the policy's own budget, or else at `EXAMPLE_BUDGET`."""
-    return rule_of(policy if policy.budget is not None else replace(policy, budget=EXAMPLE_BUDGET))
+    alike = replace(policy, layers={})
+    return rule_of(alike if policy.budget is not None else replace(alike, budget=EXAMPLE_BUDGET))
 
 
 def _attended(rule: Rule) -> bool:
@@ -121,7 +123,9 @@ def as_markdown(rows: list[Row]) -> str:
 
 
 def emission(policy: Policy) -> list[str]:
-    """What the ops of a policy compute and keep, in lines of words; the last is the rule itself."""
+    """What the ops of a policy compute and keep, in lines of words; the last are the rule itself, and those of layers
+    that differ.
+    """
     rule = example_rule(policy)
     own = policy.budget is not None
     whose = {-1: "all queries", 0: "no query"}.get(rule.queries, f"the last {rule.queries} queries")
@@ -132,6 +136,7 @@ def emission(policy: Policy) -> list[str]:
         f"a one-token call does with its row: {rule.decode}",
         f"each slot keeps: {kept}, {4 + 4 * len(rule.stats)} bytes beside K and V",
         f"rule at budget {policy.budget if own else EXAMPLE_BUDGET}: {rule.encode()}",
+        *(f"rule of layers {key}: {example_rule(other).encode()}" for key, other in variants(policy).items()),
     ]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from kvpass.errors import PolicyError
 from kvpass.policy.check import check_policy
+from kvpass.policy.layers import variants
 from kvpass.policy.spec import Allocate, Granule, Observe, Policy, Pool, Protect, Statistic, Weight
 
 PRESETS = Path(__file__).parent / "presets"
@@ -81,11 +82,23 @@ def read(path: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(data, dict):
         raise PolicyError("a policy file holds a mapping", where=str(path), hint="start with `name: my_policy`")
+    return _rooted(data, path.parent)
+
+
+def _rooted(data: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The data with files that it names, in its layers too, starting at a folder."""
+    out = dict(data)
     for key in ("options", "allocate"):
-        part = data.get(key)
+        part = out.get(key)
         if isinstance(part, dict) and part.get("file") and isinstance(part["file"], str):
-            data[key] = {**part, "file": str(path.parent / part["file"])}
-    return data
+            out[key] = {**part, "file": str(folder / part["file"])}
+    if isinstance(out.get("layers"), dict):
+        parts = out["layers"].items()
+        out["layers"] = {key: _rooted(part, folder) if isinstance(part, dict) else part for key, part in parts}
+    base = out.get("extends")
+    if "name" not in out and isinstance(base, str) and base.endswith((".yaml", ".yml")):
+        out["extends"] = str(folder / base)
+    return out
 
 
 @lru_cache(maxsize=1)
@@ -174,7 +187,24 @@ def _from_dict(data: dict[str, Any], where: str) -> Policy:
     except ValidationError as error:
         raise _readable(error.errors(), json.loads(text), where) from None
     check_policy(policy, where)
+    variants(policy, where)
     return policy
+
+
+def overridden(policy: Policy, own: dict[str, Any], where: str) -> Policy:
+    """The policy of a layer: `own` laid over all that `policy` says, or over what it extends; the budget is the
+    policy's unless `own` says one.
+
+    Raises:
+        PolicyError: as for a whole policy.
+    """
+    fixed = {"name", "layers", "paper", "source", "notes"} & set(own)
+    if fixed:
+        what, hint = f"unknown key {min(fixed)!r}", "a layer differs in what decides, not in what is for people"
+        raise PolicyError(what, where=where, hint=hint)
+    base = policy.to_dict()
+    data = merged(base, own) if "extends" not in own else {"budget": policy.budget, **extended(own, where, Path())}
+    return _from_dict({**data, "name": policy.name, "layers": {}}, where)
 
 
 def _readable(errors: list[Any], data: Any, where: str) -> PolicyError:

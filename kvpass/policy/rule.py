@@ -8,6 +8,7 @@ from urllib.parse import quote
 from kvpass.kernels.rule import INF, SCORES, Rule
 from kvpass.kernels.scorers.registry import encode_options, find_scorer
 from kvpass.policy.check import fraction
+from kvpass.policy.layers import of_layer
 from kvpass.policy.spec import Policy
 
 SPREAD = {"flat": "model", "preference": "preference"}
@@ -16,6 +17,7 @@ SPREAD = {"flat": "model", "preference": "preference"}
 
 def rule_of(policy: Policy, layer: int = 0, layers: int = 1) -> Rule:
     """The rule of a policy with a checked budget, for one layer of a model that has so many."""
+    policy = of_layer(policy, layer, layers)
     allocate = policy.allocate
     if policy.keeps_all:
         return Rule()

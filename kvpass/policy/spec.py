@@ -157,6 +157,8 @@ class Policy:
         every: of generated tokens, so many come before what is above the budget goes, all at once.
         scope: RoCo: this fraction of the slots, those with the largest standard deviation, cannot be evicted; 0 = no
             scope.
+        layers: what differs in some layers, by number (`0`, `-1` is the last) or range (`0-3`): fields as of a whole
+            policy, laid over this one key by key; or another policy instead, if they say `extends`.
         budget: fraction of the tokens seen so far (float, at most 1.0) or slots per KV head (int). None: the caller
             says.
         min_slots: a fractional budget never asks for fewer slots.
@@ -181,6 +183,7 @@ class Policy:
     allocate: Allocate = field(default_factory=Allocate)
     protect: Protect = field(default_factory=Protect)
     positions: Literal["kept", "reindexed"] = "kept"
+    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     budget: int | float | None = None
     min_slots: int = 64
     paper: str = ""
@@ -207,10 +210,14 @@ class Policy:
             PolicyError: no budget at all, or one that is impossible for this policy.
         """
         from kvpass.policy.check import check_budget, check_files
+        from kvpass.policy.layers import variants
 
         chosen = self if budget is None else replace(self, budget=budget)
         check_budget(chosen, given=budget is not None, own=self.budget)
         check_files(chosen)
+        for other in variants(chosen).values():
+            check_budget(other, given=False, own=other.budget)
+            check_files(other)
         return chosen
 
     @property

@@ -153,7 +153,7 @@ VARIANTS: list[tuple[str, dict[str, Any], int | float, Policy]] = [
     ("the model's best", {"extends": "snapkv", "allocate": {"layers": "flat", "safeguard": 0.1}}, 48, ModelWide()),
     ("a small nucleus", {"extends": "layer_defensivekv", "options": {"nucleus": 0.2}}, 48, SmallNucleus()),
     ("a short memory", CORM_SPEC, 1.0, ShortMemory()),
-    ("none is good enough", {"extends": "knorm", "allocate": {"heads": "threshold"}}, 1.0, NoneGoodEnough()),
+    ("none is good enough", {"score": "knorm", "allocate": {"heads": "threshold"}}, 1.0, NoneGoodEnough()),
     ("and a bound", CORM_SPEC, 64, ShortMemory()),
     ("lazy layers", LAZY_SPEC, 1.0, MostlyLazy()),
     ("lazy layers and a bound", LAZY_SPEC, 100, MostlyLazy()),
@@ -178,6 +178,7 @@ def test_variants(
 
 MUTATIONS: list[tuple[str, str, Any]] = [
     ("vatp", "weigh", lambda self, sight: (sight.values[sight.head] ** 2).sum(-1)),
+    ("knorm", "recent", 31),
     ("knorm", "score", lambda self, memory: memory.held**2),
     ("keydiff", "pointwise", True),
     ("r_kv", "balance", 0.2),

@@ -20,6 +20,7 @@ from kvpass.kernels.scorers.registry import READS, scorers
 from kvpass.cli import main
 from kvpass.policy import spec
 from kvpass.policy.listing import catalogue, example_rule
+from kvpass.policy.layers import of_layer
 from kvpass.policy.load import PRESETS, names
 from kvpass.policy.schema import json_schema, schema_text
 from kvpass.policy.spec import Policy
@@ -195,7 +196,10 @@ def test_the_reference_has_what_scorers_may_read():
 def test_examples_of_the_reference_load(tmp_path: Path):
     text = (DOCS / "policy-files.md").read_text()
     blocks = [block for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if "name:" in block]
-    assert len(blocks) == 2
+    assert len(blocks) == 3
+    (tmp_path / "differing.yaml").write_text(blocks[1])
+    differing = Policy.load(tmp_path / "differing.yaml").with_budget(0.2)
+    assert [of_layer(differing, at, 30).budget for at in (0, 1, 2, 28, 29)] == [1.0, 1.0, 0.2, 0.2, 128]
     (tmp_path / "mine.yaml").write_text(blocks[0])
     mine, snapkv = Policy.load(tmp_path / "mine.yaml").with_budget(0.2), Policy.load("snapkv")
     assert (mine.observe, mine.statistic, mine.pool) == (snapkv.observe, snapkv.statistic, snapkv.pool)

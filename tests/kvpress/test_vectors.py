@@ -56,7 +56,7 @@ DIFFERENCES = {
     "chunkkv": "kvpress counts in whole chunks and lets chunks lie across the window's start; kvpass keeps the budget "
     "exactly (the last chunk may be cut), and cuts chunks at the window",
     "streaming_llm": "none (keys keep their positions in both)",
-    "knorm": "none",
+    "knorm": "kvpress protects nothing, and keeps what is generated; the preset protects the last 32 tokens",
     "keydiff": "none (kvpress' BlockPress repeats it block by block, kvpass scores once)",
     "q_filters": "none",
     "kvzap": "kvpress' scorer protects nothing (its threshold press the last 128), the preset the last 32 tokens",
@@ -87,7 +87,7 @@ def lag(**options: Any) -> dict[str, Any]:
 
 EXACT: dict[str, dict[str, Any] | str] = {
     "streaming_llm": "streaming_llm",
-    "knorm": "knorm",
+    "knorm": {"name": "x", "score": "knorm"},
     "keydiff": "keydiff",
     "q_filters": {"name": "x", "extends": "q_filters", "options": {"file": "weights.pt"}},
     "kvzap": {"name": "x", "extends": "kvzap", "options": {"file": "weights.pt"}, "protect": {"recent": 0}},
@@ -103,7 +103,7 @@ EXACT: dict[str, dict[str, Any] | str] = {
     "snapkv": SNAPKV,
     "finch": FINCH | {"score": "finch_as_kvpress"},
     "ada_snapkv": {**SNAPKV, "extends": "ada_snapkv"},
-    "ada_knorm": {"name": "x", "extends": "knorm", "allocate": {"heads": "flat", "safeguard": 0.97}},
+    "ada_knorm": {"name": "x", "score": "knorm", "allocate": {"heads": "flat", "safeguard": 0.97}},
     "criticalkv": {**SNAPKV, "extends": "criticalkv"},
     "lagkv_32": lag(block=32),
     "lagkv_8": lag(block=8),

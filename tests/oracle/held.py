@@ -49,9 +49,13 @@ def clear(score: Array, error: Array) -> tuple[Array, Array, Array]:
 
 
 class Knorm(Held):
-    """Small keys stay."""
+    """Small keys stay, and the last 32."""
 
     pointwise = True
+    recent = 32
+
+    def protected(self, positions: Array, row: Row, n: int) -> Array:
+        return np.asarray(positions >= row.end - self.recent)
 
     def measure(self, sight: Sight) -> tuple[Array, Array, Array]:
         norm = np.sqrt((sight.keys[sight.candidates] ** 2).sum(-1))
