@@ -19,8 +19,8 @@ from kvpass.kernels.scorers.registry import READS, scorers
 
 from kvpass.cli import main
 from kvpass.policy import spec
-from kvpass.policy.listing import catalogue, example_rule
 from kvpass.policy.layers import of_layer
+from kvpass.policy.listing import catalogue, example_rule
 from kvpass.policy.load import PRESETS, names
 from kvpass.policy.schema import json_schema, schema_text
 from kvpass.policy.spec import Policy
