@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from models import tiny
-from quality import render, run, stats
+from quality import pool, render, run, stats
 from quality.measure import Lab, batch_rows
 from quality.prompts import MODES, TASKS
 from quality.store import Cell, Settings, Store
@@ -79,14 +79,15 @@ def test_eviction_shows(measured: Store) -> None:
 
 
 def test_a_second_run_computes_nothing(lab: Lab, measured: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "measure", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(pool, "measure", lambda *_: pytest.fail("measured again"))
     assert run.run(lab, measured, CELLS, Console(quiet=True)) == 0
 
 
 def test_a_failure_is_noted_and_tried_again(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, broken = Store(lab.settings, tmp_path), Cell("full", 1.0, CONTEXT)
     monkeypatch.setattr(run, "load_or_measure", lambda *_: None)
-    monkeypatch.setattr(run, "measure", lambda *_: 1 / 0)
+    monkeypatch.setattr(pool, "_reference", lambda *_: None)
+    monkeypatch.setattr(pool, "measure", lambda *_: 1 / 0)
     assert run.run(lab, store, [broken], Console(quiet=True)) == 0
     assert store.errors() == {f"{CONTEXT}-1-full": "ZeroDivisionError: division by zero"}
     assert not store.done(broken)

@@ -41,8 +41,8 @@ def cell_seconds(lab: Lab, context: int, timing: tuple[float, float]) -> float:
     return prompts + steps * step_s + CAPTURE_S
 
 
-def estimate(lab: Lab, store: Store, todo: list[Cell]) -> tuple[float, str]:
-    """Seconds for all of `todo`, and what that rests on."""
+def estimate(lab: Lab, store: Store, todo: list[Cell], jobs: int = 1) -> tuple[float, str]:
+    """Seconds for all of `todo`, so many at a time, and what that rests on."""
     known: dict[int, list[float]] = {}
     for found in store.cells():
         known.setdefault(found["context"], []).append(found["seconds"])
@@ -50,7 +50,7 @@ def estimate(lab: Lab, store: Store, todo: list[Cell]) -> tuple[float, str]:
     timing = probe(lab, min(4, lab.settings.trials)) if unknown else (0.0, 0.0)
     total = sum(cell_seconds(lab, cell.context, timing) for cell in unknown)
     total += sum(statistics.median(known[cell.context]) for cell in todo if cell.context in known)
-    return total, "a probe of the model" if unknown else "the median of finished cells"
+    return total / jobs, "a probe of the model" if unknown else "the median of finished cells"
 
 
 def minutes(seconds: Any) -> str:

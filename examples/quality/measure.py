@@ -21,6 +21,9 @@ from quality.store import Cell, Settings
 BATCH_TOKENS = 8192
 """Prompt tokens in one call, at most (one row always fits)."""
 
+FIRST_CALL = " (first call)"
+"""Behind a policy's name: it evicts in the first call of a cache and never again."""
+
 Say = Callable[[str], None]
 
 
@@ -55,7 +58,9 @@ class Lab:
         import kvpass
 
         torch._dynamo.reset()
-        return kvpass.compile(self.model, cell.policy, cell.budget, inner="eager")
+        name = cell.policy.removesuffix(FIRST_CALL)
+        policy = name if name == cell.policy else {"name": cell.policy, "extends": name, "when": "first"}
+        return kvpass.compile(self.model, policy, cell.budget, inner="eager")
 
     def capture_seconds(self, model: Any) -> float:
         return float(model.kvpass.timings["capture"])

@@ -1,7 +1,7 @@
 """`make quality`: what each policy's eviction costs, on SmolLM2-135M-Instruct and real text.
 
     python -P examples/quality/run.py [--full] [--policies a,b] [--budgets 0.1,0.2] [--contexts 1024] [--trials 4]
-                                      [--fresh] [--render] [--estimate]
+                                      [--jobs 2] [--first-call] [--fresh] [--render] [--estimate]
 
 Finished cells are kept in .cache/quality and skipped on a rerun. Writes examples/quality/results/<date>-<machine>.*
 and docs/quality.md. --render only writes those, from the cells there are (or from the newest results).
@@ -10,6 +10,7 @@ and docs/quality.md. --render only writes those, from the cells there are (or fr
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import subprocess
 import sys
@@ -30,7 +31,8 @@ from workers import wide_console
 from kvpass.policy.load import names
 from quality import render
 from quality.estimate import estimate, minutes
-from quality.measure import Lab, measure
+from quality.measure import FIRST_CALL, Lab
+from quality.pool import outcomes
 from quality.reference import load_or_measure
 from quality.store import Cell, Settings, Store
 
@@ -52,6 +54,8 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--trials", type=int, help="retrieval prompts for each task and mode, and texts")
     parser.add_argument("--steps", type=int, default=128, help="tokens of each continuation")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cells at a time, a process for each")
+    parser.add_argument("--first-call", action="store_true", help="evict in the first call only, as kvpress does")
     parser.add_argument("--full", action="store_true", help="1k, 2k and 4k; 10, 20 and 50 %%; 20 trials: many hours")
     parser.add_argument("--fresh", action="store_true", help="forget finished cells of these settings")
     parser.add_argument("--render", action="store_true", help="measure nothing: write table, picture and docs")
@@ -63,6 +67,8 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     unknown = sorted(set(args.policies) - set(names()))
     if unknown:
         parser.error(f"no policy {unknown[0]!r}; there are {', '.join(names())}")
+    if args.first_call:
+        args.policies = [policy + FIRST_CALL for policy in args.policies]
     return args
 
 
@@ -84,29 +90,29 @@ def commit() -> str:
     return (head or "unknown") + ("+" if dirty else "")
 
 
-def run(lab: Lab, store: Store, cells: list[Cell], console: Console) -> int:
+def run(lab: Lab, store: Store, cells: list[Cell], console: Console, jobs: int = 1) -> int:
     """Measures what is not on disk; how many cells that were. A policy that fails is noted, and the rest goes on."""
     todo, stamp, measured = [cell for cell in cells if not store.done(cell)], commit(), 0
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}: {task.fields[doing]}"))
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as shown:
-        task = shown.add_task("quality", total=len(cells), completed=len(cells) - len(todo), doing="")
-        reference, context = None, None
-        for cell in todo:
-            if cell.context != context:
-                shown.update(task, description=f"{cell.context} tokens", doing="the full cache of Hugging Face")
-                with torch.no_grad():
-                    parts = lab.plain_chunks(cell.context)
-                    path = store.reference_path(cell.context)
-                    reference, context = load_or_measure(path, lab.model, parts, lab.settings.steps), cell.context
-            shown.update(task, description=cell.name, doing="capture")
-            try:
-                found = measure(lab, cell, reference, lambda doing: shown.update(task, doing=doing))
+        task = shown.add_task("starting", total=len(cells), completed=len(cells) - len(todo))
+
+        def say(doing: str) -> None:
+            shown.update(task, description=doing)
+
+        for context in dict.fromkeys(cell.context for cell in todo):
+            say(f"{context} tokens: the full cache of Hugging Face")
+            with torch.no_grad():
+                parts = lab.plain_chunks(context)
+                load_or_measure(store.reference_path(context), lab.model, parts, lab.settings.steps)
+        for cell, found in outcomes(lab, store, todo, jobs, say):
+            if isinstance(found, str):
+                store.fail(cell, found)
+                shown.console.print(f"{cell.name} failed: {found}", highlight=False, markup=False)
+            else:
                 store.save(cell, {**found, "commit": stamp, "date": date.today().isoformat()})
                 measured += 1
                 shown.console.print(f"{cell.name}: {found['seconds']:.0f} s", highlight=False)
-            except Exception as error:
-                store.fail(cell, f"{type(error).__name__}: {error}")
-                shown.console.print(f"{cell.name} failed: {error}", highlight=False, markup=False)
             shown.advance(task)
     return measured
 
@@ -149,11 +155,11 @@ def main() -> None:
         lab = Lab(*smollm2.load(), store.settings)
         cells = grid(args.policies, args.budgets, args.contexts)
         todo = [cell for cell in cells if not store.done(cell)]
-        seconds, ground = estimate(lab, store, todo)
+        seconds, ground = estimate(lab, store, todo, args.jobs)
         console.print(f"{len(cells)} cells, {len(todo)} to do: about {minutes(seconds)}, by {ground}", highlight=False)
         if args.estimate:
             return
-        run(lab, store, cells, console)
+        run(lab, store, cells, console, args.jobs)
     for path in publish(store, command):
         console.print(f"wrote {path}", soft_wrap=True, highlight=False)
 
