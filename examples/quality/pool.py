@@ -1,4 +1,4 @@
-"""Cells side by side: a process for each core, with one thread of torch. Decoding and capture leave a second core idle."""
+"""Cells side by side: a process for each core, because decoding and capture leave a second one idle."""
 
 from __future__ import annotations
 

@@ -29,8 +29,8 @@ READ = """How to read it:
 - `held`: K and V as kvpass.report counts them after the prompt, of the dense cache; positions and statistics apart.
 - Rows `kvpress ..`: the same with NVIDIA's library (`examples/quality/peer.py`). It compresses the first call and keeps
   every later token, so that by the end of a text it holds more than `held` says.
-- Rows `.. (first call)`: kvpass evicting in the first call alone, too (`when: first`): as many bytes as kvpress at every
-  step, so these two can be compared.
+- Rows `.. (first call)`: kvpass evicting in the first call alone too (`when: first`), in as many bytes as kvpress at
+  every step, so that these two can be compared.
 - All policies see the same texts, numbers and depths. Intervals are of one policy alone: differences between policies
   are paired and less noisy than the intervals look, but with few trials most neighbours cannot be told apart.
 - `full` is the ceiling, and its KL is the floor of rounding; `random` is what every policy must beat. A 135M model is
@@ -143,7 +143,7 @@ def facts(results: dict[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {machine[name]}" for name in ("python", "torch", "transformers", "kvpass"))
     return [
         "SmolLM2-135M-Instruct, float32, text of Python's documentation, inner compiler `eager`.",
-        f"`{results['command']}`, {results['date']}; {len(results['cells'])} cells, {minutes:.0f} minutes of processes;",
+        f"`{results['command']}`, {results['date']}; {len(results['cells'])} cells, {minutes:.0f} process minutes;",
         f"commit {', '.join(commits)}; {versions}; {machine['cpu']}, {machine['threads']} thread(s).",
     ]
 
