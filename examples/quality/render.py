@@ -124,7 +124,7 @@ def gaps(results: dict[str, Any]) -> list[str]:
     for name in results["missing"]:
         context, budget, policy = name.split("-", 2)
         by_group.setdefault((context, budget), []).append(policy)
-    if not by_group and not results["failed"]:
+    if not by_group and not results["failed"] and not results["weightless"]:
         return [*lines, "Nothing: every policy, budget and context of `--full` is here."]
     total = sum(map(len, by_group.values()))
     lines.append(f"Not measured, of the whole grid (`--full`): {total} cells.")
@@ -133,7 +133,10 @@ def gaps(results: dict[str, Any]) -> list[str]:
         every = len(policies) == len(results["policies"]) - 1  # `full` stands apart
         who = f"all {len(policies)} evicting policies" if every else ", ".join(policies)
         lines.append(f"- {int(context):,} tokens, {100 * float(budget):g} %: {who}")
-    return lines + [f"- failed: {name}: {words}" for name, words in results["failed"].items()]
+    lines += [f"- failed: {name}: {words}" for name, words in results["failed"].items()]
+    if results["weightless"]:
+        lines.append(f"- {', '.join(results['weightless'])}: read trained weights or tables, and there are none here")
+    return lines
 
 
 def facts(results: dict[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ import os
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers.utils import logging as transformers_logging
 from workers import wide_console
 
+from kvpass.errors import PolicyError
 from kvpass.policy.load import names
+from kvpass.policy.spec import Policy
 from quality import render
 from quality.estimate import estimate, minutes
 from quality.measure import FIRST_CALL, Lab
@@ -46,9 +49,19 @@ def listed(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
+def measurable() -> list[str]:
+    """Policies that need no trained weights or tables; a policy that does, and lacks them, cannot be measured."""
+    found = []
+    for name in names():
+        with suppress(PolicyError):
+            Policy.load(name).with_budget(None if name == "full" else DEFAULT_BUDGETS[0])
+            found.append(name)
+    return found
+
+
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--policies", type=listed, default=names(), help="names, with commas; all of them if left out")
+    parser.add_argument("--policies", type=listed, help="names, with commas; if left out, all that need no weights")
     parser.add_argument("--budgets", type=lambda text: [float(part) for part in listed(text)])
     parser.add_argument("--contexts", type=lambda text: [int(part) for part in listed(text)])
     parser.add_argument("--trials", type=int, help="retrieval prompts for each task and mode, and texts")
@@ -64,6 +77,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     args.budgets = args.budgets or list(BUDGETS if args.full else DEFAULT_BUDGETS)
     args.contexts = args.contexts or list(CONTEXTS if args.full else DEFAULT_CONTEXTS)
     args.trials = args.trials or (TRIALS if args.full else DEFAULT_TRIALS)
+    args.policies = args.policies or measurable()
     unknown = sorted(set(args.policies) - set(names()))
     if unknown:
         parser.error(f"no policy {unknown[0]!r}; there are {', '.join(names())}")
@@ -121,13 +135,15 @@ def results(store: Store, command: str) -> dict[str, Any]:
     """Everything measured under these settings, and what is missing of the whole grid."""
     cells = store.cells()
     have = {Cell(c["policy"], c["budget"], c["context"]) for c in cells}
-    whole = grid(names(), list(BUDGETS), list(CONTEXTS))
+    policies = measurable()
+    whole = grid(policies, list(BUDGETS), list(CONTEXTS))
     return {
         "date": date.today().isoformat(),
         "command": command,
         "machine": machine.describe(),
         "settings": {**vars(store.settings)},
-        "policies": names(),
+        "policies": policies,
+        "weightless": [name for name in names() if name not in policies],
         "missing": [cell.name for cell in whole if cell not in have],
         "failed": store.errors(),
         "cells": cells,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import lru_cache
 
 from kvpass.errors import PolicyError
 from kvpass.policy.spec import Policy
@@ -29,6 +30,7 @@ def of_layer(policy: Policy, layer: int, layers: int) -> Policy:
     return variants(policy)[found[0]] if found else replace(policy, layers={})
 
 
+@lru_cache(maxsize=64)
 def variants(policy: Policy, where: str = "") -> dict[str, Policy]:
     """The policy of each entry of `layers`, checked.
 

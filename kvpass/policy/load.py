@@ -85,8 +85,8 @@ def read(path: Path) -> dict[str, Any]:
     return _rooted(data, path.parent)
 
 
-def _rooted(data: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The data with files that it names, in its layers too, starting at a folder."""
+def _rooted(data: dict[str, Any], folder: Path, *, layer: bool = False) -> dict[str, Any]:
+    """The data, of a file or of one of its layers, with the files that it names starting at a folder."""
     out = dict(data)
     for key in ("options", "allocate"):
         part = out.get(key)
@@ -94,10 +94,9 @@ def _rooted(data: dict[str, Any], folder: Path) -> dict[str, Any]:
             out[key] = {**part, "file": str(folder / part["file"])}
     if isinstance(out.get("layers"), dict):
         parts = out["layers"].items()
-        out["layers"] = {key: _rooted(part, folder) if isinstance(part, dict) else part for key, part in parts}
-    base = out.get("extends")
-    if "name" not in out and isinstance(base, str) and base.endswith((".yaml", ".yml")):
-        out["extends"] = str(folder / base)
+        out["layers"] = {key: _rooted(p, folder, layer=True) if isinstance(p, dict) else p for key, p in parts}
+    if layer and isinstance(out.get("extends"), str) and out["extends"].endswith((".yaml", ".yml")):
+        out["extends"] = str(folder / out["extends"])
     return out
 
 

@@ -12,7 +12,9 @@ from models import tiny
 from oracle.base import Policy
 from oracle.drive import Conversation
 from oracle.held import KeyDiff, Knorm
+from oracle.needs import CORM
 from oracle.policies import H2O, AdaSnapKV, RoCo, SnapKV
+from oracle.policies import StreamingLLMReindexed as Reindexed
 from transformers import DynamicCache
 
 import kvpass
@@ -26,6 +28,8 @@ WAYS = [
     ("roco", RoCo, "always", 7),
     ("keydiff", KeyDiff, "always", 7),
     ("ada_snapkv", AdaSnapKV, "always", 7),
+    ("streaming_llm_reindexed", Reindexed, "always", 7),
+    ("corm", CORM, "calls", 1),
 ]
 
 
