@@ -6,6 +6,7 @@ Not collected by a plain `pytest`: test_triton_interpreter.py runs this file.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -115,6 +116,15 @@ def test_decode_from_nothing(name: str) -> None:
     run_decode(rule, state, "none", 2, 0, 14)
     if rule.heads == "all":
         assert torch.equal(state.pos[:, 0], state.pos[:, 1])
+
+
+@pytest.mark.parametrize("change", [{"when": "calls"}, {"every": 3}], ids=str)
+def test_decode_that_waits(change: dict[str, Any]) -> None:
+    """A step under such a rule appends and observes; nothing goes, though the budget is passed."""
+    rule = replace(RULES["h2o"], **change)
+    state = random_state(torch.tensor([[20, 20]]), 26, 16, rule, seen=60)
+    run_decode(rule, state, "none", 2, 60, 5)
+    assert state.cursor[..., LIVE].tolist() == [[25, 25]]
 
 
 @pytest.mark.parametrize("name", ["h2o", "tova", "streaming", "roco"])
