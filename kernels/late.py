@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from kvpass.kernels.allocate import budgets
 from kvpass.kernels.compact_slots import compact_slots
+from kvpass.kernels.held import Read, held_scores
 from kvpass.kernels.ragged import empty_like, even
-from kvpass.kernels.rule import EXTRA, FREE, LIVE, SEEN, Rule
+from kvpass.kernels.rule import EXTRA, FREE, HELD, LIVE, MARK, SEEN, Rule
+from kvpass.kernels.scorers.registry import find_scorer
 from kvpass.kernels.scores import ranked, shared_by_heads
 from kvpass.kernels.select_slots import select_slots
 from torch import Tensor
@@ -14,13 +16,19 @@ from torch import Tensor
 
 def thinned(state: list[Tensor], rule: Rule) -> list[Tensor]:
     """The state (k, v, pos, stats, cursor) with the best slots of each head that the budget has room for, in as many
-    slots. A copy. Steps have appended to it, so that its slots are in the order of positions.
+    slots. A copy. Steps have appended to it, so that its slots are in the order of positions. A scorer that needs no
+    more than keys and values judges all of them again (LagKV and KeyDiff while they generate).
     """
     slots, (k, v, pos, stats, cursor) = state[0].shape[2], even(state)
-    candidate = pos >= 0
+    candidate, end = pos >= 0, pos.amax(-1, keepdim=True) + 1
     if rule.ragged:
         cursor = torch.nn.functional.pad(cursor, (0, rule.columns - EXTRA))
-    score = ranked(stats, pos, candidate, pos.amax(-1, keepdim=True) + 1, cursor, rule)
+    if _judges_again(rule):
+        stats = stats.clone()
+        beside = stats[rule.stat(HELD)], stats[rule.stat(MARK)] if rule.marked else None
+        keys, length = (pos, candidate, end), pos.shape[-1]
+        stats[rule.stat(HELD)], _ = held_scores(stats[:0], keys, cursor, Read(k, v), beside, length, rule)
+    score = ranked(stats, pos, candidate, end, cursor, rule)
     cursor = cursor.clone()
     live = torch.minimum(budgets(cursor[..., SEEN], rule), candidate.sum(-1)).int()
     cursor[..., LIVE] = cursor[..., FREE] = live
@@ -29,3 +37,11 @@ def thinned(state: list[Tensor], rule: Rule) -> list[Tensor]:
     chosen = select_slots(score, cursor, score.shape[-1] if rule.ragged else slots)
     compact_slots(k, v, pos, stats, chosen, cursor, *out)
     return out
+
+
+def _judges_again(rule: Rule) -> bool:
+    """Whether slots hold a score that can be given anew from what they hold, and that changes with the others."""
+    if not rule.scorer:
+        return False
+    scorer = find_scorer(rule.scorer)
+    return not scorer.pointwise and set(scorer.reads) <= {"keys", "values", "layer"}

@@ -11,7 +11,7 @@ import torch
 from models import tiny
 from oracle.base import Policy
 from oracle.drive import Conversation
-from oracle.held import KeyDiff, Knorm
+from oracle.held import KeyDiff, Knorm, LagKV
 from oracle.needs import CORM
 from oracle.policies import H2O, AdaSnapKV, RoCo, SnapKV
 from oracle.policies import StreamingLLMReindexed as Reindexed
@@ -20,7 +20,14 @@ from transformers import DynamicCache
 import kvpass
 
 BUDGET = 48
-WAYS = [
+
+
+class ShortLag(LagKV):
+    lag = 8
+
+
+LAG8 = {"extends": "lagkv", "options": {"block": 8}}
+WAYS: list[tuple[Any, type[Policy], str, int]] = [
     ("h2o", H2O, "calls", 1),
     ("snapkv", SnapKV, "first", 1),
     ("knorm", Knorm, "first", 1),
@@ -30,15 +37,17 @@ WAYS = [
     ("ada_snapkv", AdaSnapKV, "always", 7),
     ("streaming_llm_reindexed", Reindexed, "always", 7),
     ("corm", CORM, "calls", 1),
+    (LAG8, ShortLag, "always", 9),
 ]
 
 
-@pytest.mark.parametrize(("name", "kind", "when", "every"), WAYS, ids=lambda value: str(value))
-def test_positions_are_the_oracles(name: str, kind: type[Policy], when: str, every: int) -> None:
+@pytest.mark.parametrize(("name", "kind", "when", "every"), WAYS, ids=str)
+def test_positions_are_the_oracles(name: Any, kind: type[Policy], when: str, every: int) -> None:
     """Padded rows, 20 steps, a second turn, 9 steps."""
     meaning = kind()
     meaning.when, meaning.every = when, every
-    policy = {"name": "late", "extends": name, "when": when, "every": every}
+    base = {"extends": name} if isinstance(name, str) else name
+    policy = {"name": "late", **base, "when": when, "every": every}
     conversation = Conversation(tiny.llama(6, 2), policy, BUDGET, meaning=meaning, inner="eager")
     mask = torch.ones(2, 90, dtype=torch.long)
     mask[1, :23] = 0

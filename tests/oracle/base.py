@@ -98,6 +98,7 @@ class Sight:
     head: int
     n: int  # the even budget
     rounding: float
+    due: bool = False  # a step at which what waited goes
 
     @property
     def multi(self) -> bool:

@@ -19,6 +19,7 @@ GENERATED = 1e9
 class Held(Policy):
     needs = True
     pointwise = False
+    geometric = False  # keys and values say all: judged again when steps that waited are over
     window = 0
 
     def measure(self, sight: Sight) -> tuple[Array, Array, Array]:
@@ -26,7 +27,7 @@ class Held(Policy):
         raise NotImplementedError
 
     def look(self, memory: Memory, sight: Sight) -> None:
-        if sight.multi or self.pointwise:
+        if sight.multi or self.pointwise or (self.geometric and sight.due):
             c = sight.candidates
             memory.held[c], memory.error[c], memory.blurred[c] = self.measure(sight)
             self.leave_out(memory, c[~sight.outside(self.window)])
@@ -65,6 +66,8 @@ class Knorm(Held):
 class KeyDiff(Held):
     """Keys that are unlike the mean direction of all stay."""
 
+    geometric = True
+
     def measure(self, sight: Sight) -> tuple[Array, Array, Array]:
         unit = directions(sight.keys[sight.candidates])
         mean = unit.mean(0)
@@ -101,6 +104,7 @@ class LagKV(Held):
     """4 sinks, then blocks of 128, each measured against the next one; ranks within a block. As kvpress: the last
     full block and the tail stay; where they alone are more than the budget, the later ones stay."""
 
+    geometric = True
     lag = 128
     sinks = 4
 

@@ -178,6 +178,7 @@ class Simulator:
             head=h,
             n=self.even(index, row),
             rounding=self.rounding,
+            due=len(row.valid) == 1 and layer.waited + 1 == self.policy.every > 1,
         )
         self.policy.look(head.memory, sight)
         layer.sights[b, h] = sight
