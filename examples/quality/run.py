@@ -49,10 +49,14 @@ def listed(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
+PROBED = {"judge_q"}
+"""Policies whose weights are not kvpass' to read: the caller appends trained embeddings to the prompt."""
+
+
 def measurable() -> list[str]:
     """Policies that need no trained weights or tables; a policy that does, and lacks them, cannot be measured."""
     found = []
-    for name in names():
+    for name in sorted({*names()} - PROBED):
         with suppress(PolicyError):
             Policy.load(name).with_budget(None if name == "full" else DEFAULT_BUDGETS[0])
             found.append(name)
