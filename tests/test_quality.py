@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from models import tiny
-from quality import pool, render, run, stats
+from quality import pool, render, run, stats, versus
 from quality.measure import Lab, batch_rows
 from quality.prompts import MODES, TASKS
 from quality.store import Cell, Settings, Store
@@ -124,3 +124,14 @@ def test_intervals() -> None:
 def test_batches_have_one_shape() -> None:
     assert [batch_rows(6, n) for n in (1024, 2048, 4096, 9000)] == [6, 3, 2, 1]
     assert [batch_rows(20, 1024), batch_rows(20, 4096)] == [5, 2]
+
+
+def test_two_libraries_are_compared_pair_by_pair(measured: Store) -> None:
+    """The same cell under both names: no difference; what is in one library alone is no pair."""
+    mine = cell(measured, "random")
+    cells = [{**mine, "policy": name} for name in ("random (first call)", "kvpress random", "kvpress other", "random")]
+    ((policy, *both),) = versus.pairs(cells)
+    assert policy == "random"
+    assert versus.row(policy, *both)[3::2] == ["+0.000 ± 0.000", "+0.00 ± 0.00", "+0.00 ± 0.00"]
+    worse = {**both[0], "text": {**mine["text"], "kl": [value + 0.25 for value in mine["text"]["kl"]]}}
+    assert versus.row(policy, worse, both[1])[3] == "+0.250 ± 0.000"

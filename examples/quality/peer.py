@@ -31,8 +31,7 @@ from transformers.utils import logging as transformers_logging
 from quality.measure import Lab, measure
 from quality.reference import load_or_measure
 from quality.store import Cell, Settings, Store
-
-PREFIX = "kvpress "
+from quality.versus import PEER
 
 PRESSES: dict[str, Callable[[float], Any]] = {
     "random": lambda ratio: kvpress.RandomPress(ratio, seed=0),
@@ -72,7 +71,7 @@ class Pressed:
 
 class PeerLab(Lab):
     def compiled(self, cell: Cell) -> Any:
-        return Pressed(self.model, PRESSES[cell.policy.removeprefix(PREFIX)](1 - cell.budget))
+        return Pressed(self.model, PRESSES[cell.policy.removeprefix(PEER)](1 - cell.budget))
 
     def capture_seconds(self, model: Any) -> float:
         return 0.0
@@ -97,7 +96,7 @@ def main() -> None:
     lab = PeerLab(*smollm2.load(), Settings(args.trials))
     store = Store(lab.settings)
     grid = [(c, b, p) for c in args.contexts.split(",") for b in args.budgets.split(",") for p in PRESSES]
-    cells = [Cell(PREFIX + policy, float(budget), int(context)) for context, budget, policy in grid]
+    cells = [Cell(PEER + policy, float(budget), int(context)) for context, budget, policy in grid]
     for cell in track([cell for cell in cells if not store.done(cell)], "kvpress"):
         path = store.reference_path(cell.context)
         with torch.no_grad():

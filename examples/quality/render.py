@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from quality import picture, stats
+from quality import picture, stats, versus
 from quality.prompts import MODES, TASKS
 
 READ = """How to read it:
@@ -114,6 +114,10 @@ def sections(results: dict[str, Any]) -> list[str]:
         lines += ["", f"## {context:,} tokens, budget {100 * budget:g} %", "", "Text, least KL first:", ""]
         lines += table(TEXT_COLUMNS, map(text_row, by_kl))
         lines += ["", "Retrieval, same order:", "", *table(RETRIEVAL_COLUMNS, map(retrieval_row, by_kl))]
+        both = [versus.row(*pair) for pair in versus.pairs(mine)]
+        if both:
+            lines += ["", "### Next to kvpress, in the same bytes", "", versus.ABOUT, ""]
+            lines += table(versus.COLUMNS, both)
     return lines
 
 
