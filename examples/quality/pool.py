@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import lru_cache
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import smollm2
@@ -38,10 +41,18 @@ def outcomes(lab: Lab, store: Store, cells: list[Cell], jobs: int, say: Say) -> 
 
 
 def _begin(settings: Settings, threads: int) -> None:
+    Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(threads)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     _WORKER.append((Lab(*smollm2.load(), settings), Store(settings)))
+
+
+def _end_with(parent: int) -> None:
+    """A worker whose parent was killed would go on measuring for nobody."""
+    while os.getppid() == parent:
+        time.sleep(2)
+    os._exit(1)
 
 
 def _work(cell: Cell) -> Outcome:
