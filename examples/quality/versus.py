@@ -13,10 +13,10 @@ PEER = "kvpress "
 COLUMNS = ["policy", "KL", "kvpress' KL", "KL, difference", "aware NLL", "difference", "agnostic NLL", "difference"]
 
 ABOUT = """Both compress the first call of a cache and keep every later token, so both hold the same number of slots
-at every step (`held %` differs by what rounds, and by kvpass' spare slots). A difference is kvpass less kvpress, mean
-and half of the 95 % t interval over pairs (texts, or questions): below zero kvpass is nearer to the full cache, or surer
-of the right digits; an interval that holds zero tells nothing apart. What is defined otherwise in the two is listed in
-`tests/kvpress/test_vectors.py`."""
+at every step (`held %` differs by what rounds, and by kvpass' spare slots). A difference is kvpass less kvpress,
+mean and half of the 95 % t interval over pairs (texts, or questions): below zero kvpass is nearer to the full
+cache, or surer of the right digits; an interval that holds zero tells nothing apart. What is defined otherwise in
+the two is listed in `tests/kvpress/test_vectors.py`."""
 
 
 def pairs(cells: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
