@@ -8,10 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from models import tiny
 from quality import pool, render, run, stats, versus
 from quality.measure import Lab, batch_rows
 from quality.prompts import MODES, TASKS
+from quality.reference import Reference
 from quality.store import Cell, Settings, Store
 from rich.console import Console
 
@@ -91,6 +93,15 @@ def test_a_failure_is_noted_and_tried_again(lab: Lab, tmp_path: Path, monkeypatc
     assert run.run(lab, store, [broken], Console(quiet=True)) == 0
     assert store.errors() == {f"{CONTEXT}-1-full": "ZeroDivisionError: division by zero"}
     assert not store.done(broken)
+
+
+def test_cells_side_by_side(lab: Lab, tmp_path: Path) -> None:
+    """Two workers with a model each, and what they say comes back: here that a policy has no weights."""
+    store, cells = Store(lab.settings, tmp_path), [Cell(name, 0.2, CONTEXT) for name in ("dms", "trim_kv")]
+    torch.save(dict.fromkeys(Reference.__dataclass_fields__, torch.zeros(1)), store.reference_path(CONTEXT))
+    said = {cell.policy: found for cell, found in pool.outcomes(lab, store, cells, 2, lambda doing: None)}
+    assert set(said) == {"dms", "trim_kv"}
+    assert all("no weight file" in str(words) for words in said.values())
 
 
 def test_rendering(measured: Store, tmp_path: Path) -> None:

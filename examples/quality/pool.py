@@ -32,20 +32,20 @@ def outcomes(lab: Lab, store: Store, cells: list[Cell], jobs: int, say: Say) -> 
         for cell in cells:
             yield cell, _attempt(lab, store, cell, lambda doing, cell=cell: say(f"{cell.name}: {doing}"))
         return
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, spawn, _begin, (store.settings, max(1, torch.get_num_threads() // jobs))) as pool:
+    spawn, threads = multiprocessing.get_context("spawn"), max(1, torch.get_num_threads() // jobs)
+    with ProcessPoolExecutor(jobs, spawn, _begin, (store.settings, store.folder.parent, threads)) as pool:
         waiting = {pool.submit(_work, cell): cell for cell in cells}
         for done in as_completed(waiting):
             say(f"{jobs} at a time")
             yield waiting[done], done.result()
 
 
-def _begin(settings: Settings, threads: int) -> None:
+def _begin(settings: Settings, root: Path, threads: int) -> None:
     Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(threads)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    _WORKER.append((Lab(*smollm2.load(), settings), Store(settings)))
+    _WORKER.append((Lab(*smollm2.load(), settings), Store(settings, root)))
 
 
 def _end_with(parent: int) -> None:
