@@ -17,6 +17,8 @@ from quality.reference import Reference
 from quality.store import Cell, Settings, Store
 from rich.console import Console
 
+from kvpass.policy.spec import Policy
+
 CONTEXT = 700
 CELLS = [Cell("full", 1.0, CONTEXT), Cell("random", 0.2, CONTEXT)]
 
@@ -142,7 +144,14 @@ def test_two_libraries_are_compared_pair_by_pair(measured: Store) -> None:
     mine = cell(measured, "random")
     cells = [{**mine, "policy": name} for name in ("random (first call)", "kvpress random", "kvpress other", "random")]
     ((policy, *both),) = versus.pairs(cells)
-    assert policy == "random"
+    assert policy == "random (first call)"
     assert versus.row(policy, *both)[3::2] == ["+0.000 ± 0.000", "+0.00 ± 0.00", "+0.00 ± 0.00"]
     worse = {**both[0], "text": {**mine["text"], "kl": [value + 0.25 for value in mine["text"]["kl"]]}}
     assert versus.row(policy, worse, both[1])[3] == "+0.250 ± 0.000"
+
+
+def test_names_of_cells_mean_policies() -> None:
+    policies = {name: Policy.load(versus.spec_of(name)).with_budget(0.2) for name in versus.beside_peer()}
+    assert {policy.when for policy in policies.values()} == {"first"}
+    assert policies["snapkv (as kvpress)"].observe.queries == 64
+    assert policies["snapkv (first call)"].observe.queries == 32

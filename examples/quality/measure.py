@@ -17,12 +17,10 @@ from transformers import DynamicCache
 from quality.prompts import MODES, TASKS, Prompts, Trial
 from quality.reference import Reference, call, follow
 from quality.store import Cell, Settings
+from quality.versus import spec_of
 
 BATCH_TOKENS = 8192
 """Prompt tokens in one call, at most (one row always fits)."""
-
-FIRST_CALL = " (first call)"
-"""Behind a policy's name: it evicts in the first call of a cache and never again."""
 
 Say = Callable[[str], None]
 
@@ -58,9 +56,7 @@ class Lab:
         import kvpass
 
         torch._dynamo.reset()
-        name = cell.policy.removesuffix(FIRST_CALL)
-        policy = name if name == cell.policy else {"name": cell.policy, "extends": name, "when": "first"}
-        return kvpass.compile(self.model, policy, cell.budget, inner="eager")
+        return kvpass.compile(self.model, spec_of(cell.policy), cell.budget, inner="eager")
 
     def capture_seconds(self, model: Any) -> float:
         return float(model.kvpass.timings["capture"])

@@ -29,8 +29,8 @@ READ = """How to read it:
 - `held`: K and V as kvpass.report counts them after the prompt, of the dense cache; positions and statistics apart.
 - Rows `kvpress ..`: the same with NVIDIA's library (`examples/quality/peer.py`). It compresses the first call and keeps
   every later token, so that by the end of a text it holds more than `held` says.
-- Rows `.. (first call)`: kvpass evicting in the first call alone too (`when: first`), in as many bytes as kvpress at
-  every step, so that these two can be compared.
+- Rows `.. (first call)` and `.. (as kvpress)`: kvpass evicting in the first call alone too (`when: first`), in as many
+  bytes as kvpress at every step, so that these can be compared (`run.py --beside-kvpress`).
 - All policies see the same texts, numbers and depths. Intervals are of one policy alone: differences between policies
   are paired and less noisy than the intervals look, but with few trials most neighbours cannot be told apart.
 - `full` is the ceiling, and its KL is the floor of rounding; `random` is what every policy must beat. A 135M model is

@@ -1,7 +1,7 @@
 """`make quality`: what each policy's eviction costs, on SmolLM2-135M-Instruct and real text.
 
     python -P examples/quality/run.py [--full] [--policies a,b] [--budgets 0.1,0.2] [--contexts 1024] [--trials 4]
-                                      [--jobs 2] [--first-call] [--fresh] [--render] [--estimate]
+                                      [--jobs 2] [--beside-kvpress] [--fresh] [--render] [--estimate]
 
 Finished cells are kept in .cache/quality and skipped on a rerun. Writes examples/quality/results/<date>-<machine>.*
 and docs/quality.md. --render only writes those, from the cells there are (or from the newest results).
@@ -34,10 +34,11 @@ from kvpass.policy.load import names
 from kvpass.policy.spec import Policy
 from quality import render
 from quality.estimate import estimate, minutes
-from quality.measure import FIRST_CALL, Lab
+from quality.measure import Lab
 from quality.pool import outcomes
 from quality.reference import load_or_measure
 from quality.store import Cell, Settings, Store
+from quality.versus import beside_peer
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -72,7 +73,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=128, help="tokens of each continuation")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cells at a time, a process for each")
-    parser.add_argument("--first-call", action="store_true", help="evict in the first call only, as kvpress does")
+    parser.add_argument("--beside-kvpress", action="store_true", help="what both have, evicting as kvpress does")
     parser.add_argument("--full", action="store_true", help="1k, 2k and 4k; 10, 20 and 50 %%; 20 trials: many hours")
     parser.add_argument("--fresh", action="store_true", help="forget finished cells of these settings")
     parser.add_argument("--render", action="store_true", help="measure nothing: write table, picture and docs")
@@ -85,8 +86,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     unknown = sorted(set(args.policies) - set(names()))
     if unknown:
         parser.error(f"no policy {unknown[0]!r}; there are {', '.join(names())}")
-    if args.first_call:
-        args.policies = [policy + FIRST_CALL for policy in args.policies]
+    args.policies = beside_peer() if args.beside_kvpress else args.policies
     return args
 
 

@@ -6,31 +6,63 @@ from collections.abc import Iterator
 from typing import Any
 
 from quality import stats
-from quality.measure import FIRST_CALL
 from quality.prompts import MODES, TASKS
 
 PEER = "kvpress "
+"""Before a policy's name: kvpress' own."""
+
+FIRST_CALL, LIKE_PEER = " (first call)", " (as kvpress)"
+"""Behind a policy's name: it evicts in the first call of a cache and never again; and has kvpress' settings, too."""
+
+SNAPKV = {"observe": {"queries": 64}, "pool": {"kind": "avg", "size": 5}, "protect": {"recent": 64}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "snapkv": SNAPKV,
+    "pyramidkv": SNAPKV,
+    "criticalkv": SNAPKV,
+    "chunkkv": SNAPKV,
+    "knorm": {"protect": {"recent": 0}},
+}
+"""Where kvpress' numbers are others than the presets'."""
+
+BOTH = ("snapkv", "tova", "knorm", "keydiff", "expected_attention", "streaming_llm", "lagkv", "chunkkv", "criticalkv")
+BOTH += ("pyramidkv", "random")
+"""Policies that both have, and that give all heads the same number of slots: kvpress only masks where heads differ."""
 COLUMNS = ["policy", "KL", "kvpress' KL", "KL, difference", "aware NLL", "difference", "agnostic NLL", "difference"]
 
 ABOUT = """Both compress the first call of a cache and keep every later token, so both hold the same number of slots
 at every step (`held %` differs by what rounds, and by kvpass' spare slots). A difference is kvpass less kvpress,
 mean and half of the 95 % t interval over pairs (texts, or questions): below zero kvpass is nearer to the full
-cache, or surer of the right digits; an interval that holds zero tells nothing apart. What is defined otherwise in
-the two is listed in `tests/kvpress/test_vectors.py`."""
+cache, or surer of the right digits; an interval that holds zero tells nothing apart. `first call`: kvpass' own
+numbers (SnapKV's repository: a window of 32, max-pooling over 7). `as kvpress`: kvpress' (a window of 64, mean over
+5; knorm protects nothing). What is defined otherwise in the two is listed in `tests/kvpress/test_vectors.py`."""
+
+
+def beside_peer() -> list[str]:
+    """What `run.py --beside-kvpress` measures."""
+    return [policy + FIRST_CALL for policy in BOTH] + [policy + LIKE_PEER for policy in SETTINGS]
+
+
+def spec_of(name: str) -> str | dict[str, Any]:
+    """The policy that a cell's name means."""
+    policy = name.removesuffix(FIRST_CALL).removesuffix(LIKE_PEER)
+    if policy == name:
+        return name
+    settings = SETTINGS[policy] if name.endswith(LIKE_PEER) else {}
+    return {"name": name, "extends": policy, "when": "first", **settings}
 
 
 def pairs(cells: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """(policy, kvpass' cell, kvpress' cell) of the same budget."""
+    """(name, kvpass' cell, kvpress' cell) of the same budget."""
     found = {c["policy"]: c for c in cells}
     for name, ours in sorted(found.items()):
-        policy = name.removesuffix(FIRST_CALL)
+        policy = name.removesuffix(FIRST_CALL).removesuffix(LIKE_PEER)
         if policy != name and PEER + policy in found:
-            yield policy, ours, found[PEER + policy]
+            yield name, ours, found[PEER + policy]
 
 
-def row(policy: str, ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+def row(name: str, ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     kl = [cell["text"]["kl"] for cell in (ours, theirs)]
-    out = [f"`{policy}`", *(f"{stats.mean(values)[0]:.3f}" for values in kl), _difference(*kl, digits=3)]
+    out = [f"`{name}`", *(f"{stats.mean(values)[0]:.3f}" for values in kl), _difference(*kl, digits=3)]
     for mode in MODES:
         nll = [[entry["nll"] for task in TASKS for entry in cell["retrieval"][mode][task]] for cell in (ours, theirs)]
         out += [f"{stats.mean(nll[0])[0]:.2f}", _difference(*nll, digits=2)]
