@@ -98,12 +98,11 @@ def test_a_failure_is_noted_and_tried_again(lab: Lab, tmp_path: Path, monkeypatc
 
 
 def test_cells_side_by_side(lab: Lab, tmp_path: Path) -> None:
-    """Two workers with a model each, and what they say comes back: here that a policy has no weights."""
-    store, cells = Store(lab.settings, tmp_path), [Cell(name, 0.2, CONTEXT) for name in ("dms", "trim_kv")]
+    """A worker with a model of its own, and what it says comes back: here that a policy has no weights."""
+    store, cells = Store(lab.settings, tmp_path), [Cell("dms", 0.2, CONTEXT)]
     torch.save(dict.fromkeys(Reference.__dataclass_fields__, torch.zeros(1)), store.reference_path(CONTEXT))
     said = {cell.policy: found for cell, found in pool.outcomes(lab, store, cells, 2, lambda doing: None)}
-    assert set(said) == {"dms", "trim_kv"}
-    assert all("no weight file" in str(words) for words in said.values())
+    assert "no weight file" in str(said["dms"])
 
 
 def test_rendering(measured: Store, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from models import tiny
 from oracle.base import Policy
 from oracle.drive import Conversation
-from oracle.held import KeyDiff, Knorm, LagKV
+from oracle.held import KeyDiff, LagKV
 from oracle.needs import CORM
 from oracle.policies import H2O, AdaSnapKV, RoCo, SnapKV
 from oracle.policies import StreamingLLMReindexed as Reindexed
@@ -30,7 +30,6 @@ LAG8 = {"extends": "lagkv", "options": {"block": 8}}
 WAYS: list[tuple[Any, type[Policy], str, int]] = [
     ("h2o", H2O, "calls", 1),
     ("snapkv", SnapKV, "first", 1),
-    ("knorm", Knorm, "first", 1),
     ("ada_snapkv", AdaSnapKV, "calls", 1),
     ("roco", RoCo, "always", 7),
     ("keydiff", KeyDiff, "always", 7),
