@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from quality import render, stats
+from quality import render, stats, versus
 
 MARKERS = "osv^D<>pPX*h"
 MASKED = 0.95
 """What holds more (the full cache, policies that mask) would leave no room for the rest."""
+
+NAMED = 3
+"""The best of each panel have their names beside them."""
 
 PANELS = (("aware", "right answers, question inside, %"), ("agnostic", "right answers, question after, %"))
 
@@ -32,7 +35,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     contexts = sorted({cell["context"] for cell in results["cells"]})
     size = (18, 1.5 + 6 * len(contexts))
     figure, axes = plt.subplots(len(contexts), 3, figsize=size, squeeze=False, layout="constrained")
-    names = sorted({cell["policy"] for cell in results["cells"]} - {"full"})
+    names = sorted(name for name in {cell["policy"] for cell in results["cells"]} if versus.is_own(name))
     for row, context in zip(axes, contexts, strict=True):
         mine = [cell for cell in results["cells"] if cell["context"] == context]
         for axis, (panel, label) in zip(row, (*PANELS, ("kl", "KL to the full cache, nats")), strict=True):
@@ -52,17 +55,21 @@ def lines(axis: Any, cells: list[dict[str, Any]], names: list[str], panel: str) 
     import matplotlib
 
     colours = matplotlib.colormaps["tab20"]
+    ends: list[tuple[float, float, float, str]] = []
     for index, name in enumerate(names):
         mine = [cell for cell in cells if cell["policy"] == name]
         if not mine:
             continue
         style = {"color": "black", "linestyle": ":"} if name == "random" else {"color": colours(index % 20)}
         held, values = points(mine, panel)
-        # one budget alone would be a column of points on top of each other: spread them a little sideways
-        shift = 0.12 * (index - len(names) / 2) if len(mine) == 1 else 0.0
-        axis.plot([x + shift for x in held], values, marker=MARKERS[index % len(MARKERS)], label=name, **style)
+        ends.append((values[-1] if panel == "kl" else -values[-1], held[-1], values[-1], name))
+        axis.plot(held, values, marker=MARKERS[index % len(MARKERS)], label=name, **style)
+    for rank, (_, x, y, name) in enumerate(sorted(ends)[:NAMED]):
+        if y > 0:  # a rate of 0 is nobody's best
+            place = (6, 9 * rank - 12 if panel == "kl" else 6 - 9 * rank)
+            axis.annotate(name, (x, y), textcoords="offset points", xytext=place, fontsize=8)
     shared = [100 * render.held(cell) for cell in cells if render.held(cell) < MASKED]
-    axis.set_xlim(0, 1.15 * max(shared, default=100))
+    axis.set_xlim(0, 1.4 * max(shared, default=100))
     full = [cell for cell in cells if cell["policy"] == "full"]
     if full and panel != "kl":
         axis.axhline(points(full, panel)[1][0], color="gray", linestyle="--", label="full")

@@ -51,6 +51,11 @@ def spec_of(name: str) -> str | dict[str, Any]:
     return {"name": name, "extends": policy, "when": "first", **settings}
 
 
+def is_own(name: str) -> bool:
+    """Whether a cell is a policy as users get it: no comparison's, and not the full cache."""
+    return name != "full" and not name.startswith(PEER) and not name.endswith((FIRST_CALL, LIKE_PEER))
+
+
 def pairs(cells: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     """(name, kvpass' cell, kvpress' cell) of the same budget."""
     found = {c["policy"]: c for c in cells}
