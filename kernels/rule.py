@@ -132,9 +132,12 @@ class Rule:
 
     def budget(self, seen: int) -> int:
         """Slots each KV head may hold after `seen` valid tokens; of a ragged rule, on average over the heads."""
-        even = self.slots if self.slots > 0 else max(self.floor, seen * self.num // self.den)
-        even -= (even - self.sinks) % self.rings if self.rings else 0
+        even = self._even(seen)
         return self._tapered(even, seen) if self.taper else even
+
+    def _even(self, seen: int) -> int:
+        even = self.slots if self.slots > 0 else max(self.floor, seen * self.num // self.den)
+        return even - ((even - self.sinks) % self.rings if self.rings else 0)
 
     def _tapered(self, even: int, seen: int) -> int:
         """PyramidKV (arXiv 2406.02069): budgets fall from layer to layer by equal steps, `even` on average.
@@ -168,6 +171,13 @@ class Rule:
     def kept(self, seen: int) -> int:
         """Slots actually in use after `seen` valid tokens."""
         return min(seen, self.budget(seen))
+
+    def most(self, seen: int) -> int:
+        """A bound of `kept` for all that have seen so many tokens or fewer: a pyramid's upper layers hold the even
+        budget until its steps begin, and its whole steps jump by a slot for each layer below.
+        """
+        kept = self.kept(seen)
+        return max(min(kept + self.layer, seen), min(seen, self._even(seen))) if self.taper else kept
 
     def recent_of(self, n: int) -> int:
         """Size of the protected recent window for a budget of n slots."""

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 from pathlib import Path
 from threading import Thread
@@ -37,7 +38,10 @@ def outcomes(lab: Lab, store: Store, cells: list[Cell], jobs: int, say: Say) -> 
         waiting = {pool.submit(_work, cell): cell for cell in cells}
         for done in as_completed(waiting):
             say(f"{jobs} at a time")
-            yield waiting[done], done.result()
+            try:
+                yield waiting[done], done.result()
+            except BrokenProcessPool as error:  # a worker was killed: for want of memory, most likely
+                yield waiting[done], f"{type(error).__name__}: {error}"
 
 
 def _begin(settings: Settings, root: Path, threads: int) -> None:

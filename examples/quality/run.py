@@ -14,7 +14,6 @@ import os
 import shlex
 import subprocess
 import sys
-from contextlib import suppress
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -58,9 +57,12 @@ def measurable() -> list[str]:
     """Policies that need no trained weights or tables; a policy that does, and lacks them, cannot be measured."""
     found = []
     for name in sorted({*names()} - PROBED):
-        with suppress(PolicyError):
+        try:
             Policy.load(name).with_budget(None if name == "full" else DEFAULT_BUDGETS[0])
             found.append(name)
+        except PolicyError as error:
+            if "no weight file" not in str(error):
+                raise
     return found
 
 
@@ -72,7 +74,9 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--trials", type=int, help="retrieval prompts for each task and mode, and texts")
     parser.add_argument("--steps", type=int, default=128, help="tokens of each continuation")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cells at a time, a process for each")
+    parser.add_argument(
+        "--jobs", type=int, default=min(os.cpu_count() or 1, 4), help="cells at a time, a process for each"
+    )
     parser.add_argument("--beside-kvpress", action="store_true", help="what both have, evicting as kvpress does")
     parser.add_argument("--full", action="store_true", help="1k, 2k and 4k; 10, 20 and 50 %%; 20 trials: many hours")
     parser.add_argument("--fresh", action="store_true", help="forget finished cells of these settings")
@@ -82,6 +86,8 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     args.budgets = args.budgets or list(BUDGETS if args.full else DEFAULT_BUDGETS)
     args.contexts = args.contexts or list(CONTEXTS if args.full else DEFAULT_CONTEXTS)
     args.trials = args.trials or (TRIALS if args.full else DEFAULT_TRIALS)
+    if args.policies and args.beside_kvpress:
+        parser.error("--beside-kvpress says by itself which policies")
     args.policies = args.policies or measurable()
     unknown = sorted(set(args.policies) - set(names()))
     if unknown:

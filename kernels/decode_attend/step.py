@@ -56,6 +56,8 @@ class Step(NamedTuple):
 def read_step(cells: list[list[int]], cursor: Tensor, position: int, slots: int, plan: Rule) -> Step:
     """What the cursor, as `cells` [B * Hkv][columns], says about the step of a token at `position`; C = `slots`."""
     live, _, seen, first = cells[0][:4]
+    if not plan.ragged and max(c[LIVE] for c in cells) >= slots:
+        raise ValueError(f"decode_attend: no room for the token, all {slots} slots of a head are in use")
     places = [i * slots + (c[SHIFT] if plan.ragged else 0) for i, c in enumerate(cells)]
     rows = torch.tensor([at + c[FREE] for at, c in zip(places, cells, strict=True)], device=cursor.device)
     begins = any(c[FIRST] < 0 for c in cells)

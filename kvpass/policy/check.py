@@ -177,7 +177,8 @@ def _when(p: Policy) -> Iterator[Broken]:
     yield p.every < 1, "every", "give a number of generated tokens, 1 or more"
     yield late and p.when != "always", "every", f"when: {p.when} evicts no generated token: leave one of both out"
     yield late and by_data, "every", "shares that only data decide are given at the end of calls: set when: calls"
-    yield rings and (late or p.when != "always"), "when", "a token that comes must find its ring: leave it out"
+    for field, given in (("every", late), ("when", p.when != "always")):
+        yield rings and given, field, "a token that comes must find its ring: leave it out"
     fix = "heads with budgets of their own are laid out anew by each call of several tokens: set when: calls"
     yield p.when == "first" and (by_data or p.allocate.heads != "uniform"), "when", fix
 

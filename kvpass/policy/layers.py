@@ -47,6 +47,11 @@ def variants(policy: Policy, where: str = "") -> dict[str, Policy]:
             hint = "layers share the budget in one way, or in none: say allocate.layers outside"
             what = f"policy {policy.name!r}: bad value in layers.{key}.allocate.layers"
             raise PolicyError(what, where=where, hint=hint)
+        if policy.allocate.layers in ("flat", "preference") and not out[key].keeps_all:
+            hint = (
+                f"layers that share by data ({policy.allocate.layers!r}) have one list: budget: 1.0 takes a layer out"
+            )
+            raise PolicyError(f"policy {policy.name!r}: bad value in layers.{key}", where=where, hint=hint)
     return out
 
 

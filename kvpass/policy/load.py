@@ -27,6 +27,10 @@ _PARTS = {
 }
 
 
+WHOLE = "whole"
+"""In an entry of `layers`: it is laid over nothing, because it extended another policy."""
+
+
 def names() -> list[str]:
     """Built-in policies."""
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
@@ -174,6 +178,10 @@ def _known(name: str, where: str, field: str = "") -> str:
 def _from_dict(data: dict[str, Any], where: str) -> Policy:
     from pydantic import TypeAdapter, ValidationError
 
+    if isinstance(data.get("layers"), dict):
+        parts = data["layers"].items()
+        filled = {k: _alone(p, f"{where}, layers.{k}") if isinstance(p, dict) else p for k, p in parts}
+        data = {**data, "layers": filled}
     try:
         text = json.dumps(data, default=str)
     except TypeError:
@@ -201,9 +209,21 @@ def overridden(policy: Policy, own: dict[str, Any], where: str) -> Policy:
     if fixed:
         what, hint = f"unknown key {min(fixed)!r}", "a layer differs in what decides, not in what is for people"
         raise PolicyError(what, where=where, hint=hint)
-    base = policy.to_dict()
-    data = merged(base, own) if "extends" not in own else {"budget": policy.budget, **extended(own, where, Path())}
+    own = _alone(own, where)
+    data = {"budget": policy.budget, **own} if WHOLE in own else merged(policy.to_dict(), own)
+    data.pop(WHOLE, None)
     return _from_dict({**data, "name": policy.name, "layers": {}}, where)
+
+
+def _alone(own: dict[str, Any], where: str) -> dict[str, Any]:
+    """A layer's entry with what it extends filled in, once and for all."""
+    if "extends" not in own:
+        return own
+    whole = extended(own, where, Path())
+    if whole.pop("layers", None):
+        what, hint = f"{own['extends']!r} tells layers apart itself", "name those layers outside"
+        raise PolicyError(f"bad value in 'extends': {what}", where=where, hint=hint)
+    return {**whole, WHOLE: True}
 
 
 def _readable(errors: list[Any], data: Any, where: str) -> PolicyError:

@@ -215,7 +215,8 @@ class Policy:
         chosen = self if budget is None else replace(self, budget=budget)
         check_budget(chosen, given=budget is not None, own=self.budget)
         check_files(chosen)
-        for other in variants(chosen).values():
+        for key, variant in variants(chosen).items():
+            other = replace(variant, name=f"{self.name}, layers.{key}")
             check_budget(other, given=False, own=other.budget)
             check_files(other)
         return chosen

@@ -94,7 +94,7 @@ class Binding:
         with torch.inference_mode(False):  # a cache begun in inference mode can go on under no_grad
             like = torch.empty(0, dtype=self.dtype, device=self.device)
             state = SlotStore.empty_state(self.rule, tokens, like, b, hkv, d, dv)
-        kept = self.rule.kept(tokens)
+        kept = self.rule.most(tokens)
         return SlotStore(self.name, self.layer, self.rule, self.layouts, origin, state, host=self.host, held=kept)
 
 
@@ -136,7 +136,7 @@ class Bound:
             )
         results = self._run(args, stores, [self._given(name, args, stores, positions) for name in self.shared])
         self._share_out(args, stores)
-        self._evict_late(stores)
+        self._evict_late(args, stores)
         self._reindex(args, stores)
         returned: list[Any] = [None] * self.outputs
         for at, value in zip(self.kept, results, strict=True):
@@ -188,12 +188,15 @@ class Bound:
             for store, (state, free) in zip(sharing, states, strict=True):
                 store.state, store.spare = state, free
 
-    def _evict_late(self, stores: Sequence[SlotStore]) -> None:
-        """Where steps leave what is too much: drop it when so many have come, and free what a longer call evicted."""
+    def _evict_late(self, args: Sequence[Any], stores: Sequence[SlotStore]) -> None:
+        """Where steps leave what is too much: drop it when so many have come, and free what a longer call evicted. A
+        pyramid, too, knows only after such a call how much room its rows need.
+        """
         for b, store in zip(self.bindings, stores, strict=True):
             step = b.phase is Phase.DECODE
-            if b.rule.when == "calls" and not step:
-                store.give_back()
+            evicted = not step and b.rule.of_call(store.tokens) is b.rule
+            if evicted and (b.rule.taper or b.rule.when == "calls"):
+                store.give_back(store.tokens + b.sizes["S"](args))
             if b.rule.every > 1:
                 store.waiting = store.waiting + 1 if step else 0
                 if store.waiting == b.rule.every:

@@ -9,7 +9,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from kvpass.kernels.ragged import evened, is_ragged, lengthened, with_spare
-from kvpass.kernels.rule import LIVE, Rule
+from kvpass.kernels.rule import LIVE, SEEN, Rule
 from kvpass.terms import Layout
 
 _BY_STORAGE: WeakValueDictionary[int, SlotStore] = WeakValueDictionary()
@@ -43,6 +43,7 @@ class SlotStore:
         versions: of the host's tensors for K and V, as the last call left them; None if torch does not count them, or
             if this is a copy.
         spoiled: a call failed halfway, and may or may not have changed the state.
+        padded: under a pyramid, whether rows may have seen fewer tokens than `tokens`.
         held: slots in use, at most; of heads with budgets of their own on average. Not where `rule.spread`.
         waiting: steps since something was evicted, where `rule.every` lets them wait.
         spare: tokens that may still come one by one before the slots must be laid out anew; where `rule.spread`.
@@ -62,12 +63,14 @@ class SlotStore:
     bases: tuple[torch.Tensor, torch.Tensor] = field(init=False)
     versions: list[int | None] = field(init=False)
     spoiled: bool = False
+    padded: bool = field(init=False)
     held: int = 0
     waiting: int = 0
     spare: int = 0
     step: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
+        self.padded = self.rule.taper > 0
         k, v = self.state[0], self.state[1]
         with torch.inference_mode(False):
             self.bases = (k.new_full((1,), float("nan")), v.new_full((1,), float("nan")))
@@ -114,7 +117,7 @@ class SlotStore:
         tokens = self.tokens + new
         if not self.rule.spread:
             rule = self.rule.of_steps if step else self.rule.of_call(self.tokens)
-            self.held = rule.kept(tokens) if rule is self.rule else self.held + new
+            self.held = self._bound(tokens) if rule is self.rule else self.held + new
             self.state = with_room(self.state, self.held)
             return
         with torch.inference_mode(False):
@@ -130,10 +133,18 @@ class SlotStore:
 
         with torch.inference_mode(False), torch.no_grad():
             self.state = thinned(self.state, self.rule)
-        self.held, self.waiting = self.rule.kept(self.tokens + 1), 0
+        self.held, self.waiting = self._bound(self.tokens + 1), 0
 
-    def give_back(self) -> None:
-        """Free the slots that tokens needed which a call of several tokens has evicted."""
+    def _bound(self, tokens: int) -> int:
+        return self.rule.most(tokens) if self.padded else self.rule.kept(tokens)
+
+    def give_back(self, tokens: int) -> None:
+        """Free the slots that were needed until a call of several tokens was over, which makes `tokens` of them all. A
+        pyramid's rows may hold more than the longest one: with padding its layers keep room for that.
+        """
+        if self.rule.taper:
+            self.padded = bool((self.state[4][..., SEEN] < tokens).any())
+        self.held = self._bound(tokens)
         slots = self.held + spare_slots(self.held)
         if not self.rule.spread and self.slots > slots:
             with torch.inference_mode(False):
@@ -180,7 +191,7 @@ def capacity(rule: Rule, tokens: int) -> int:
     """Slots to allocate: what the budget keeps, one for the incoming token, and up to 2.5 % to grow into; all tokens
     where they are shared out later.
     """
-    kept = rule.kept(tokens)
+    kept = rule.most(tokens)
     return tokens + 1 if rule.spread else kept + spare_slots(kept)
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from models import tiny
-from oracle.base import Budget, Policy
+from oracle.base import Budget
+from oracle.base import Policy as Meaning
 from oracle.drive import Conversation
 from oracle.held import Knorm
 from oracle.policies import AdaSnapKV, SnapKV, StreamingLLM
@@ -16,6 +17,8 @@ from oracle.simulator import Simulator
 import kvpass
 from kvpass.cli import main
 from kvpass.errors import PolicyError
+from kvpass.policy.layers import of_layer
+from kvpass.policy.spec import Policy
 
 FILE = """
 name: mixed
@@ -31,7 +34,7 @@ layers:
 class Mixed(Simulator):
     """A policy and a budget for each layer."""
 
-    def __init__(self, parts: list[tuple[Policy, float | int]]) -> None:
+    def __init__(self, parts: list[tuple[Meaning, float | int]]) -> None:
         super().__init__(parts[0][0])
         self.parts = [(policy, Budget.of(budget)) for policy, budget in parts]
 
@@ -69,3 +72,20 @@ def test_layers_that_are_not_there(layers: dict[str, Any], what: str) -> None:
     compiled = kvpass.compile(tiny.llama(4, 2), {"name": "mine", "extends": "h2o", "layers": layers}, 48, inner="eager")
     with torch.no_grad(), pytest.raises(PolicyError, match=what):
         compiled(tiny.tokens(1, 60))
+
+
+def test_what_a_layer_extends_is_read_once(tmp_path: Any) -> None:
+    """A file changed after loading changes nothing; one that tells layers apart itself is refused."""
+    (tmp_path / "inner.yaml").write_text("name: inner\nextends: knorm\nmin_slots: 70\n")
+    (tmp_path / "mine.yaml").write_text("name: mine\nextends: h2o\nlayers: {'0': {extends: inner.yaml}}\n")
+    mine = Policy.load(tmp_path / "mine.yaml").with_budget(0.2)
+    (tmp_path / "inner.yaml").write_text("name: inner\nextends: knorm\nlayers: {'0': {budget: 1.0}}\n")
+    first, second = of_layer(mine, 0, 2), of_layer(mine, 1, 2)
+    assert (first.min_slots, first.score, first.budget, second.score) == (70, "knorm", 0.2, "sum")
+    with pytest.raises(PolicyError, match="tells layers apart itself"):
+        Policy.load(tmp_path / "mine.yaml")
+
+
+def test_a_layers_impossible_budget_names_the_layer() -> None:
+    with pytest.raises(PolicyError, match=r"layers\.0"):
+        Policy.load({"name": "mine", "extends": "h2o", "layers": {"0": {"protect": {"sinks": 99}}}}).with_budget(0.2)
