@@ -9,7 +9,7 @@ from kvpass.kernels.held import Read, held_scores
 from kvpass.kernels.ragged import empty_like, even
 from kvpass.kernels.rule import EXTRA, FREE, HELD, LIVE, MARK, SEEN, Rule
 from kvpass.kernels.scorers.registry import find_scorer
-from kvpass.kernels.scores import ranked, shared_by_heads
+from kvpass.kernels.scores import shared_by_heads, state_scores
 from kvpass.kernels.select_slots import select_slots
 from torch import Tensor
 
@@ -20,15 +20,15 @@ def thinned(state: list[Tensor], rule: Rule) -> list[Tensor]:
     more than keys and values judges all of them again (LagKV and KeyDiff while they generate).
     """
     slots, (k, v, pos, stats, cursor) = state[0].shape[2], even(state)
-    candidate, end = pos >= 0, pos.amax(-1, keepdim=True) + 1
+    candidate = pos >= 0
     if rule.ragged:
         cursor = torch.nn.functional.pad(cursor, (0, rule.columns - EXTRA))
     if _judges_again(rule):
         stats = stats.clone()
         beside = stats[rule.stat(HELD)], stats[rule.stat(MARK)] if rule.marked else None
-        keys, length = (pos, candidate, end), pos.shape[-1]
-        stats[rule.stat(HELD)], _ = held_scores(stats[:0], keys, cursor, Read(k, v), beside, length, rule)
-    score = ranked(stats, pos, candidate, end, cursor, rule)
+        keys = pos, candidate, pos.amax(-1, keepdim=True) + 1
+        stats[rule.stat(HELD)], _ = held_scores(stats[:0], keys, cursor, Read(k, v), beside, pos.shape[-1], rule)
+    score = state_scores([k, v, pos, stats, cursor], rule)
     cursor = cursor.clone()
     live = torch.minimum(budgets(cursor[..., SEEN], rule), candidate.sum(-1)).int()
     cursor[..., LIVE] = cursor[..., FREE] = live

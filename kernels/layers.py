@@ -14,7 +14,7 @@ from kvpass.kernels.allocate import budgets, head_counts, preference_of
 from kvpass.kernels.compact_slots import compact_slots
 from kvpass.kernels.ragged import empty_like, laid_out
 from kvpass.kernels.rule import EXTRA, FREE, LIVE, SEEN, Rule
-from kvpass.kernels.scores import INF, ranked
+from kvpass.kernels.scores import INF, state_scores
 from kvpass.kernels.select_slots import select_slots
 from torch import Tensor
 
@@ -27,19 +27,13 @@ def shared_out(states: list[State], rules: list[Rule], spare: int) -> Iterator[t
 
     Each state is as a call of several tokens leaves it: as many slots for each head, all candidates in use.
     """
-    scores = [_scores(state, rule) for state, rule in zip(states, rules, strict=True)]
+    scores = [state_scores(state, rule) for state, rule in zip(states, rules, strict=True)]
     even = [budgets(state[4][..., SEEN], rule)[..., None] for state, rule in zip(states, rules, strict=True)]
     counts = _COUNTS[rules[0].spread](scores, even, states, rules)
     extras = _extras(counts, even, rules[0])
     for at, (score, count, extra) in enumerate(zip(scores, counts, extras, strict=True)):
         state, states[at] = states[at], []
         yield _dropped(state, score, count, extra, spare)
-
-
-def _scores(state: State, rule: Rule) -> Tensor:
-    """float32 [B, Hkv, C]: +inf protected, -inf empty."""
-    _, _, pos, stats, cursor = state
-    return ranked(stats, pos, pos >= 0, pos.amax(-1, keepdim=True) + 1, cursor, rule)
 
 
 def _by_model(scores: list[Tensor], even: list[Tensor], states: list[State], rules: list[Rule]) -> list[Tensor]:

@@ -311,6 +311,12 @@ def ranked(stats: Tensor, pos: Tensor, candidate: Tensor, end: Tensor, cursor: T
     return score.masked_fill(protected, INF).masked_fill(~candidate, -INF)
 
 
+def state_scores(state: list[Tensor], rule: Rule) -> Tensor:
+    """`ranked` of what a state (k, v, pos, stats, cursor) holds between calls, heads equally long: -inf empty."""
+    _, _, pos, stats, cursor = state
+    return ranked(stats, pos, pos >= 0, pos.amax(-1, keepdim=True) + 1, cursor, rule)
+
+
 def preference(stats: Tensor, pos: Tensor, rule: Rule, now: Tensor | int) -> Tensor:
     """What decides which slots are untouchable: the deviation (RoCo), or the score before its weight (CriticalKV)."""
     return base_scores(stats, pos, rule, now) if rule.top_num else deviations(stats, rule)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -45,18 +44,19 @@ def outcomes(lab: Lab, store: Store, cells: list[Cell], jobs: int, say: Say) -> 
 
 
 def _begin(settings: Settings, root: Path, threads: int) -> None:
-    Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     _WORKER.append((Lab(*smollm2.load(), settings), Store(settings, root)))
 
 
-def _end_with(parent: int) -> None:
+def _end_with_parent() -> None:
     """A worker whose parent was killed would go on measuring for nobody."""
-    while os.getppid() == parent:
-        time.sleep(2)
-    os._exit(1)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work(cell: Cell) -> Outcome:

@@ -14,6 +14,7 @@ import os
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 from workers import wide_console
 
 from kvpass.errors import PolicyError
+from kvpass.policy.check import check_files
 from kvpass.policy.load import names
 from kvpass.policy.spec import Policy
 from quality import render
@@ -57,12 +59,9 @@ def measurable() -> list[str]:
     """Policies that need no trained weights or tables; a policy that does, and lacks them, cannot be measured."""
     found = []
     for name in sorted({*names()} - PROBED):
-        try:
-            Policy.load(name).with_budget(None if name == "full" else DEFAULT_BUDGETS[0])
+        with suppress(PolicyError):
+            check_files(Policy.load(name))
             found.append(name)
-        except PolicyError as error:
-            if "no weight file" not in str(error):
-                raise
     return found
 
 

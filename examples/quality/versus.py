@@ -37,6 +37,11 @@ numbers (SnapKV's repository: a window of 32, max-pooling over 7). `as kvpress`:
 5; knorm protects nothing). What is defined otherwise in the two is listed in `tests/kvpress/test_vectors.py`."""
 
 
+def preset(name: str) -> str:
+    """The built-in policy that a cell of kvpass' is made from."""
+    return name.removesuffix(FIRST_CALL).removesuffix(LIKE_PEER)
+
+
 def beside_peer() -> list[str]:
     """What `run.py --beside-kvpress` measures."""
     return [policy + FIRST_CALL for policy in BOTH] + [policy + LIKE_PEER for policy in SETTINGS]
@@ -44,7 +49,7 @@ def beside_peer() -> list[str]:
 
 def spec_of(name: str) -> str | dict[str, Any]:
     """The policy that a cell's name means."""
-    policy = name.removesuffix(FIRST_CALL).removesuffix(LIKE_PEER)
+    policy = preset(name)
     if policy == name:
         return name
     settings = SETTINGS[policy] if name.endswith(LIKE_PEER) else {}
@@ -53,14 +58,14 @@ def spec_of(name: str) -> str | dict[str, Any]:
 
 def is_own(name: str) -> bool:
     """Whether a cell is a policy as users get it: no comparison's, and not the full cache."""
-    return name != "full" and not name.startswith(PEER) and not name.endswith((FIRST_CALL, LIKE_PEER))
+    return name != "full" and not name.startswith(PEER) and name == preset(name)
 
 
 def pairs(cells: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     """(name, kvpass' cell, kvpress' cell) of the same budget."""
     found = {c["policy"]: c for c in cells}
     for name, ours in sorted(found.items()):
-        policy = name.removesuffix(FIRST_CALL).removesuffix(LIKE_PEER)
+        policy = preset(name)
         if policy != name and PEER + policy in found:
             yield name, ours, found[PEER + policy]
 

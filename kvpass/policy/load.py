@@ -199,8 +199,8 @@ def _from_dict(data: dict[str, Any], where: str) -> Policy:
 
 
 def overridden(policy: Policy, own: dict[str, Any], where: str) -> Policy:
-    """The policy of a layer: `own` laid over all that `policy` says, or over what it extends; the budget is the
-    policy's unless `own` says one.
+    """The policy of a layer: `own`, as a loaded policy holds it, laid over all that `policy` says, or over nothing; the
+    budget is the policy's unless `own` says one.
 
     Raises:
         PolicyError: as for a whole policy.
@@ -209,7 +209,6 @@ def overridden(policy: Policy, own: dict[str, Any], where: str) -> Policy:
     if fixed:
         what, hint = f"unknown key {min(fixed)!r}", "a layer differs in what decides, not in what is for people"
         raise PolicyError(what, where=where, hint=hint)
-    own = _alone(own, where)
     data = {"budget": policy.budget, **own} if WHOLE in own else merged(policy.to_dict(), own)
     data.pop(WHOLE, None)
     return _from_dict({**data, "name": policy.name, "layers": {}}, where)

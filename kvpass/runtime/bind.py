@@ -136,7 +136,7 @@ class Bound:
             )
         results = self._run(args, stores, [self._given(name, args, stores, positions) for name in self.shared])
         self._share_out(args, stores)
-        self._evict_late(args, stores)
+        self._settle(args, stores)
         self._reindex(args, stores)
         returned: list[Any] = [None] * self.outputs
         for at, value in zip(self.kept, results, strict=True):
@@ -188,9 +188,9 @@ class Bound:
             for store, (state, free) in zip(sharing, states, strict=True):
                 store.state, store.spare = state, free
 
-    def _evict_late(self, args: Sequence[Any], stores: Sequence[SlotStore]) -> None:
-        """Where steps leave what is too much: drop it when so many have come, and free what a longer call evicted. A
-        pyramid, too, knows only after such a call how much room its rows need.
+    def _settle(self, args: Sequence[Any], stores: Sequence[SlotStore]) -> None:
+        """After a call of several tokens, free slots that only the call or the steps before it needed; after a step,
+        drop what waited, if enough has come.
         """
         for b, store in zip(self.bindings, stores, strict=True):
             step = b.phase is Phase.DECODE

@@ -43,7 +43,7 @@ class SlotStore:
         versions: of the host's tensors for K and V, as the last call left them; None if torch does not count them, or
             if this is a copy.
         spoiled: a call failed halfway, and may or may not have changed the state.
-        padded: under a pyramid, whether rows may have seen fewer tokens than `tokens`.
+        padded: under a pyramid, whether rows had seen fewer tokens than `tokens` when the last call of several ended.
         held: slots in use, at most; of heads with budgets of their own on average. Not where `rule.spread`.
         waiting: steps since something was evicted, where `rule.every` lets them wait.
         spare: tokens that may still come one by one before the slots must be laid out anew; where `rule.spread`.
@@ -63,14 +63,13 @@ class SlotStore:
     bases: tuple[torch.Tensor, torch.Tensor] = field(init=False)
     versions: list[int | None] = field(init=False)
     spoiled: bool = False
-    padded: bool = field(init=False)
+    padded: bool = False
     held: int = 0
     waiting: int = 0
     spare: int = 0
     step: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        self.padded = self.rule.taper > 0
         k, v = self.state[0], self.state[1]
         with torch.inference_mode(False):
             self.bases = (k.new_full((1,), float("nan")), v.new_full((1,), float("nan")))
@@ -117,7 +116,8 @@ class SlotStore:
         tokens = self.tokens + new
         if not self.rule.spread:
             rule = self.rule.of_steps if step else self.rule.of_call(self.tokens)
-            self.held = self._bound(tokens) if rule is self.rule else self.held + new
+            bound = self._bound(tokens) if step else rule.most(tokens)
+            self.held = bound if rule is self.rule else self.held + new
             self.state = with_room(self.state, self.held)
             return
         with torch.inference_mode(False):

@@ -11,7 +11,7 @@ import torch
 from models import tiny
 from oracle.base import Policy
 from oracle.drive import Conversation
-from oracle.held import KeyDiff, LagKV
+from oracle.held import KeyDiff, Knorm, LagKV
 from oracle.needs import CORM
 from oracle.policies import H2O, AdaSnapKV, PyramidKV, RoCo, SnapKV
 from oracle.policies import StreamingLLMReindexed as Reindexed
@@ -30,6 +30,7 @@ LAG8 = {"extends": "lagkv", "options": {"block": 8}}
 WAYS: list[tuple[Any, type[Policy], str, int]] = [
     ("h2o", H2O, "calls", 1),
     ("snapkv", SnapKV, "first", 1),
+    ("knorm", Knorm, "first", 1),
     ("ada_snapkv", AdaSnapKV, "calls", 1),
     ("roco", RoCo, "always", 7),
     ("keydiff", KeyDiff, "always", 7),
@@ -114,3 +115,14 @@ def test_a_padded_pyramid(when: str) -> None:
     assert conversation.simulator.near_ties <= 0.005 * conversation.simulator.compared
     held = [int((view.positions[1] >= 0).sum()) // 2 for view in kvpass.inspect(conversation.cache).layers]
     assert held[-1] > 33, "the short row is no test: its last layer is at the pyramid's top"
+
+
+def test_a_pyramid_whose_second_turn_is_padded() -> None:
+    """One row says little in the second turn, and stays below the pyramid's steps that the other reaches."""
+    conversation = Conversation(tiny.llama(4, 2, layers=3), "pyramidkv", 64, meaning=PyramidKV(), inner="eager")
+    conversation.call(tiny.tokens(2, 50), torch.ones(2, 50, dtype=torch.long))
+    mask = torch.ones(2, 70, dtype=torch.long)
+    mask[1, :65] = 0
+    token = conversation.call(tiny.tokens(2, 70, seed=1) * mask, mask)
+    conversation.decode(token, 5)
+    assert conversation.simulator.near_ties <= 0.005 * conversation.simulator.compared
