@@ -34,8 +34,8 @@ def compile(
     verify: bool = False,
     patterns: PatternSet | None = None,
 ) -> M:
-    """A model whose KV cache keeps only what the policy wants; `generate()` and calls with `past_key_values` work as
-    before.
+    """A model whose KV cache keeps only what the policy wants; `generate()` and calls with `cache=` work as before
+    (`past_key_values=` with transformers before 5.24).
 
     Args:
         model: any nn.Module in eval mode. It is left alone; the result is of the same class and shares every parameter.
