@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import versions_page
-from versions_row import Outcome, Row, differences, drop, run
+from versions_row import Row, differences, drop, run
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = "3.11"
@@ -44,13 +44,13 @@ def commit() -> str:
     return subprocess.run(name, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def renew(rows: list[Row], known: dict[str, Outcome], keep: bool) -> bool:
-    """Run the rows, writing the page after each. True if all passed."""
+def renew(rows: list[Row], keep: bool) -> bool:
+    """Run the rows, writing the page after each. True if all passed. Another process may write other rows meanwhile."""
     good, now = True, commit()
     for i, row in enumerate(rows):
         print(f"[{i + 1}/{len(rows)}] {row.name}", flush=True)
         outcome = run(row, now)
-        known[row.name] = outcome
+        known = versions_page.read() | {row.name: outcome}
         print(f"    {outcome.words()}", *outcome.failed, sep="\n    ", flush=True)
         versions_page.write([known[r.name] for r in ROWS if r.name in known])
         good = good and outcome.passes
@@ -89,7 +89,7 @@ def main() -> int:
     if options.resume:
         done = {name for name, outcome in known.items() if outcome.commit == commit()}
         chosen = [row for row in chosen if row.name not in done]
-    return 0 if renew(chosen, known, options.keep) else 1
+    return 0 if renew(chosen, options.keep) else 1
 
 
 if __name__ == "__main__":
