@@ -46,7 +46,7 @@ support: $(STAMP)
 	@$(BIN)/python -P tests/support/sweep.py $(ARGS)
 
 # A chosen part of the tests with other versions of Python, torch and transformers: docs/versions.md. Some of them are
-# builds of several GB; each environment goes when its row is done. ARGS="--only 5.17" or ARGS=--resume.
+# builds of several GB; each environment goes when its row is done. ARGS="--only transformers5.17" or ARGS=--resume.
 versions: $(STAMP)
 	@$(BIN)/python -P tests/support/versions.py $(ARGS)
 

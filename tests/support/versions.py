@@ -1,10 +1,11 @@
 """`make versions`: a chosen part of the tests with other versions of Python, torch and transformers, each in an
 environment of its own. Writes docs/versions.md and docs/versions.json, row by row.
 
-    python -P tests/support/versions.py [--only 5.17,3.12] [--resume] [--keep]
+    python -P tests/support/versions.py [--only transformers5.17,py3.12] [--resume] [--keep]
     python -P tests/support/versions.py --canary [--torch SPEC]
 
---only: rows whose name has one of these words; the others keep what they had. --resume: leave out rows that ran at this
+--only: rows whose folder (py3.11-torch2.13.0-transformers5.24.0) has one of these words in its name; the others keep
+what they had. --resume: leave out rows that ran at this
 commit. --canary: one row of whatever pip takes for newest, compared with constraints.txt; writes nothing, exits with 1
 if a test fails.
 """
@@ -73,7 +74,7 @@ def canary(torch: str) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="rows whose name has one of these words, by commas")
+    parser.add_argument("--only", default="", help="rows whose folder has one of these words in its name, by commas")
     parser.add_argument("--resume", action="store_true", help="leave out the rows that ran at this commit")
     parser.add_argument("--keep", action="store_true", help="keep the environments (.cache/versions)")
     parser.add_argument("--canary", action="store_true", help="the newest of everything")
@@ -83,9 +84,9 @@ def main() -> int:
         return 0 if canary(options.torch) else 1
     known = versions_page.read()
     words = [word for word in options.only.split(",") if word]
-    chosen = [row for row in ROWS if not words or any(word in row.name for word in words)]
+    chosen = [row for row in ROWS if not words or any(word in row.own.name for word in words)]
     if not chosen:
-        parser.error(f"no row has one of these words; there are: {', '.join(row.name for row in ROWS)}")
+        parser.error(f"no row has one of these words; there are: {', '.join(row.own.name for row in ROWS)}")
     if options.resume:
         done = {name for name, outcome in known.items() if outcome.commit == commit()}
         chosen = [row for row in chosen if row.name not in done]
