@@ -26,7 +26,8 @@ def compile(
     verify: bool = False,
     patterns: PatternSet | None = None,
 ) -> M:
-    """A model whose KV cache keeps only what the policy wants; `generate()` and calls with a cache work as before.
+    """A model whose KV cache keeps only what the policy wants; `generate()` and calls with `cache=` work as before
+    (`past_key_values=` with transformers before 5.24).
 
     The result is the same model, entered by another door: an instance of its class that shares its modules, weights,
     hooks and settings, so what is changed on either is changed on both. Calls of the result, of its `forward`, and of
