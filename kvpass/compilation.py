@@ -70,9 +70,8 @@ class Compilation:
                 result = self._watched(call, function, args, kwargs)
             except Exception as raised:
                 error = raised
-        alien = self.state.learn(call.before) if call.before is not None else []
-        if error is not None and first:
-            alien += self.state.disown()
+        alien = self.state.disown() if error is not None and first else []
+        alien += self.state.learn(call.before) if call.before is not None else []
         if alien:  # calls of the model itself had left their state where this one began
             _refuse_objects(args, kwargs, alien)
             return self.run(module, function, args, kwargs)
@@ -105,8 +104,12 @@ class Compilation:
             return
         declined = {d.site: d for table in tables for d in table.declined}
         kinds = dict.fromkeys(d.reason.hint for d in declined.values())
-        why = "; ".join(kinds) if kinds else "no attention in it has a KV cache (with use_cache=True, where there is one)"
-        warnings.warn(f"kvpass rewrites nothing in this {type(self.model).__name__}: {why}", NothingRewritten, stacklevel=8)
+        why = (
+            "; ".join(kinds) if kinds else "no attention in it has a KV cache (with use_cache=True, where there is one)"
+        )
+        warnings.warn(
+            f"kvpass rewrites nothing in this {type(self.model).__name__}: {why}", NothingRewritten, stacklevel=8
+        )
 
 
 def _refuse_objects(args: Any, kwargs: Any, alien: list[tuple[int, str]]) -> None:

@@ -1,4 +1,4 @@
-"""Sequences picked out of a compressed cache (beam search reorders them), and tokens taken back where none was evicted."""
+"""Sequences picked out of a compressed cache, as beam search does; tokens taken back where none can be evicted."""
 
 from __future__ import annotations
 

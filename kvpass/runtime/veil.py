@@ -1,4 +1,4 @@
-"""Shells that speak: between two calls of a compiled model, whoever reads a compressed cache as data is told so at once.
+"""Shells that speak: between calls of a compiled model, whoever reads a compressed cache as data is told so at once.
 
 A shell is a plain tensor inside a call, as Dynamo's guards want it, and a `Shell` outside: the same object, of another
 class. Sizes, devices and views are answered; NaN never flows on.
@@ -14,20 +14,24 @@ import torch
 
 from kvpass.errors import CacheError, ShellDataError
 
-_ANSWERED = frozenset(
-    "size dim ndimension numel nelement stride storage_offset is_contiguous element_size untyped_storage is_floating_point "
-    "is_complex is_inference get_device data_ptr is_same_size type isnan isfinite isinf __len__ __hash__ register_hook "
-    "is_shared is_pinned has_names _is_view is_conj is_neg __dlpack_device__ result_type".split()
-)
+_ANSWERED = frozenset({
+    "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "is_contiguous", "element_size",
+    "untyped_storage", "is_floating_point", "is_complex", "is_inference", "get_device", "data_ptr", "is_same_size",
+    "type", "isnan", "isfinite", "isinf", "__len__", "__hash__", "register_hook", "is_shared", "is_pinned",
+    "has_names", "_is_view", "is_conj", "is_neg", "__dlpack_device__", "result_type",
+})  # fmt: skip
 """Operations that read no data, or only ask whether it is any."""
 
-_VIEWS = frozenset(
-    "__getitem__ view view_as expand expand_as narrow detach alias slice transpose permute movedim swapaxes t squeeze "
-    "unsqueeze flatten reshape unflatten select unbind chunk split".split()
-)
+_VIEWS = frozenset({
+    "__getitem__", "view", "view_as", "expand", "expand_as", "narrow", "detach", "alias", "slice", "transpose",
+    "permute", "movedim", "swapaxes", "t", "squeeze", "unsqueeze", "flatten", "reshape", "unflatten", "select",
+    "unbind", "chunk", "split",
+})  # fmt: skip
 """Operations that give views, by which a shell's store is found again."""
 
-_MOVES = frozenset("to cpu cuda float half bfloat16 double requires_grad_".split())
+_MOVES = frozenset({
+    "to", "cpu", "cuda", "float", "half", "bfloat16", "double", "requires_grad_",
+})  # fmt: skip
 """Operations that give the tensor itself if there is nothing to do."""
 
 _VIEW_ATTRIBUTES = frozenset({"T", "mT", "H", "mH", "data", "real", "imag"})
@@ -94,6 +98,8 @@ def _plainly(func: Any, args: Any, kwargs: Any, shells: list[torch.Tensor], view
             if any(t.untyped_storage()._cdata not in homes for t in tensors):  # picked or copied, so read
                 raise _refusal(func.__name__, shells[0])
             veil(tensors)
+            for tensor in tensors:
+                tensor._kvpass_of = shells[0]  # a view keeps the store alive
     return result
 
 

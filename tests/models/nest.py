@@ -1,4 +1,4 @@
-"""Decoders inside hosts that call them in their own ways: wrappers, copies, hooks, graph breaks, parts left uncompiled."""
+"""Decoders inside hosts that call them in their own ways: wrappers, copies, hooks, graph breaks, uncompiled parts."""
 
 from __future__ import annotations
 
