@@ -74,8 +74,8 @@ def slice_by_hand(cache: Any) -> None:
         layer.keys, layer.values = layer.keys[:, :, :40], layer.values[:, :, :40]
 
 
-def select_rows(cache: Any) -> None:
-    cache.reorder_cache(torch.tensor([1, 0]))
+def pick_rows(cache: Any) -> None:
+    cache.batch_select_indices(torch.tensor([1, 0]))
 
 
 def repeat_rows(cache: Any) -> None:
@@ -92,11 +92,11 @@ def swap_layers(cache: Any) -> None:
     a.keys, b.keys = b.keys, a.keys
 
 
-@pytest.mark.parametrize("misuse", [crop, slice_by_hand, select_rows, repeat_rows, clone, swap_layers])
+@pytest.mark.parametrize("misuse", [crop, slice_by_hand, pick_rows, repeat_rows, clone, swap_layers])
 def test_misuse_is_told(started: Started, misuse: Callable[[Any], None]) -> None:
-    misuse(started.cache)
-    rows = started.cache.layers[0].keys.shape[0]
     with pytest.raises(kvpass.KVPassError, match="what to do: ") as caught:
+        misuse(started.cache)
+        rows = started.cache.layers[0].keys.shape[0]
         started.call(started.token.repeat(rows // 2, 1))
     assert "layers" in str(caught.value) or "where: " in str(caught.value)
 
