@@ -7,7 +7,6 @@ import os
 from typing import Any
 
 import pytest
-
 from gpu.device import GPU
 from gpu.record import Record
 
@@ -21,9 +20,11 @@ class Rows:
         self.record = record
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        if report.when == "call" or not report.passed and report.when != "teardown" or report.failed:
+        if report.when == "call" or (not report.passed and report.when != "teardown") or report.failed:
             row = {"case": report.nodeid.split("/")[-1], "seconds": round(report.duration, 2)}
-            self.record.add(row if report.passed else row | {"error": f"{report.outcome}: {report.longreprtext[-500:]}"})
+            self.record.add(
+                row if report.passed else row | {"error": f"{report.outcome}: {report.longreprtext[-500:]}"}
+            )
 
     def pytest_collectreport(self, report: Any) -> None:
         if report.failed:

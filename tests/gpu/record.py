@@ -60,9 +60,14 @@ class Record:
         try:
             found = measure()
         except Exception as error:
-            traceback.print_exc()
-            found = {"error": f"{type(error).__name__}: {error}"[:500]}
-        self.add(row | found)
+            self.failed(row, error)
+        else:
+            self.add(row | found)
+
+    def failed(self, row: dict[str, Any], error: Exception) -> None:
+        """The row with what went wrong. Called where the exception is handled."""
+        traceback.print_exc()
+        self.add(row | {"error": f"{type(error).__name__}: {error}"[:500]})
 
     def finish(self) -> None:
         """Exits: with 1 if a row has an error, or if there is no row."""
