@@ -32,7 +32,7 @@ def commit() -> str:
     """From git; in a copy without history, from what prepare.sh noted."""
     noted = ROOT / ".gpu" / "wheels" / "commit"
     known = output_of("git", "describe", "--always", "--abbrev=40", "--dirty")
-    return known or (noted.read_text().split()[0] if noted.exists() else "unknown")
+    return known or (noted.read_text().strip() if noted.exists() else "unknown")
 
 
 def hardware() -> dict[str, Any]:

@@ -31,6 +31,8 @@ SCALE = DIM**-0.5
 PREFILLS = (2048, 8192, 32768) if GPU else (32,)
 MASKED_UP_TO = 8192
 """A mask that is a tensor: tried up to this length."""
+TRIED = (("full", False), ("snapkv", False), ("h2o", False), ("full", True), ("h2o", True))
+"""Policy, and whether the causal mask is given as a tensor."""
 STEPS = ((1, 8192), (1, 32768), (8, 8192), (32, 2048), (32, 8192)) if GPU else ((1, 32),)
 """Batch, slots."""
 SELECTED = ((1, 8192), (1, 32768), (8, 4096)) if GPU else ((1, 32),)
@@ -96,7 +98,7 @@ def prefills(record: Record) -> None:
         row = {"kernel": "prefill", "batch": 1, "tokens": length}
         for name, backend in BACKENDS.items():
             record.attempt(row | {"what": f"torch, {name}"}, partial(torch_prefill, length, backend))
-        for policy, masked in (("full", False), ("snapkv", False), ("h2o", False), ("full", True), ("h2o", True)):
+        for policy, masked in TRIED:
             if not masked or length <= MASKED_UP_TO:
                 what = f"kvpass {policy}, mask given" if masked else f"kvpass {policy}"
                 record.attempt(row | {"what": what}, partial(kvpass_prefill, length, policy, masked))

@@ -10,5 +10,5 @@ rm -rf .gpu/wheels
 "$python" -m pip --disable-pip-version-check download -q -d .gpu/wheels --only-binary=:all: --implementation cp \
   --python-version "${PYTHON_VERSION:-3.12}" --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
   --platform manylinux2014_x86_64 "pydantic>=2.7"
-{ git describe --always --abbrev=40 --dirty; date -u +%F; } > .gpu/wheels/commit
+{ git describe --always --abbrev=40 --dirty 2>/dev/null || echo unknown; } > .gpu/wheels/commit
 ls -s .gpu/wheels
