@@ -14,6 +14,7 @@ import torch
 from gpu.device import DEVICE, GPU, triton
 from models import tiny
 from policies import weights, with_weights
+from spelling import cache_of
 from torch import Tensor
 
 import kvpass
@@ -33,8 +34,8 @@ def generate(model: Any, policy: Policy) -> tuple[Tensor, list[Tensor]]:
     compiled = kvpass.compile(model, policy=policy, inner="eager")
     settings: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": True, "min_new_tokens": NEW}
     out = compiled.generate(ids, attention_mask=mask, max_new_tokens=NEW, **settings)
-    cache = out["cache"] if "cache" in out else out["past_key_values"]  # by transformers' version
-    return out.sequences.cpu(), [layer.positions.sort(-1).values.cpu() for layer in kvpass.inspect(cache).layers]
+    layers = kvpass.inspect(cache_of(out)).layers
+    return out.sequences.cpu(), [layer.positions.sort(-1).values.cpu() for layer in layers]
 
 
 @pytest.mark.parametrize("name", POLICIES)
