@@ -135,7 +135,7 @@ def bare(value: Any) -> Any:
     return _get(value, "_kvpass_real") if issubclass(type(value), Facade) else value
 
 
-@functools.cache
+@functools.lru_cache(maxsize=None)
 def _facade_class(cls: type) -> type:
     same = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
     try:

@@ -15,16 +15,19 @@ import torch
 from kvpass.errors import CacheError, ShellDataError
 
 _ANSWERED = frozenset(
-    ["size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "is_contiguous", "element_size", "untyped_storage", "is_floating_point", "is_complex", "is_inference", "get_device", "data_ptr", "is_same_size", "type", "isnan", "isfinite", "isinf", "__len__", "__hash__", "register_hook", "is_shared", "is_pinned", "has_names", "_is_view", "is_conj", "is_neg", "__dlpack_device__", "result_type"]
+    "size dim ndimension numel nelement stride storage_offset is_contiguous element_size untyped_storage is_floating_point "
+    "is_complex is_inference get_device data_ptr is_same_size type isnan isfinite isinf __len__ __hash__ register_hook "
+    "is_shared is_pinned has_names _is_view is_conj is_neg __dlpack_device__ result_type".split()
 )
 """Operations that read no data, or only ask whether it is any."""
 
 _VIEWS = frozenset(
-    ["__getitem__", "view", "view_as", "expand", "expand_as", "narrow", "detach", "alias", "slice", "transpose", "permute", "movedim", "swapaxes", "t", "squeeze", "unsqueeze", "flatten", "reshape", "unflatten", "select", "unbind", "chunk", "split"]
+    "__getitem__ view view_as expand expand_as narrow detach alias slice transpose permute movedim swapaxes t squeeze "
+    "unsqueeze flatten reshape unflatten select unbind chunk split".split()
 )
 """Operations that give views, by which a shell's store is found again."""
 
-_MOVES = frozenset(["to", "cpu", "cuda", "float", "half", "bfloat16", "double", "requires_grad_"])
+_MOVES = frozenset("to cpu cuda float half bfloat16 double requires_grad_".split())
 """Operations that give the tensor itself if there is nothing to do."""
 
 _VIEW_ATTRIBUTES = frozenset({"T", "mT", "H", "mH", "data", "real", "imag"})

@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import nest, plain, tiny
 from spelling import cache_of, with_cache
+from models import nest, plain, tiny
 from torch import nn
 
 import kvpass
