@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = ("environment", "cases", "policies", "kernels", "end_to_end", "sanitizer")
 Row = dict[str, Any]
 
 
-def stages(folder: Path) -> dict[str, Row]:
-    """The JSON of each stage that ran."""
-    paths = {name: folder / f"{name}.json" for name in STAGES}
-    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+def read(folder: Path) -> tuple[dict[str, Row], Row]:
+    """The JSON of each stage of the last run, and its summary."""
+    summary = json.loads((folder / "summary.json").read_text())
+    names = [row["stage"] for row in summary["stages"]]
+    return {name: json.loads((folder / f"{name}.json").read_text()) for name in names}, summary
 
 
 def device(found: dict[str, Row]) -> str:
@@ -146,7 +146,7 @@ On a machine with a GPU, torch, triton, transformers and pytest; nothing is inst
 
 
 def page(folder: Path) -> str:
-    found, summary = stages(folder), json.loads((folder / "summary.json").read_text())
+    found, summary = read(folder)
     lines = [*head(found, summary), *right(found)]
     lines += whole_models(found["end_to_end"]) if found.get("end_to_end", {}).get("rows") else []
     lines += alone(found["kernels"]) if found.get("kernels", {}).get("rows") else []
@@ -155,7 +155,7 @@ def page(folder: Path) -> str:
 
 def main(arguments: list[str]) -> None:
     folder = Path(arguments[0]) if arguments else ROOT / ".gpu" / "out"
-    if device(stages(folder)) != "cuda":
+    if device(read(folder)[0]) != "cuda":
         sys.exit(f"{folder} has no figures of a GPU: docs/gpu.md stays as it is")
     (ROOT / "docs" / "gpu.md").write_text(page(folder))
 

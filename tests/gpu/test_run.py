@@ -100,6 +100,41 @@ def check_page(out: Path) -> None:
     assert (page.ROOT / "docs" / "gpu.md").read_text() == before
 
 
+def test_page_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CPU's run does not have: graphs, peaks, errors, contenders that were left out, a stage that was ended."""
+    step = {"kernel": "decode", "batch": 1, "slots": 8192, "what": "kvpass h2o", "ms": 0.193, "gb_per_s": 174.0}
+    wrong = {"kernel": "prefill", "batch": 1, "tokens": 2048, "what": "torch, cudnn", "error": "RuntimeError: none"}
+    model = {"batch": 8, "tokens": 4096, "contender": "kvpass full, eager", "prefill_ms": 339.0, "peak_bytes": 2**30}
+    rows = {
+        "cases": [{"case": "a"}, {"case": "b", "error": "failed: x"}],
+        "kernels": [step | {"replayed": {"ms": 0.026, "gb_per_s": 1313.0}}, wrong],
+        "end_to_end": [
+            model,
+            {"batch": 8, "tokens": 4096, "contender": "kvpass full, inductor", "left_out": "no time"},
+        ],
+        "sanitizer": [{"tool": "memcheck", "cases": 9, "found": 0}],
+    }
+    for name, entries in rows.items():
+        found = {"stage": name, "device": "cuda", "status": ENDED, "seconds": 9.0, "shape": {}, "model": {}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(found | {"rows": entries}))
+    summary = {"date": "2026-12-01", "command": "tests/gpu/run.sh", "stages": [{"stage": name} for name in rows]}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "docs").mkdir()
+    monkeypatch.setattr(page, "ROOT", tmp_path)
+    page.main([str(tmp_path)])
+    text = (tmp_path / "docs" / "gpu.md").read_text()
+    for line in (
+        "| 1 | 8,192 | kvpass h2o | 193 | 174 | 26.0 | 1,313 |",
+        "| 1 | 2,048 | torch, cudnn | error | error |",
+        "| kvpass full, eager | 339 | - | - | 1,024 | - | - |",
+        "| kvpass inductor (no time) | - | - | - | - | - | - |",
+        f"1 of 2 right; {ENDED} after 9 s",
+        "memcheck: nothing found in 9 cases",
+        '"error": "failed: x"',
+    ):
+        assert line in text, line
+
+
 def test_failing_stages(tmp_path: Path) -> None:
     """One that fails and one that writes nothing: the next runs."""
     silent = Stage("silent", 1.0, (sys.executable, "-c", ""))
