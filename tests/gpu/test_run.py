@@ -127,7 +127,7 @@ def test_page_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "| 1 | 8,192 | kvpass h2o | 193 | 174 | 26.0 | 1,313 |",
         "| 1 | 2,048 | torch, cudnn | error | error |",
         "| kvpass full, eager | 339 | - | - | 1,024 | - | - |",
-        "| kvpass inductor (no time) | - | - | - | - | - | - |",
+        "| kvpass full, inductor (no time) | - | - | - | - | - | - |",
         f"1 of 2 right; {ENDED} after 9 s",
         "memcheck: nothing found in 9 cases",
         '"error": "failed: x"',
