@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 for name in (
     "oracle",
     "models",
+    "gpu",
 ):  # not tests/ on sys.path: its folders kvpass and kernels would shadow the real ones
     package = types.ModuleType(name)
     package.__path__ = [str(ROOT / "tests" / name)]

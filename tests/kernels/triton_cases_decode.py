@@ -1,6 +1,6 @@
-"""decode_attend, and the ops in a row, in Triton's interpreter against the references and against plain loops.
+"""decode_attend, and the ops in a row, against the references and against plain loops: interpreted, or on a GPU.
 
-Not collected by a plain `pytest`: test_triton_interpreter.py runs this file.
+Not collected by a plain `pytest`: test_triton_interpreter.py and tests/gpu run this file.
 """
 
 from __future__ import annotations
@@ -10,17 +10,23 @@ from typing import Any
 
 import pytest
 import torch
-from interpreted import RULES, SCALE, SINKS, masks
+from interpreted import (
+    RULES,
+    SCALE,
+    SINKS,
+    compact_slots_triton,
+    decode_attend_triton,
+    masks,
+    prefill_attend_triton,
+    select_slots_triton,
+)
 from kvpass.kernels.compact_slots.reference import compact_slots_reference
-from kvpass.kernels.compact_slots.triton import compact_slots_triton
 from kvpass.kernels.decode_attend.reference import decode_attend_reference
-from kvpass.kernels.decode_attend.triton import _splits, decode_attend_triton
+from kvpass.kernels.decode_attend.triton import _splits
 from kvpass.kernels.prefill_attend.reference import prefill_attend_reference
-from kvpass.kernels.prefill_attend.triton import prefill_attend_triton
 from kvpass.kernels.rule import FREE, LIVE, Rule
 from kvpass.kernels.scores import score_slots
 from kvpass.kernels.select_slots.reference import select_slots_reference
-from kvpass.kernels.select_slots.triton import select_slots_triton
 from kvpass.kernels.testing import State, assert_close, bits, empty_state, qkv, random_state
 from kvpass.kernels.triton_launch import Target
 from naive_attention import naive_decode

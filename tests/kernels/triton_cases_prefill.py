@@ -1,21 +1,27 @@
-"""prefill_attend, select_slots, compact_slots in Triton's interpreter against the references and against plain loops.
+"""prefill_attend, select_slots, compact_slots against the references and against plain loops: interpreted, or on a GPU.
 
-Not collected by a plain `pytest`: test_triton_interpreter.py runs this file.
+Not collected by a plain `pytest`: test_triton_interpreter.py and tests/gpu run this file.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from interpreted import RULES, SCALE, SHAPES, SINKS, masks
+from interpreted import (
+    RULES,
+    SCALE,
+    SHAPES,
+    SINKS,
+    compact_slots_triton,
+    masks,
+    prefill_attend_triton,
+    select_slots_triton,
+)
 from kvpass.kernels.compact_slots.reference import compact_slots_reference
-from kvpass.kernels.compact_slots.triton import compact_slots_triton
 from kvpass.kernels.join_slots import join_slots
 from kvpass.kernels.prefill_attend.reference import prefill_attend_reference
-from kvpass.kernels.prefill_attend.triton import prefill_attend_triton
 from kvpass.kernels.rule import LIVE
 from kvpass.kernels.select_slots.reference import select_slots_reference
-from kvpass.kernels.select_slots.triton import select_slots_triton
 from kvpass.kernels.testing import assert_close, bits, qkv, random_state
 from naive_attention import naive_prefill, naive_select
 from torch import Tensor
