@@ -48,7 +48,8 @@ class SlotStore:
         waiting: steps since something was evicted, where `rule.every` lets them wait.
         spare: tokens that may still come one by one before the slots must be laid out anew; where `rule.spread`.
         step: radians that each pair of a key's entries turns from position to position, float64 [D / 2]; where
-            `rule.reindex`, once a call of several tokens has shown it.
+            `rule.reindex`, from the first call on.
+        zero: how far place 0 of each row is turned, complex128 [B, D / 2], 0 for rows without a token; likewise.
     """
 
     name: str
@@ -68,6 +69,7 @@ class SlotStore:
     waiting: int = 0
     spare: int = 0
     step: torch.Tensor | None = None
+    zero: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         k, v = self.state[0], self.state[1]
