@@ -94,9 +94,7 @@ class SlotStore:
         fields = dict(self.__dict__)
         with torch.inference_mode(False), torch.no_grad():
             fields["state"] = [t.clone() for t in self.state]
-            bases = copy.deepcopy(self.bases, memo)
-            # an inference tensor's copy is one too if the shell was copied before: a view of its storage is not
-            fields["bases"] = tuple(torch.empty(0, dtype=b.dtype, device=b.device).set_(b) for b in bases)
+            fields["bases"] = copy.deepcopy(self.bases, memo)
         other.__setstate__(fields)
         return other
 
