@@ -51,6 +51,7 @@ class SlotStore:
         step: radians that each pair of a key's entries turns from position to position, float64 [D / 2]; where
             `rule.reindex`, from the first call on.
         zero: how far place 0 of each row is turned, complex128 [B, D / 2], 0 for rows without a token; likewise.
+        picked: rows that were last picked out of this store, what they became, and for which of K and V.
     """
 
     name: str
@@ -71,6 +72,7 @@ class SlotStore:
     spare: int = 0
     step: torch.Tensor | None = None
     zero: torch.Tensor | None = None
+    picked: tuple[torch.Tensor, SlotStore, set[int]] | None = None
 
     def __post_init__(self) -> None:
         k, v = self.state[0], self.state[1]
@@ -91,7 +93,7 @@ class SlotStore:
         """
         other = object.__new__(SlotStore)
         memo[id(self)] = other
-        fields = dict(self.__dict__)
+        fields = {**vars(self), "picked": None}
         with torch.inference_mode(False), torch.no_grad():
             fields["state"] = [t.clone() for t in self.state]
             fields["bases"] = copy.deepcopy(self.bases, memo)
