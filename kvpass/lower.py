@@ -249,7 +249,8 @@ class _Lowering:
         key = found.cos, found.sin
         if key not in self.angles:  # layers share them
             gm, nodes, (candidates, table) = self.original, angle_nodes(found), planned.key_positions
-            candidates = [] if planned.site.phase is Phase.DECODE else candidates  # a first call has shown the step
+            if planned.site.phase is Phase.DECODE and planned.site.key.update.form is not CacheForm.BUFFER:
+                candidates = []  # a first call has shown the step; into a buffer, this may be it
             positions = [Positions(function_of(gm, n), functions_of(gm, nodes, n), table) for n in candidates]
             self.angles[key] = Angles(functions_of(gm, nodes), found.halved, tuple(positions))
         return self.angles[key]

@@ -75,7 +75,8 @@ def turn_keys(sites: Sequence[tuple[Angles | None, SlotStore]], args: Sequence[A
         if angles is not None:
             _learn(angles, stores, args, count)
         for store in stores:
-            assert store.step is not None  # a first call has angles
+            if store.step is None:
+                raise _unknown()
             reindex(store.state, store.rule, store.step)
 
 
@@ -86,14 +87,19 @@ def _learn(angles: Angles, stores: Sequence[SlotStore], args: Sequence[Any], cou
         step = stores[0].step if stores[0].step is not None else angles.step(args)
     # a token that comes alone is kept by all layers, or stands nowhere
     seen = stores if count > 1 else stores[:1]
-    place = torch.stack([new_places(s.state, s.rule, s.tokens, count) for s in seen]).amax(0)
+    places = [new_places(s.state, s.rule, s.tokens, count).to(turn.device) for s in seen]
+    place = torch.stack(places).amax(0)
     step = step_between(turn, place) if step is None else step
     if step is None:
-        raise RotationError(
-            "how far keys turn from one position to the next is not to be read from this model's graph, and its first "
-            "call has no two tokens to measure it by",
-            "begin with a prompt of two tokens or more, or choose a policy with positions: kept, e.g. streaming_llm",
-        )
+        raise _unknown()
     zero = checked(turn, place, step, stores[0].zero)
     for store in stores:
         store.step, store.zero = step, zero
+
+
+def _unknown() -> RotationError:
+    return RotationError(
+        "how far keys turn from one position to the next is not to be read from this model's graph, and the first call "
+        "of this cache has no two tokens to measure it by",
+        "begin with a prompt of two tokens or more, or choose a policy with positions: kept, e.g. streaming_llm",
+    )
