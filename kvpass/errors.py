@@ -91,6 +91,7 @@ class Reason(StrEnum):
     KEY_VALUE_MISMATCH = "KEY_VALUE_MISMATCH"
     DTYPE = "DTYPE"
     INDEXER = "INDEXER"
+    AUTOCAST = "AUTOCAST"
 
     @property
     def hint(self) -> str:
@@ -127,4 +128,6 @@ HINTS = {
     Reason.KEY_VALUE_MISMATCH: "keys and values must be cached in the same way",
     Reason.DTYPE: "keys, values and queries must share float32, bfloat16 or float16",
     Reason.INDEXER: "nothing to do: keys of a sparse indexer choose what another attention may see; they stay dense",
+    Reason.AUTOCAST: "call the model outside of torch.autocast; to compute in half precision, load or convert it in "
+    "that dtype before compiling: model.to(torch.bfloat16)",
 }

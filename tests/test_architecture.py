@@ -49,7 +49,7 @@ ARROWS = {
     "emit_masks": {"emit_nodes", "emit_heads", "site", "match"} | WORDS,
     "emit_heads": {"emit_nodes", "site", "match"} | WORDS,
     "emit_nodes": {"ops", "site", "match"} | WORDS,
-    "lower": {"emit", "plan", "site", "match", "runtime.bind"} | WORDS,
+    "lower": {"emit", "plan", "site", "match", "runtime.bind", "runtime.turning"} | WORDS,
     "verify": {"plan", "lower", "match"} | WORDS,
     "isolate": {"site", "match"} | WORDS,
     "check_sites": {"isolate", "plan", "lower", "site", "match", "runtime", "ops", "kernels"} | WORDS,

@@ -15,6 +15,7 @@ from kvpass.kernels.rule import Rule
 from kvpass.runtime.marks import marks_of
 from kvpass.runtime.shell import attach, make, of_buffer, refuse, unwrap
 from kvpass.runtime.store import Origin, SlotStore, spare_slots
+from kvpass.runtime.turning import Angles, turn_keys
 from kvpass.runtime.watch import current
 from kvpass.terms import Layout, Phase
 
@@ -32,7 +33,7 @@ class Binding:
         start: where a call writes its tokens into a buffer: an index tensor or a number.
         paths: places of the buffers of K and V in their inputs, where several are stacked in one.
         host: heads and entries of the host's keys and values, where the slots hold them otherwise.
-        angles: cosines and sines of a call's positions, [.., S, D] each, where keys are turned again.
+        angles: what a call's keys are rotated by, where keys are turned again.
     """
 
     name: str
@@ -49,7 +50,7 @@ class Binding:
     start: Callable[[Sequence[Any]], Any] | None = None
     paths: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
     host: tuple[tuple[int, int], tuple[int, int]] | None = None
-    angles: tuple[Callable[[Sequence[Any]], Any], ...] = ()
+    angles: Angles | None = None
 
     def open(self, args: Sequence[Any], origin: Origin, position: int = 0) -> SlotStore:
         """The store of this site for a call, with room for the call's tokens, of which the first is at `position`."""
@@ -213,17 +214,11 @@ class Bound:
 
     def _reindex(self, args: Sequence[Any], stores: Sequence[SlotStore]) -> None:
         """Turn the keys of sites that want it to their places in the cache."""
-        pairs = [(b, store) for b, store in zip(self.bindings, stores, strict=True) if b.rule.reindex]
-        if not pairs:
-            return
-        from kvpass.kernels.reindex import reindex, step_of
-
-        with torch.inference_mode(False), torch.no_grad(), self._told(stores):
-            angles = pairs[0][0].angles
-            step = step_of(*(part(args) for part in angles)) if angles else None
-            for _, store in pairs:
-                store.step = store.step if step is None else step
-                reindex(store.state, store.rule, store.step)
+        pairs = zip(self.bindings, stores, strict=True)
+        sites = [(b.angles, store) for b, store in pairs if b.rule.reindex and b.rule.evicts]
+        if sites:
+            with torch.inference_mode(False), torch.no_grad(), self._told(stores):
+                turn_keys(sites, args, self.bindings[0].sizes["S"](args))
 
     def _where(self) -> str:
         first, count = self.bindings[0].where, len(self.bindings)

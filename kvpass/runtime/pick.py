@@ -36,8 +36,9 @@ def selected(store: SlotStore, rows: torch.Tensor, half: int) -> SlotStore:
         at = rows.to(k.device).clone()
         state = [k[at], v[at], pos[at], stats[:, at], cursor[at]]
         bases = tuple(base.clone() for base in store.bases)
+        zero = None if store.zero is None else store.zero[at]
     result = object.__new__(SlotStore)
-    result.__setstate__({**vars(store), "state": state, "bases": bases, "picked": None})
+    result.__setstate__({**vars(store), "state": state, "bases": bases, "zero": zero, "picked": None})
     store.picked = rows.clone(), result, {half}
     return result
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
@@ -48,7 +49,8 @@ class SlotStore:
         waiting: steps since something was evicted, where `rule.every` lets them wait.
         spare: tokens that may still come one by one before the slots must be laid out anew; where `rule.spread`.
         step: radians that each pair of a key's entries turns from position to position, float64 [D / 2]; where
-            `rule.reindex`, once a call of several tokens has shown it.
+            `rule.reindex`, from the first call on.
+        zero: how far place 0 of each row is turned, complex128 [B, D / 2], 0 for rows without a token; likewise.
         picked: rows that were last picked out of this store, what they became, and for which of K and V.
     """
 
@@ -69,6 +71,7 @@ class SlotStore:
     waiting: int = 0
     spare: int = 0
     step: torch.Tensor | None = None
+    zero: torch.Tensor | None = None
     picked: tuple[torch.Tensor, SlotStore, set[int]] | None = None
 
     def __post_init__(self) -> None:
@@ -79,10 +82,23 @@ class SlotStore:
         self._register()
 
     def __setstate__(self, fields: dict[str, Any]) -> None:
-        """A deep copy is found by its own storages."""
+        """A store that was unpickled is found by its own storages."""
         self.__dict__.update(fields)
         self.versions = [None, None]
         self._register()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SlotStore:
+        """A store of its own with normal tensors, also under `torch.inference_mode()`: later calls change them in
+        place. Its bases share the storages of the shells that are copied along.
+        """
+        other = object.__new__(SlotStore)
+        memo[id(self)] = other
+        fields = {**vars(self), "picked": None}
+        with torch.inference_mode(False), torch.no_grad():
+            fields["state"] = [t.clone() for t in self.state]
+            fields["bases"] = copy.deepcopy(self.bases, memo)
+        other.__setstate__(fields)
+        return other
 
     def _register(self) -> None:
         _BY_STORAGE.update((_storage_key(base), self) for base in self.bases)
