@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -20,6 +20,9 @@ from kvpass.match.calls import example
 from kvpass.plan import Plan
 from kvpass.policy.spec import Policy
 from kvpass.site import SiteTable
+
+if TYPE_CHECKING:
+    from kvpass.runtime.store import Origin
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +95,8 @@ class Backend:
             with stages(self.debug, len(self.graphs), gm, record, None), record.timed("inner"):
                 inner = compile_inner(self.inner, gm, example_inputs)
             watched = data_inputs(gm.graph)
-            return Untouched(inner, watched) if watched else inner
+            left = self._origin(table) if table.declined else None
+            return Untouched(inner, watched, left) if watched or left else inner
         _refuse_training(table)
         return self._rewrite(gm, example_inputs, record)
 
@@ -102,7 +106,6 @@ class Backend:
         from kvpass.match.dataflow import data_inputs
         from kvpass.plan import plan
         from kvpass.runtime.bind import Bound
-        from kvpass.runtime.store import Origin
         from kvpass.verify import verify
 
         with record.timed("plan"):
@@ -116,14 +119,20 @@ class Backend:
                 verify(gm, lowered, record.plan)
             with record.timed("inner"):
                 inner = compile_inner(self.inner, lowered.gm, inputs)
-        declined = tuple(d.to_dict() for d in record.table.declined)
-        origin = Origin(self.policy.name, self.policy.budget, declined)
         if self.verify:
             from kvpass.check_sites import checked_once
 
             inner = checked_once(inner, gm, lowered, record.plan)
-        watched = data_inputs(gm.graph)
-        return Bound(inner, lowered.bindings, lowered.outputs, origin, watched, lowered.shared)
+        watched, origin = data_inputs(gm.graph), self._origin(record.table)
+        names = [str(n.target) for n in gm.graph.find_nodes(op="placeholder")]
+        return Bound(inner, lowered.bindings, lowered.outputs, origin, watched, lowered.shared, names)
+
+    def _origin(self, table: SiteTable) -> Origin:
+        """What the caches of a graph remember of who made them."""
+        from kvpass.runtime.store import Origin
+
+        declined = tuple(d.to_dict() for d in table.declined)
+        return Origin(self.policy.name, self.policy.budget, declined, self.policy.fingerprint)
 
     @property
     def timings(self) -> dict[str, float]:
