@@ -283,7 +283,4 @@ class Untouched:
 
     def __call__(self, *args: Any) -> Any:
         refuse(args, self.watched, "")
-        results = self.inner(*args)
-        if self.left is not None:
-            self.left.mark(args, results)
-        return results
+        return self.inner(*args) if self.left is None else self.left.run(self.inner, args)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from kvpass.runtime.store import Origin
+from kvpass.runtime.store import Origin, version
 
 _LEFT = "_kvpass_left"
 FEWEST_AXES = 3
@@ -15,18 +15,25 @@ FEWEST_AXES = 3
 
 
 class Left:
-    """Marks the tensors of a graph whose attentions all stay dense. A deep copy of a tensor keeps the mark."""
+    """Runs a graph whose attentions all stay dense, and marks what may be their caches. A deep copy of a tensor keeps
+    the mark.
+    """
 
     def __init__(self, origin: Origin) -> None:
         self.origin = origin
         self.inputs: list[int] | None = None
 
-    def mark(self, args: Sequence[Any], results: Any) -> None:
-        """After a call: what it returned, and the buffers that it may have written to."""
+    def run(self, inner: Callable[..., Any], args: Sequence[Any]) -> Any:
+        """One call: what it returns is marked, and the buffers that it wrote to."""
         if self.inputs is None:
             self.inputs = [at for at, value in enumerate(args) if _may_be_cache(value)]
-        for tensor in (*(args[at] for at in self.inputs), *filter(_may_be_cache, results)):
+        given = [args[at] for at in self.inputs]
+        before = [version(tensor) for tensor in given]
+        results = inner(*args)
+        written = [t for t, seen in zip(given, before, strict=True) if seen is None or version(t) != seen]
+        for tensor in (*written, *filter(_may_be_cache, results)):
             setattr(tensor, _LEFT, self.origin)
+        return results
 
 
 def left_by(tensor: torch.Tensor) -> Origin | None:
