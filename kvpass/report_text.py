@@ -91,8 +91,9 @@ def _run_name(names: list[str]) -> str:
     differ = [at for at, (a, b) in enumerate(zip(one, two, strict=False)) if a != b]
     if len(one) == len(two) and len(differ) == 1 and differ[0] % 2:
         at = differ[0]
-        return "".join([*one[:at], f"{one[at]}-{two[at]}", *one[at + 1 :]])
-    return f"{first} .. {last}"
+        if int(two[at]) - int(one[at]) == len(names) - 1:
+            return "".join([*one[:at], f"{one[at]}-{two[at]}", *one[at + 1 :]])
+    return ", ".join(names) if len(names) < 3 else f"{first} .. {last} ({len(names)})"
 
 
 def _folded(text: str, indent: str = "  ") -> list[str]:

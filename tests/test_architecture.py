@@ -58,7 +58,8 @@ ARROWS = {
     "reporting": {"holdings", "report_text", "runtime", "kernels.scores", "kernels.ragged", "kernels.rule"} | WORDS,
     "holdings": {"runtime"} | WORDS,
     "report_text": set(),
-    "explaining": {"twin", "policy", "site", "scan", "plan", "patterns", "match"} | WORDS,
+    "next_step": set(),
+    "explaining": {"next_step", "twin", "policy", "site", "scan", "plan", "patterns", "match"} | WORDS,
     "compiled": {"compiler", "policy", "errors", "twin", "patterns"},  # patterns: a type
     "twin": set(),
     "pure": {"ops", "kernels"},
