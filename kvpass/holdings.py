@@ -163,9 +163,10 @@ def _cache_of(value: Any) -> Any:
     """The cache of a model's output."""
     if isinstance(value, Mapping):
         return next((value[name] for name in CACHE_FIELDS if value.get(name) is not None), value)
-    bare = isinstance(value, tuple) and any(isinstance(one, torch.Tensor) for one in value)
-    inner = [one for one in value if not isinstance(one, torch.Tensor)] if bare else []
-    return inner if any(stores(one) for one in inner) else value  # (logits, cache)
+    if not isinstance(value, tuple) or any(find(one) is not None for one in value):
+        return value
+    inner = [one for one in value if isinstance(one, (list, tuple, Mapping)) or hasattr(one, "layers")]
+    return inner if len(inner) < len(value) and inner else value  # (logits, cache)
 
 
 def _entries(value: Any) -> list[tuple[str, Any]]:

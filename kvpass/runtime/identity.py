@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 SAMPLE = 32
 """Entries of a parameter that its digest looks at, evenly spread."""
+MOST_LAYERS = 512
+"""Layers that are remembered to share one graph."""
 
 _UNKNOWN = count()
 
@@ -90,6 +92,8 @@ class Weights:
         parameters = {self.names[at]: args[at] for at in self.places}
         known = self.known.get(first)
         if known is None or fresh or not known.holds(parameters):
+            if len(self.known) >= MOST_LAYERS:  # weights that are brought in anew for each call
+                self.known.clear()
             known = self.known[first] = Identity(parameters)
         return known
 

@@ -22,13 +22,13 @@ from kvpass.runtime.identity import Identity
 NAME = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 """What this version of transformers calls it."""
 POLICIES: list[tuple[str, Any]] = [
-    ("h2o", 24),
-    ("h2o", 32),
+    ("h2o", 40),
+    ("h2o", 48),
     ("h2o", 0.5),
     ("full", None),
-    ("snapkv", 24),
-    ("ada_snapkv", 24),
-    ("streaming_llm", 24),
+    ("snapkv", 40),
+    ("ada_snapkv", 40),
+    ("streaming_llm", 40),
 ]
 
 
