@@ -165,7 +165,7 @@ def _cache_of(value: Any) -> Any:
         return next((value[name] for name in CACHE_FIELDS if value.get(name) is not None), value)
     if not isinstance(value, tuple) or any(find(one) is not None for one in value):
         return value
-    inner = [one for one in value if isinstance(one, (list, tuple, Mapping)) or hasattr(one, "layers")]
+    inner = [one for one in value if not isinstance(one, torch.Tensor) and next(_tensors(one), None) is not None]
     return inner if len(inner) < len(value) and inner else value  # (logits, cache)
 
 

@@ -23,10 +23,8 @@ NAME = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).paramet
 """What this version of transformers calls it."""
 POLICIES: list[tuple[str, Any]] = [
     ("h2o", 40),
-    ("h2o", 48),
     ("h2o", 0.5),
     ("full", None),
-    ("snapkv", 40),
     ("ada_snapkv", 40),
     ("streaming_llm", 40),
 ]
