@@ -51,14 +51,13 @@ def test_another_policy_or_budget() -> None:
     original = plain.make(plain.Decoder)
     models = {key: compiled(original, *key) for key in POLICIES}
     caches = {key: read(model)[1] for key, model in models.items()}
-    for at, (maker, user) in enumerate(permutations(POLICIES, 2)):
-        length = (1, 5)[at % 2]
-        refused(
-            models[user], copy.deepcopy(caches[maker]), f"made by this model under policy {maker[0]}, budget", length
-        )
-        refused(models[user], caches[maker], f"given to policy {user[0]}, budget", length)
+    lengths = {key: (1, 5)[at % 2] for at, key in enumerate(POLICIES)}
+    for maker, user in permutations(POLICIES, 2):
+        branch = copy.deepcopy(caches[maker])
+        refused(models[user], branch, f"made by this model under policy {maker[0]}, budget", lengths[user])
+        refused(models[user], caches[maker], f"given to policy {user[0]}, budget", lengths[user])
     for key, model in models.items():
-        read(model, caches[key], 1)
+        read(model, caches[key], lengths[key])
 
 
 def test_equal_compilations_share_a_cache() -> None:
@@ -67,12 +66,7 @@ def test_equal_compilations_share_a_cache() -> None:
     _, cache = read(compiled(original))
     expected, _ = read(compiled(original), copy.deepcopy(cache), 1)
     spelled = torch.compile(copy.deepcopy(original), backend=kvpass.backend("h2o", 24, inner="eager"))
-    for model in (
-        compiled(original),
-        compiled(original, budget=24, strict=False),
-        compiled(copy.deepcopy(original)),
-        spelled,
-    ):
+    for model in (compiled(original), compiled(original, strict=False), compiled(copy.deepcopy(original)), spelled):
         found, _ = read(model, copy.deepcopy(cache), 1)
         torch.testing.assert_close(found, expected)
 
