@@ -49,7 +49,8 @@ def report(cache: Any) -> Report:
     dense and what the caller allocated.
 
     Args:
-        cache: an HF cache, a tuple cache, a model's output, or a module that holds its cache in attributes.
+        cache: `out.cache` (`out.past_key_values` before transformers 5.24), a model's whole output, a tuple cache, or a
+            module that holds its cache in attributes.
 
     Raises:
         CacheError: no kvpass-compiled model made it.
@@ -145,12 +146,14 @@ def _proof(stores: Sequence[SlotStore], freed: int) -> dict[str, int]:
 def _why(stores: Sequence[SlotStore]) -> str:
     """Why a cache holds more than its budget says, or everything."""
     rules = [(store.rule, int(store.state[4][..., SEEN].max())) for store in stores]
-    floors = {
-        rule.floor for rule, seen in rules if rule.evicts and not rule.slots and rule.floor * rule.den > seen * rule.num
-    }
+    shares = [(rule, seen) for rule, seen in rules if rule.evicts and not rule.slots]
+    floors = {rule.floor for rule, seen in shares if rule.floor * rule.den > seen * rule.num}
     if floors:
         slots = " or ".join(map(str, sorted(floors)))
-        return f"min_slots: however few tokens there are, each KV head keeps {slots} slots before it evicts"
+        return (
+            f"more than the budget: however few tokens there are, each KV head keeps {slots} slots (min_slots), "
+            "and up to 2.5 % are free to grow into"
+        )
     if any(store.evicted() for store in stores) or not stores:
         return ""
     if not any(rule.evicts for rule, _ in rules):

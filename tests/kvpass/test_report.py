@@ -240,7 +240,7 @@ def test_proof_counts_what_happened() -> None:
 
 def test_proof_counts_steps_outside_the_graph() -> None:
     """Layers that share their slots by their data do so after each prompt, in Python."""
-    cache = read(compiled(plain.make(plain.Decoder), "layer_defensivekv", 24), 60)
+    cache = read(compiled(plain.make(plain.Decoder), "layer_defensivekv", 48), 60)
     assert kvpass.report(cache).to_dict()["proof"]["outside"] == 2
 
 
@@ -273,8 +273,8 @@ def test_all_layers_declined() -> None:
     model = plain.make(plain.Decoder)
     for block in model.blocks:
         block.__class__ = Odd
-    data = kvpass.report(read(compiled(model, strict=False), 60)).to_dict()
-    assert data["bytes"] == data["dense_bytes"] == 2 * 2 * 2 * 60 * 8 * 4
+    data = kvpass.report(tuples(compiled(model, strict=False))).to_dict()
+    assert data["bytes"] == data["dense_bytes"] == 2 * 2 * 2 * (PROMPT + 1) * 8 * 4
     assert [row["reason"] for row in data["declined"]] == ["UNSUPPORTED_ATTENTION"] * 2
 
 
