@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -21,6 +21,9 @@ from kvpass.plan import Plan
 from kvpass.policy.spec import Policy
 from kvpass.runtime.watch import current
 from kvpass.site import SiteTable
+
+if TYPE_CHECKING:
+    from kvpass.runtime.store import Origin
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +101,8 @@ class Backend:
             chosen = self.inner if call is None or call.whole else "eager"  # an encoder or a head, called alone
             with stages(self.debug, len(self.graphs), gm, record, None), record.timed("inner"):
                 inner = compile_inner(chosen, gm, example_inputs)
-            return Untouched(inner, data_inputs(gm.graph), dense_by_choice(gm.graph, table.declined))
+            left = self._origin(table) if table.declined else None
+            return Untouched(inner, data_inputs(gm.graph), dense_by_choice(gm.graph, table.declined), left)
         _refuse_training(table)
         return self._rewrite(gm, example_inputs, record)
 
@@ -109,7 +113,6 @@ class Backend:
         from kvpass.match.dataflow import data_inputs
         from kvpass.plan import plan
         from kvpass.runtime.bind import Bound
-        from kvpass.runtime.store import Origin
         from kvpass.verify import verify
 
         with record.timed("plan"):
@@ -123,19 +126,25 @@ class Backend:
                 verify(gm, lowered, record.plan)
             with record.timed("inner"):
                 inner = compile_inner(self.inner, lowered.gm, inputs)
-        declined = tuple(d.to_dict() for d in record.table.declined)
-        origin = Origin(self.policy.name, self.policy.budget, declined)
         if self.verify:
             from kvpass.check_sites import checked_once
 
             inner = checked_once(inner, gm, lowered, record.plan)
-        watched = data_inputs(gm.graph)
+        watched, origin = data_inputs(gm.graph), self._origin(record.table)
+        names = [str(n.target) for n in gm.graph.find_nodes(op="placeholder")]
         dense = dense_by_choice(gm.graph, record.table.declined)
-        return Bound(inner, lowered.bindings, lowered.outputs, origin, watched, lowered.shared, dense)
+        return Bound(inner, lowered.bindings, lowered.outputs, origin, watched, lowered.shared, names, dense)
 
     def __reduce__(self) -> Any:
         """Graphs are not pickled: whoever loads it compiles anew."""
         return Backend, (self.policy, self.inner, self.strict, self.debug, self.verify, self.patterns)
+
+    def _origin(self, table: SiteTable) -> Origin:
+        """What the caches of a graph remember of who made them."""
+        from kvpass.runtime.store import Origin
+
+        declined = tuple(d.to_dict() for d in table.declined)
+        return Origin(self.policy.name, self.policy.budget, declined, self.policy.fingerprint)
 
     @property
     def timings(self) -> dict[str, float]:

@@ -55,8 +55,11 @@ ARROWS = {
     "check_sites": {"isolate", "plan", "lower", "site", "match", "runtime", "ops", "kernels"} | WORDS,
     "inner": WORDS,
     "debug": {"debug", "plan", "site", "lower", "match"} | WORDS,
-    "reporting": {"runtime", "kernels.scores", "kernels.ragged"} | WORDS,  # inspect() shows scores
-    "explaining": {"twin", "policy", "site", "scan", "plan", "patterns", "match"} | WORDS,
+    "reporting": {"holdings", "report_text", "runtime", "kernels.scores", "kernels.ragged", "kernels.rule"} | WORDS,
+    "holdings": {"runtime"} | WORDS,
+    "report_text": set(),
+    "next_step": set(),
+    "explaining": {"next_step", "twin", "policy", "site", "scan", "plan", "patterns", "match"} | WORDS,
     "compiled": {"compiler", "policy", "errors", "twin", "patterns"},  # patterns: a type
     "twin": set(),
     "pure": {"ops", "kernels"},

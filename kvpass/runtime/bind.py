@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ import torch
 from kvpass.errors import CacheError, PolicyError, StaleCacheError
 from kvpass.kernels.errors import DataError, TableError
 from kvpass.kernels.rule import Rule
+from kvpass.runtime.identity import Weights, require_same
+from kvpass.runtime.left import Left
 from kvpass.runtime.marks import marks_of
 from kvpass.runtime.shell import attach, make, of_buffer, refuse, unwrap
 from kvpass.runtime.store import Origin, SlotStore, spare_slots
@@ -63,6 +65,7 @@ class Binding:
         if key.shape[self.layouts[0].token_axis] == 0:
             return self._fresh(args, origin, new)
         store = unwrap((key, value), self.layouts, self.where)
+        require_same(store.origin, origin, self.where)
         store.layouts = self.layouts
         if origin.declined:
             store.origin = origin
@@ -79,6 +82,7 @@ class Binding:
                 f"the attention reads the new tokens only, but they are written at {position}", where=self.where
             )
         store = of_buffer((args[self.past[0]], args[self.past[1]]), self.paths, position, self.where)
+        require_same(store.origin, origin, self.where)
         store.make_room(new, self.phase is Phase.DECODE)
         return store
 
@@ -107,6 +111,7 @@ class Bound:
         inner: the compiled rewritten graph; takes the original inputs and then five state tensors for each site.
         outputs: number of outputs of the original graph; the inner one returns those that are no cache.
         watched: places of inputs that the graph reads as data; those that are no past of a site must not be shells.
+        inputs: names of the original inputs; the parameters among them tell models apart.
         shared: the inner graph's last inputs: `position`, where the call's tokens are written (buffers), `marks`.
         dense: places of outputs that are caches which stay as they are by choice.
     """
@@ -119,9 +124,10 @@ class Bound:
         origin: Origin,
         watched: Sequence[int] = (),
         shared: tuple[str, ...] = (),
+        inputs: Sequence[str] = (),
         dense: Sequence[int] = (),
     ) -> None:
-        self.shared, self.dense = shared, tuple(dense)
+        self.shared, self.dense, self.weights = shared, tuple(dense), Weights(inputs)
         self.inner, self.bindings, self.origin = inner, tuple(bindings), origin
         self.watched = tuple(at for at in watched if not any(at in (b.past or ()) for b in bindings))
         cached = {at for b in bindings for half in b.returned for at in half}
@@ -131,7 +137,8 @@ class Bound:
     def __call__(self, *args: Any) -> list[Any]:
         refuse(args, self.watched, "")
         positions = written_at(self.bindings, args)
-        stores = [b.open(args, self.origin, at) for b, at in zip(self.bindings, positions, strict=True)]
+        origin = self._origin_of(args)
+        stores = [b.open(args, origin, at) for b, at in zip(self.bindings, positions, strict=True)]
         if len({id(store) for store in stores}) < len(stores):
             raise StaleCacheError(
                 "several layers were given the same cache",
@@ -148,6 +155,7 @@ class Bound:
         shells: list[torch.Tensor] = []
         for binding, store in zip(self.bindings, stores, strict=True):
             store.tokens += binding.sizes["S"](args)
+            store.calls += 1
             shells += binding.leave(args, store)
             for places, shell in zip(binding.returned, shells[-2:], strict=True):
                 for at in places:
@@ -156,6 +164,13 @@ class Bound:
         if call is not None:
             call.ran(stores, shells, [returned[at] for at in self.dense])
         return returned
+
+    def _origin_of(self, args: Sequence[Any]) -> Origin:
+        """The origin of this call's stores: whose parameters it was given."""
+        model = self.weights.of(args, fresh=self.bindings[0].phase is Phase.PREFILL)
+        if model is not self.origin.model:
+            self.origin = replace(self.origin, model=model)
+        return self.origin
 
     def _given(self, name: str, args: Sequence[Any], stores: Sequence[SlotStore], positions: Sequence[int]) -> Any:
         """The value of an input that all sites share."""
@@ -196,6 +211,7 @@ class Bound:
             states = shared_out([store.state for store in sharing], [store.rule for store in sharing], spare)
             for store, (state, free) in zip(sharing, states, strict=True):
                 store.state, store.spare = state, free
+                store.outside += 1
 
     def _settle(self, args: Sequence[Any], stores: Sequence[SlotStore]) -> None:
         """After a call of several tokens, free slots that only the call or the steps before it needed; after a step,
@@ -206,11 +222,13 @@ class Bound:
             evicted = not step and b.rule.of_call(store.tokens) is b.rule
             if evicted and (b.rule.taper or b.rule.when == "calls"):
                 store.give_back(store.tokens + b.sizes["S"](args))
+                store.outside += 1
             if b.rule.every > 1:
                 store.waiting = store.waiting + 1 if step else 0
                 if store.waiting == b.rule.every:
                     with self._told(stores):
                         store.evict_late()
+                    store.outside += 1
 
     def _reindex(self, args: Sequence[Any], stores: Sequence[SlotStore]) -> None:
         """Turn the keys of sites that want it to their places in the cache."""
@@ -219,6 +237,8 @@ class Bound:
         if sites:
             with torch.inference_mode(False), torch.no_grad(), self._told(stores):
                 turn_keys(sites, args, self.bindings[0].sizes["S"](args))
+                for _, store in sites:
+                    store.outside += 1
 
     def _where(self) -> str:
         first, count = self.bindings[0].where, len(self.bindings)
@@ -256,14 +276,24 @@ def _first_and_gap(index: torch.Tensor) -> torch.Tensor:
 
 
 class Untouched:
-    """A compiled graph without a rewritten site, which must not be given shells to read."""
+    """A compiled graph without a rewritten site, which must not be given shells to read.
 
-    def __init__(self, inner: Callable[..., Any], watched: Sequence[int], dense: Sequence[int] = ()) -> None:
+    left: what to say of the caches in it, if it has any.
+    """
+
+    def __init__(
+        self,
+        inner: Callable[..., Any],
+        watched: Sequence[int],
+        dense: Sequence[int] = (),
+        left: Origin | None = None,
+    ) -> None:
         self.inner, self.watched, self.dense = inner, tuple(watched), tuple(dense)
+        self.left = Left(left) if left is not None else None
 
     def __call__(self, *args: Any) -> Any:
         refuse(args, self.watched, "")
-        result = self.inner(*args)
+        result = self.inner(*args) if self.left is None else self.left.run(self.inner, args)
         call = current()
         if call is not None:
             call.ran(dense=[result[at] for at in self.dense])

@@ -11,6 +11,7 @@ import torch
 
 from kvpass.kernels.ragged import evened, is_ragged, lengthened, with_spare
 from kvpass.kernels.rule import LIVE, SEEN, Rule
+from kvpass.runtime.identity import Identity
 from kvpass.terms import Layout
 
 _BY_STORAGE: WeakValueDictionary[int, SlotStore] = WeakValueDictionary()
@@ -18,11 +19,18 @@ _BY_STORAGE: WeakValueDictionary[int, SlotStore] = WeakValueDictionary()
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a store comes from: shared by all sites of a graph, and by all copies of a store."""
+    """Where a store comes from: shared by all sites of a graph, and by all copies of a store.
+
+    Attributes:
+        fingerprint: of the policy with its budget.
+        model: whose keys and values they are; None where no parameters reach the graph.
+    """
 
     policy: str
     budget: int | float | None
     declined: tuple[dict[str, str], ...] = ()
+    fingerprint: str = ""
+    model: Identity | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Origin:
         return self
@@ -48,6 +56,8 @@ class SlotStore:
         held: slots in use, at most; of heads with budgets of their own on average. Not where `rule.spread`.
         waiting: steps since something was evicted, where `rule.every` lets them wait.
         spare: tokens that may still come one by one before the slots must be laid out anew; where `rule.spread`.
+        calls: made on this cache so far.
+        outside: how often something was done to its slots after a call, outside the compiled graph.
         step: radians that each pair of a key's entries turns from position to position, float64 [D / 2]; where
             `rule.reindex`, from the first call on.
         zero: how far place 0 of each row is turned, complex128 [B, D / 2], 0 for rows without a token; likewise.
@@ -70,6 +80,8 @@ class SlotStore:
     held: int = 0
     waiting: int = 0
     spare: int = 0
+    calls: int = 0
+    outside: int = 0
     step: torch.Tensor | None = None
     zero: torch.Tensor | None = None
     picked: tuple[torch.Tensor, SlotStore, set[int]] | None = None
@@ -126,6 +138,10 @@ class SlotStore:
     def live(self) -> torch.Tensor:
         """Slots in use, `[B, Hkv]` int32."""
         return self.state[4][..., LIVE]
+
+    def evicted(self) -> int:
+        """Keys that are gone: valid tokens seen and no longer live, summed over rows and KV heads."""
+        return int((self.state[4][..., SEEN] - self.live()).sum())
 
     def make_room(self, new: int, step: bool) -> None:
         """Grow the slots, if needed, for a call of `new` tokens, which is a step or not. Copies this one layer, once in

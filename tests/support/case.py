@@ -225,7 +225,7 @@ def bytes_held(cache: Any) -> Result:
         real = max(t.untyped_storage().nbytes() for t in (layer.keys, layer.values))
         assert real <= layer.keys.element_size(), f"layer {i}: the cache still holds {real} bytes"
         held += site["bytes"]
-    return {"held": held, "dense": kvpass.report(cache).to_dict()["dense_bytes"]}
+    return {"held": held, "dense": sum(site["dense_bytes"] for site in kvpass.report(cache).to_dict()["sites"])}
 
 
 CHECKS = {"identity": identity, "graphs": graphs, "eviction": eviction}
