@@ -133,30 +133,27 @@ class Rule:
     def budget(self, seen: int) -> int:
         """Slots each KV head may hold after `seen` valid tokens; of a ragged rule, on average over the heads."""
         even = self._even(seen)
-        return self._tapered(even, seen) if self.taper else even
+        return self._tapered(even) if self.taper else even
 
     def _even(self, seen: int) -> int:
         even = self.slots if self.slots > 0 else max(self.floor, seen * self.num // self.den)
         return even - ((even - self.sinks) % self.rings if self.rings else 0)
 
-    def _tapered(self, even: int, seen: int) -> int:
-        """PyramidKV (arXiv 2406.02069): budgets fall from layer to layer by equal steps, `even` on average.
+    def _tapered(self, even: int) -> int:
+        """PyramidKV (arXiv 2406.02069): budgets fall from layer to layer by equal steps, the observation window on top,
+        and together are no more than `even` for each layer.
 
-        The arithmetic of Zefan-Cai/KVCache-Factory, the observation window on top. Its steps are whole slots; where a
-        fraction lets `even` grow, they are not, or a layer's budget would jump up and down with every new slot.
+        Ends as in Zefan-Cai/KVCache-Factory, rounded down in between. They follow from `even` alone, so that no layer's
+        budget ever falls while tokens come, and a row's is no larger than that of a longer one (docs/design/0003). A
+        share above a half is steep only as far as the first layer then keeps all that it has seen.
         """
-        window = max(self.queries, 0)
-        base = even - window
-        if base < self.taper or self.layers < 2 or seen < even or seen < 2 * base:
+        base = even - max(self.queries, 0)
+        if base < (self.taper if self.slots else 1) or self.layers < 2:
             return even
-        low = base // self.taper
-        high = 2 * base - low
-        if high >= seen - window:
-            high = seen - window
-            low = 2 * base - high
-        steps = self.layers - 1
-        fall = self.layer * ((high - low) // steps) if self.slots else self.layer * (high - low) // steps
-        return high - fall + window
+        flat = 0 if self.slots else base * (2 * self.num - self.den) // self.num
+        low = max(base // self.taper, flat, 1)
+        high, steps = 2 * base - low, self.layers - 1
+        return even - base + (low * self.layer + high * (steps - self.layer)) // steps
 
     @cached_property
     def emitted(self) -> tuple[str, ...]:
@@ -171,13 +168,6 @@ class Rule:
     def kept(self, seen: int) -> int:
         """Slots actually in use after `seen` valid tokens."""
         return min(seen, self.budget(seen))
-
-    def most(self, seen: int) -> int:
-        """A bound of `kept` for all that have seen so many tokens or fewer: a pyramid's upper layers hold the even
-        budget until its steps begin, and its whole steps jump by a slot for each layer below.
-        """
-        kept = self.kept(seen)
-        return max(min(kept + self.layer, seen), min(seen, self._even(seen))) if self.taper else kept
 
     def recent_of(self, n: int) -> int:
         """Size of the protected recent window for a budget of n slots."""
