@@ -13,7 +13,7 @@ from typing import Any
 STATISTICS = ("sum", "sumsq", "count", "important", "last")
 """What attention can emit for each key: sums of the observed probabilities, of their squares, of the queries that see
 the key, and of those that give it at least an even share (1 / keys visible to the query); and one more than the
-position of the newest of those, 0 if there is none.
+position of the newest of those, 0 if there is none. Slots keep its number among the row's valid tokens instead.
 """
 
 SCORES = ("position", "sum", "mean", "important", "last")
@@ -35,6 +35,11 @@ PLACE = "place"
 (`kvpass.kernels.reindex`).
 """
 
+NUMBER = "number"
+"""A slot's statistic: which of its row's valid tokens it is, from 0, where more than the newest ones' order decides
+(`kvpass.kernels.places`).
+"""
+
 RING = "ring"
 """A slot's statistic: the ring that it is in (`kvpass.kernels.rings`)."""
 
@@ -53,7 +58,7 @@ OPS_VERSION = 3
 of compiled graphs that Inductor keeps on disk: an older one must not be taken for this one.
 """
 
-ASIDE = frozenset({"statistics", "layer", "marks", "own"})
+ASIDE = frozenset({"statistics", "layer", "marks", "own", "places"})
 """Words of `Rule.reads` for which nothing more is taken from a graph."""
 
 LIVE, FREE, SEEN, FIRST, EXTRA, SHIFT = range(6)
@@ -184,7 +189,7 @@ class Rule:
     @cached_property
     def plain(self) -> bool:
         """Whether sums, squares and counts are all that slots keep, and heads are alike: what Triton's decode knows."""
-        kept = {HELD, WEIGHT, MARK, PLACE, RING, "important", "last"} & set(self.stats)
+        kept = {HELD, WEIGHT, MARK, PLACE, NUMBER, RING, "important", "last"} & set(self.stats)
         return not (kept or self.ragged or self.top_num or self.taper)
 
     def emission(self, name: str) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from kvpass.errors import PolicyError
-from kvpass.kernels.rule import ASIDE, HELD, MARK, PLACE, WEIGHT, Rule
+from kvpass.kernels.rule import ASIDE, HELD, MARK, NUMBER, PLACE, WEIGHT, Rule
 from kvpass.match.calls import call_name, example, operand
 from kvpass.match.output_projection import OutputProjection, output_projection
 from kvpass.match.projections import block_input
@@ -85,7 +85,7 @@ class SitePlan:
     @property
     def arrives(self) -> bool:
         """Whether a generated token's slot starts with more than zeros."""
-        return bool({HELD, WEIGHT, MARK, PLACE} & set(self.rule.stats))
+        return bool({HELD, WEIGHT, MARK, PLACE, NUMBER} & set(self.rule.stats))
 
 
 @dataclass(frozen=True)
