@@ -35,7 +35,12 @@ def slot_places(pos: Tensor, cursor: Tensor, stats: Tensor | None, rule: Rule) -
 
 
 def key_places(
-    pos: Tensor | None, valid: Tensor, cursor: Tensor, past_stats: Tensor | None, shape: tuple[int, int, int], rule: Rule
+    pos: Tensor | None,
+    valid: Tensor,
+    cursor: Tensor,
+    past_stats: Tensor | None,
+    shape: tuple[int, int, int],
+    rule: Rule,
 ) -> Tensor:
     """Of the keys of a call of several tokens: int32 [B, Hkv, L], -1 for padding and empties. Arguments as for
     `score_slots`; shape: B, Hkv, L.

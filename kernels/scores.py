@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from kvpass.kernels.allocate import budgets, head_counts, ragged_columns, table_counts, with_preference
 from kvpass.kernels.errors import MarkError
-from kvpass.kernels.held import UNSCORED, Read, held_scores, later
+from kvpass.kernels.held import UNSCORED, Read, held_scores
+from kvpass.kernels.lone import as_in_steps, lone, stepped
 from kvpass.kernels.masks import check_shown
 from kvpass.kernels.places import key_places, new_places, protected_places, side_by_side, slot_places
 from kvpass.kernels.rings import ringed
@@ -111,9 +112,9 @@ def score_slots(
         total[plan.stat(WEIGHT), ..., old:] = value_weights(plan.weight, v[:, :, old:], wo)
         if past_stats is not None:
             total[plan.stat(WEIGHT), ..., :old] = past_stats[plan.stat(WEIGHT), ..., :old]
-    steps = _steps(valid, cursor, plan)
+    single = lone(valid, cursor, plan)
     if past_stats is not None:
-        _as_in_steps(total, past_stats, stats, (where, valid, steps), plan)
+        as_in_steps(total, past_stats, stats, (where, valid, single), plan)
     if not plan.evicts:
         return torch.where(candidate, INF, -INF), total, after
     if plan.spread:  # all candidates stay until all layers are known
@@ -122,27 +123,10 @@ def score_slots(
         return _in_rings(total, past_stats, where, candidate, valid.shape[1], (cursor, after), plan)
     if not plan.ragged:
         return ranked(total, where, candidate, end, after, plan), total, after
-    extra = torch.where(steps, cursor[..., EXTRA], 0)
+    extra = torch.where(single, cursor[..., EXTRA], 0)
     score = ranked(total, where, candidate, end, after, plan, extra)
-    after = torch.where(steps[..., None], _stepped(cursor, after, plan), shared_by_heads(score, candidate, after, plan))
+    after = torch.where(single[..., None], stepped(cursor, after, plan), shared_by_heads(score, candidate, after, plan))
     return score, total, after
-
-
-def _steps(valid: Tensor, cursor: Tensor, rule: Rule) -> Tensor:
-    """Rows to which a call of several tokens brings one, so that it is as a call of one token to them: bool [B, 1]. Not
-    where steps evict nothing, or shares of layers are about to change.
-    """
-    alike = rule.of_steps is rule and not rule.spread
-    return (valid.sum(-1, keepdim=True) == 1) & (cursor[:, :1, SEEN] > 0) & alike
-
-
-def _stepped(cursor: Tensor, after: Tensor, rule: Rule) -> Tensor:
-    """The cursor of heads with budgets of their own after one token: they keep their shares."""
-    live, out = cursor[..., LIVE], after.clone()
-    room = torch.maximum(budgets(after[..., SEEN], rule) + cursor[..., EXTRA], live)
-    out[..., LIVE] = out[..., FREE] = torch.minimum(live + 1, room)
-    out[..., EXTRA], out[..., SHIFT] = cursor[..., EXTRA], cursor[..., SHIFT]
-    return out
 
 
 def _neighbours(valid: Tensor, cursor: Tensor, length: int, rule: Rule) -> Tensor | None:
@@ -165,34 +149,6 @@ def _by_number(stats: Tensor, valid: Tensor, cursor: Tensor, position: int, rule
     index = (stats[at].long() - 1 - position).clamp(min=0)
     stats[at] = torch.where(stats[at] > 0, number.gather(-1, index), 0.0)
     return stats
-
-
-def _as_in_steps(
-    total: Tensor, past: Tensor, stats: Tensor, keys: tuple[Tensor, Tensor, Tensor], rule: Rule
-) -> None:
-    """Rows to which a call of several tokens brought none change nothing; where it brought one, what slots keep is as
-    after a call of one token. Changes total [N, B, Hkv, L]; past, the same: before the call; stats [M, B, Hkv, L]: what
-    it emitted, by number; keys: the places of the keys, valid [B, S], and `_steps`.
-    """
-    where, valid, one = keys
-    none = ~valid.any(-1, keepdim=True)
-    if total.device.type == "cpu" and not bool((one | none).any()):
-        return
-    alone = total.clone()
-    for at, name in enumerate(rule.stats):
-        if name == HELD and not find_scorer(rule.scorer).pointwise:
-            fresh = torch.where(where == where.amax(-1, keepdim=True), later(where), past[at])
-        elif name not in rule.emitted or name == HELD:
-            fresh = total[at]
-        elif rule.decode == "add":
-            emitted = stats[rule.emission(name)]
-            fresh = torch.maximum(past[at], emitted) if name == "last" else past[at] + emitted
-        else:
-            fresh = stats[rule.emission(name)] if rule.decode == "replace" else past[at]
-        alone[at] = fresh
-    pick = [at for at, name in enumerate(rule.stats) if name not in (PLACE, NUMBER, RING)]
-    total[pick] = torch.where(one[..., None], alone[pick], total[pick])
-    total[pick] = torch.where(none[..., None], past[pick], total[pick])
 
 
 def _in_rings(
@@ -256,6 +212,11 @@ def _attention_statistics(stats: Tensor, past: Tensor | None, rule: Rule) -> Ten
             if past is not None and rule.carry:
                 total[at] = torch.maximum(total[at], past[at]) if name == "last" else total[at] + past[at]
     return total
+
+
+def newest(cursor: Tensor) -> Tensor:
+    """Number of each row's latest token among its valid ones: int32 [B, 1, 1], what `slot_scores` takes as `now`."""
+    return cursor[:, :1, SEEN, None] - 1
 
 
 def slot_scores(stats: Tensor, pos: Tensor, rule: Rule, now: Tensor | int = 0) -> Tensor:
@@ -393,8 +354,8 @@ def ranked(
 
 
 def state_scores(state: list[Tensor], rule: Rule) -> Tensor:
-    """`ranked` of what a state (k, v, pos, stats, cursor) holds between calls, heads equally long and slots in the order
-    of positions: -inf empty.
+    """`ranked` of what a state (k, v, pos, stats, cursor) holds between calls, heads equally long and slots in the
+    order of positions: -inf empty.
     """
     _, _, pos, stats, cursor = state
     where = slot_places(pos, cursor, stats, rule)

@@ -13,8 +13,8 @@ from torch import Tensor
 def pooled(
     value: Tensor, where: Tensor, candidate: Tensor, end: Tensor, rule: Rule, order: Tensor | None = None
 ) -> Tensor:
-    """value [B, Hkv, L] smoothed over neighbours; keys outside the pool keep what they have (SnapKV). where, end: places
-    (`kvpass.kernels.places`); order [B, 1, L]: in which keys are neighbours, if not in theirs.
+    """value [B, Hkv, L] smoothed over neighbours; keys outside the pool keep what they have (SnapKV). where, end:
+    places (`kvpass.kernels.places`); order [B, 1, L]: in which keys are neighbours, if not in theirs.
     """
     inside = candidate & (where < end - max(rule.queries, 0))
     lent = torch.where(inside, value, 0.0 if rule.pool == "avg" else -torch.inf)

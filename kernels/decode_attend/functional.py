@@ -191,8 +191,8 @@ def _victim(stats: Tensor, choice: _Choice, plan: Rule) -> Tensor:
 
 
 def _protected(choice: _Choice, plan: Rule) -> Tensor:
-    """Slots of the first and of the last tokens: bool, broadcastable to [B, Hkv, C]. Where padding stands between tokens
-    positions do not count them; the slots of both windows are all in use, so their ranks do.
+    """Slots of the first and of the last tokens: bool [B, Hkv, C]. Where padding stands between tokens positions do not
+    count them; the slots of both windows are all in use, so their ranks do.
     """
     pos, used, size, first, now, seen = choice
     parted = now - first + 1 > seen

@@ -32,7 +32,9 @@ def nth_largest(p_pos, used, n, limit, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def bounds(p_cursor, p_pos, position, slots, num, den, floor, sinks, recent, recent_num, recent_den, BLOCK: tl.constexpr):
+def bounds(
+    p_cursor, p_pos, position, slots, num, den, floor, sinks, recent, recent_num, recent_den, BLOCK: tl.constexpr
+):
     """The step in numbers: slots used with the new token, tokens seen, first position, budget n, and the ends of the
     unprotected positions: old <= pos < young. p_cursor, p_pos: one head's, the cursor as before the step.
 

@@ -94,8 +94,8 @@ def _guarded(score: Tensor, guard: Tensor, plan: Rule) -> Tensor:
 
 
 def _exposed(where: Tensor, step: Step, plan: Rule) -> tuple[int | Tensor, int | Tensor]:
-    """First and last that may be evicted, after the sinks and before the recent window; (.., -2) if none may. Numbers if
-    the rule keeps them, else positions, as `where` [B, Hkv, n] are.
+    """First and last that may be evicted, after the sinks and before the recent window; (.., -2) if none may. Numbers
+    if the rule keeps them, else positions, as `where` [B, Hkv, n] are.
     """
     recent = plan.recent + step.size * plan.recent_num // plan.recent_den
     if plan.spread == "threshold":  # see `ranked`
