@@ -22,7 +22,7 @@ RULES = {
     "streaming slots": Rule(score="position", sinks=4, slots=11),
     "snapkv": Rule(
         stats=("sum", "count"), queries=32, carry=False, decode="add", score="mean", pool="max", pool_size=7,
-        recent=32, num=3, den=4, floor=4,
+        recent=32, num=3, den=4, floor=34,
     ),
     "snapkv small": Rule(
         stats=("sum", "count"), queries=4, carry=False, decode="add", score="mean", pool="avg", pool_size=3,
@@ -30,12 +30,13 @@ RULES = {
     ),
     "roco": Rule(
         stats=("sum", "sumsq", "count"), queries=-1, decode="add", score="mean", scope_num=3, scope_den=10, sinks=4,
-        recent=10, num=3, den=4, floor=4,
+        recent=10, num=3, den=4, floor=15,
     ),
     "prefill only": Rule(stats=("sum",), queries=5, decode="none", score="sum", **BUDGET),
     "full": Rule(),
     "full with statistics": Rule(stats=("sum", "sumsq", "count"), queries=-1, decode="add", score="sum"),
 }  # fmt: skip
+"""Budgets hold what is protected, as those of policies are checked to."""
 OBSERVE = {"sum": lambda a: a, "sumsq": lambda a: a * a, "count": lambda a: 1.0}
 
 

@@ -17,7 +17,7 @@ from kvpass.kernels.decode_attend.reference import decode_attend_reference
 from kvpass.kernels.decode_attend.triton import _splits, decode_attend_triton
 from kvpass.kernels.prefill_attend.reference import prefill_attend_reference
 from kvpass.kernels.prefill_attend.triton import prefill_attend_triton
-from kvpass.kernels.rule import FREE, LIVE, Rule
+from kvpass.kernels.rule import FREE, LIVE, SEEN, Rule
 from kvpass.kernels.scores import score_slots
 from kvpass.kernels.select_slots.reference import select_slots_reference
 from kvpass.kernels.select_slots.triton import select_slots_triton
@@ -72,6 +72,14 @@ def test_decode_ragged(name: str, mask: str) -> None:
     live = torch.full((2, 2), 50) if name == "full" else torch.tensor([[20, 13], [2, 19]])
     state = random_state(live, 56, 24, rule, seen=50, value_dim=20, holes=name != "full")
     run_decode(rule, state, mask, 3, 50, 4)
+
+
+@pytest.mark.parametrize("name", ["h2o", "snapkv", "roco", "streaming"])
+def test_decode_parted(name: str) -> None:
+    """Padding between a row's tokens: the windows are those of the newest and the oldest tokens that are held."""
+    state = random_state(torch.tensor([[20, 13], [20, 19]]), 24, 16, RULES[name], seen=50)
+    state.cursor[..., SEEN] -= torch.tensor([[10], [12]], dtype=torch.int32)
+    run_decode(RULES[name], state, "parted", 2, 50, 5)
 
 
 @pytest.mark.parametrize("group", [1, 16])
