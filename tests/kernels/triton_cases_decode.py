@@ -78,7 +78,7 @@ def test_decode_ragged(name: str, mask: str) -> None:
 def test_decode_parted(name: str) -> None:
     """Padding between a row's tokens: the windows are those of the newest and the oldest tokens that are held."""
     state = random_state(torch.tensor([[20, 13], [20, 19]]), 24, 16, RULES[name], seen=50)
-    state.cursor[..., SEEN] -= torch.tensor([[10], [12]], dtype=torch.int32)
+    state.cursor[..., SEEN] -= 10
     run_decode(RULES[name], state, "parted", 2, 50, 5)
 
 
