@@ -110,8 +110,8 @@ def _exposed(where: Tensor, step: Step, plan: Rule) -> tuple[int | Tensor, int |
     else:
         low, high = step.first + plan.sinks, step.position - recent
     if isinstance(low, Tensor) or isinstance(high, Tensor):
-        low, high = (torch.as_tensor(x, device=where.device) for x in (low, high))
-        return low, torch.where(low > high, -2, high)
+        first, last = torch.as_tensor(low, device=where.device), torch.as_tensor(high, device=where.device)
+        return first, torch.where(first > last, -2, last)
     return low, -2 if low > high else high
 
 
