@@ -44,10 +44,11 @@ def test_a_budget_holds_while_tokens_come(policy: str, budget: float | int) -> N
     generated tokens, a second turn of rows as unequal, and more."""
     model = kvpass.compile(tiny.llama(4, 2, layers=LAYERS), policy, budget, inner="eager")
     one = torch.ones(1, 1, dtype=torch.long)
-    for first, second in (([20], [40]), ([80], [9]), ([110], [2]), ([400], [300]), ([300, 70, 9], [5, 90, 40])):
+    conversations = (([20], 200, [40]), ([80], 40, [9]), ([110], 20, [2]), ([400], 20, [300]))
+    for first, alone, second in (*conversations, ([300, 70, 9], 60, [5, 90, 40])):
         cache, seen = DynamicCache(config=model.config), [0] * len(first)
         mask = torch.zeros(len(first), 0, dtype=torch.long)
-        for lengths, steps in ((first, 200), (second, 30)):
+        for lengths, steps in ((first, alone), (second, 20)):
             ids, own = tiny.left_padded(lengths)
             for new, shown in ((ids, own), *[(tiny.tokens(len(first), 1), one.expand(len(first), 1))] * steps):
                 mask = torch.cat([mask, shown], 1)
