@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -10,13 +11,15 @@ from kvpass.kernels.rule import Rule
 from models import tiny
 from oracle.drive import Conversation
 from oracle.policies import PyramidKV
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaModel
 
 import kvpass
 from kvpass.policy.load import load
 from kvpass.policy.rule import rule_of
 
 LAYERS = 4
+PAST = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
+"""What transformers calls it."""
 
 
 def even(budget: float | int, seen: int) -> int:
@@ -53,7 +56,7 @@ def test_a_budget_holds_while_tokens_come(policy: str, budget: float | int) -> N
             for new, shown in ((ids, own), *[(tiny.tokens(len(first), 1), one.expand(len(first), 1))] * steps):
                 mask = torch.cat([mask, shown], 1)
                 with torch.no_grad():
-                    model(new, attention_mask=mask, cache=cache, use_cache=True, logits_to_keep=1)
+                    model(new, attention_mask=mask, use_cache=True, logits_to_keep=1, **{PAST: cache})
                 seen = [a + b for a, b in zip(seen, shown.sum(1).tolist(), strict=True)]
                 if shown.shape[1] > 1 or seen[0] % 20 < 2:
                     check(cache, budget, seen)
