@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from kvpass.errors import PolicyError
-from kvpass.kernels.rule import ASIDE, HELD, MARK, PLACE, WEIGHT, Rule
+from kvpass.kernels.rule import ASIDE, HELD, MARK, NUMBER, PLACE, WEIGHT, Rule
 from kvpass.match.angles import positions_of
 from kvpass.match.calls import call_name, example, operand
 from kvpass.match.miss import Miss
@@ -99,7 +99,7 @@ class SitePlan:
     @property
     def arrives(self) -> bool:
         """Whether a generated token's slot starts with more than zeros."""
-        return bool({HELD, WEIGHT, MARK, PLACE} & set(self.rule.stats))
+        return bool({HELD, WEIGHT, MARK, PLACE, NUMBER} & set(self.rule.stats))
 
 
 @dataclass(frozen=True)

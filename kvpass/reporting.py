@@ -199,7 +199,7 @@ def inspect(cache: Any) -> Inspection:
 
 
 def _layer_view(store: SlotStore) -> LayerView:
-    from kvpass.kernels.scores import slot_scores
+    from kvpass.kernels.scores import newest, slot_scores
 
     k, v, pos, stats = _as_host(store, *even(store.state)[:4])
     c = int(store.live().max())
@@ -207,7 +207,8 @@ def _layer_view(store: SlotStore) -> LayerView:
     order = torch.where(pos >= 0, pos.long(), far).argsort(dim=-1)[..., :c]
     positions = pos.gather(-1, order).long()
     empty = positions < 0
-    scores = slot_scores(stats, pos, store.rule, store.tokens - 1).gather(-1, order).masked_fill(empty, float("nan"))
+    scores = slot_scores(stats, pos, store.rule, newest(store.state[4])).gather(-1, order)
+    scores = scores.masked_fill(empty, float("nan"))
     keys, values = (
         t.gather(2, order[..., None].expand(-1, -1, -1, t.shape[-1])).masked_fill(empty[..., None], 0) for t in (k, v)
     )

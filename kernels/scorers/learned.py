@@ -40,7 +40,7 @@ def surrogate(seen: Seen, file: str = "") -> Tensor:
     return (seen.hidden @ weight.mT + bias).transpose(1, 2)
 
 
-@scorer("kvp", reads=("keys", "values", "layer"), pointwise=True)
+@scorer("kvp", reads=("keys", "values", "layer", "places"), pointwise=True)
 def kvp(seen: Seen, file: str = "") -> Tensor:
     """An MLP per KV head over [k; v; position], ReLU between (arXiv 2602.10238): `w1` [layers, Hkv, hidden, D+Dv+1],
     `b1` [layers, Hkv, hidden], `w2` [layers, Hkv, hidden], `b2` [layers, Hkv].

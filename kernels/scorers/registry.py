@@ -16,11 +16,11 @@ import torch
 from kvpass.kernels.rule import SCORES
 from torch import Tensor
 
-READS = ("keys", "values", "hidden", "queries", "rows", "logits", "statistics", "layer", "marks", "own")
+READS = ("keys", "values", "hidden", "queries", "rows", "logits", "statistics", "layer", "marks", "own", "places")
 """What a scorer may ask for. `hidden`: what the attention block reads; `queries`: before their rotation; `rows` and
 `logits`: of the observation window; `statistics`: what attention emitted; `marks`: of the caller; `layer`: its number,
 which costs that layers no longer share what is computed for a graph; `own`: the call's tokens alone, scores of older
-slots stay (as with `hidden`).
+slots stay (as with `hidden`); `places`: `Seen.pos` exactly, which costs a number per slot.
 """
 
 BUILT_IN = ("geometry", "expected", "lag", "learned", "window", "redundancy", "chance", "needs", "leverage")
@@ -36,10 +36,11 @@ class Seen:
     """What a scorer sees: the L keys of one layer at the end of a call, in position order.
 
     Attributes:
-        pos: int32 [B, Hkv, L], -1 = empty.
+        pos: int32 [B, Hkv, L]: which of its row's valid tokens each key is, from 0; -1 = empty or padding. Without
+            `places`, in a row with padding between its tokens, older slots' may be too high, in the same order.
         candidate: bool [B, Hkv, L]: keys that may stay; padding and empties may not, and must not sway a score.
-        end: int [B, Hkv, 1]: one past the last valid token's position.
-        first: int [B, Hkv, 1]: position of the row's first valid token.
+        end: int [B, Hkv, 1]: one past the last candidate's.
+        first: int [B, Hkv, 1]: 0, the row's first valid token.
         seen: int64 [B, Hkv, 1]: valid tokens so far.
         budget: int64 [B, Hkv, 1]: slots that each head may hold, on average over the heads.
         window: queries of the observation window; 0 for none.

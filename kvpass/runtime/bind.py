@@ -100,7 +100,7 @@ class Binding:
         with torch.inference_mode(False):  # a cache begun in inference mode can go on under no_grad
             like = torch.empty(0, dtype=self.dtype, device=self.device)
             state = SlotStore.empty_state(self.rule, tokens, like, b, hkv, d, dv)
-        kept = self.rule.most(tokens)
+        kept = self.rule.kept(tokens)
         return SlotStore(self.name, self.layer, self.rule, self.layouts, origin, state, host=self.host, held=kept)
 
 
@@ -220,7 +220,7 @@ class Bound:
         for b, store in zip(self.bindings, stores, strict=True):
             step = b.phase is Phase.DECODE
             evicted = not step and b.rule.of_call(store.tokens) is b.rule
-            if evicted and (b.rule.taper or b.rule.when == "calls"):
+            if evicted and b.rule.when == "calls":
                 store.give_back(store.tokens + b.sizes["S"](args))
                 store.outside += 1
             if b.rule.every > 1:

@@ -52,7 +52,6 @@ class SlotStore:
         versions: of the host's tensors for K and V, as the last call left them; None if torch does not count them, or
             if this is a copy.
         spoiled: a call failed halfway, and may or may not have changed the state.
-        padded: under a pyramid, whether rows had seen fewer tokens than `tokens` when the last call of several ended.
         held: slots in use, at most; of heads with budgets of their own on average. Not where `rule.spread`.
         waiting: steps since something was evicted, where `rule.every` lets them wait.
         spare: tokens that may still come one by one before the slots must be laid out anew; where `rule.spread`.
@@ -76,7 +75,6 @@ class SlotStore:
     bases: tuple[torch.Tensor, torch.Tensor] = field(init=False)
     versions: list[int | None] = field(init=False)
     spoiled: bool = False
-    padded: bool = False
     held: int = 0
     waiting: int = 0
     spare: int = 0
@@ -150,8 +148,7 @@ class SlotStore:
         tokens = self.tokens + new
         if not self.rule.spread:
             rule = self.rule.of_steps if step else self.rule.of_call(self.tokens)
-            bound = self._bound(tokens) if step else rule.most(tokens)
-            self.held = bound if rule is self.rule else self.held + new
+            self.held = rule.kept(tokens) if rule is self.rule else self.held + new
             self.state = with_room(self.state, self.held)
             return
         with torch.inference_mode(False):
@@ -167,18 +164,11 @@ class SlotStore:
 
         with torch.inference_mode(False), torch.no_grad():
             self.state = thinned(self.state, self.rule)
-        self.held, self.waiting = self._bound(self.tokens + 1), 0
-
-    def _bound(self, tokens: int) -> int:
-        return self.rule.most(tokens) if self.padded else self.rule.kept(tokens)
+        self.held, self.waiting = self.rule.kept(self.tokens + 1), 0
 
     def give_back(self, tokens: int) -> None:
-        """Free the slots that were needed until a call of several tokens was over, which makes `tokens` of them all. A
-        pyramid's rows may hold more than the longest one: with padding its layers keep room for that.
-        """
-        if self.rule.taper:
-            self.padded = bool((self.state[4][..., SEEN] < tokens).any())
-        self.held = self._bound(tokens)
+        """Free the slots that were needed until a call of several tokens was over, which makes `tokens` of them all."""
+        self.held = self.rule.kept(tokens)
         slots = self.held + spare_slots(self.held)
         if not self.rule.spread and self.slots > slots:
             with torch.inference_mode(False):
@@ -225,7 +215,7 @@ def capacity(rule: Rule, tokens: int) -> int:
     """Slots to allocate: what the budget keeps, one for the incoming token, and up to 2.5 % to grow into; all tokens
     where they are shared out later.
     """
-    kept = rule.most(tokens)
+    kept = rule.kept(tokens)
     return tokens + 1 if rule.spread else kept + spare_slots(kept)
 
 

@@ -128,6 +128,9 @@ def masks(name: str, batch: int, heads: int, queries: int, total: int) -> Tensor
         return causal_mask(queries, total, left=[7 * b for b in range(batch)])
     if name == "right":
         return causal_mask(queries, total, right=[3 * b + 2 for b in range(batch)])
+    if name == "parted":  # padding between a row's tokens, early ones and, but for two, late ones
+        column = torch.arange(total)
+        return base & ~(((column >= 5) & (column < 12)) | ((column >= 29) & (column < 32)))
     if name == "heads":  # an additive bias per head, as ALiBi has, with hidden entries at finfo.min
         bias = torch.randn(batch, heads, queries, total, generator=g)
         return bias.masked_fill(~base, torch.finfo(torch.float32).min)

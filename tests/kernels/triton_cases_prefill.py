@@ -50,12 +50,20 @@ def test_prefill_shapes(shape: str, causal: bool) -> None:
     check_prefill((q, k, v, None, None, SCALE, causal, RULES["roco"].encode()))
 
 
-@pytest.mark.parametrize("mask", ["none", "right", "heads", "holes", "wide"])
+@pytest.mark.parametrize("mask", ["none", "right", "parted", "heads", "holes", "wide"])
 def test_prefill_masks(mask: str) -> None:
     q, k, v = qkv(1, 4, 2, 70, 16)
     given = masks(mask, 1, 4, 70, 70)
     for rule in ("max", "snapkv"):
         check_prefill((q, k, v, None, given, SCALE, False, RULES[rule].encode()))
+
+
+def test_prefill_window_of_valid_queries() -> None:
+    """The last eight queries that are no padding, three of which are behind them."""
+    q, k, v = qkv(1, 4, 2, 34, 16)
+    args = (q, k, v, None, masks("parted", 1, 4, 34, 34), SCALE, False, RULES["snapkv"])
+    got = prefill_attend_triton(*args[:-1], args[-1].encode())
+    assert_close(got[1], naive_prefill(*args)[1], stats=True, what="stats")
 
 
 @pytest.mark.parametrize("mask", ["none", "left", "heads", "holes"])
