@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from kvpass.arguments import check_model
 from kvpass.compiler import backend
 from kvpass.errors import KVPassError
 from kvpass.policy.spec import Policy
@@ -29,7 +31,7 @@ def compile(
     budget: int | float | None = None,
     *,
     inner: str = "inductor",
-    debug: bool | str | None = None,
+    debug: bool | str | PathLike[str] | None = None,
     strict: bool = True,
     verify: bool = False,
     patterns: PatternSet | None = None,
@@ -52,9 +54,11 @@ def compile(
         patterns: recognisers, `kvpass.patterns.DEFAULT.extended(...)` (docs/patterns.md); None for the default ones.
 
     Raises:
-        PolicyError: at once, for a bad policy or budget.
+        ModelError, TrainingError, PolicyError: at once, for what is no model, a model in train mode, a bad policy, budget
+            or option.
         DeclinedError, TrainingError, CacheError: when the model is called.
     """
+    check_model(model, "kvpass.compile", trained=True)
     chosen = backend(policy, budget, inner=inner, strict=strict, debug=debug, verify=verify, patterns=patterns)
     result = twin(model)
     result.compile(backend=chosen)

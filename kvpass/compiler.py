@@ -9,13 +9,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import Any
 
 import torch
 from torch import fx
 
+from kvpass.arguments import check_options, checked_patterns
 from kvpass.errors import DeclinedError, KVPassError, TrainingError
-from kvpass.inner import INNER, compile_inner
+from kvpass.inner import compile_inner
 from kvpass.match.calls import example
 from kvpass.plan import Plan
 from kvpass.policy.spec import Policy
@@ -123,7 +125,7 @@ class Backend:
 
             inner = checked_once(inner, gm, lowered, record.plan)
         watched = data_inputs(gm.graph)
-        return Bound(inner, lowered.bindings, lowered.outputs, origin, watched, lowered.shared)
+        return Bound(inner, lowered.bindings, lowered.outputs, origin, watched, lowered.shared, self.policy.marks)
 
     @property
     def timings(self) -> dict[str, float]:
@@ -188,7 +190,7 @@ def backend(
     *,
     inner: str = "inductor",
     strict: bool = True,
-    debug: bool | str | None = None,
+    debug: bool | str | PathLike[str] | None = None,
     verify: bool = False,
     patterns: Any = None,
 ) -> Backend:
@@ -199,23 +201,10 @@ def backend(
         PolicyError: bad policy, budget or option.
     """
     from kvpass.debug import debug_folder
-    from kvpass.errors import PolicyError
 
-    if patterns is not None:
-        patterns = _checked(patterns)
-    if inner not in INNER:
-        raise PolicyError(f"no inner compiler {inner!r}", hint=f"one of {', '.join(INNER)}")
+    check_options(inner=inner, strict=strict, debug=debug, verify=verify)
+    patterns = checked_patterns(patterns)
     return Backend(Policy.load(policy).with_budget(budget), inner, strict, debug_folder(debug), verify, patterns)
-
-
-def _checked(patterns: Any) -> Any:
-    """A pattern set; None for one that equals the default one, so that both spellings give equal backends."""
-    from kvpass.errors import PolicyError
-    from kvpass.patterns import DEFAULT, PatternSet
-
-    if not isinstance(patterns, PatternSet):
-        raise PolicyError(f"no pattern set: {patterns!r}", hint="kvpass.patterns.DEFAULT.extended(cores=[MyCore()])")
-    return None if patterns == DEFAULT else patterns
 
 
 _FROM_OPTIONS: dict[str, Backend] = {}

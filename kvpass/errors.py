@@ -2,8 +2,9 @@
 
 KVPassError                  what, where (site and source line), what to do
 ├── PolicyError              a policy file, name or budget that makes no sense; raised before any compilation
+├── ModelError               what was given is no model, or no program
 ├── DeclinedError            strict=True and a site cannot be rewritten
-├── TrainingError            K or V requires grad
+├── TrainingError            K or V requires grad, or the model is in train mode
 ├── CacheError               a cache was used in a way that compressed state cannot follow
 │   ├── ForeignCacheError    keys and values that kvpass did not make
 │   ├── ShellDataError       the NaN stand-in of a compressed cache was read as data
@@ -26,6 +27,10 @@ class KVPassError(RuntimeError):
 
 
 class PolicyError(KVPassError):
+    pass
+
+
+class ModelError(KVPassError):
     pass
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from kvpass.arguments import check_model, checked_patterns
+from kvpass.errors import PolicyError
 from kvpass.plan import Plan, plan
 from kvpass.policy.spec import Policy
 from kvpass.site import SiteTable
@@ -56,16 +58,21 @@ def explain(
         patterns: recognisers; None for `kvpass.patterns.DEFAULT`.
 
     Raises:
-        PolicyError: bad policy or budget.
+        ModelError: it is no model.
+        PolicyError: bad policy, budget or pattern set, or a budget without a policy.
     """
     from kvpass.patterns import DEFAULT
     from kvpass.scan import scan
 
+    check_model(model, "kvpass.explain")
+    chosen_patterns = checked_patterns(patterns) or DEFAULT
+    if policy is None and budget is not None:
+        raise PolicyError("a budget, but no policy", where=f"budget={budget!r}", hint='give policy="h2o" too')
     chosen = Policy.load(policy).with_budget(budget) if policy is not None else None
     tables: list[SiteTable] = []
 
     def look(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
-        tables.append(scan(gm, patterns or DEFAULT))
+        tables.append(scan(gm, chosen_patterns))
         return gm.forward
 
     looked_at = twin(model)

@@ -54,10 +54,11 @@ ARROWS = {
     "isolate": {"site", "match"} | WORDS,
     "check_sites": {"isolate", "plan", "lower", "site", "match", "runtime", "ops", "kernels"} | WORDS,
     "inner": WORDS,
+    "arguments": {"inner", "patterns"} | WORDS,
     "debug": {"debug", "plan", "site", "lower", "match"} | WORDS,
     "reporting": {"runtime", "kernels.scores", "kernels.ragged"} | WORDS,  # inspect() shows scores
-    "explaining": {"twin", "policy", "site", "scan", "plan", "patterns", "match"} | WORDS,
-    "compiled": {"compiler", "policy", "errors", "twin", "patterns"},  # patterns: a type
+    "explaining": {"arguments", "twin", "policy", "site", "scan", "plan", "patterns", "match"} | WORDS,
+    "compiled": {"arguments", "compiler", "policy", "errors", "twin", "patterns"},  # patterns: a type
     "twin": set(),
     "pure": {"ops", "kernels"},
     "standalone": {"lower", "pure", "ops", "match", "runtime.bind"} | WORDS,

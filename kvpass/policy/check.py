@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
@@ -12,7 +13,7 @@ from pathlib import Path
 from kvpass.errors import PolicyError
 from kvpass.kernels.rule import SCORES, STATISTICS
 from kvpass.kernels.scorers.registry import Scorer, scorers
-from kvpass.policy.limits import MOST, check_options, oversized
+from kvpass.policy.limits import MOST, check_options, no_number, oversized
 from kvpass.policy.spec import Policy
 
 Broken = tuple[bool, str, str]
@@ -189,7 +190,7 @@ def check_budget(p: Policy, *, given: bool, own: int | float | None) -> None:
     Raises:
         PolicyError: naming the budget and the fix.
     """
-    where = f"policy {p.name!r}, budget={p.budget!r}"
+    where = f"policy {p.name!r}, budget={reprlib.repr(p.budget)}"
     b = p.budget
     if b is None:
         raise PolicyError(
@@ -199,13 +200,13 @@ def check_budget(p: Policy, *, given: bool, own: int | float | None) -> None:
         )
     if isinstance(b, bool) or not isinstance(b, (int, float)):
         raise PolicyError(
-            f"a budget is a float or an int, not {type(b).__name__}", where=where, hint="give budget=0.2 or budget=1024"
+            f"a budget is a float or an int, not {type(b).__name__}", where=where, hint=no_number(b)
         )
     if isinstance(b, float) and not 0.0 < b <= 1.0:
         raise PolicyError(
             "a fractional budget lies above 0 and at most at 1.0",
             where=where,
-            hint="budget=0.2 keeps a fifth; for slots give an int",
+            hint=f"budget=0.2 keeps a fifth; for slots give an int, e.g. {int(b) if 1 < b <= MOST else 1024}",
         )
     if isinstance(b, int) and not 1 <= b <= MOST:
         raise PolicyError(f"a budget of slots is at least 1 and at most {MOST}", where=where, hint="give budget=1024")

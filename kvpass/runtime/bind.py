@@ -12,7 +12,7 @@ import torch
 from kvpass.errors import CacheError, PolicyError, StaleCacheError
 from kvpass.kernels.errors import DataError, TableError
 from kvpass.kernels.rule import Rule
-from kvpass.runtime.marks import marks_of
+from kvpass.runtime.marks import check_read, marks_of
 from kvpass.runtime.shell import attach, make, of_buffer, refuse, unwrap
 from kvpass.runtime.store import Origin, SlotStore, spare_slots
 from kvpass.terms import Layout, Phase
@@ -106,6 +106,7 @@ class Bound:
         outputs: number of outputs of the original graph; the inner one returns those that are no cache.
         watched: places of inputs that the graph reads as data; those that are no past of a site must not be shells.
         shared: the inner graph's last inputs: `position`, where the call's tokens are written (buffers), `marks`.
+        marks: which marks of the caller the policy reads (`Policy.marks`).
     """
 
     def __init__(
@@ -116,8 +117,9 @@ class Bound:
         origin: Origin,
         watched: Sequence[int] = (),
         shared: tuple[str, ...] = (),
+        marks: tuple[str, ...] = (),
     ) -> None:
-        self.shared = shared
+        self.shared, self.marks = shared, marks
         self.inner, self.bindings, self.origin = inner, tuple(bindings), origin
         self.watched = tuple(at for at in watched if not any(at in (b.past or ()) for b in bindings))
         cached = {at for b in bindings for half in b.returned for at in half}
@@ -126,6 +128,7 @@ class Bound:
 
     def __call__(self, *args: Any) -> list[Any]:
         refuse(args, self.watched, "")
+        check_read(self.marks, self._where())
         positions = written_at(self.bindings, args)
         stores = [b.open(args, self.origin, at) for b, at in zip(self.bindings, positions, strict=True)]
         if len({id(store) for store in stores}) < len(stores):
