@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
 from math import isfinite
-from pathlib import Path
 
 from kvpass.errors import PolicyError
 from kvpass.kernels.rule import SCORES, STATISTICS
@@ -225,25 +224,6 @@ def check_budget(p: Policy, *, given: bool, own: int | float | None) -> None:
             where=where,
             hint="raise the budget or min_slots, or protect less",
         )
-
-
-def check_files(p: Policy) -> None:
-    """Files that a policy reads: a scorer's weights, shares of the heads.
-
-    Raises:
-        PolicyError: none is given, or it is not there.
-    """
-    chosen = _scorer(p, p.name)
-    wanted = {}
-    if chosen is not None and "file" in chosen.options:
-        wanted["options.file"] = p.options.get("file", ""), chosen.about
-    if p.allocate.heads == "table":
-        wanted["allocate.file"] = p.allocate.file, "torch.save of {'heads': shares [layers, Hkv]}"
-    for field, (value, about) in wanted.items():
-        if not p.keeps_all and not Path(str(value)).is_file():
-            what = f"no weight file {value!r}" if value else "no weight file"
-            hint = f"give {field}, a path (a relative one starts at the policy's folder): {about}"
-            raise PolicyError(f"policy {p.name!r}: {what}", where=field, hint=hint)
 
 
 def smallest_budget(p: Policy) -> int:

@@ -209,7 +209,8 @@ class Policy:
         Raises:
             PolicyError: no budget at all, or one that is impossible for this policy.
         """
-        from kvpass.policy.check import check_budget, check_files
+        from kvpass.policy.check import check_budget
+        from kvpass.policy.files import check_files
         from kvpass.policy.layers import variants
         from kvpass.policy.limits import plain_number
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from kvpass.errors import CacheError, PolicyError, StaleCacheError
-from kvpass.kernels.errors import DataError, TableError
+from kvpass.kernels.errors import DataError, ScorerError, TableError
 from kvpass.kernels.rule import Rule
 from kvpass.runtime.marks import check_read, marks_of
 from kvpass.runtime.shell import attach, make, of_buffer, refuse, unwrap
@@ -172,7 +172,7 @@ class Bound:
             for store in stores:
                 store.spoiled = True
             if isinstance(error, DataError):
-                kind = PolicyError if isinstance(error, TableError) else CacheError
+                kind = PolicyError if isinstance(error, (ScorerError, TableError)) else CacheError
                 raise kind(str(error), where=self._where(), hint=error.hint) from error
             raise
 
