@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
@@ -77,10 +78,25 @@ class SlotStore:
         self._register()
 
     def __setstate__(self, fields: dict[str, Any]) -> None:
-        """A deep copy is found by its own storages."""
+        """A store that was unpickled is found by its own storages."""
         self.__dict__.update(fields)
         self.versions = [None, None]
         self._register()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SlotStore:
+        """A store of its own with normal tensors, also under `torch.inference_mode()`: later calls change them in
+        place. Its bases share the storages of the shells that are copied along.
+        """
+        other = object.__new__(SlotStore)
+        memo[id(self)] = other
+        fields = dict(self.__dict__)
+        with torch.inference_mode(False), torch.no_grad():
+            fields["state"] = [t.clone() for t in self.state]
+            bases = copy.deepcopy(self.bases, memo)
+            # an inference tensor's copy is one too if the shell was copied before: a view of its storage is not
+            fields["bases"] = tuple(torch.empty(0, dtype=b.dtype, device=b.device).set_(b) for b in bases)
+        other.__setstate__(fields)
+        return other
 
     def _register(self) -> None:
         _BY_STORAGE.update((_storage_key(base), self) for base in self.bases)
