@@ -16,25 +16,40 @@ if TYPE_CHECKING:
     from kvpass.patterns import PatternSet
 
 
-def check_model(model: Any, call: str, *, trained: bool = False) -> None:
+def check_model(model: Any, call: str) -> None:
     """A model that can be called.
 
-    Args:
-        call: the function that was given it, for the message.
-        trained: whether it must be in eval mode.
+    call: the function that was given it, for the message.
 
     Raises:
         ModelError: it is no `torch.nn.Module`, or one that Dynamo cannot read.
-        TrainingError: it is in train mode, and must not be.
     """
     if not isinstance(model, torch.nn.Module):
         raise ModelError(f"a model is a torch.nn.Module, not {described(model)}", where=call, hint=_instead(model, call))
     if isinstance(model, torch.jit.ScriptModule):
         hint = "give the module that was scripted or traced"
         raise ModelError("TorchScript has no Python code for torch.compile to read", where=call, hint=hint)
-    if trained and model.training:
+
+
+def check_ready(model: torch.nn.Module, call: str, strict: bool) -> None:
+    """A model that can be compiled as it is.
+
+    Raises:
+        TrainingError: it is in train mode.
+        ModelError: under `strict`, hooks of accelerate on its parts, which Dynamo does not trace: each breaks the graph.
+    """
+    if model.training:
         what = f"the model is in train mode ({type(model).__name__}.training is True)"
         raise TrainingError(what, where=call, hint="call model.eval() first: an evicting cache has no gradients")
+
+
+    hooked = [(name, part._hf_hook) for name, part in model.named_modules() if name and hasattr(part, "_hf_hook")]
+    if strict and hooked:
+        (name, hook), more = hooked[0], f" and {len(hooked) - 1} more modules" if len(hooked) > 1 else ""
+        what = f"accelerate's hooks on {name!r}{more} ({type(hook).__name__}) break the graph before and after each"
+        hint = "load the model whole onto one device, without offloading: device_map={'': device}; if its weights are on "
+        hint += "one device already, accelerate.hooks.remove_hook_from_submodules(model) takes the hooks away"
+        raise ModelError(what, where=call, hint=hint)
 
 
 def described(value: Any) -> str:

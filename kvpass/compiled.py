@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from kvpass.arguments import check_model
+from kvpass.arguments import check_model, check_ready
 from kvpass.compiler import backend
 from kvpass.errors import KVPassError
 from kvpass.policy.spec import Policy
@@ -54,12 +54,13 @@ def compile(
         patterns: recognisers, `kvpass.patterns.DEFAULT.extended(...)` (docs/patterns.md); None for the default ones.
 
     Raises:
-        ModelError, TrainingError, PolicyError: at once, for what is no model, a model in train mode, a bad policy, budget
-            or option.
+        ModelError, TrainingError, PolicyError: at once, for what is no model, a model in train mode or with hooks of
+            accelerate, a bad policy, budget or option.
         DeclinedError, TrainingError, CacheError: when the model is called.
     """
-    check_model(model, "kvpass.compile", trained=True)
+    check_model(model, "kvpass.compile")
     chosen = backend(policy, budget, inner=inner, strict=strict, debug=debug, verify=verify, patterns=patterns)
+    check_ready(model, "kvpass.compile", strict)
     result = twin(model)
     result.compile(backend=chosen)
     result._compiled_call_impl = _never_uncompiled(result._compiled_call_impl)

@@ -154,7 +154,7 @@ def _strict_error(table: SiteTable) -> DeclinedError:
     return DeclinedError(
         f"{len(table.failed)} attention site(s) with a KV cache cannot be rewritten:\n{listed}{more}",
         where=f"{first.site}, {first.source}",
-        hint=f"{first.reason.hint}; or pass strict=False to leave such sites dense",
+        hint=f"{first.hint}; or pass strict=False to leave such sites dense",
     )
 
 

@@ -101,7 +101,8 @@ HINTS = {
     "between two products (docs/patterns.md lists the spellings)",
     Reason.UNSUPPORTED_UPDATE: "the cache must grow by torch.cat([past, new], dim), or be a buffer that each call's "
     "tokens are written into (docs/patterns.md lists the spellings)",
-    Reason.NO_ATTENTION: "the cache is updated here but read in another graph; look for a graph break between the two",
+    Reason.NO_ATTENTION: "the cache is updated here but read in another graph; look for a graph break between the two "
+    "(transformers makes one for output_attentions=True: call without it)",
     Reason.KEY_ESCAPES: "only the attention and the returned cache may read the cached keys",
     Reason.VALUE_ESCAPES: "only the attention and the returned cache may read the cached values",
     Reason.LAYOUT: "the cache must be 4-d, [B, Hkv, T, D] or [B, T, Hkv, D]",

@@ -174,7 +174,7 @@ def _check(table: SiteTable, strict: bool) -> None:
         raise DeclinedError(
             f"{len(declined)} attention site(s) with a cache cannot be rewritten:\n{listed}",
             where=f"{declined[0].site}, {declined[0].source}",
-            hint=f"{declined[0].reason.hint}; or pass strict=False to leave such sites dense",
+            hint=f"{declined[0].hint}; or pass strict=False to leave such sites dense",
         )
     if not table.sites:
         raise DeclinedError(

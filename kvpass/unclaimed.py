@@ -93,4 +93,4 @@ def changes_of(flow: Flow, cache: fx.Node, bases: list[fx.Node]) -> Miss | None:
 def decline(node: fx.Node, miss: Miss, near: tuple[str, ...] = ()) -> Decline:
     """A refused core or cache for people."""
     name, source = module_path(node) or node.name, source_line(miss.node) or source_line(node)
-    return Decline(name, miss.reason, miss.node.name, source, miss.detail, miss.pattern, near)
+    return Decline(name, miss.reason, miss.node.name, source, miss.detail, miss.pattern, near, miss.hint)

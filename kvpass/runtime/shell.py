@@ -172,5 +172,6 @@ def refuse(args: Sequence[Any], watched: Sequence[int], where: str) -> None:
             raise ShellDataError(
                 f"a part of the model that kvpass left as it is reads the compressed cache of {store.name} as data",
                 where=where or store.name,
-                hint="compile with strict=True to see at once which attention was declined, and why",
+                hint="only attention that kvpass rewrites can read it: kvpass.explain(model, .., cache) of this very call "
+                "shows what is rewritten and what is left, and why",
             )

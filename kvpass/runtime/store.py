@@ -9,6 +9,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from kvpass.errors import CacheError
 from kvpass.kernels.ragged import evened, is_ragged, lengthened, with_spare
 from kvpass.kernels.rule import LIVE, SEEN, Rule
 from kvpass.terms import Layout
@@ -115,6 +116,18 @@ class SlotStore:
             torch.zeros((len(rule.stats), b, hkv, c), dtype=torch.float32, device=like.device),
             torch.tensor([0, 0, 0, -1, 0, 0], **int32)[: rule.columns].expand(b, hkv, -1).clone(),
         ]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse to be pickled: the process that reads it would find neither the store nor what it may be used with.
+
+        Raises:
+            CacheError: always; `copy.deepcopy` does not come here.
+        """
+        raise CacheError(
+            "a compressed cache cannot be pickled or saved yet",
+            where=self.name,
+            hint="copy.deepcopy(cache) keeps it within the process; elsewhere run the prompt through the model again",
+        )
 
     @property
     def slots(self) -> int:
