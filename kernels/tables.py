@@ -31,7 +31,7 @@ def layer_of(path: str, name: str, layer: int, device: torch.device) -> Tensor:
     """
     table = read_table(path)
     if name not in table or layer >= len(table[name]):
-        raise TableError(f"{path}: no {name!r} for layer {layer}", f"it holds {_held(table)}; give a file of this model")
+        raise TableError(f"{path}: no {name!r} for layer {layer}", f"it holds {_held(table)}; give this model's file")
     part: Tensor = table[name][layer].float().to(device)
     return part
 
@@ -97,7 +97,7 @@ def _check_dims(path: str, name: str, value: Tensor, letters: list[str], known: 
     for letter, size in zip(letters, value.shape, strict=True):
         total, whose = _size(letter, known)
         if total is not None and total != size:
-            fix = f"give a file that was made for this model; rewritten layers count: {name!r} is [{', '.join(letters)}]"
+            fix = f"give a file made for this model, whose rewritten layers count: {name!r} is [{', '.join(letters)}]"
             raise TableError(f"{path}: {shape}, so {letter} is {size}, but {total} in {whose}", fix)
         known.setdefault(letter, (size, repr(name)))
 

@@ -25,7 +25,8 @@ def check_model(model: Any, call: str) -> None:
         ModelError: it is no `torch.nn.Module`, or one that Dynamo cannot read.
     """
     if not isinstance(model, torch.nn.Module):
-        raise ModelError(f"a model is a torch.nn.Module, not {described(model)}", where=call, hint=_instead(model, call))
+        what = f"a model is a torch.nn.Module, not {described(model)}"
+        raise ModelError(what, where=call, hint=_instead(model, call))
     if isinstance(model, torch.jit.ScriptModule):
         hint = "give the module that was scripted or traced"
         raise ModelError("TorchScript has no Python code for torch.compile to read", where=call, hint=hint)
@@ -36,19 +37,17 @@ def check_ready(model: torch.nn.Module, call: str, strict: bool) -> None:
 
     Raises:
         TrainingError: it is in train mode.
-        ModelError: under `strict`, hooks of accelerate on its parts, which Dynamo does not trace: each breaks the graph.
+        ModelError: under `strict`, hooks of accelerate on its parts: Dynamo does not trace them, so the graph breaks.
     """
     if model.training:
         what = f"the model is in train mode ({type(model).__name__}.training is True)"
         raise TrainingError(what, where=call, hint="call model.eval() first: an evicting cache has no gradients")
-
-
     hooked = [(name, part._hf_hook) for name, part in model.named_modules() if name and hasattr(part, "_hf_hook")]
     if strict and hooked:
         (name, hook), more = hooked[0], f" and {len(hooked) - 1} more modules" if len(hooked) > 1 else ""
         what = f"accelerate's hooks on {name!r}{more} ({type(hook).__name__}) break the graph before and after each"
-        hint = "load the model whole onto one device, without offloading: device_map={'': device}; if its weights are on "
-        hint += "one device already, accelerate.hooks.remove_hook_from_submodules(model) takes the hooks away"
+        hint = "load the model whole onto one device, without offloading: device_map={'': device}; if its weights are "
+        hint += "on one device already, accelerate.hooks.remove_hook_from_submodules(model) takes the hooks away"
         raise ModelError(what, where=call, hint=hint)
 
 
@@ -136,5 +135,6 @@ def checked_patterns(patterns: Any) -> PatternSet | None:
     from kvpass.patterns import DEFAULT, PatternSet
 
     if not isinstance(patterns, PatternSet):
-        raise PolicyError(f"no pattern set: {patterns!r}", hint="kvpass.patterns.DEFAULT.extended(cores=[MyCore()])")
+        hint = "kvpass.patterns.DEFAULT.extended(cores=[MyCore()])"
+        raise PolicyError(f"no pattern set: {patterns!r}", where="patterns=", hint=hint)
     return None if patterns == DEFAULT else patterns

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from kvpass import __version__
 from kvpass.errors import KVPassError, PolicyError
 
-
 if TYPE_CHECKING:
     from kvpass.policy.spec import Policy
 
@@ -36,8 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 _LISTED = (
-    "Without an action, lists the built-in policies. Attention (32, steps) is that of the last 32 queries of a call and "
-    "of generated tokens; docs/policies.md says more."
+    "Without an action, lists the built-in policies. Attention (32, steps) is that of the last 32 queries of a call "
+    "and of generated tokens; docs/policies.md says more."
 )
 
 

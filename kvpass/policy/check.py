@@ -198,9 +198,7 @@ def check_budget(p: Policy, *, given: bool, own: int | float | None) -> None:
             hint="give budget=0.2 (fraction of the tokens seen) or budget=1024 (slots per KV head)",
         )
     if isinstance(b, bool) or not isinstance(b, (int, float)):
-        raise PolicyError(
-            f"a budget is a float or an int, not {type(b).__name__}", where=where, hint=no_number(b)
-        )
+        raise PolicyError(f"a budget is a float or an int, not {type(b).__name__}", where=where, hint=no_number(b))
     if isinstance(b, float) and not 0.0 < b <= 1.0:
         raise PolicyError(
             "a fractional budget lies above 0 and at most at 1.0",

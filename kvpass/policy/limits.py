@@ -39,7 +39,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def plain_number(value: Any) -> Any:
-    """A number of Python's for one of numpy's, or a fraction; anything else as it is. Policies compare by their text."""
+    """A number of Python's for one of numpy's; anything else as it is. Policies compare by their text."""
     if isinstance(value, (bool, int)):
         return value
     if isinstance(value, numbers.Integral):

@@ -1,21 +1,18 @@
 """Which block of `kvpass.marked` a call belongs to: that of its context, or of the thread that started its own.
 
 A context variable carries marks through one thread and through tasks of asyncio. Python before 3.14 starts threads with
-an empty context, and `Thread(target=model.generate, ..)` is how text is streamed; so an audit hook, which Python calls
-where a thread is started, notes the starter's block. Marks that no call got are said at the end of the block.
+an empty context, and `Thread(target=model.generate, ..)` is how text is streamed; so while a block is open, what starts
+a thread also notes the starter's block. Marks that no call got are said at the end of the block.
 """
 
 from __future__ import annotations
 
-import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -23,9 +20,6 @@ import torch
 from kvpass.errors import CacheError
 
 Threads = WeakSet[threading.Thread]
-
-_STARTS = frozenset({"_thread.start_new_thread", "_thread.start_joinable_thread"})
-"""Audit events before a thread is started, until Python 3.12 and from 3.13 on: the first argument is what it runs."""
 
 _IN_THREAD = "open kvpass.marked(..) inside of the function that the thread runs"
 
@@ -54,6 +48,9 @@ class Block:
 _CURRENT: ContextVar[Block | None] = ContextVar("kvpass_marks", default=None)
 _INHERITED: WeakKeyDictionary[threading.Thread, Block] = WeakKeyDictionary()
 _OPEN: list[Block] = []
+_LOCK = threading.Lock()
+_start: Callable[[threading.Thread], None] | None = None
+"""`Thread.start` as it was, while `_noted_start` stands in its place."""
 
 
 @contextmanager
@@ -63,14 +60,12 @@ def entered(block: Block) -> Iterator[None]:
     Raises:
         CacheError: at its end, if calls were made in threads that it did not reach, and none under it.
     """
-    _watch_threads()
     token = _CURRENT.set(block)
-    _OPEN.append(block)
+    _opened(block)
     try:
         yield
     finally:
-        block.closed = True
-        _OPEN.remove(block)
+        _closed(block)
         _CURRENT.reset(token)
     if block.read or any(heir.is_alive() for heir in block.heirs):
         return
@@ -108,17 +103,30 @@ def of_this_call(position: int | None = None) -> Block | None:
     return block
 
 
-@lru_cache(maxsize=1)
-def _watch_threads() -> None:
-    """From the first block on. Python keeps an audit hook for good: it does nothing for other events."""
-    sys.addaudithook(_note_heir)
+def _opened(block: Block) -> None:
+    """Join the open blocks; the first of them lets `Thread.start` note who starts whom, which Python does not."""
+    global _start
+    with _LOCK:
+        _OPEN.append(block)
+        if _start is None:
+            _start = threading.Thread.start
+            threading.Thread.start = _noted_start  # type: ignore[method-assign]  # put back by `_closed`
 
 
-def _note_heir(event: str, arguments: tuple[Any, ...]) -> None:
-    if event not in _STARTS:
-        return
-    child = getattr(arguments[0], "__self__", None)
-    block = _CURRENT.get() or _INHERITED.get(threading.current_thread())
-    if block is not None and isinstance(child, threading.Thread):
+def _closed(block: Block) -> None:
+    """Leave the open blocks; with the last, `Thread.start` is put back, unless somebody has wrapped it since."""
+    global _start
+    with _LOCK:
+        block.closed = True
+        _OPEN.remove(block)
+        if not _OPEN and _start is not None and threading.Thread.start is _noted_start:
+            threading.Thread.start = _start  # type: ignore[method-assign]  # as it was before `_opened`
+            _start = None
+
+
+def _noted_start(child: threading.Thread) -> None:
+    block, start = _CURRENT.get() or _INHERITED.get(threading.current_thread()), _start
+    if block is not None:
         block.heirs.add(child)
         _INHERITED[child] = block
+    (start or threading.Thread.start)(child)

@@ -131,7 +131,7 @@ def marks_of(batch: int, tokens: int, position: int, device: torch.device) -> to
     if tokens == 1 and "drop" in block.words and bool((part >= DROP).any()):
         raise CacheError(
             f"the token at {position} is to be dropped, but it comes alone",
-            hint="tokens that only ask attend in a call of several: give them together with the prompt, or its last token",
+            hint="tokens that only ask attend in a call of several: give them together with the prompt",
         )
     out[:, : part.shape[1]] = part
     return out
