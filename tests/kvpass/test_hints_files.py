@@ -126,7 +126,7 @@ def test_weight_files(policy: str, held: Any, what: str, fix: str, tmp_path: Pat
     assert what in out
     assert "w.pt" in out
     assert fix in err
-    with pytest.raises(PolicyError, match="w.pt"):
+    with pytest.raises(PolicyError, match=r"w\.pt"):
         kvpass.compile(MODEL, path, 40, inner="eager")
     assert not Path("/tmp/kvpass_was_here").exists()
 
@@ -142,7 +142,7 @@ def test_weight_files(policy: str, held: Any, what: str, fix: str, tmp_path: Pat
 def test_files_of_another_model(policy: str, held: Any, what: str, tmp_path: Path) -> None:
     """Said when the first graph is planned: nothing has run."""
     model = kvpass.compile(MODEL, weighted(policy, held, tmp_path), 40, inner="eager")
-    with torch.no_grad(), pytest.raises(PolicyError, match="w.pt") as caught:
+    with torch.no_grad(), pytest.raises(PolicyError, match=r"w\.pt") as caught:
         model(plain.tokens(1, 60), None)
     assert what in caught.value.what
     assert "made for this model" in caught.value.hint
