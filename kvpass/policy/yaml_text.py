@@ -72,7 +72,7 @@ def _check_tags(text: str) -> None:
 
     depth = 0
     for event in yaml.parse(text, Loader=_loader()):
-        line = event.start_mark.line + 1
+        line = event.start_mark.line + 1 if event.start_mark is not None else 0
         tag = getattr(event, "tag", None)
         if tag is not None and tag not in _TAGS:
             shown = tag.replace(_PLAIN, "!!")
