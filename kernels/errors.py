@@ -24,4 +24,8 @@ class RotationError(DataError):
 
 
 class TableError(DataError):
-    """A policy's file of weights or shares does not fit the model."""
+    """A policy's file of weights or shares cannot be read, or does not fit the model."""
+
+
+class ScorerError(DataError):
+    """A scorer failed, or gave what are no scores."""

@@ -81,7 +81,7 @@ def held_scores(
     score = _sampled(score, seen, rule) if rule.sample_num else score
     # the protected window is not judged: when its keys leave it, they stay as generated ones do
     window = candidate & (pos >= end - min(max(rule.queries, 0), rule.recent))
-    preferred = chosen.preference(seen) if chosen.preference and rule.spread == "preference" else None
+    preferred = chosen.prefer(seen) if chosen.preference and rule.spread == "preference" else None
     return torch.where(window, later(pos), score), preferred
 
 

@@ -8,9 +8,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from kvpass import __version__
 from kvpass.errors import KVPassError, PolicyError
+
+if TYPE_CHECKING:
+    from kvpass.policy.spec import Policy
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,13 +34,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
 
+_LISTED = (
+    "Without an action, lists the built-in policies. Attention (32, steps) is that of the last 32 queries of a call "
+    "and of generated tokens; docs/policies.md says more."
+)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kvpass", description="Eviction policies of kvpass.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    policies = commands.add_parser("policies", help="list, show and check policies")
+    parser.add_argument("--version", action="version", version=f"kvpass {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="policies|scorers")
+    policies = commands.add_parser("policies", help="list, show and check policies", description=_LISTED)
     policies.add_argument("--markdown", action="store_true", help="the list as docs/policies.md holds it")
     policies.set_defaults(run=_list)
-    actions = policies.add_subparsers(metavar="ACTION")
+    actions = policies.add_subparsers(metavar="show|check|schema")
     show = actions.add_parser("show", help="a policy with all its fields, and the rule that the ops get")
     show.add_argument("policy", metavar="NAME|FILE")
     show.set_defaults(run=_show)
@@ -71,7 +82,11 @@ def _import(file: Path) -> None:
     if spec is None or spec.loader is None or not file.is_file():
         raise PolicyError(f"cannot import {str(file)!r}", hint="give the path of a Python file")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        what = f"cannot import {str(file)!r}: {type(error).__name__}: {error}"
+        raise PolicyError(what, hint="mend the file") from error
 
 
 def _complain(error: KVPassError) -> None:
@@ -102,12 +117,13 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    """Every file, each with its own verdict."""
+    """Every file, each with its own verdict in one line; what to do about errors goes to stderr."""
     bad = 0
     for file in args.policies:
         try:
             print(f"{file}: ok, {_verdict(file, args.budget)}", flush=True)
         except KVPassError as error:
+            print(f"{file}: {type(error).__name__}: {' '.join(error.what.split())}", flush=True)
             _complain(error)
             bad += 1
     return int(bad > 0)
@@ -119,14 +135,39 @@ def _verdict(file: str, budget: int | float | None) -> str:
     Raises:
         PolicyError: what is wrong.
     """
-    from kvpass.policy.check import check_files
+    from kvpass.policy.files import check_files
+    from kvpass.policy.layers import variants
     from kvpass.policy.load import load
 
     policy = load(file)
     if budget is None and policy.budget is None:
-        check_files(policy)
-        return f"policy {policy.name!r} (with --budget, what it protects is checked too)"
-    return f"policy {policy.name!r} with budget {policy.with_budget(budget).budget}"
+        known = f"policy {policy.name!r} (with --budget, what it protects is checked too)"
+        for one in (policy, *variants(policy).values()):
+            check_files(one)
+    else:
+        known = f"policy {policy.name!r} with budget {policy.with_budget(budget).budget}"
+    notes = dict.fromkeys(filter(None, map(_trial, (policy, *variants(policy).values()))))
+    return "; ".join([known, *notes])
+
+
+def _trial(policy: Policy) -> str:
+    """A user's own scorer is tried on made-up keys: what could not be tried, if anything.
+
+    Raises:
+        PolicyError: it gives no scores.
+    """
+    from kvpass.kernels.errors import ScorerError
+    from kvpass.kernels.scorers.registry import scorers
+    from kvpass.kernels.scorers.trial import tried
+
+    scorer = scorers().get(policy.score)
+    if scorer is None or scorer.run.__module__.startswith("kvpass."):
+        return ""
+    try:
+        note = tried(scorer, policy.options)
+    except ScorerError as error:
+        raise PolicyError(f"policy {policy.name!r}: {error}", where=scorer.where, hint=error.hint) from error
+    return note and f"scorer {scorer.name!r} was {note}"
 
 
 def _schema(args: argparse.Namespace) -> int:

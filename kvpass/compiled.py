@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from kvpass.arguments import check_model, check_ready
 from kvpass.compiler import backend
 from kvpass.policy.spec import Policy
 
@@ -21,7 +23,7 @@ def compile(
     budget: int | float | None = None,
     *,
     inner: str = "inductor",
-    debug: bool | str | None = None,
+    debug: bool | str | PathLike[str] | None = None,
     strict: bool = True,
     verify: bool = False,
     patterns: PatternSet | None = None,
@@ -50,7 +52,8 @@ def compile(
         patterns: recognisers, `kvpass.patterns.DEFAULT.extended(...)` (docs/patterns.md); None for the default ones.
 
     Raises:
-        PolicyError: at once, for a bad policy or budget.
+        ModelError, TrainingError, PolicyError: at once, for what is no model, a model in train mode or with hooks of
+            accelerate, a bad policy, budget or option.
         DeclinedError, TrainingError, CacheError: when the model is called.
         RecompileError: likewise, after 64 graphs; it names the reason for the last one.
 
@@ -59,8 +62,11 @@ def compile(
     """
     from kvpass.compilation import Compilation
 
+    bare_model = _uncompiled(model)
+    check_model(bare_model, "kvpass.compile")
     chosen = backend(policy, budget, inner=inner, strict=strict, debug=debug, verify=verify, patterns=patterns)
-    result: M = Compilation(_uncompiled(model), chosen).root
+    check_ready(bare_model, "kvpass.compile", strict)
+    result: M = Compilation(bare_model, chosen).root
     return result
 
 

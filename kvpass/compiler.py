@@ -9,13 +9,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
+from kvpass.arguments import check_options, checked_patterns
 from kvpass.errors import DeclinedError, KVPassError, TrainingError
-from kvpass.inner import INNER, compile_inner
+from kvpass.inner import compile_inner
 from kvpass.match.calls import example
 from kvpass.plan import Plan
 from kvpass.policy.spec import Policy
@@ -133,7 +135,8 @@ class Backend:
         watched, origin = data_inputs(gm.graph), self._origin(record.table)
         names = [str(n.target) for n in gm.graph.find_nodes(op="placeholder")]
         dense = dense_by_choice(gm.graph, record.table.declined)
-        return Bound(inner, lowered.bindings, lowered.outputs, origin, watched, lowered.shared, names, dense)
+        marks = self.policy.marks
+        return Bound(inner, lowered.bindings, lowered.outputs, origin, watched, lowered.shared, names, dense, marks)
 
     def __reduce__(self) -> Any:
         """Graphs are not pickled: whoever loads it compiles anew."""
@@ -173,7 +176,7 @@ def _strict_error(table: SiteTable) -> DeclinedError:
     return DeclinedError(
         f"{len(table.failed)} attention site(s) with a KV cache cannot be rewritten:\n{listed}{more}",
         where=f"{first.site}, {first.source}",
-        hint=f"{first.reason.hint}; or pass strict=False to leave such sites dense",
+        hint=f"{first.hint}; or pass strict=False to leave such sites dense",
     )
 
 
@@ -209,7 +212,7 @@ def backend(
     *,
     inner: str = "inductor",
     strict: bool = True,
-    debug: bool | str | None = None,
+    debug: bool | str | PathLike[str] | None = None,
     verify: bool = False,
     patterns: Any = None,
 ) -> Backend:
@@ -220,23 +223,10 @@ def backend(
         PolicyError: bad policy, budget or option.
     """
     from kvpass.debug import debug_folder
-    from kvpass.errors import PolicyError
 
-    if patterns is not None:
-        patterns = _checked(patterns)
-    if inner not in INNER:
-        raise PolicyError(f"no inner compiler {inner!r}", hint=f"one of {', '.join(INNER)}")
+    check_options(inner=inner, strict=strict, debug=debug, verify=verify)
+    patterns = checked_patterns(patterns)
     return Backend(Policy.load(policy).with_budget(budget), inner, strict, debug_folder(debug), verify, patterns)
-
-
-def _checked(patterns: Any) -> Any:
-    """A pattern set; None for one that equals the default one, so that both spellings give equal backends."""
-    from kvpass.errors import PolicyError
-    from kvpass.patterns import DEFAULT, PatternSet
-
-    if not isinstance(patterns, PatternSet):
-        raise PolicyError(f"no pattern set: {patterns!r}", hint="kvpass.patterns.DEFAULT.extended(cores=[MyCore()])")
-    return None if patterns == DEFAULT else patterns
 
 
 _FROM_OPTIONS: dict[str, Backend] = {}

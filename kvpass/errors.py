@@ -2,8 +2,9 @@
 
 KVPassError                  what, where (site and source line), what to do
 ├── PolicyError              a policy file, name or budget that makes no sense; raised before any compilation
+├── ModelError               what was given is no model, or no program
 ├── DeclinedError            strict=True and a site cannot be rewritten
-├── TrainingError            K or V requires grad
+├── TrainingError            K or V requires grad, or the model is in train mode
 ├── RecompileError           the model was compiled again and again, or ran uncompiled
 ├── CacheError               a cache was used in a way that compressed state cannot follow
 │   ├── ForeignCacheError    keys and values that kvpass did not make
@@ -29,6 +30,10 @@ class KVPassError(RuntimeError):
 
 
 class PolicyError(KVPassError):
+    pass
+
+
+class ModelError(KVPassError):
     pass
 
 
@@ -108,7 +113,8 @@ HINTS = {
     "between two products (docs/patterns.md lists the spellings)",
     Reason.UNSUPPORTED_UPDATE: "the cache must grow by torch.cat([past, new], dim), or be a buffer that each call's "
     "tokens are written into (docs/patterns.md lists the spellings)",
-    Reason.NO_ATTENTION: "the cache is updated here but read in another graph; look for a graph break between the two",
+    Reason.NO_ATTENTION: "the cache is updated here but read in another graph; look for a graph break between the two "
+    "(transformers makes one for output_attentions=True: call without it)",
     Reason.KEY_ESCAPES: "only the attention and the returned cache may read the cached keys",
     Reason.VALUE_ESCAPES: "only the attention and the returned cache may read the cached values",
     Reason.LAYOUT: "the cache must be 4-d, [B, Hkv, T, D] or [B, T, Hkv, D]",

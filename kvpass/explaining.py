@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from kvpass.errors import KVPassError
+from kvpass.arguments import check_model, checked_patterns
+from kvpass.errors import KVPassError, PolicyError
 from kvpass.next_step import GIVE_A_STEP, NoStep, StepLike, next_call
 from kvpass.plan import Plan, plan
 from kvpass.policy.spec import Policy
@@ -85,13 +86,18 @@ def explain(
             models that return a `cache` or `past_key_values` field; for others only the first call is traced.
 
     Raises:
-        PolicyError: bad policy or budget.
+        ModelError: it is no model.
+        PolicyError: bad policy, budget or pattern set, or a budget without a policy.
         KVPassError: torch traced nothing, with its reason.
     """
     from kvpass.patterns import DEFAULT
 
+    check_model(model, "kvpass.explain")
+    chosen_patterns = checked_patterns(patterns) or DEFAULT
+    if policy is None and budget is not None:
+        raise PolicyError("a budget, but no policy", where=f"budget={budget!r}", hint='give policy="h2o" too')
     chosen = Policy.load(policy).with_budget(budget) if policy is not None else None
-    seen = _Seen(patterns or DEFAULT)
+    seen = _Seen(chosen_patterns)
     looked_at = twin(model)
     with _isolated(looked_at, seen), torch.no_grad():
         output = looked_at(*args, **kwargs)

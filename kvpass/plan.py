@@ -20,6 +20,7 @@ from kvpass.match.miss import Miss
 from kvpass.match.output_projection import OutputProjection, output_projection
 from kvpass.match.projections import block_input
 from kvpass.match.rope import Rotation, rotation, unrounded
+from kvpass.policy.files import check_fit
 from kvpass.policy.rule import rule_of
 from kvpass.policy.spec import Policy
 from kvpass.site import Decline, Site, SiteTable
@@ -148,6 +149,7 @@ def plan(policy: Policy, table: SiteTable) -> Plan:
     planned = tuple(SitePlan(site, rule) for site, rule in zip(sites, rules, strict=True))
     for one in planned:
         _check(policy, one)
+        _check_files(policy, one, len(sites))
     return Plan(policy, planned, table.declined)
 
 
@@ -161,6 +163,15 @@ def _check(policy: Policy, planned: SitePlan) -> None:
         if broken:
             where = f"{planned.site.name}, {planned.site.source}"
             raise PolicyError(f"policy {policy.name!r} {asked}", where=where, hint=fix)
+
+
+def _check_files(policy: Policy, planned: SitePlan, layers: int) -> None:
+    """Raises PolicyError if the policy's weights or shares are for another model."""
+    site, hidden = planned.site, planned.hidden
+    sizes = {letter: int(site.dims[letter]) for letter in ("Hkv", "D", "Dv") if isinstance(site.dims[letter], int)}
+    if hidden is not None:
+        sizes["size"] = int(example(hidden).shape[-1])
+    check_fit(policy.name, planned.rule, {**sizes, "layers": layers}, f"{site.name}, {site.source}")
 
 
 def _unmet(planned: SitePlan) -> Iterator[tuple[bool, str, str]]:

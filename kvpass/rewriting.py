@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from kvpass.arguments import check_options, check_program, checked_patterns
 from kvpass.errors import DeclinedError, PolicyError
 from kvpass.plan import Plan, plan
 from kvpass.policy.spec import Policy
@@ -79,9 +80,14 @@ class Rewritten:
             inputs: the original inputs, flat and in order, without the past K and V.
             tokens: logical length of the cache before this step, padding included.
             state: of `empty_state` or of the step before. It grows by itself when it is full.
+
+        Raises:
+            CacheError: inside a block of `kvpass.marked`, which no policy of `kvpass.rewrite` reads.
         """
+        from kvpass.runtime.marks import check_read
         from kvpass.runtime.store import with_room
 
+        check_read((), "Rewritten.step")
         given = [*state]
         for at, binding in enumerate(self.bindings):
             five = slice(5 * at, 5 * at + 5)
@@ -115,7 +121,8 @@ def rewrite(
         patterns: recognisers; None for `kvpass.patterns.DEFAULT`.
 
     Raises:
-        PolicyError: bad policy or budget, or one with scorers, value weights or uneven budgets.
+        ModelError: it is no program.
+        PolicyError: bad policy, budget or option, or one with scorers, value weights or uneven budgets.
         DeclinedError: a site cannot be rewritten (strict), nothing in the program is a cache, the program is no
             decode step, or its past has a fixed length.
     """
@@ -125,9 +132,12 @@ def rewrite(
     from kvpass.standalone import prepared, pure
     from kvpass.verify import verify
 
+    check_program(program)
+    check_options(strict=strict)
+    found = checked_patterns(patterns) or DEFAULT
     chosen = Policy.load(policy).with_budget(budget)
     gm = prepared(program if isinstance(program, fx.GraphModule) else program.module(check_guards=False))
-    table = scan(gm, patterns or DEFAULT)
+    table = scan(gm, found)
     _check(table, strict)
     planned = plan(chosen, table)
     _check_rules(planned)
@@ -164,7 +174,7 @@ def _check(table: SiteTable, strict: bool) -> None:
         raise DeclinedError(
             f"{len(declined)} attention site(s) with a cache cannot be rewritten:\n{listed}",
             where=f"{declined[0].site}, {declined[0].source}",
-            hint=f"{declined[0].reason.hint}; or pass strict=False to leave such sites dense",
+            hint=f"{declined[0].hint}; or pass strict=False to leave such sites dense",
         )
     if not table.sites:
         raise DeclinedError(

@@ -225,6 +225,7 @@ class Decline:
     Attributes:
         pattern: name of the pattern that refused; "" if a rule of sites did, or no pattern took the attention.
         near: for an attention that no pattern took, how far each core pattern got.
+        own_hint: what a user can do; "" if the reason says it.
     """
 
     site: str
@@ -234,6 +235,11 @@ class Decline:
     detail: str
     pattern: str = ""
     near: tuple[str, ...] = ()
+    own_hint: str = ""
+
+    @property
+    def hint(self) -> str:
+        return self.own_hint or self.reason.hint
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -244,14 +250,14 @@ class Decline:
             "detail": self.detail,
             "pattern": self.pattern,
             "near": list(self.near),
-            "hint": self.reason.hint,
+            "hint": self.hint,
         }
 
     def __str__(self) -> str:
         what = f"{self.site}: {self.reason.value} at {self.node}: {self.detail}"
         by = f"\n    refused by pattern {self.pattern}" if self.pattern else ""
         near = "".join(f"\n    near miss: {line}" for line in self.near)
-        return f"{what}\n    {self.source}{by}{near}\n    hint: {self.reason.hint}"
+        return f"{what}\n    {self.source}{by}{near}\n    hint: {self.hint}"
 
 
 @dataclass(frozen=True)

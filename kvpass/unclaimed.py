@@ -98,4 +98,4 @@ def decline(node: fx.Node, miss: Miss, near: tuple[str, ...] = ()) -> Decline:
     if cast is not None:
         miss = Miss(Reason.AUTOCAST, node, cast)
     name, source = module_path(node) or node.name, source_line(miss.node) or source_line(node)
-    return Decline(name, miss.reason, miss.node.name, source, miss.detail, miss.pattern, near)
+    return Decline(name, miss.reason, miss.node.name, source, miss.detail, miss.pattern, near, miss.hint)

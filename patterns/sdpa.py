@@ -16,6 +16,7 @@ from torch import fx
 from kvpass.errors import Reason
 from kvpass.match.calls import argument, call_name, example
 from kvpass.match.miss import Miss
+from kvpass.match.numbers import constant
 from kvpass.match.shapes import shape_of
 from kvpass.site import Core, Term
 from kvpass.terms import MaskKind
@@ -37,7 +38,7 @@ class SdpaCore:
             return None
         q, k, v = (argument(node, at, name) for at, name in enumerate(("query", "key", "value")))
         self._check(node, q, k, v)
-        scale = argument(node, 6, "scale")
+        scale = constant(argument(node, 6, "scale"))
         return Core(
             node=node,
             q=q,
@@ -51,7 +52,7 @@ class SdpaCore:
 
     def _check(self, node: fx.Node, q: fx.Node, k: fx.Node, v: fx.Node) -> None:
         for at, name in ((5, "is_causal"), (6, "scale")):
-            if isinstance(argument(node, at, name), fx.Node):
+            if isinstance(constant(argument(node, at, name)), fx.Node):
                 raise Miss(Reason.UNSUPPORTED_ATTENTION, node, f"{name} is computed, not a constant")
         if argument(node, 4, "dropout_p", 0.0) != 0.0:
             raise Miss(Reason.DROPOUT, node, f"dropout_p={argument(node, 4, 'dropout_p')}")

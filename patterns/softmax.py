@@ -68,6 +68,12 @@ class SoftmaxCore:
         return gated(core, node)
 
 
+_ASKED_FOR = (
+    "call without output_attentions=True: an evicting cache has no weights of tokens that are gone; "
+    "kvpass.inspect(cache) shows what is kept, and how it scores"
+)
+
+
 def _over_keys(node: fx.Node) -> bool:
     dim = argument(node, 1, "dim")
     rank = len(shape_of(node))
@@ -82,6 +88,9 @@ def _values(node: fx.Node, above: Logits) -> tuple[list[fx.Node], Product]:
     current, sinks = node, above.sinks is not None
     while True:
         readers = [user for user in current.users if not is_metadata(user)]
+        if len(readers) > 1 and any(reader.op == "output" for reader in readers):
+            what = "the attention weights are asked for: the probabilities are returned too"
+            raise Miss(Reason.UNSUPPORTED_ATTENTION, current, what, hint=_ASKED_FOR)
         if len(readers) != 1:
             names = ", ".join(user.name for user in readers)
             raise Miss(Reason.UNSUPPORTED_ATTENTION, current, f"the probabilities feed {names or 'nothing'}")

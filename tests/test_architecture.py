@@ -19,12 +19,13 @@ ARROWS = {
     "__init__": {"compiler", "compiled", "explaining", "mlir", "reporting", "rewriting", "runtime.marks", "policy"}
     | {"errors", "kernels.scorers.registry"},
     "__main__": {"cli"},
-    "cli": {"policy", "kernels.scorers.registry"} | WORDS,
+    "cli": {"__version__", "policy", "kernels.scorers.registry", "kernels.scorers.trial", "kernels.errors"} | WORDS,
     "terms": set(),
     "errors": set(),
     "kernels": {"kernels"},
     "match": {"match"} | WORDS,
-    "policy": {"policy", "kernels.rule", "kernels.scorers.registry"} | WORDS,  # ends as a Rule: data, no tensors
+    "policy": {"policy", "kernels.rule", "kernels.scorers.registry", "kernels.tables", "kernels.errors"}
+    | WORDS,  # ends as a Rule: data, no tensors
     "patterns": {"patterns", "match", "site"} | WORDS,
     "site": {"match"} | WORDS,
     "scan": {"match", "site", "site_rules", "mixed_sites", "unclaimed"} | WORDS,
@@ -54,13 +55,14 @@ ARROWS = {
     "isolate": {"site", "match"} | WORDS,
     "check_sites": {"isolate", "plan", "lower", "site", "match", "runtime", "ops", "kernels"} | WORDS,
     "inner": WORDS,
+    "arguments": {"inner", "patterns"} | WORDS,
     "debug": {"debug", "plan", "site", "lower", "match"} | WORDS,
     "reporting": {"holdings", "report_text", "runtime", "kernels.scores", "kernels.ragged", "kernels.rule"} | WORDS,
     "holdings": {"runtime"} | WORDS,
     "report_text": set(),
     "next_step": set(),
-    "explaining": {"next_step", "twin", "policy", "site", "scan", "plan", "patterns", "match"} | WORDS,
-    "compiled": {"compiler", "policy", "errors", "twin", "patterns"},  # patterns: a type
+    "explaining": {"arguments", "next_step", "twin", "policy", "site", "scan", "plan", "patterns", "match"} | WORDS,
+    "compiled": {"arguments", "compiler", "policy", "errors", "twin", "patterns"},  # patterns: a type
     "twin": set(),
     "pure": {"ops", "kernels"},
     "standalone": {"lower", "pure", "ops", "match", "runtime.bind"} | WORDS,

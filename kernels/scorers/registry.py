@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote
 
 import torch
+from kvpass.kernels.errors import DataError, ScorerError
 from kvpass.kernels.rule import SCORES
 from torch import Tensor
 
@@ -29,6 +30,17 @@ BUILT_IN = ("geometry", "expected", "lag", "learned", "window", "redundancy", "c
 _TABLE: dict[str, Scorer] = {}
 
 Asked = TypeVar("Asked", Tensor, int)
+
+LARGEST = 1e37
+"""Scores are smaller than this: what stays for other reasons is ranked above (`kvpass.kernels.held`)."""
+
+
+class _Unsaid(ValueError):
+    """A scorer asks `Seen` for what it did not say that it reads."""
+
+    def __init__(self, what: str, hint: str) -> None:
+        super().__init__(what)
+        self.hint = hint
 
 
 @dataclass(frozen=True)
@@ -126,10 +138,10 @@ def _asked(value: Asked | None, word: str) -> Asked:
     """What a scorer reads.
 
     Raises:
-        ValueError: it did not say so.
+        _Unsaid: it did not say so.
     """
     if value is None:
-        raise ValueError(f"this scorer reads {word!r} without saying so: register it with reads=({word!r}, ...)")
+        raise _Unsaid(f"it reads {word!r} without saying so", f"register it with reads=({word!r}, ...)")
     return value
 
 
@@ -145,6 +157,8 @@ class Scorer:
             first.
         options: names and defaults of the options, from the function's signature.
         preference: what a layer deserves next to others, Seen -> float [B] >= 0, for `allocate.layers: preference`.
+        tensors: what the file in the option `file` holds, by name: the letters of a tensor's dims, from `layers Hkv D
+            Dv size` (of the hidden states), or any other word; a file is checked against them and against the model.
     """
 
     name: str
@@ -153,6 +167,7 @@ class Scorer:
     pointwise: bool
     options: dict[str, Any]
     preference: Callable[[Seen], Tensor] | None = None
+    tensors: dict[str, str] = field(default_factory=dict)
 
     @property
     def about(self) -> str:
@@ -163,13 +178,77 @@ class Scorer:
         """float32 [B, Hkv, L] for options as `encode_options` writes them.
 
         Raises:
-            ValueError: the function gave another shape.
+            ScorerError: the function failed, or gave what are no finite scores of that shape.
         """
-        value = self.run(seen, **decode_options(options))
-        if value.shape != seen.pos.shape:
-            shapes = f"{list(value.shape)}, not {list(seen.pos.shape)}"
-            raise ValueError(f"scorer {self.name!r} gave scores of shape {shapes}")
+        value = self._called(self.run, seen, decode_options(options))
+        self._check(value, list(seen.pos.shape), "[B, Hkv, L]")
+        if self._own:
+            _check_finite(value, seen.candidate, self)
         return value.float()
+
+    def prefer(self, seen: Seen) -> Tensor:
+        """What the layer deserves: float [B].
+
+        Raises:
+            ScorerError: the function failed, or gave something else.
+        """
+        assert self.preference is not None
+        value = self._called(self.preference, seen, {})
+        self._check(value, [seen.pos.shape[0]], "[B]")
+        return value
+
+    @property
+    def where(self) -> str:
+        """File and line of the function."""
+        code = getattr(inspect.unwrap(self.run), "__code__", None)
+        return f"{code.co_filename}:{code.co_firstlineno}" if code is not None else repr(self.run)
+
+    @property
+    def _own(self) -> bool:
+        """Whether a user wrote it: kvpass' own give finite scores for finite inputs."""
+        return not self.run.__module__.startswith("kvpass.")
+
+    def _called(self, function: Callable[..., Any], seen: Seen, options: dict[str, Any]) -> Any:
+        try:
+            return function(seen, **options)
+        except DataError:
+            raise
+        except Exception as error:
+            what = f"scorer {self.name!r} ({self.where}) raised {type(error).__name__}: {error}"
+            fix = getattr(error, "hint", "") or f"mend the function; it sees {_shapes(seen)}"
+            raise ScorerError(what, fix) from error
+
+    def _check(self, value: Any, wanted: list[int], letters: str) -> None:
+        given = _given(value)
+        if isinstance(value, Tensor) and value.is_floating_point() and list(value.shape) == wanted:
+            return
+        what = f"scorer {self.name!r} ({self.where}) gave {given}, not a float tensor {letters} = {wanted}"
+        is_number = isinstance(value, Tensor) and list(value.shape) == wanted and not value.is_complex()
+        raise ScorerError(what, "return scores.float()" if is_number else f"return a float for each of {letters}")
+
+
+def _given(value: Any) -> str:
+    """What a function gave, for people."""
+    if not isinstance(value, Tensor):
+        return "None" if value is None else f"a {type(value).__name__}"
+    return f"a tensor {list(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
+
+
+def _shapes(seen: Seen) -> str:
+    batch, heads, length = seen.pos.shape
+    return f"B={batch}, Hkv={heads}, L={length}"
+
+
+def _check_finite(value: Tensor, candidate: Tensor, scorer: Scorer) -> None:
+    """Raises ScorerError if a key that may stay has no usable score; on a GPU the device asserts it."""
+    good = (value.abs() < LARGEST) | ~candidate
+    if value.device.type != "cpu":
+        torch._assert_async(good.all(), f"scorer {scorer.name!r} gave NaN or infinite scores")
+    elif not bool(good.all()):
+        first = value[~good][0].item()
+        what = f"scorer {scorer.name!r} ({scorer.where}) gave {int((~good).sum())} scores that are no numbers: {first}"
+        hint = f"scores are finite, below {LARGEST:.0e}: torch.nan_to_num, or -1e30 for what shall go first"
+        raise ScorerError(what, hint)
 
 
 def scorer(
@@ -177,6 +256,7 @@ def scorer(
     reads: tuple[str, ...] | list[str] = (),
     pointwise: bool = False,
     preference: Callable[[Seen], Tensor] | None = None,
+    tensors: dict[str, str] | None = None,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Register a torch function as a scorer that policies can use by name.
 
@@ -187,14 +267,19 @@ def scorer(
     Args:
         name: as policies write it.
         reads: of `READS`: nothing else is computed.
-        pointwise, preference: see `Scorer`.
+        pointwise, preference, tensors: see `Scorer`.
 
     Raises:
-        ValueError: an unknown word in `reads`, a name that is taken, a parameter without a default, `hidden` without
-            `pointwise`.
+        ValueError: no name, or one that is taken, an unknown word in `reads`, a parameter without a default or with
+            one of another kind, `hidden` without `pointwise`.
     """
 
+    if not isinstance(name, str):
+        raise ValueError("a scorer has a name: @kvpass.scorer('loud')")
+
     def register(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        if isinstance(reads, str):
+            raise ValueError(f"scorer {name!r}: reads is a tuple of words: reads=({reads!r},)")
         unknown = [word for word in reads if word not in READS]
         if unknown:
             raise ValueError(f"scorer {name!r}: cannot read {unknown[0]!r}; choose from {', '.join(READS)}")
@@ -210,7 +295,10 @@ def scorer(
         if missing:
             raise ValueError(f"scorer {name!r}: give its option {missing[0]!r} a default")
         options = {p.name: p.default for p in parameters}
-        _TABLE[name] = Scorer(name, run, tuple(reads), pointwise, options, preference)
+        odd = [option for option, value in options.items() if type(value) not in (bool, int, float, str)]
+        if odd:
+            raise ValueError(f"scorer {name!r}: its option {odd[0]!r} is no bool, int, float or str")
+        _TABLE[name] = Scorer(name, run, tuple(reads), pointwise, options, preference, dict(tensors or {}))
         return run
 
     return register

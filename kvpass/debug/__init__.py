@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 
-def debug_folder(debug: bool | str | None) -> str | None:
+def debug_folder(debug: bool | str | os.PathLike[str] | None) -> str | None:
     """Folder of the debug report: as given, `kvpass_debug` for True, else what KVPASS_DEBUG says (a folder, or 1)."""
     if debug is None:
         debug = os.environ.get("KVPASS_DEBUG") or False

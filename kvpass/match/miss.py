@@ -15,14 +15,17 @@ class Miss(Exception):
         node: the blocking node.
         detail: one phrase for people.
         reads: keys or values that the refused attention reads; new tokens of a refused update.
+        hint: what a user can do, where the reason's own hint does not say it.
         axis: along which a refused update writes them.
         pattern: name of the pattern that refused; "" for a rule of sites.
     """
 
-    def __init__(self, reason: Reason, node: fx.Node, detail: str = "", reads: tuple[fx.Node, ...] = ()) -> None:
+    def __init__(
+        self, reason: Reason, node: fx.Node, detail: str = "", reads: tuple[fx.Node, ...] = (), hint: str = ""
+    ) -> None:
         super().__init__(f"{reason.value} at {node.name}: {detail}")
         self.reason, self.node, self.detail = reason, node, detail
-        self.reads = reads
+        self.reads, self.hint = reads, hint
         self.axis: int | None = None
         self.pattern = ""
 

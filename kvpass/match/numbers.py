@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 
-from kvpass.match.calls import argument, call_name, changes, operand
+from kvpass.match.calls import argument, call_name, changes, example, operand
 from kvpass.match.shapes import shape_of
 
 PRODUCTS = frozenset({"mul", "multiply", "imul", "mul_"})
@@ -21,6 +22,7 @@ _CONSTANTS = frozenset({"tensor", "scalar_tensor", "as_tensor", "_tensor_constan
 
 def number(value: Any) -> float | None:
     """The number that a value is in every call: a literal, or a node that makes a tensor of one literal."""
+    value = constant(value)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, fx.Node) or shape_of(value) not in ((), (1,)):
@@ -39,6 +41,19 @@ def number(value: Any) -> float | None:
         root = number(operand(value))
         return None if root is None or root < 0 else float(root**0.5)
     return None
+
+
+def constant(value: Any) -> Any:
+    """A float that `torch.compile(dynamic=True)` made symbolic, as what it is in this call, with Dynamo's guard that it
+    stays so; anything else, also what is computed from a length, as it is.
+    """
+    from torch.utils._sympy.symbol import SymT, symbol_is_type
+
+    said = example(value) if isinstance(value, fx.Node) else None
+    if not isinstance(said, torch.SymFloat) or not said.node.has_hint():
+        return value
+    floats = all(symbol_is_type(symbol, SymT.FLOAT) for symbol in said.node.expr.free_symbols)
+    return float(said) if floats else value
 
 
 def factor_of(node: fx.Node) -> float | None:

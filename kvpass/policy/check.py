@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
 from math import isfinite
-from pathlib import Path
 
 from kvpass.errors import PolicyError
 from kvpass.kernels.rule import SCORES, STATISTICS, Rule
 from kvpass.kernels.scorers.registry import Scorer, scorers
-from kvpass.policy.limits import MOST, check_options, oversized
+from kvpass.policy.limits import MOST, check_options, no_number, oversized
 from kvpass.policy.spec import Policy
 
 Broken = tuple[bool, str, str]
@@ -189,7 +189,7 @@ def check_budget(p: Policy, *, given: bool, own: int | float | None) -> None:
     Raises:
         PolicyError: naming the budget and the fix.
     """
-    where = f"policy {p.name!r}, budget={p.budget!r}"
+    where = f"policy {p.name!r}, budget={reprlib.repr(p.budget)}"
     b = p.budget
     if b is None:
         raise PolicyError(
@@ -198,14 +198,12 @@ def check_budget(p: Policy, *, given: bool, own: int | float | None) -> None:
             hint="give budget=0.2 (fraction of the tokens seen) or budget=1024 (slots per KV head)",
         )
     if isinstance(b, bool) or not isinstance(b, (int, float)):
-        raise PolicyError(
-            f"a budget is a float or an int, not {type(b).__name__}", where=where, hint="give budget=0.2 or budget=1024"
-        )
+        raise PolicyError(f"a budget is a float or an int, not {type(b).__name__}", where=where, hint=no_number(b))
     if isinstance(b, float) and not 0.0 < b <= 1.0:
         raise PolicyError(
             "a fractional budget lies above 0 and at most at 1.0",
             where=where,
-            hint="budget=0.2 keeps a fifth; for slots give an int",
+            hint=f"budget=0.2 keeps a fifth; for slots give an int, e.g. {int(b) if 1 < b <= MOST else 1024}",
         )
     if isinstance(b, int) and not 1 <= b <= MOST:
         raise PolicyError(f"a budget of slots is at least 1 and at most {MOST}", where=where, hint="give budget=1024")
@@ -224,25 +222,6 @@ def check_budget(p: Policy, *, given: bool, own: int | float | None) -> None:
             where=where,
             hint="raise the budget or min_slots, or protect less",
         )
-
-
-def check_files(p: Policy) -> None:
-    """Files that a policy reads: a scorer's weights, shares of the heads.
-
-    Raises:
-        PolicyError: none is given, or it is not there.
-    """
-    chosen = _scorer(p, p.name)
-    wanted = {}
-    if chosen is not None and "file" in chosen.options:
-        wanted["options.file"] = p.options.get("file", ""), chosen.about
-    if p.allocate.heads == "table":
-        wanted["allocate.file"] = p.allocate.file, "torch.save of {'heads': shares [layers, Hkv]}"
-    for field, (value, about) in wanted.items():
-        if not p.keeps_all and not Path(str(value)).is_file():
-            what = f"no weight file {value!r}" if value else "no weight file"
-            hint = f"give {field}, a path (a relative one starts at the policy's folder): {about}"
-            raise PolicyError(f"policy {p.name!r}: {what}", where=field, hint=hint)
 
 
 def smallest_budget(p: Policy) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import numbers
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -35,6 +36,23 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "block": (lambda tokens: tokens >= 2, "give a number of tokens, 2 or more"),
 }
 """Options of kvpass' own scorers, by name: what is allowed, and the fix."""
+
+
+def plain_number(value: Any) -> Any:
+    """A number of Python's for one of numpy's; anything else as it is. Policies compare by their text."""
+    if isinstance(value, (bool, int)):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
+
+
+def no_number(budget: Any) -> str:
+    """What to give in place of a budget that is no number."""
+    hint = "give budget=0.2 or budget=1024 (a fraction of the tokens, or slots)"
+    if isinstance(budget, str):
+        return f"{hint}, without quotes"
+    return f"{hint}; budget.item() is the number in a tensor" if hasattr(budget, "item") else hint
 
 
 def check_options(p: Policy, chosen: Scorer, where: str) -> None:

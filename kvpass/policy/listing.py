@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from dataclasses import dataclass, replace
 
@@ -12,7 +13,7 @@ from kvpass.policy.load import load, names
 from kvpass.policy.rule import rule_of
 from kvpass.policy.spec import Policy
 
-HEADINGS = ("policy", "reads", "extra at prefill", "bytes a slot", "paper", "differs from it")
+HEADINGS = ("policy", "reads", "extra at prefill", "bytes a slot", "paper")
 EXAMPLE_BUDGET = 0.2
 """Rules hold a budget; this one is shown for policies that bring none."""
 
@@ -95,24 +96,31 @@ def _extra(rule: Rule) -> list[str]:
     return found
 
 
-def cells(row: Row, width: int) -> tuple[str, ...]:
-    """A row of the table, its notes cut to a width."""
+def cells(row: Row) -> tuple[str, ...]:
+    """A row of the table."""
     paper = row.paper.removeprefix("https://arxiv.org/abs/") or "-"
-    return row.name, row.reads, row.extra, str(row.bytes), paper, textwrap.shorten(row.notes, width, placeholder=" ...")
+    return row.name, row.reads, row.extra, str(row.bytes), paper
 
 
-def as_text(rows: list[Row], width: int = 60) -> str:
-    """The table in columns, for a terminal or a pipe."""
-    lines = [HEADINGS, *(cells(row, width) for row in rows)]
+def brief(reads: str) -> str:
+    """What a policy reads in few characters: `attention (32, steps)` for the last 32 queries and generated tokens."""
+    short = reads.replace(" and of generated tokens", ", steps").replace("the last query", "1 queries")
+    short = short.replace("values, output projection", "v W_O").replace("unrotated queries", "queries")
+    return re.sub(r"of (?:the last )?(\w+) queries((?:, steps)?)", r"(\1\2)", short)
+
+
+def as_text(rows: list[Row]) -> str:
+    """The table in columns, for a terminal or a pipe: at most 100 characters wide."""
+    lines = [HEADINGS, *((row.name, brief(row.reads), *cells(row)[2:]) for row in rows)]
     sizes = [max(len(line[at]) for line in lines) for at in range(len(HEADINGS))]
     return "\n".join("  ".join(map(str.ljust, line, sizes)).rstrip() for line in lines)
 
 
 def as_markdown(rows: list[Row]) -> str:
     """The table and a paragraph for each policy, as docs/policies.md holds them."""
-    out = [f"| {' | '.join(HEADINGS[:5])} |", "| --- | --- | --- | --- | --- |"]
+    out = [f"| {' | '.join(HEADINGS)} |", "| --- | --- | --- | --- | --- |"]
     for row in rows:
-        name, reads, extra, size, paper, _ = cells(row, 60)
+        name, reads, extra, size, paper = cells(row)
         link = f"[{paper}]({row.paper})" if row.paper else ""
         out.append(f"| [`{name}`](#{name}) | {reads} | {extra} | {size} | {link} |")
     for row in rows:

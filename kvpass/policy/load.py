@@ -13,7 +13,9 @@ from typing import Any
 from kvpass.errors import PolicyError
 from kvpass.policy.check import check_policy
 from kvpass.policy.layers import variants
+from kvpass.policy.limits import plain_number
 from kvpass.policy.spec import Allocate, Granule, Observe, Policy, Pool, Protect, Statistic, Weight
+from kvpass.policy.yaml_text import check_size, parts_of, read_yaml
 
 PRESETS = Path(__file__).parent / "presets"
 _PARTS = {
@@ -39,9 +41,11 @@ def names() -> list[str]:
 def load(policy: str | Path | Policy | dict[str, Any]) -> Policy:
     """See `Policy.load`."""
     if isinstance(policy, Policy):
+        check_size(vars(policy), parts_of, "Policy object")
         return _from_dict(policy.to_dict(), where="Policy object")
     if isinstance(policy, dict):
         where = "policy given as a dict"
+        check_size(policy, parts_of, where)
         return _from_dict(extended(policy, where, Path()), where)
     if isinstance(policy, str) and not policy.endswith((".yaml", ".yml")):
         return _preset(policy)
@@ -69,21 +73,9 @@ def read(path: Path) -> dict[str, Any]:
     """The mapping in a policy file, as it stands there; an option that names a file starts at the file's folder.
 
     Raises:
-        PolicyError: no such file, no YAML, no mapping, a key that is there twice.
+        PolicyError: as `read_yaml`, or it holds no mapping.
     """
-    import yaml
-
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_unique_keys())
-    except OSError as error:
-        raise PolicyError(
-            f"cannot read the policy file: {error.strerror}", where=str(path), hint="give an existing YAML file"
-        ) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        what = " ".join(str(error).split())
-        raise PolicyError(
-            f"not valid YAML: {what}", where=str(path), hint="see docs/policy-files.md for an example"
-        ) from None
+    data = read_yaml(path)
     if not isinstance(data, dict):
         raise PolicyError("a policy file holds a mapping", where=str(path), hint="start with `name: my_policy`")
     return _rooted(data, path.parent)
@@ -102,25 +94,6 @@ def _rooted(data: dict[str, Any], folder: Path, *, layer: bool = False) -> dict[
     if layer and isinstance(out.get("extends"), str) and out["extends"].endswith((".yaml", ".yml")):
         out["extends"] = str(folder / out["extends"])
     return out
-
-
-@lru_cache(maxsize=1)
-def _unique_keys() -> Any:
-    """A safe loader of YAML that refuses a mapping with a key twice, where PyYAML takes the last."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            first: dict[str, int] = {}
-            for key, _ in node.value:
-                line = key.start_mark.line + 1
-                word = key.value if isinstance(key, yaml.ScalarNode) else ""
-                if word and word in first:
-                    raise yaml.YAMLError(f"key {word!r} is there twice, in lines {first[word]} and {line}; leave one")
-                first[word] = line
-            return super().construct_mapping(node, deep)
-
-    return Loader
 
 
 def extended(data: dict[str, Any], where: str, folder: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -183,12 +156,9 @@ def _from_dict(data: dict[str, Any], where: str) -> Policy:
         filled = {k: _alone(p, f"{where}, layers.{k}") if isinstance(p, dict) else p for k, p in parts}
         data = {**data, "layers": filled}
     try:
-        text = json.dumps(data, default=str)
+        text = json.dumps(data, default=_plain)
     except TypeError:
         raise PolicyError("keys of a policy are words", where=where, hint=f"valid: {', '.join(_keys_at([]))}") from None
-    except (ValueError, RecursionError):
-        what = "a policy cannot hold itself"
-        raise PolicyError(what, where=where, hint="write the values out, without YAML's & and *") from None
     try:
         policy = TypeAdapter(Policy).validate_json(text, strict=True)
     except ValidationError as error:
@@ -196,6 +166,12 @@ def _from_dict(data: dict[str, Any], where: str) -> Policy:
     check_policy(policy, where)
     variants(policy, where)
     return policy
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can say: numbers of numpy's as numbers, anything else as text."""
+    number = plain_number(value)
+    return number if number is not value else str(value)
 
 
 def overridden(policy: Policy, own: dict[str, Any], where: str) -> Policy:

@@ -209,10 +209,12 @@ class Policy:
         Raises:
             PolicyError: no budget at all, or one that is impossible for this policy.
         """
-        from kvpass.policy.check import check_budget, check_files
+        from kvpass.policy.check import check_budget
+        from kvpass.policy.files import check_files
         from kvpass.policy.layers import variants
+        from kvpass.policy.limits import plain_number
 
-        chosen = self if budget is None else replace(self, budget=budget)
+        chosen = self if budget is None else replace(self, budget=plain_number(budget))
         check_budget(chosen, given=budget is not None, own=self.budget)
         check_files(chosen)
         for key, variant in variants(chosen).items():
@@ -220,6 +222,20 @@ class Policy:
             check_budget(other, given=False, own=other.budget)
             check_files(other)
         return chosen
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """Which marks of the caller (`kvpass.marked`) it reads, in any layer: of `keep`, `spans` and `drop`."""
+        from kvpass.policy.layers import variants
+
+        all_of_them = [self, *variants(self).values()]
+        marked = [one for one in all_of_them if one.protect.tokens or one.fair]
+        asked = {
+            "keep": bool(marked),
+            "spans": any(one.fair for one in marked),
+            "drop": any(not one.keeps_all for one in marked),
+        }
+        return tuple(word for word, read in asked.items() if read)
 
     @property
     def keeps_all(self) -> bool:

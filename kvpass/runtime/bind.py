@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from kvpass.errors import CacheError, PolicyError, StaleCacheError
-from kvpass.kernels.errors import DataError, TableError
+from kvpass.kernels.errors import DataError, ScorerError, TableError
 from kvpass.kernels.rule import Rule
 from kvpass.runtime.identity import Weights, require_same
 from kvpass.runtime.left import Left
-from kvpass.runtime.marks import marks_of
+from kvpass.runtime.marks import check_read, marks_of
 from kvpass.runtime.shell import attach, make, of_buffer, refuse, unwrap
 from kvpass.runtime.store import Origin, SlotStore, spare_slots
 from kvpass.runtime.turning import Angles, turn_keys
@@ -114,6 +114,7 @@ class Bound:
         inputs: names of the original inputs; the parameters among them tell models apart.
         shared: the inner graph's last inputs: `position`, where the call's tokens are written (buffers), `marks`.
         dense: places of outputs that are caches which stay as they are by choice.
+        marks: which marks of the caller the policy reads (`Policy.marks`).
     """
 
     def __init__(
@@ -126,8 +127,9 @@ class Bound:
         shared: tuple[str, ...] = (),
         inputs: Sequence[str] = (),
         dense: Sequence[int] = (),
+        marks: tuple[str, ...] = (),
     ) -> None:
-        self.shared, self.dense, self.weights = shared, tuple(dense), Weights(inputs)
+        self.shared, self.dense, self.marks, self.weights = shared, tuple(dense), marks, Weights(inputs)
         self.inner, self.bindings, self.origin = inner, tuple(bindings), origin
         self.watched = tuple(at for at in watched if not any(at in (b.past or ()) for b in bindings))
         cached = {at for b in bindings for half in b.returned for at in half}
@@ -136,6 +138,7 @@ class Bound:
 
     def __call__(self, *args: Any) -> list[Any]:
         refuse(args, self.watched, "")
+        check_read(self.marks, self._where())
         positions = written_at(self.bindings, args)
         origin = self._origin_of(args)
         stores = [b.open(args, origin, at) for b, at in zip(self.bindings, positions, strict=True)]
@@ -193,7 +196,7 @@ class Bound:
             for store in stores:
                 store.spoiled = True
             if isinstance(error, DataError):
-                kind = PolicyError if isinstance(error, TableError) else CacheError
+                kind = PolicyError if isinstance(error, (ScorerError, TableError)) else CacheError
                 raise kind(str(error), where=self._where(), hint=error.hint) from error
             raise
 

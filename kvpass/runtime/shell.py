@@ -180,5 +180,6 @@ def refuse(args: Sequence[Any], watched: Sequence[int], where: str) -> None:
             raise ShellDataError(
                 f"a part of the model that kvpass left as it is reads the compressed cache of {store.name} as data",
                 where=where or store.name,
-                hint="kvpass.explain(model, ...) says which attention is declined in a step, and why",
+                hint="only attention that kvpass rewrites can read it; kvpass.explain(model, ..) of a call with the "
+                "same arguments and a cache of the model's own shows what is left, and why",
             )

@@ -9,6 +9,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from kvpass.errors import CacheError
 from kvpass.kernels.ragged import evened, is_ragged, lengthened, with_spare
 from kvpass.kernels.rule import LIVE, SEEN, Rule
 from kvpass.runtime.identity import Identity
@@ -106,7 +107,9 @@ class SlotStore:
         fields = {**vars(self), "picked": None}
         with torch.inference_mode(False), torch.no_grad():
             fields["state"] = [t.clone() for t in self.state]
-            fields["bases"] = copy.deepcopy(self.bases, memo)
+            bases = copy.deepcopy(self.bases, memo)
+            # an inference tensor's copy is one too if the shell was copied before: a view of its storage is not
+            fields["bases"] = tuple(torch.empty(0, dtype=b.dtype, device=b.device).set_(b) for b in bases)
         other.__setstate__(fields)
         return other
 
@@ -127,6 +130,18 @@ class SlotStore:
             torch.zeros((len(rule.stats), b, hkv, c), dtype=torch.float32, device=like.device),
             torch.tensor([0, 0, 0, -1, 0, 0], **int32)[: rule.columns].expand(b, hkv, -1).clone(),
         ]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse to be pickled: the process that reads it would find neither the store nor what it may be used with.
+
+        Raises:
+            CacheError: always; `copy.deepcopy` does not come here.
+        """
+        raise CacheError(
+            "a compressed cache cannot be pickled or saved yet",
+            where=self.name,
+            hint="copy.deepcopy(cache) keeps it within the process; elsewhere run the prompt through the model again",
+        )
 
     @property
     def slots(self) -> int:

@@ -94,10 +94,13 @@ def swap_layers(cache: Any) -> None:
 
 @pytest.mark.parametrize("misuse", [crop, slice_by_hand, pick_rows, repeat_rows, clone, swap_layers])
 def test_misuse_is_told(started: Started, misuse: Callable[[Any], None]) -> None:
-    with pytest.raises(kvpass.KVPassError, match="what to do: ") as caught:
+    def misused() -> None:
         misuse(started.cache)
         rows = started.cache.layers[0].keys.shape[0]
         started.call(started.token.repeat(rows // 2, 1))
+
+    with pytest.raises(kvpass.KVPassError, match="what to do: ") as caught:
+        misused()
     assert "layers" in str(caught.value) or "where: " in str(caught.value)
 
 

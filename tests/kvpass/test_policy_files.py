@@ -212,7 +212,7 @@ FILES: list[tuple[dict[str, str], str, str]] = [
 def refused(policy: Any, budget: Any, what: str, fix: str) -> PolicyError:
     """Compiles with a bad policy: one error, of one line, that holds these words."""
     with pytest.raises(PolicyError) as caught:
-        kvpass.compile(torch.nn.Linear(2, 2), policy, budget)
+        kvpass.compile(torch.nn.Linear(2, 2).eval(), policy, budget)
     error = caught.value
     assert what in error.what
     assert fix in error.hint

@@ -90,7 +90,7 @@ def untouchable(*args: Any) -> Any:
 def test_bad_policies_and_budgets(policy, budget, what, fix, monkeypatch):
     monkeypatch.setattr("kvpass.compiler.Backend.__call__", untouchable)
     with pytest.raises(PolicyError) as caught:
-        kvpass.compile(torch.nn.Linear(2, 2), policy, budget)
+        kvpass.compile(torch.nn.Linear(2, 2).eval(), policy, budget)
     assert what in caught.value.what
     assert fix in caught.value.hint
     assert len(caught.value.what.splitlines()) == 1
