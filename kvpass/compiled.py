@@ -10,6 +10,7 @@ import torch
 from kvpass.compiler import backend
 from kvpass.errors import KVPassError
 from kvpass.policy.spec import Policy
+from kvpass.progress import tracing
 from kvpass.twin import twin
 
 if TYPE_CHECKING:
@@ -67,9 +68,15 @@ def _never_uncompiled(call: Any) -> Callable[..., Any]:
     """Turn Dynamo's silent fall-back to the uncompiled model into an error."""
     import torch._dynamo
 
+    settings: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT, "fail_on_recompile_limit_hit": True}
+    if hasattr(torch._dynamo.config, "side_effect_replay_policy"):
+        settings["side_effect_replay_policy"] = (
+            "silent"  # a stack trace for each cache layer, for a log nobody asked for
+        )
+
     def guarded(*args: Any, **kwargs: Any) -> Any:
         try:
-            with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, fail_on_recompile_limit_hit=True):
+            with torch._dynamo.config.patch(**settings), tracing():
                 return call(*args, **kwargs)
         except torch._dynamo.exc.FailOnRecompileLimitHit as error:
             raise KVPassError(

@@ -8,25 +8,30 @@ from typing import Any
 import torch
 from torch import fx
 
+from kvpass.progress import compiling
 from kvpass.regions import regions
 from kvpass.stitch import Stitched
 
 INNER = ("inductor", "aot_eager", "eager")
 
 
-def compile_inner(name: str, gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+def compile_inner(name: str, gm: fx.GraphModule, inputs: list[Any], title: str = "a graph") -> Callable[..., Any]:
     """Compile a traced graph.
 
     Args:
         name: one of `INNER`.
         inputs: fake inputs with symbolic sizes, one for each placeholder. Real ones would freeze the sizes.
+        title: what the user is told is being compiled.
     """
     if name == "eager":
         return gm.forward
     parts = regions(gm) if _may_be_cut() else None
     if parts is None:
-        return _whole(name, gm, inputs)
-    return Stitched(gm, parts, lambda part, given: _whole(name, part, given))
+        with compiling(title, name, gm):
+            return _whole(name, gm, inputs)
+    kinds = len({part.kind for part in parts})
+    with compiling(title, name, gm, f"{kinds} pieces of it for all {len(parts)}"):
+        return Stitched(gm, parts, lambda part, given: _whole(name, part, given))
 
 
 def _may_be_cut() -> bool:

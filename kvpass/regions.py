@@ -21,7 +21,7 @@ from kvpass.region_form import SCALARS, Form, form_of, is_constant
 SMALLEST = 12
 """Nodes in a piece that is worth a call of its own (some 30 us)."""
 
-WORTH = 0.3
+WORTH = 0.5
 """Part of the graph's nodes that need not be compiled, from which on it is cut."""
 
 LONG = 0.3

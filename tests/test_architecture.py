@@ -53,11 +53,15 @@ ARROWS = {
     "verify": {"plan", "lower", "match"} | WORDS,
     "isolate": {"site", "match"} | WORDS,
     "check_sites": {"isolate", "plan", "lower", "site", "match", "runtime", "ops", "kernels"} | WORDS,
-    "inner": WORDS,
+    "region_form": {"match"} | WORDS,
+    "regions": {"region_form", "match"} | WORDS,
+    "stitch": {"regions", "region_form", "match"} | WORDS,
+    "progress": {"debug", "match"} | WORDS,
+    "inner": {"regions", "stitch", "progress"} | WORDS,
     "debug": {"debug", "plan", "site", "lower", "match"} | WORDS,
     "reporting": {"runtime", "kernels.scores", "kernels.ragged"} | WORDS,  # inspect() shows scores
     "explaining": {"twin", "policy", "site", "scan", "plan", "patterns", "match"} | WORDS,
-    "compiled": {"compiler", "policy", "errors", "twin", "patterns"},  # patterns: a type
+    "compiled": {"compiler", "policy", "errors", "twin", "progress", "patterns"},  # patterns: a type
     "twin": set(),
     "pure": {"ops", "kernels"},
     "standalone": {"lower", "pure", "ops", "match", "runtime.bind"} | WORDS,
