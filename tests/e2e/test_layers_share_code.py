@@ -69,7 +69,7 @@ def test_values_are_those_of_the_graph(policy: str, inner: str, graphs: int, com
 
 
 def test_layers_share_nothing_where_a_gradient_may_be_asked_for(compiled_nodes: list[int]) -> None:
-    """Regions are for inference: with grad enabled the graph goes whole to the inner compiler, which makes a backward."""
+    """With grad enabled the graph goes whole to the inner compiler, which makes a backward graph too."""
     model = tiny.llama(4, 2, layers=LAYERS).requires_grad_(False)
     kvpass.compile(model, "h2o", 0.4, inner="aot_eager")(tiny.tokens(1, 20))
     assert len(compiled_nodes) == 1
