@@ -70,9 +70,8 @@ def _never_uncompiled(call: Any) -> Callable[..., Any]:
 
     settings: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT, "fail_on_recompile_limit_hit": True}
     if hasattr(torch._dynamo.config, "side_effect_replay_policy"):
-        settings["side_effect_replay_policy"] = (
-            "silent"  # a stack trace for each cache layer, for a log nobody asked for
-        )
+        # else Dynamo takes a stack trace for each layer of the cache, for a log that nobody asked for
+        settings["side_effect_replay_policy"] = "silent"
 
     def guarded(*args: Any, **kwargs: Any) -> Any:
         try:
