@@ -13,6 +13,7 @@ from kvpass.compiler import Backend
 from kvpass.dynamo import isolated, limits
 from kvpass.errors import CacheError, NothingRewritten
 from kvpass.facade import Facade, facade_of
+from kvpass.progress import tracing
 from kvpass.runtime.host_state import HostState
 from kvpass.runtime.watch import Call, current, tensors
 
@@ -85,7 +86,7 @@ class Compilation:
     def _watched(self, call: Call, function: tuple[Any, ...], args: Any, kwargs: Any) -> Any:
         call.begin(args, kwargs)
         try:
-            with limits():
+            with limits(), tracing():
                 result = self.compiled(*function, *args, **kwargs)
             after = call.settle(args, kwargs, result)
         finally:

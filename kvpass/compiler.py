@@ -127,7 +127,7 @@ class Backend:
             with record.timed("verify"):
                 verify(gm, lowered, record.plan)
             with record.timed("inner"):
-                inner = compile_inner(self.inner, lowered.gm, inputs)
+                inner = compile_inner(self.inner, lowered.gm, inputs, _title(len(self.graphs), record.table))
         if self.verify:
             from kvpass.check_sites import checked_once
 
@@ -157,6 +157,12 @@ class Backend:
             for stage, seconds in record.seconds.items():
                 total[stage] = total.get(stage, 0.0) + seconds
         return total
+
+
+def _title(number: int, table: SiteTable) -> str:
+    """What is told of a graph while it is compiled."""
+    phases = sorted({site.phase.value for site in table})
+    return f"graph {number} ({' and '.join(phases)}, {len(table.sites)} layers)"
 
 
 class _Refusal:

@@ -25,6 +25,7 @@ _WITHIN_A_CALL = {
     "accumulated_recompile_limit": 1 << 20,  # counts all models of a class: says nothing of this one
     "fail_on_recompile_limit_hit": True,
     "skip_nnmodule_hook_guards": False,  # hooks that come or go after the first call are seen
+    "side_effect_replay_policy": "silent",  # else a stack trace for each layer of the cache, for a log nobody reads
 }
 
 _NUMBERS = itertools.count()
@@ -56,8 +57,9 @@ def limits() -> Iterator[None]:
     import torch._dynamo
 
     config: Any = torch._dynamo.config  # its own patch() takes ten times as long
-    before = {name: getattr(config, name) for name in _WITHIN_A_CALL}
-    for name, value in _WITHIN_A_CALL.items():
+    known = {name: value for name, value in _WITHIN_A_CALL.items() if hasattr(config, name)}
+    before = {name: getattr(config, name) for name in known}
+    for name, value in known.items():
         setattr(config, name, value)
     try:
         yield

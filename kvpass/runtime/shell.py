@@ -26,6 +26,8 @@ def make(store: SlotStore, half: int) -> torch.Tensor:
     """The shell of a store's keys (half 0) or values (half 1), `[B, Hkv, T, D]` in the host's axis order."""
     base = store.bases[half]
     shell = base.expand(_sizes(store, half, store.layouts[half]))
+    if store.length is None:  # it changes from step to step: unmarked, Dynamo compiles a step of this one length first
+        torch._dynamo.maybe_mark_dynamic(shell, store.layouts[half].token_axis)
     attach(shell, (), store, half)
     return shell
 

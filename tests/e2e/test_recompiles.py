@@ -1,5 +1,4 @@
-"""A conversation compiles three graphs: prefill, decode with a static past length, decode with a dynamic one. Then
-no more."""
+"""A conversation compiles two graphs, prefill and decode: shells say that their length changes. Then no more."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from transformers import DynamicCache
 
 import kvpass
 
-GRAPHS = 3
+GRAPHS = 2
 
 
 @pytest.fixture(autouse=True)
