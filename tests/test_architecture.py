@@ -54,6 +54,7 @@ ARROWS = {
     "isolate": {"site", "match"} | WORDS,
     "check_sites": {"isolate", "plan", "lower", "site", "match", "runtime", "ops", "kernels"} | WORDS,
     "inner": WORDS,
+    "graphs": {"plan", "site"} | WORDS,
     "debug": {"debug", "plan", "site", "lower", "match"} | WORDS,
     "reporting": {"runtime", "kernels.scores", "kernels.ragged"} | WORDS,  # inspect() shows scores
     "explaining": {"twin", "policy", "site", "scan", "plan", "patterns", "match"} | WORDS,
