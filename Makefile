@@ -1,4 +1,4 @@
-# kvpass: make demo | test | bench | quality | policies | support | lint | clean. Every target makes the environment it needs, once, in $(VENV).
+# kvpass: make demo | test | bench | quality | policies | support | api | lint | clean. Every target makes the environment it needs, once, in $(VENV).
 #
 #   PYTHON  the interpreter to build the environment from (3.11 to 3.13)
 #   TORCH   what pip installs as torch. It comes first and alone: as somebody's dependency a plain "torch" may pull gigabytes of CUDA packages.
@@ -13,7 +13,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench quality policies support lint env clean
+.PHONY: help demo test bench quality policies support api lint env clean
 
 BIN   := $(VENV)/bin
 PIP   := $(BIN)/python -m pip --disable-pip-version-check -qq
@@ -42,6 +42,11 @@ policies: $(STAMP)
 # Every causal-LM family of transformers, tiny: docs/support.md and docs/support.json. An hour or so.
 support: $(STAMP)
 	@$(BIN)/python -P tests/support/sweep.py $(ARGS)
+
+# docs/api.md, from the docstrings; and the outputs that pages of docs/ show below their snippets.
+api: $(STAMP)
+	@$(BIN)/python -P tests/support/api_page.py
+	@$(BIN)/python -P tests/support/snippets.py --write
 
 # mypy looks for kvpass.kernels inside kvpass/: give it the packages as they install, by links.
 TYPES := .cache/typecheck

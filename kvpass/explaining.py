@@ -19,12 +19,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Site tables (and plans, if a policy was given) of the graphs of one call. `str()` is for people."""
+    """What would happen to the graphs of one call. `str()` is for people.
+
+    Attributes:
+        tables: of each graph, its sites: matched (`.sites`), declined (`.declined`, each with reason, node, source line
+            and detail).
+        plans: of each graph, what would replace its sites; empty without a policy.
+    """
 
     tables: tuple[SiteTable, ...]
     plans: tuple[Plan, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain data: `graphs`, each with `sites` and `declined`, and `plans`."""
         return {"graphs": [t.to_dict() for t in self.tables], "plans": [p.to_dict() for p in self.plans]}
 
     def __str__(self) -> str:

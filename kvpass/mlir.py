@@ -30,6 +30,7 @@ def export_mlir(
 
     Args:
         program: of `kvpass.rewrite`, or its `.program`.
+        path: of the file that is written.
         dialect: `torch`, or `linalg` (linalg on tensors with arith, math and tensor).
         ops: `inline`: each kvpass op as its plain torch decomposition, so that nothing of kvpass is left. `custom`:
             kept by name, in torch as `torch.operator "torch.kvpass.decode_step"`, in linalg as a call of a private

@@ -18,10 +18,8 @@ _MARKS: ContextVar[torch.Tensor | None] = ContextVar("kvpass_marks", default=Non
 def marked(
     keep: torch.Tensor | None = None, spans: torch.Tensor | None = None, drop: torch.Tensor | None = None
 ) -> Iterator[None]:
-    """Mark tokens for the calls inside the block, for policies with `protect.tokens` or `fair`.
-
-        with kvpass.marked(keep=tokenizer_says_it_is_a_number):
-            model.generate(**inputs)
+    """Mark tokens for the calls inside the block, for policies with `protect.tokens` or `fair`:
+    `with kvpass.marked(keep=mask): model.generate(**inputs)`.
 
     Args:
         keep: bool [B, T], tokens that are never evicted; they count against the budget.
