@@ -35,8 +35,8 @@ class Term:
 
 @dataclass(frozen=True)
 class Axes:
-    """Axis order of a core's operands by letter: `B` sequences, `H` heads, `S` queries, `T` keys, `D` head dimension, `G`
-    query heads of one KV head, `N` sequences and heads in one axis.
+    """Axis order of a core's operands by letter: `B` sequences, `H` heads, `S` queries, `T` keys, `D` head dimension,
+    `G` query heads of one KV head, `N` sequences and heads in one axis.
 
     Attributes:
         q, k, v, out: of the queries, keys, values and the attention's output.

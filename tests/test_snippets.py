@@ -22,6 +22,7 @@ spec.loader.exec_module(snippets)
 
 PAGES = snippets.pages()
 WITH_CODE = [page for page in PAGES if any(b.kind in snippets.RUN for b in snippets.blocks((ROOT / page).read_text()))]
+OURS = re.compile(r"^\s*(import kvpass|from kvpass|kvpass \w+|make \w+|.*\bkvpass\.\w+\()", re.MULTILINE)
 NEEDS = {"docs/export.md": "torch_mlir"}  # an optional package, see the Makefile
 
 
@@ -43,7 +44,7 @@ def test_no_code_of_a_page_escapes(page: str) -> None:
     assert len(re.findall(r"^\s*(```|~~~)", text, re.MULTILINE)) == 2 * len(found), "a fence that is not read as one"
     assert {block.kind for block in found} <= {*snippets.RUN, *snippets.SHOWN, "output"}
     for block in found:
-        ours = re.search(r"^\s*(import kvpass|from kvpass|kvpass \w+|make \w+|.*\bkvpass\.\w+\()", block.text, re.MULTILINE)
+        ours = OURS.search(block.text)
         assert block.kind in (*snippets.RUN, "output") or not ours, f"{page}:{block.line} shows code that is not run"
     for before, block in zip([None, *found], found, strict=False):
         assert block.kind != "output" or (before is not None and before.kind in snippets.RUN)
@@ -84,9 +85,11 @@ PolicyError: ...
 def test_a_page_that_lies_is_found_out(
     change: tuple[str, str], wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "page.md").write_text(PAGE.replace(*change))
+    text = PAGE.replace(*change)
+    (tmp_path / "page.md").write_text(text)
     monkeypatch.setattr(snippets, "ROOT", tmp_path)
     names: dict[str, object] = {}
-    runs = [(b, snippets.run_block(b, "page.md", names)) for b in snippets.blocks(PAGE.replace(*change)) if b.kind == "python"]
+    code = [block for block in snippets.blocks(text) if block.kind == "python"]
+    runs = [(block, snippets.run_block(block, "page.md", names)) for block in code]
     found = snippets.mismatch("page.md", runs)
     assert (wrong in found) if wrong else not found

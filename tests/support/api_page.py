@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from typing import Any
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "api.md"
 HEAD = """# API reference
 
-Made from the docstrings by `make api`; a test says when it is out of date. Shapes are in the letters of [concepts.md](concepts.md#words): `B` sequences, `Hq` query heads, `Hkv` KV heads, `G` of a group, `S` queries
-of a call, `T` tokens, `L` keys seen, `C` slots, `D` and `Dv` entries of a key and a value. Sizes are in bytes, times in seconds. Policy files have a page of their own: [policy-files.md](policy-files.md).
+Made from the docstrings by `make api`; a test says when it is out of date. Shapes are in the letters of
+[concepts.md](concepts.md#words): `B` sequences, `Hq` query heads, `Hkv` KV heads, `G` query heads of a group, `S`
+queries of a call, `T` tokens, `L` keys seen, `C` slots, `D` and `Dv` entries of a key and a value. Sizes are in bytes,
+times in seconds. Policy files have a page of their own: [policy-files.md](policy-files.md).
 """
 SECTIONS: dict[str, list[tuple[str, str]]] = {
     "Compile": [
@@ -45,17 +48,17 @@ SECTIONS: dict[str, list[tuple[str, str]]] = {
     "Patterns": [
         ("kvpass.patterns", name)
         for name in (
-            "PatternSet", "CorePattern", "UpdatePattern", "RefusedPattern", "Expansion", "Core", "Update", "Term", "Axes",
-            "MaskKind", "CacheForm", "Miss", "Flow", "argument", "operand", "call_name", "shape_of", "check_operands",
-            "mask_terms",
+            "PatternSet", "CorePattern", "UpdatePattern", "RefusedPattern", "Expansion", "Core", "Update", "Term",
+            "Axes", "MaskKind", "CacheForm", "Miss", "Flow", "argument", "operand", "call_name", "shape_of",
+            "check_operands", "mask_terms",
         )
     ],
     "Kernels": [("kvpass.kernels.choose", "use")],
     "Errors": [("kvpass", "KVPassError"), ("kvpass", "Reason")],
 }  # fmt: skip
 INTRODUCTIONS = {
-    "Policies": "`kvpass.Policy` is what a policy file says, as frozen data; [policy-files.md](policy-files.md#the-fields) "
-    "has every field, those of its parts too.",
+    "Policies": "`kvpass.Policy` is what a policy file says, as frozen data; "
+    "[policy-files.md](policy-files.md#the-fields) has every field, those of its parts too.",
     "Patterns": "Everything here is in `kvpass.patterns`, with `DEFAULT`, the set that is used if none is given. "
     "[patterns.md](patterns.md) says how to write one.",
 }
@@ -84,16 +87,16 @@ def tail() -> str:
     tree = (errors.__doc__ or "").split("\n\n")[1]
     rows = [f"| `{r.value}` | {'yes' if r.by_choice else ''} | {r.hint} |" for r in errors.Reason]
     heads = "| code | dense by choice | what to do |\n| --- | --- | --- |\n"
-    return f"\nThe tree, in `kvpass.errors`:\n```text\n{tree.strip()}\n```\n\nThe codes:\n\n{heads}" + "\n".join(rows) + "\n"
+    drawn = f"\nThe tree, in `kvpass.errors`:\n```text\n{tree.strip()}\n```\n"
+    return f"{drawn}\nThe codes:\n\n{heads}" + "\n".join(rows) + "\n"
 
 
 def entry(module: str, name: str) -> str:
     thing = getattr(import_module(module), name)
     text, lists = read(thing.__doc__ or "")
     lines = [f"\n### {module}.{name}\n", *signature_lines(thing, name), f"\n{text}\n"]
-    for part in ("Args", "Attributes"):
-        if rows := rows_of(thing, lists.get(part, {}), part):
-            lines.append(f"\n| {part[:-1].lower()} | |\n| --- | --- |\n" + "".join(rows))
+    tables = {part: "".join(rows_of(thing, lists.get(part, {}), part)) for part in ("Args", "Attributes")}
+    lines += [f"\n| {part[:-1].lower()} | |\n| --- | --- |\n{rows}" for part, rows in tables.items() if rows]
     lines += [method for key, method in methods(thing) if key not in lists.get("Attributes", {})]
     if raised := lists.get("Raises"):
         lines.append("\nRaises:\n" + "".join(f"* {names(key)}: {about}\n" for key, about in raised.items()))
@@ -103,11 +106,12 @@ def entry(module: str, name: str) -> str:
 def rows_of(thing: Any, told: dict[str, str], part: str) -> list[str]:
     """A row for each argument or field; several that share a text share a row."""
     facts = field_facts(thing) if part == "Attributes" else {}
-    rows = []
-    for key, about in told.items():
+
+    def row(key: str, about: str) -> str:
         kinds = dict.fromkeys(facts[name] for name in key.split(", ") if name in facts)
-        rows.append(f"| {names(key)} | {about}{''.join(f' ({kind})' for kind in kinds)} |\n".replace("\\|", "|"))
-    return rows
+        return f"| {names(key)} | {about}{''.join(f' ({kind})' for kind in kinds)} |\n"
+
+    return [row(key, about) for key, about in told.items()]
 
 
 def field_facts(thing: Any) -> dict[str, str]:
@@ -126,9 +130,9 @@ def names(key: str) -> str:
 def methods(thing: Any) -> Iterator[tuple[str, str]]:
     """Public methods and properties, but those of enums' and dataclasses' making, with their text."""
     for name, member in vars(thing).items() if inspect.isclass(thing) else ():
-        if name.startswith("_") or not isinstance(member, (property, staticmethod)) and not inspect.isfunction(member):
-            if not hasattr(member, "attrname") or name.startswith("_"):  # a cached_property
-                continue
+        shown = isinstance(member, (property, staticmethod, cached_property)) or inspect.isfunction(member)
+        if name.startswith("_") or not shown:
+            continue
         call = getattr(member, "__func__", member)
         told, lists = read(getattr(member, "__doc__", "") or "")
         written = f"{name}{signature(call, skip=not isinstance(member, staticmethod))}" if callable(call) else name
@@ -194,7 +198,8 @@ def undocumented() -> list[str]:
             wanted = [] if helper or "Arguments as for" in text else wanted
         found += [f"{module}.{name}: {word}" for word in wanted if word not in told and f"`{word}`" not in text]
         found += [f"{module}.{name}: no docstring"] if not text else []
-        found += [f"{module}.{name}.{key}: no docstring" for key, said in methods(thing) if said.endswith("`: \n") and key not in told]
+        silent = [key for key, said in methods(thing) if said.endswith("`: \n") and key not in told]
+        found += [f"{module}.{name}.{key}: no docstring" for key in silent]
     return found
 
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def _module(path: str) -> Any:
-    """A file of tests/ or examples/: tests/ itself must not be on sys.path, its folder kvpass would shadow the real one."""
+    """A file of tests/ or examples/. tests/ must not be on sys.path: its folder kvpass would shadow the real one."""
     name = Path(path).stem
     spec = importlib.util.spec_from_file_location(name, ROOT / path)
     assert spec is not None

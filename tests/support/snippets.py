@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import os
 import re
 import shlex
@@ -191,9 +192,9 @@ def mismatch(page: str, results: list[tuple[Block, str]]) -> str:
 
 def renewed(page: str, results: list[tuple[Block, str]]) -> str:
     """The page with the outputs of this run. Those with `...` stay if they still hold."""
-    text, printed = (ROOT / page).read_text(), dict((block.line, out) for block, out in results)
+    text, printed = (ROOT / page).read_text(), {block.line: out for block, out in results}
     found = list(FENCE.finditer(text))
-    for block, after in reversed(list(zip(found, found[1:], strict=False))):
+    for block, after in reversed(list(itertools.pairwise(found))):
         line = text.count("\n", 0, block.start(2)) + 1
         if after[1] == "output" and not re.fullmatch(expected(after[2]), printed[line]):
             text = text[: after.start(2)] + printed[line] + text[after.end(2) :]
