@@ -65,7 +65,7 @@ INTRODUCTIONS = {
 ELSEWHERE = {"__version__"}
 """Names of kvpass.__all__ that are no functions or classes."""
 
-PARTS = ("Args", "Attributes", "Raises")
+PARTS = ("Args", "Attributes", "Raises", "Warns")
 """Sections of a docstring that are lists."""
 
 
@@ -98,8 +98,9 @@ def entry(module: str, name: str) -> str:
     tables = {part: "".join(rows_of(thing, lists.get(part, {}), part)) for part in ("Args", "Attributes")}
     lines += [f"\n| {part[:-1].lower()} | |\n| --- | --- |\n{rows}" for part, rows in tables.items() if rows]
     lines += [method for key, method in methods(thing) if key not in lists.get("Attributes", {})]
-    if raised := lists.get("Raises"):
-        lines.append("\nRaises:\n" + "".join(f"* {names(key)}: {about}\n" for key, about in raised.items()))
+    for part in ("Raises", "Warns"):
+        if told := lists.get(part):
+            lines.append(f"\n{part}:\n" + "".join(f"* {names(key)}: {about}\n" for key, about in told.items()))
     return "".join(lines)
 
 
