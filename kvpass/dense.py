@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from kvpass.match.calls import module_path
+from kvpass.match.module_names import module_path
 from kvpass.match.dataflow import flat_outputs
 from kvpass.site import Decline
 

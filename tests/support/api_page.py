@@ -54,7 +54,7 @@ SECTIONS: dict[str, list[tuple[str, str]]] = {
         )
     ],
     "Kernels": [("kvpass.kernels.choose", "use")],
-    "Errors": [("kvpass", "KVPassError"), ("kvpass", "Reason")],
+    "Errors": [("kvpass", "KVPassError"), ("kvpass.errors", "NothingRewritten"), ("kvpass", "Reason")],
 }  # fmt: skip
 INTRODUCTIONS = {
     "Policies": "`kvpass.Policy` is what a policy file says, as frozen data; "
