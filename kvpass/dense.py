@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from kvpass.match.module_names import module_path
 from kvpass.match.dataflow import flat_outputs
+from kvpass.match.module_names import module_path
 from kvpass.site import Decline
 
 
