@@ -86,7 +86,7 @@ def test_a_pipeline_evicts() -> None:
 )
 def test_the_example_runs_and_warns_of_nothing(command: list[str], last: str) -> None:
     script = [sys.executable, "-P", str(ROOT / "examples" / command[0]), *command[1:]]
-    done = subprocess.run(script, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    done = subprocess.run(script, capture_output=True, text=True, timeout=600, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert last in done.stdout
     foreign = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("kvpass")]

@@ -31,7 +31,7 @@ def test_the_snippets_of_a_page_run_as_printed(page: str) -> None:
     if page in NEEDS and importlib.util.find_spec(NEEDS[page]) is None:
         pytest.skip(f"{NEEDS[page]} is not installed")
     command = [sys.executable, "-P", str(SCRIPT), page]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     foreign = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("kvpass")]
     assert not foreign, "what a user would see on stderr:\n" + done.stderr
