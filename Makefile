@@ -1,4 +1,4 @@
-# kvpass: make demo | test | bench | quality | policies | support | versions | canary | lock | lint | clean. Every target makes the environment it needs, once, in $(VENV).
+# kvpass: make demo | test | bench | quality | policies | support | versions | canary | lock | api | lint | clean. Every target makes the environment it needs, once, in $(VENV).
 #
 #   PYTHON  the interpreter to build the environment from (3.11 to 3.13)
 #   TORCH   what pip installs as torch (the line of constraints.txt). It comes first and alone: as somebody's dependency a plain "torch" may pull gigabytes of CUDA packages.
@@ -13,7 +13,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench quality policies support versions canary lock lint env clean
+.PHONY: help demo test bench quality policies support versions canary lock api lint env clean
 
 BIN   := $(VENV)/bin
 PIP   := $(BIN)/python -m pip --disable-pip-version-check -qq
@@ -58,6 +58,11 @@ canary: $(STAMP)
 # constraints.txt anew: the newest versions that pyproject.toml allows. Needs no environment. TORCH=torch==X for another torch.
 lock:
 	@$(PYTHON) -P tests/support/lock.py "$(TORCH)"
+
+# docs/api.md, from the docstrings; and the outputs that pages of docs/ show below their snippets.
+api: $(STAMP)
+	@$(BIN)/python -P tests/support/api_page.py
+	@$(BIN)/python -P tests/support/snippets.py --write
 
 # mypy looks for kvpass.kernels inside kvpass/: give it the packages as they install, by links.
 TYPES := .cache/typecheck

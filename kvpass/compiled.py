@@ -61,19 +61,11 @@ def compile(
         NothingRewritten: once, after the first call of a model without a cache to rewrite.
     """
     from kvpass.compilation import Compilation
+    from kvpass.facade import uncompiled
 
-    bare_model = _uncompiled(model)
-    check_model(bare_model, "kvpass.compile")
+    bare = uncompiled(model)
+    check_model(bare, "kvpass.compile")
     chosen = backend(policy, budget, inner=inner, strict=strict, debug=debug, verify=verify, patterns=patterns)
-    check_ready(bare_model, "kvpass.compile", strict)
-    result: M = Compilation(bare_model, chosen).root
+    check_ready(bare, "kvpass.compile", strict)
+    result: M = Compilation(bare, chosen).root
     return result
-
-
-def _uncompiled(model: Any) -> Any:
-    """The module itself, if it was given compiled, by torch or by kvpass."""
-    from kvpass.facade import bare
-
-    while isinstance(getattr(model, "_orig_mod", None), torch.nn.Module):
-        model = model._orig_mod
-    return bare(model)

@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -17,9 +16,9 @@ from torch import fx
 
 from kvpass.arguments import check_options, checked_patterns
 from kvpass.errors import DeclinedError, KVPassError, TrainingError
+from kvpass.graphs import GraphRecord, Graphs, capture_seconds
 from kvpass.inner import compile_inner
 from kvpass.match.calls import example
-from kvpass.plan import Plan
 from kvpass.policy.spec import Policy
 from kvpass.runtime.watch import current
 from kvpass.site import SiteTable
@@ -28,24 +27,6 @@ if TYPE_CHECKING:
     from kvpass.runtime.store import Origin
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class GraphRecord:
-    """What happened to one captured graph; `Backend.graphs` lists them in order."""
-
-    table: SiteTable
-    plan: Plan | None = None
-    frame: int = field(default_factory=lambda: _frames_compiled())
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
 @dataclass(frozen=True)
@@ -60,7 +41,7 @@ class Backend:
         debug: folder for the debug report, or None.
         verify: check each site at full budget against the unmodified subgraph on the first real inputs.
         patterns: recognisers; None for `kvpass.patterns.DEFAULT`.
-        graphs: records of the graphs compiled so far (not part of equality).
+        graphs: records of the graphs compiled so far (not part of equality); printed, a table.
     """
 
     policy: Policy
@@ -69,7 +50,7 @@ class Backend:
     debug: str | None = None
     verify: bool = False
     patterns: Any = None
-    graphs: list[GraphRecord] = field(default_factory=list, compare=False, repr=False)
+    graphs: Graphs = field(default_factory=Graphs, compare=False, repr=False)
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """Compile one captured graph. Errors of kvpass are raised, unwrapped, when the result is called."""
@@ -152,7 +133,7 @@ class Backend:
     @property
     def timings(self) -> dict[str, float]:
         """Seconds spent, by stage, over all graphs; `capture` is Dynamo's own time for the same graphs."""
-        total: dict[str, float] = {"capture": _capture_seconds(self.graphs)}
+        total: dict[str, float] = {"capture": capture_seconds(self.graphs)}
         for record in self.graphs:
             for stage, seconds in record.seconds.items():
                 total[stage] = total.get(stage, 0.0) + seconds
@@ -195,21 +176,6 @@ def _refuse_training(table: SiteTable) -> None:
                 where=f"{site.name}, {site.source}",
                 hint="call the model under torch.no_grad() or torch.inference_mode(), as generate() does",
             )
-
-
-def _frames_compiled() -> int:
-    from torch._dynamo.utils import compilation_time_metrics as metrics
-
-    return len(metrics.get("_compile.compile_inner", []))
-
-
-def _capture_seconds(graphs: list[GraphRecord]) -> float:
-    """Dynamo's own time for tracing the frames of these graphs, the backend's share taken out."""
-    from torch._dynamo.utils import compilation_time_metrics as metrics
-
-    frames = metrics.get("_compile.compile_inner", [])
-    whole = sum(frames[at] for at in {record.frame for record in graphs} if at < len(frames))
-    return whole - sum(sum(record.seconds.values()) for record in graphs) if whole else 0.0
 
 
 def backend(

@@ -21,7 +21,11 @@ from enum import StrEnum
 
 
 class KVPassError(RuntimeError):
-    """Base of all errors of kvpass: one line what, one line where, one line what to do."""
+    """Base of all errors of kvpass: one line what, one line where, one line what to do.
+
+    Attributes:
+        what, where, hint: those lines; `where` is a site and a source line of the model, or a file; "" if unknown.
+    """
 
     def __init__(self, what: str, *, where: str = "", hint: str = "") -> None:
         self.what, self.where, self.hint = what, where, hint
@@ -74,7 +78,7 @@ class NothingRewritten(UserWarning):
 
 
 class Reason(StrEnum):
-    """Stable codes for why a site stays dense; the value is the code, `.hint` says what a user can do."""
+    """Stable codes for why a site stays dense; the value is the code."""
 
     UNSUPPORTED_ATTENTION = "UNSUPPORTED_ATTENTION"
     UNSUPPORTED_UPDATE = "UNSUPPORTED_UPDATE"
@@ -100,6 +104,7 @@ class Reason(StrEnum):
 
     @property
     def hint(self) -> str:
+        """What a user can do."""
         return HINTS[self]
 
     @property

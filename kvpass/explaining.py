@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 from kvpass.arguments import check_model, checked_patterns
+from kvpass.dynamo import isolated, limits
 from kvpass.errors import KVPassError, PolicyError
+from kvpass.facade import uncompiled
 from kvpass.next_step import GIVE_A_STEP, NoStep, StepLike, next_call
 from kvpass.plan import Plan, plan
 from kvpass.policy.spec import Policy
@@ -22,17 +24,16 @@ from kvpass.twin import twin
 if TYPE_CHECKING:
     from kvpass.patterns import PatternSet
 
-NO_LIMIT = 2**20
-"""Graphs that one explanation may take."""
-
 
 @dataclass(frozen=True)
 class Explanation:
-    """Site tables (and plans, if a policy was given) of the graphs of two calls. `str()` is for people.
+    """What would happen to the graphs of two calls. `str()` is for people.
 
     Attributes:
-        tables, plans: in the order in which the graphs were traced.
-        calls: for each of them `prefill` (the call that was given; `call` if it was a step itself) or `step` (the one
+        tables: of each graph, in the order in which they were traced, its sites: matched (`.sites`), declined
+            (`.declined`, each with reason, node, source line and detail).
+        plans: of each graph, what would replace its sites; empty without a policy.
+        calls: for each graph `prefill` (the call that was given; `call` if it was a step itself) or `step` (the one
             after it).
         no_step: why no step was traced; "" if one was.
     """
@@ -43,6 +44,7 @@ class Explanation:
     no_step: str = ""
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain data: `graphs`, each with `sites` and `declined`, `plans`, `calls` and `no_step`."""
         return {
             "graphs": [t.to_dict() for t in self.tables],
             "plans": [p.to_dict() for p in self.plans],
@@ -98,13 +100,13 @@ def explain(
         raise PolicyError("a budget, but no policy", where=f"budget={budget!r}", hint='give policy="h2o" too')
     chosen = Policy.load(policy).with_budget(budget) if policy is not None else None
     seen = _Seen(chosen_patterns)
-    looked_at = twin(model)
-    with _isolated(looked_at, seen), torch.no_grad():
-        output = looked_at(*args, **kwargs)
+    look = partial(isolated(seen), torch.nn.Module._call_impl, twin(uncompiled(model)))
+    with limits(), torch.no_grad():
+        output = look(*args, **kwargs)
         if not seen.tables:
             raise _nothing_traced()
         seen.begin_step()
-        no_step = _take_step(looked_at, args, kwargs, output, step)
+        no_step = _take_step(model, look, args, kwargs, output, step)
     plans = tuple(plan(chosen, t) for t in seen.tables) if chosen is not None else ()
     return Explanation(tuple(seen.tables), plans, tuple(seen.calls), no_step)
 
@@ -133,7 +135,12 @@ class _Seen:
 
 
 def _take_step(
-    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, step: StepLike
+    model: torch.nn.Module,
+    look: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Any,
+    step: StepLike,
 ) -> str:
     """Call the model again with one more token; why it was not, "" if it was."""
     try:
@@ -141,28 +148,12 @@ def _take_step(
     except NoStep as reason:
         return str(reason)
     try:
-        model(*more, **given)
+        look(*more, **given)
     except Exception as error:
         if step is not None:
             raise
         return f"it failed ({type(error).__name__}: {str(error).splitlines()[0]}); {GIVE_A_STEP}"
     return ""
-
-
-@contextmanager
-def _isolated(module: torch.nn.Module, backend: Callable[..., Any]) -> Iterator[None]:
-    """Compile a module whose graphs are not counted with those of other models of its class: past Dynamo's limit it
-    would run uncompiled, in silence.
-    """
-    import torch._dynamo
-
-    try:
-        module.compile(backend=backend, isolate_recompiles=True)
-    except TypeError:  # torch before 2.13: all models of a class share one count, whoever compiled them
-        module.compile(backend=backend)
-    limits = {"recompile_limit": NO_LIMIT, "accumulated_recompile_limit": NO_LIMIT}
-    with torch._dynamo.config.patch(limits):
-        yield
 
 
 def _nothing_traced() -> KVPassError:

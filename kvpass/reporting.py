@@ -19,7 +19,7 @@ from kvpass.runtime.store import SlotStore
 
 @dataclass(frozen=True)
 class Report:
-    """What a cache holds. `str()` is a table, `to_dict()` plain data."""
+    """What a cache holds. `str()` is a table, `to_dict()` the plain `data`."""
 
     data: dict[str, Any]
 
@@ -168,9 +168,10 @@ class LayerView:
     """Live slots of one site. `C` here is the largest live count; shorter heads are filled up.
 
     Attributes:
+        name: of the site.
         positions: `[B, Hkv, C]` int64, ascending, -1 = empty (at the end).
         scores: `[B, Hkv, C]` float32, higher = keep, before protection; NaN where empty.
-        keys, values: `[B, Hkv, C, D]`, zero where empty.
+        keys, values: `[B, Hkv, C, D]` and `[B, Hkv, C, Dv]` in the cache's dtype, zero where empty.
         bytes: bytes of allocated K and V slots.
     """
 
@@ -184,13 +185,18 @@ class LayerView:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Copies of the live slots of a cache, by layer."""
+    """Copies of the live slots of a cache.
+
+    Attributes:
+        layers: of each site, in the order of the model's layers.
+    """
 
     layers: list[LayerView] = field(default_factory=list)
 
 
 def inspect(cache: Any) -> Inspection:
-    """Look into a compressed cache: positions, scores, keys and values of the live slots (copies).
+    """Look into a compressed cache: positions, scores, keys and values of the live slots (copies) of a `cache` as
+    for `report`.
 
     Raises:
         CacheError: no compressed cache in it.

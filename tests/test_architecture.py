@@ -60,13 +60,21 @@ ARROWS = {
     "progress": {"debug", "match"} | WORDS,
     "inner": {"regions", "stitch", "progress"} | WORDS,
     "arguments": {"inner", "patterns"} | WORDS,
+    "graphs": {"plan", "site"} | WORDS,
     "debug": {"debug", "plan", "site", "lower", "match"} | WORDS,
     "reporting": {"holdings", "report_text", "runtime", "kernels.scores", "kernels.ragged", "kernels.rule"} | WORDS,
     "holdings": {"runtime"} | WORDS,
     "report_text": set(),
     "next_step": set(),
-    "explaining": {"arguments", "next_step", "twin", "policy", "site", "scan", "plan", "patterns", "match"} | WORDS,
-    "compiled": {"arguments", "compiler", "policy", "errors", "twin", "patterns"},  # patterns: a type
+    "explaining": {"arguments", "dynamo", "facade", "next_step", "twin"}
+    | {"policy", "site", "scan", "plan", "patterns", "match"}
+    | WORDS,
+    "compiled": {"arguments", "compiler", "compilation", "facade", "policy", "errors", "patterns"},  # patterns: a type
+    "compilation": {"compiler", "dynamo", "facade", "progress", "runtime"} | WORDS,
+    "facade": {"compilation", "unserved"} | WORDS,  # the two are one object's halves
+    "dynamo": WORDS,
+    "unserved": {"policy"} | WORDS,
+    "dense": {"match", "site"} | WORDS,
     "twin": set(),
     "pure": {"ops", "kernels"},
     "standalone": {"lower", "pure", "ops", "match", "runtime.bind"} | WORDS,

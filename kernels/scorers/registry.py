@@ -266,8 +266,14 @@ def scorer(
 
     Args:
         name: as policies write it.
-        reads: of `READS`: nothing else is computed.
-        pointwise, preference, tensors: see `Scorer`.
+        reads: what it asks for, nothing else is computed: of `keys`, `values`, `hidden`, `queries` (before their
+            rotation), `rows` or `logits` (of the observation window), `statistics`, `layer` (its number), `places`
+            (which of its row's valid tokens a key is), `marks` (of the caller), `own` (the call's tokens alone, older
+            slots keep their scores).
+        pointwise: a key's score depends on that key, its value and its position alone, so that a generated token gets
+            its own when it arrives; of other scorers generated tokens stay until no others are left.
+        tensors: sizes by name of what its weight file holds, see `Scorer`.
+        preference: what a layer deserves next to others, Seen -> float [B] >= 0, for `allocate.layers: preference`.
 
     Raises:
         ValueError: no name, or one that is taken, an unknown word in `reads`, a parameter without a default or with

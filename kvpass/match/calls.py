@@ -81,7 +81,7 @@ def call_name(node: fx.Node) -> str:
 
 
 def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
-    """An argument by position or keyword."""
+    """An argument of a call by position or keyword; `default` if it is not given."""
     return node.args[index] if index < len(node.args) else node.kwargs.get(name, default)
 
 
