@@ -68,7 +68,7 @@ class Backend:
         from kvpass.dense import dense_by_choice
         from kvpass.match.dataflow import data_inputs
         from kvpass.patterns import DEFAULT
-        from kvpass.runtime.bind import Untouched
+        from kvpass.runtime.untouched import Untouched
         from kvpass.scan import scan
 
         start = time.perf_counter()

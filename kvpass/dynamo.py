@@ -42,8 +42,10 @@ def isolated(backend: Callable[..., Any]) -> Callable[..., Any]:
     """
     code = _entry.__code__.replace(co_name=f"kvpass_call_{next(_NUMBERS)}")
     own = types.FunctionType(code, _entry.__globals__)
-    more = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
-    compiled: Callable[..., Any] = torch.compile(own, backend=backend, **more)
+    known = inspect.signature(torch.compile).parameters  # torch before 2.13 cannot isolate frames behind graph breaks
+    more: dict[str, Any] = {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
+    compile: Any = torch.compile
+    compiled: Callable[..., Any] = compile(own, backend=backend, **more)
     return compiled
 
 

@@ -11,7 +11,7 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -41,7 +41,7 @@ class Facade:
         """Whoever makes another one of this class (`type(model)(config)`) gets the model's own."""
         return cls.__mro__[2](*args, **kwargs)
 
-    @property
+    @property  # type: ignore[misc]  # as unittest.mock does: isinstance sees the model's class
     def __class__(self) -> Any:
         return type(_get(self, "_kvpass_real"))
 
@@ -72,7 +72,7 @@ class Facade:
         if not any(compilation.state.set(holder, name, value) for holder in (own, own.get("_buffers", {}))):
             super().__setattr__(name, value)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch does not say what it gives
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         real = _get(self, "_kvpass_real")
         return _get(self, "_kvpass_compilation").run(real, (torch.nn.Module._call_impl, real), args, kwargs)
@@ -123,7 +123,8 @@ class _Children(dict[str, Any]):
 
 def facade_of(real: torch.nn.Module, compilation: Compilation) -> Any:
     """An object of the module's class around the module's own attributes."""
-    result = object.__new__(_facade_class(type(real)))
+    cls: Any = type(real)
+    result: Any = object.__new__(_facade_class(cls))
     _set(result, "_kvpass_real", real)
     _set(result, "_kvpass_compilation", compilation)
     _set(result, "__dict__", vars(real))
@@ -135,8 +136,15 @@ def bare(value: Any) -> Any:
     return _get(value, "_kvpass_real") if issubclass(type(value), Facade) else value
 
 
+def uncompiled(model: Any) -> Any:
+    """The module itself, if it was given compiled, by torch or by kvpass."""
+    while isinstance(getattr(model, "_orig_mod", None), torch.nn.Module):
+        model = model._orig_mod
+    return bare(model)
+
+
 @functools.cache
-def _facade_class(cls: type) -> type:
+def _facade_class(cls: Any) -> Any:
     same = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
     try:
         return type(cls)(cls.__name__, (Facade, cls), {**same, "__slots__": ("_kvpass_real", "_kvpass_compilation")})
@@ -169,12 +177,12 @@ def _door(facade: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
     method = getattr(forward, "__self__", None) is facade
     function = (forward.__func__, real) if method else (forward,)  # type: ignore[attr-defined]  # a method has one
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch does not say what it gives
     @functools.wraps(forward)
     def call(*args: Any, **kwargs: Any) -> Any:
         return compilation.run(real, function, args, kwargs)
 
-    return call  # type: ignore[no-any-return]  # disable() is untyped
+    return cast(Callable[..., Any], call)
 
 
 def _checked(facade: Any, generate: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,7 +13,6 @@ from kvpass.errors import CacheError, PolicyError, StaleCacheError
 from kvpass.kernels.errors import DataError, ScorerError, TableError
 from kvpass.kernels.rule import Rule
 from kvpass.runtime.identity import Weights, require_same
-from kvpass.runtime.left import Left
 from kvpass.runtime.marks import check_read, marks_of
 from kvpass.runtime.shell import attach, make, of_buffer, refuse, unwrap
 from kvpass.runtime.store import Origin, SlotStore, spare_slots
@@ -276,28 +275,3 @@ def _first_and_gap(index: torch.Tensor) -> torch.Tensor:
     flat = index.reshape(-1)
     straight = torch.arange(len(flat), device=flat.device, dtype=flat.dtype)
     return torch.stack([flat[0], (flat - flat[0] - straight).abs().max()])
-
-
-class Untouched:
-    """A compiled graph without a rewritten site, which must not be given shells to read.
-
-    left: what to say of the caches in it, if it has any.
-    """
-
-    def __init__(
-        self,
-        inner: Callable[..., Any],
-        watched: Sequence[int],
-        dense: Sequence[int] = (),
-        left: Origin | None = None,
-    ) -> None:
-        self.inner, self.watched, self.dense = inner, tuple(watched), tuple(dense)
-        self.left = Left(left) if left is not None else None
-
-    def __call__(self, *args: Any) -> Any:
-        refuse(args, self.watched, "")
-        result = self.inner(*args) if self.left is None else self.left.run(self.inner, args)
-        call = current()
-        if call is not None:
-            call.ran(dense=[result[at] for at in self.dense])
-        return result

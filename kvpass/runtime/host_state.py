@@ -121,7 +121,7 @@ class HostState:
         return [key for key in keys if key in drifted]
 
     def _adopt(self, keys: list[Key]) -> None:
-        now, memo = _attributes(self.root), {}
+        now, memo = _attributes(self.root), dict[int, Any]()
         for key in keys:
             holder, name, value = now.get(key, (None, "", _MISSING))
             if holder is not None:

@@ -109,7 +109,7 @@ class SlotStore:
             fields["state"] = [t.clone() for t in self.state]
             bases = copy.deepcopy(self.bases, memo)
             # an inference tensor's copy is one too if the shell was copied before: a view of its storage is not
-            fields["bases"] = tuple(torch.empty(0, dtype=b.dtype, device=b.device).set_(b) for b in bases)
+            fields["bases"] = tuple(b.new_empty(0).set_(b.untyped_storage(), 0, (1,), (1,)) for b in bases)
         other.__setstate__(fields)
         return other
 

@@ -43,6 +43,10 @@ _REPLIES = {
 }
 
 
+_OF = "_kvpass_of"
+"""The shell that a view was taken of, whose store lives as long as it does."""
+
+
 class Shell(torch.Tensor):
     """The keys or values of a compressed cache for whoever holds it: sizes, but no data."""
 
@@ -75,7 +79,7 @@ def unveil(tensors: Iterable[torch.Tensor]) -> None:
     """Make them plain tensors again, for a call that knows them."""
     for tensor in tensors:
         if type(tensor) is Shell:
-            tensor.__class__ = torch.Tensor
+            tensor.__class__ = torch.Tensor  # type: ignore[assignment]  # the same object, of another class
 
 
 def _shells(value: Any) -> Iterable[torch.Tensor]:
@@ -99,7 +103,7 @@ def _plainly(func: Any, args: Any, kwargs: Any, shells: list[torch.Tensor], view
                 raise _refusal(func.__name__, shells[0])
             veil(tensors)
             for tensor in tensors:
-                tensor._kvpass_of = shells[0]  # a view keeps the store alive
+                setattr(tensor, _OF, shells[0])
     return result
 
 
