@@ -16,7 +16,19 @@ _ATEN_CORES = (
     "fused_attention_overrideable",
 )
 
+_OPERATORS = (
+    *("eq", "ne", "lt", "le", "gt", "ge", "add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow"),
+    *("neg", "abs", "invert", "xor", "lshift", "rshift", "getitem", "setitem"),
+    *("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "rsub"),
+)
+"""Python's operators, which some torches trace as methods: `a == b` is `a.__eq__(b)` in 2.11. Those with their sides
+exchanged are left out, but `rsub`, which torch has too.
+"""
+
 _SAME = {
+    **{f"__{name}__": name for name in _OPERATORS},
+    "__and__": "and_",
+    "__or__": "or_",
     "scaled_dot_product_attention": "sdpa",
     "concat": "cat",
     "concatenate": "cat",

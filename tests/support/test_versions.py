@@ -98,7 +98,6 @@ def test_the_committed_page_is_that_of_the_committed_rows() -> None:
     known = versions_page.read()
     assert set(known) <= {row.name for row in versions.ROWS}
     assert (ROOT / "docs" / "versions.md").read_text() == versions_page.page(list(known.values()))
-    assert sum(result.passes for result in known.values()) >= 5
 
 
 def test_the_chosen_tests_are_there() -> None:

@@ -38,6 +38,8 @@ def write(outcomes: list[Outcome]) -> None:
 def page(outcomes: list[Outcome]) -> str:
     ran = [outcome for outcome in outcomes if outcome.status == "ran"]
     text = HEAD + "".join(line(outcome) for outcome in ran)
+    if not ran:
+        text += "\nNo row has run to its end yet.\n"
     failures = [f"* {outcome.name}: `{test}`\n" for outcome in ran for test in outcome.failed]
     if failures:
         text += "\n## What fails\n" + "".join(failures)
