@@ -1,27 +1,18 @@
-"""`kvpass.compile`: a model of the same class that shares every parameter and runs under a kvpass backend."""
+"""`kvpass.compile`: the same model, entered by another door, which runs under a kvpass backend."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from kvpass.compiler import backend
-from kvpass.errors import KVPassError
 from kvpass.policy.spec import Policy
-from kvpass.progress import tracing
-from kvpass.twin import twin
 
 if TYPE_CHECKING:
     from kvpass.patterns import PatternSet
 
 M = TypeVar("M", bound=torch.nn.Module)
-
-RECOMPILE_LIMIT = 64
-"""Graphs per model before kvpass raises. Dynamo's own answer, running the model uncompiled, would drop the compressed
-cache silently.
-"""
 
 
 def compile(
@@ -35,11 +26,17 @@ def compile(
     verify: bool = False,
     patterns: PatternSet | None = None,
 ) -> M:
-    """A model whose KV cache keeps only what the policy wants; `generate()` and calls with `past_key_values` work as
-    before.
+    """A model whose KV cache keeps only what the policy wants; `generate()` and calls with `cache=` work as before
+    (`past_key_values=` with transformers before 5.24).
+
+    The result is the same model, entered by another door: an instance of its class that shares its modules, weights,
+    hooks and settings, so what is changed on either is changed on both. Calls of the result, of its `forward`, and of
+    any module reached through it run under kvpass; the model itself runs as before. What calls change in the model's
+    attributes (caches, counters) is not shared. Copies and pickles of the result are compiled likewise.
 
     Args:
-        model: any nn.Module in eval mode. It is left alone; the result is of the same class and shares every parameter.
+        model: any nn.Module in eval mode. One that was compiled already (`torch.compile(model)`, or by kvpass) is taken
+            out of its wrapper.
         policy: a built-in name (docs/policies.md), a path to a YAML file, a dict or a Policy. The default goes on with
             text most like the full cache does, for its bytes (docs/quality.md), and asks nothing of a model.
         budget: float: fraction of the tokens seen so far that each KV head keeps (never fewer than the policy's
@@ -55,33 +52,22 @@ def compile(
     Raises:
         PolicyError: at once, for a bad policy or budget.
         DeclinedError, TrainingError, CacheError: when the model is called.
+        RecompileError: likewise, after 64 graphs; it names the reason for the last one.
+
+    Warns:
+        NothingRewritten: once, after the first call of a model without a cache to rewrite.
     """
+    from kvpass.compilation import Compilation
+
     chosen = backend(policy, budget, inner=inner, strict=strict, debug=debug, verify=verify, patterns=patterns)
-    result = twin(model)
-    result.compile(backend=chosen)
-    result._compiled_call_impl = _never_uncompiled(result._compiled_call_impl)
-    object.__setattr__(result, "kvpass", chosen)
+    result: M = Compilation(_uncompiled(model), chosen).root
     return result
 
 
-def _never_uncompiled(call: Any) -> Callable[..., Any]:
-    """Turn Dynamo's silent fall-back to the uncompiled model into an error."""
-    import torch._dynamo
+def _uncompiled(model: Any) -> Any:
+    """The module itself, if it was given compiled, by torch or by kvpass."""
+    from kvpass.facade import bare
 
-    settings: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT, "fail_on_recompile_limit_hit": True}
-    if hasattr(torch._dynamo.config, "side_effect_replay_policy"):
-        # else Dynamo takes a stack trace for each layer of the cache, for a log that nobody asked for
-        settings["side_effect_replay_policy"] = "silent"
-
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        try:
-            with torch._dynamo.config.patch(**settings), tracing():
-                return call(*args, **kwargs)
-        except torch._dynamo.exc.FailOnRecompileLimitHit as error:
-            raise KVPassError(
-                f"the model was recompiled more than {RECOMPILE_LIMIT} times",
-                where=str(error).splitlines()[0],
-                hint="pad batches and prompts to fewer shapes, or call torch._dynamo.reset()",
-            ) from error
-
-    return guarded
+    while isinstance(getattr(model, "_orig_mod", None), torch.nn.Module):
+        model = model._orig_mod
+    return bare(model)

@@ -19,6 +19,7 @@ from kvpass.inner import INNER, compile_inner
 from kvpass.match.calls import example
 from kvpass.plan import Plan
 from kvpass.policy.spec import Policy
+from kvpass.runtime.watch import current
 from kvpass.site import SiteTable
 
 log = logging.getLogger(__name__)
@@ -67,6 +68,9 @@ class Backend:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """Compile one captured graph. Errors of kvpass are raised, unwrapped, when the result is called."""
+        call = current()
+        if call is not None:
+            call.compiling()
         try:
             return self._compile(gm, example_inputs)
         except KVPassError as error:
@@ -75,6 +79,7 @@ class Backend:
 
     def _compile(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         from kvpass.debug import stages
+        from kvpass.dense import dense_by_choice
         from kvpass.match.dataflow import data_inputs
         from kvpass.patterns import DEFAULT
         from kvpass.runtime.bind import Untouched
@@ -89,15 +94,17 @@ class Backend:
             with stages(self.debug, len(self.graphs), gm, record, None):
                 raise _strict_error(table)
         if not table.sites:
+            call = current()
+            chosen = self.inner if call is None or call.whole else "eager"  # an encoder or a head, called alone
             with stages(self.debug, len(self.graphs), gm, record, None), record.timed("inner"):
-                inner = compile_inner(self.inner, gm, example_inputs)
-            watched = data_inputs(gm.graph)
-            return Untouched(inner, watched) if watched else inner
+                inner = compile_inner(chosen, gm, example_inputs)
+            return Untouched(inner, data_inputs(gm.graph), dense_by_choice(gm.graph, table.declined))
         _refuse_training(table)
         return self._rewrite(gm, example_inputs, record)
 
     def _rewrite(self, gm: fx.GraphModule, example_inputs: list[Any], record: GraphRecord) -> Callable[..., Any]:
         from kvpass.debug import stages
+        from kvpass.dense import dense_by_choice
         from kvpass.lower import lower
         from kvpass.match.dataflow import data_inputs
         from kvpass.plan import plan
@@ -123,7 +130,12 @@ class Backend:
 
             inner = checked_once(inner, gm, lowered, record.plan)
         watched = data_inputs(gm.graph)
-        return Bound(inner, lowered.bindings, lowered.outputs, origin, watched, lowered.shared)
+        dense = dense_by_choice(gm.graph, record.table.declined)
+        return Bound(inner, lowered.bindings, lowered.outputs, origin, watched, lowered.shared, dense)
+
+    def __reduce__(self) -> Any:
+        """Graphs are not pickled: whoever loads it compiles anew."""
+        return Backend, (self.policy, self.inner, self.strict, self.debug, self.verify, self.patterns)
 
     @property
     def timings(self) -> dict[str, float]:

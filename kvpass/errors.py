@@ -4,11 +4,14 @@ KVPassError                  what, where (site and source line), what to do
 ├── PolicyError              a policy file, name or budget that makes no sense; raised before any compilation
 ├── DeclinedError            strict=True and a site cannot be rewritten
 ├── TrainingError            K or V requires grad
+├── RecompileError           the model was compiled again and again, or ran uncompiled
 ├── CacheError               a cache was used in a way that compressed state cannot follow
 │   ├── ForeignCacheError    keys and values that kvpass did not make
 │   ├── ShellDataError       the NaN stand-in of a compressed cache was read as data
 │   └── StaleCacheError      a cache that another branch has advanced, or that was cropped
 └── VerificationError        verify=True found a site whose rewrite disagrees with the model
+
+NothingRewritten (a warning) said once for a model in which there is nothing to rewrite.
 """
 
 from __future__ import annotations
@@ -37,6 +40,10 @@ class TrainingError(KVPassError):
     pass
 
 
+class RecompileError(KVPassError):
+    pass
+
+
 class CacheError(KVPassError):
     pass
 
@@ -55,6 +62,10 @@ class StaleCacheError(CacheError):
 
 class VerificationError(KVPassError):
     pass
+
+
+class NothingRewritten(UserWarning):
+    """A compiled model has run, and there was no cache in it that kvpass rewrites."""
 
 
 class Reason(StrEnum):

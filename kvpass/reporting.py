@@ -92,7 +92,8 @@ def report(cache: Any) -> Report:
     """Bytes, slots and declined sites of a cache that a kvpass-compiled model returned.
 
     Args:
-        cache: `past_key_values`, a tuple cache, or a module that holds its cache in attributes.
+        cache: `out.cache` (`out.past_key_values` before transformers 5.24), a tuple cache, or a module that holds its
+            cache in attributes.
 
     Raises:
         CacheError: no compressed cache in it.
@@ -131,8 +132,7 @@ def _some(cache: Any) -> list[SlotStore]:
     if not found:
         raise CacheError(
             f"no compressed cache in this {type(cache).__name__}",
-            hint="pass the past_key_values that a kvpass-compiled model returned "
-            "(generate with return_dict_in_generate=True)",
+            hint="pass the cache that a kvpass-compiled model returned (generate with return_dict_in_generate=True)",
         )
     return found
 

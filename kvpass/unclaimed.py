@@ -8,10 +8,11 @@ from torch import fx
 
 from kvpass.errors import Reason
 from kvpass.match.attended import attended_by
-from kvpass.match.calls import argument, call_name, module_path, source_line
+from kvpass.match.calls import argument, call_name, source_line
 from kvpass.match.dataflow import Flow
 from kvpass.match.indexer import choice_below
 from kvpass.match.miss import Miss
+from kvpass.match.module_names import module_path
 from kvpass.match.nearby import whole
 from kvpass.match.shapes import normal_dim, same, shape_of
 from kvpass.near import near_misses

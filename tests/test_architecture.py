@@ -61,7 +61,7 @@ ARROWS = {
     "debug": {"debug", "plan", "site", "lower", "match"} | WORDS,
     "reporting": {"runtime", "kernels.scores", "kernels.ragged"} | WORDS,  # inspect() shows scores
     "explaining": {"twin", "policy", "site", "scan", "plan", "patterns", "match"} | WORDS,
-    "compiled": {"compiler", "policy", "errors", "twin", "progress", "patterns"},  # patterns: a type
+    "compiled": {"compiler", "policy", "errors", "twin", "patterns"},  # patterns: a type
     "twin": set(),
     "pure": {"ops", "kernels"},
     "standalone": {"lower", "pure", "ops", "match", "runtime.bind"} | WORDS,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -136,14 +135,3 @@ def source_line(node: fx.Node) -> str:
             code = frames[at + 1].strip() if at + 1 < len(frames) else ""
             return f"{path.strip(chr(34))}:{number.removeprefix('line ')} {function}: {code}"
     return ""
-
-
-def module_path(node: fx.Node) -> str:
-    """Path of the innermost nn.Module that made the node (`model.layers.0.self_attn`), '' if unknown."""
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return ""
-    path = re.sub(r"^L\['\w+'\]\.?", "", str(next(reversed(stack.values()))[0]))
-    for noise in ("_modules['", "']"):
-        path = path.replace(noise, "")
-    return path.strip(".")

@@ -15,6 +15,7 @@ from kvpass.kernels.rule import Rule
 from kvpass.runtime.marks import marks_of
 from kvpass.runtime.shell import attach, make, of_buffer, refuse, unwrap
 from kvpass.runtime.store import Origin, SlotStore, spare_slots
+from kvpass.runtime.watch import current
 from kvpass.terms import Layout, Phase
 
 Size = Callable[[Sequence[Any]], int]
@@ -106,6 +107,7 @@ class Bound:
         outputs: number of outputs of the original graph; the inner one returns those that are no cache.
         watched: places of inputs that the graph reads as data; those that are no past of a site must not be shells.
         shared: the inner graph's last inputs: `position`, where the call's tokens are written (buffers), `marks`.
+        dense: places of outputs that are caches which stay as they are by choice.
     """
 
     def __init__(
@@ -116,8 +118,9 @@ class Bound:
         origin: Origin,
         watched: Sequence[int] = (),
         shared: tuple[str, ...] = (),
+        dense: Sequence[int] = (),
     ) -> None:
-        self.shared = shared
+        self.shared, self.dense = shared, tuple(dense)
         self.inner, self.bindings, self.origin = inner, tuple(bindings), origin
         self.watched = tuple(at for at in watched if not any(at in (b.past or ()) for b in bindings))
         cached = {at for b in bindings for half in b.returned for at in half}
@@ -141,11 +144,16 @@ class Bound:
         returned: list[Any] = [None] * self.outputs
         for at, value in zip(self.kept, results, strict=True):
             returned[at] = value
+        shells: list[torch.Tensor] = []
         for binding, store in zip(self.bindings, stores, strict=True):
             store.tokens += binding.sizes["S"](args)
-            for places, shell in zip(binding.returned, binding.leave(args, store), strict=True):
+            shells += binding.leave(args, store)
+            for places, shell in zip(binding.returned, shells[-2:], strict=True):
                 for at in places:
                     returned[at] = shell
+        call = current()
+        if call is not None:
+            call.ran(stores, shells, [returned[at] for at in self.dense])
         return returned
 
     def _given(self, name: str, args: Sequence[Any], stores: Sequence[SlotStore], positions: Sequence[int]) -> Any:
@@ -255,9 +263,13 @@ def _first_and_gap(index: torch.Tensor) -> torch.Tensor:
 class Untouched:
     """A compiled graph without a rewritten site, which must not be given shells to read."""
 
-    def __init__(self, inner: Callable[..., Any], watched: Sequence[int]) -> None:
-        self.inner, self.watched = inner, tuple(watched)
+    def __init__(self, inner: Callable[..., Any], watched: Sequence[int], dense: Sequence[int] = ()) -> None:
+        self.inner, self.watched, self.dense = inner, tuple(watched), tuple(dense)
 
     def __call__(self, *args: Any) -> Any:
         refuse(args, self.watched, "")
-        return self.inner(*args)
+        result = self.inner(*args)
+        call = current()
+        if call is not None:
+            call.ran(dense=[result[at] for at in self.dense])
+        return result

@@ -49,6 +49,7 @@ class SlotStore:
         spare: tokens that may still come one by one before the slots must be laid out anew; where `rule.spread`.
         step: radians that each pair of a key's entries turns from position to position, float64 [D / 2]; where
             `rule.reindex`, once a call of several tokens has shown it.
+        picked: rows that were last picked out of this store, what they became, and for which of K and V.
     """
 
     name: str
@@ -68,6 +69,7 @@ class SlotStore:
     waiting: int = 0
     spare: int = 0
     step: torch.Tensor | None = None
+    picked: tuple[torch.Tensor, SlotStore, set[int]] | None = None
 
     def __post_init__(self) -> None:
         k, v = self.state[0], self.state[1]

@@ -11,6 +11,7 @@ import torch
 from models import tiny
 from oracle.drive import kept_positions
 from oracle.hf import Oracle
+from spelling import with_cache
 from transformers import DynamicCache
 
 import kvpass
@@ -28,7 +29,7 @@ class Started:
 
     def call(self, ids: torch.Tensor, cache: Any = None) -> torch.Tensor:
         with torch.no_grad():
-            out = self.model(ids, past_key_values=self.cache if cache is None else cache, logits_to_keep=1)
+            out = self.model(ids, **with_cache(self.model, self.cache if cache is None else cache), logits_to_keep=1)
         return out.logits[:, -1].argmax(-1, keepdim=True)
 
 
@@ -122,7 +123,7 @@ def test_foreign_cache(started: Started) -> None:
     """A dense cache that the unmodified model filled."""
     cache = DynamicCache(config=started.original.config)
     with torch.no_grad():
-        started.original(started.prompt, past_key_values=cache)
+        started.original(started.prompt, **with_cache(started.original, cache))
     with pytest.raises(kvpass.KVPassError, match="what to do: "):
         started.call(started.token, cache)
 
@@ -134,7 +135,7 @@ def test_inspect_and_report(started: Started) -> None:
     data = kvpass.report(started.cache).to_dict()
     dense = DynamicCache(config=started.original.config)
     with torch.no_grad():
-        started.original(started.prompt, past_key_values=dense)
+        started.original(started.prompt, **with_cache(started.original, dense))
     for view, layer in zip(layers, dense.layers, strict=True):
         held = view.positions[1, 0]
         held = held[(held >= 0) & (held < 90)]

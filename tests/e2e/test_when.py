@@ -15,6 +15,7 @@ from oracle.held import KeyDiff, Knorm, LagKV
 from oracle.needs import CORM
 from oracle.policies import H2O, AdaSnapKV, PyramidKV, RoCo, SnapKV
 from oracle.policies import StreamingLLMReindexed as Reindexed
+from spelling import with_cache
 from transformers import DynamicCache
 
 import kvpass
@@ -67,7 +68,7 @@ def held(policy: dict[str, Any], turns: list[tuple[int, int]]) -> list[int]:
         calls = [tiny.tokens(1, together, seed=turn), *(tiny.tokens(1, 1, seed=i) for i in range(alone))]
         for at, ids in enumerate(calls):
             with torch.no_grad():
-                compiled(ids, past_key_values=cache)
+                compiled(ids, **with_cache(compiled, cache))
             if at in (0, alone):
                 report = kvpass.report(cache).to_dict()
                 out.append(round(report["bytes"] * report["tokens"] / report["dense_bytes"]))
