@@ -13,7 +13,6 @@ from kvpass.compiler import Backend
 from kvpass.dynamo import isolated, limits
 from kvpass.errors import CacheError, NothingRewritten
 from kvpass.facade import Facade, facade_of
-from kvpass.progress import tracing
 from kvpass.runtime.host_state import HostState
 from kvpass.runtime.watch import Call, current, tensors
 
@@ -86,7 +85,7 @@ class Compilation:
     def _watched(self, call: Call, function: tuple[Any, ...], args: Any, kwargs: Any) -> Any:
         call.begin(args, kwargs)
         try:
-            with limits(), tracing():
+            with limits():
                 result = self.compiled(*function, *args, **kwargs)
             after = call.settle(args, kwargs, result)
         finally:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from kvpass.errors import RecompileError
+from kvpass.progress import tracing
 
 LIMIT = 64
 """Graphs for each frame of one compiled model before kvpass raises."""
@@ -25,8 +26,9 @@ _WITHIN_A_CALL = {
     "accumulated_recompile_limit": 1 << 20,  # counts all models of a class: says nothing of this one
     "fail_on_recompile_limit_hit": True,
     "skip_nnmodule_hook_guards": False,  # hooks that come or go after the first call are seen
-    "side_effect_replay_policy": "silent",  # else a stack trace for each layer of the cache, for a log nobody reads
+    "side_effect_replay_policy": "silent",  # else a stack trace for each cache layer, for a log nobody asked for
 }
+"""Settings of Dynamo while it is called; those that a torch does not have are left out."""
 
 _NUMBERS = itertools.count()
 
@@ -59,12 +61,12 @@ def limits() -> Iterator[None]:
     import torch._dynamo
 
     config: Any = torch._dynamo.config  # its own patch() takes ten times as long
-    known = {name: value for name, value in _WITHIN_A_CALL.items() if hasattr(config, name)}
-    before = {name: getattr(config, name) for name in known}
-    for name, value in known.items():
-        setattr(config, name, value)
+    before = {name: getattr(config, name) for name in _WITHIN_A_CALL if hasattr(config, name)}
+    for name in before:
+        setattr(config, name, _WITHIN_A_CALL[name])
     try:
-        yield
+        with tracing():
+            yield
     except torch._dynamo.exc.FailOnRecompileLimitHit as error:
         raise _too_many(str(error)) from error
     finally:

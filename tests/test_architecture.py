@@ -70,9 +70,9 @@ ARROWS = {
     | {"policy", "site", "scan", "plan", "patterns", "match"}
     | WORDS,
     "compiled": {"arguments", "compiler", "compilation", "facade", "policy", "errors", "patterns"},  # patterns: a type
-    "compilation": {"compiler", "dynamo", "facade", "progress", "runtime"} | WORDS,
+    "compilation": {"compiler", "dynamo", "facade", "runtime"} | WORDS,
     "facade": {"compilation", "unserved"} | WORDS,  # the two are one object's halves
-    "dynamo": WORDS,
+    "dynamo": {"progress"} | WORDS,
     "unserved": {"policy"} | WORDS,
     "dense": {"match", "site"} | WORDS,
     "twin": set(),
