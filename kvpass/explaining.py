@@ -11,9 +11,7 @@ import torch
 from torch import fx
 
 from kvpass.arguments import check_model, checked_patterns
-from kvpass.dynamo import isolated, limits
 from kvpass.errors import KVPassError, PolicyError
-from kvpass.facade import uncompiled
 from kvpass.next_step import GIVE_A_STEP, NoStep, StepLike, next_call
 from kvpass.plan import Plan, plan
 from kvpass.policy.spec import Policy
@@ -92,6 +90,8 @@ def explain(
         PolicyError: bad policy, budget or pattern set, or a budget without a policy.
         KVPassError: torch traced nothing, with its reason.
     """
+    from kvpass.dynamo import isolated, limits
+    from kvpass.facade import uncompiled
     from kvpass.patterns import DEFAULT
 
     check_model(model, "kvpass.explain")

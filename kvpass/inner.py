@@ -9,8 +9,6 @@ import torch
 from torch import fx
 
 from kvpass.progress import compiling
-from kvpass.regions import regions
-from kvpass.stitch import Stitched
 
 INNER = ("inductor", "aot_eager", "eager")
 
@@ -25,6 +23,9 @@ def compile_inner(name: str, gm: fx.GraphModule, inputs: list[Any], title: str =
     """
     if name == "eager":
         return gm.forward
+    from kvpass.regions import regions
+    from kvpass.stitch import Stitched
+
     parts = regions(gm) if _may_be_cut() else None
     if parts is None:
         with compiling(title, name, gm):

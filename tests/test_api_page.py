@@ -30,7 +30,7 @@ def test_every_public_name_error_and_reason_is_there() -> None:
         assert f"\n### kvpass.{name}\n" in PAGE
     for name, value in vars(errors).items():
         if isinstance(value, type) and issubclass(value, kvpass.KVPassError):
-            assert f" {name} " in PAGE, "draw it in the tree of kvpass/errors.py"
+            assert f"{name} " in PAGE, "draw it in the tree of kvpass/errors.py"
     for reason in kvpass.Reason:
         assert f"\n| `{reason.value}` | " in PAGE
 

@@ -70,7 +70,7 @@ def test_a_pipeline_evicts() -> None:
     words, cache = pipeline_example.answer(kvpass.compile(model, "snapkv", 0.2, inner="eager"), tokenizer, PROMPT, 20)
     assert words
     told = kvpass.report(cache).to_dict()
-    assert told["tokens"] == len(PROMPT) + 19  # the last token was never fed
+    assert len(PROMPT) <= told["tokens"] <= len(PROMPT) + 19  # a random model may end early; its last token is not fed
     assert 0.18 * told["dense_bytes"] < told["bytes"] <= 0.206 * told["dense_bytes"]
     full, _ = pipeline_example.answer(kvpass.compile(model, "full", inner="eager"), tokenizer, PROMPT, 20)
     dense, _ = pipeline_example.answer(model, tokenizer, PROMPT, 20)

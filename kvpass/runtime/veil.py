@@ -63,6 +63,8 @@ class Shell(torch.Tensor):
             return _picked(*args, **(kwargs or {}))
         if name == "__deepcopy__":
             return _deep_copy(*args)
+        if name in ("__reduce_ex__", "__reduce__"):
+            return _pickled(args[0])
         if name == "__repr__":
             return f"<keys or values of a compressed cache, {list(args[0].shape)}: kvpass.inspect(cache) shows them>"
         raise _refusal(name, shells[0])
@@ -135,6 +137,16 @@ def _picked(shell: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
     result = make(selected(store, index, half), half)
     veil([result])
     return result
+
+
+def _pickled(shell: torch.Tensor) -> Any:
+    """The store says that it cannot be pickled."""
+    from kvpass.runtime.shell import find
+
+    store = find(shell)
+    if store is None:
+        raise _refusal("pickle", shell)
+    return store.__reduce_ex__(4)
 
 
 def _refusal(name: str, shell: torch.Tensor) -> CacheError:

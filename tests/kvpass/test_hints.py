@@ -112,20 +112,32 @@ def test_hooks_of_accelerate_are_named_and_removed() -> None:
     assert kvpass.compile(model, "h2o", 40, **E) is not None
 
 
+class AskedBlock(plain.TupleBlock):
+    """Attention written out, which gives its weights too."""
+
+    def forward(self, x: torch.Tensor, cache: Any) -> Any:
+        past = 0 if cache is None else cache[0].shape[2]
+        q, k, v = self.project(x, past)
+        if cache is not None:
+            k, v = torch.cat([cache[0], k], dim=2), torch.cat([cache[1], v], dim=2)
+        keys, values = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+        hidden = ~plain.causal_mask(q.shape[2], k.shape[2] - q.shape[2])
+        weights = (q @ keys.mT / q.shape[-1] ** 0.5).masked_fill(hidden, -torch.inf).softmax(-1)
+        return self.finish(x, weights @ values), (k, v), weights
+
+
 class Asked(plain.Decoder):
     """Returns the weights of its attention, as output_attentions=True does."""
 
-    def forward(self, ids: torch.Tensor, cache: Any = None, output_attentions: bool = False) -> Any:
-        for block in self.blocks:
-            block.core = self.written_out
-        out = super().forward(ids, cache)
-        return (*out, self.weights) if output_attentions else out
+    block = AskedBlock
 
-    def written_out(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
-        hidden = ~plain.causal_mask(q.shape[2], k.shape[2] - q.shape[2])
-        self.weights = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(hidden, -torch.inf).softmax(-1)
-        return self.weights @ v
+    def forward(self, ids: torch.Tensor, cache: Any = None, output_attentions: bool = False) -> Any:
+        x, grown, weights = self.embed(ids), [], []
+        for i, block in enumerate(self.blocks):
+            x, pair, seen = block(x, None if cache is None else cache[i])
+            grown.append(pair)
+            weights.append(seen)
+        return (self.head(x), tuple(grown), *(weights if output_attentions else ()))
 
 
 def test_attention_weights_that_are_asked_for() -> None:
@@ -254,7 +266,7 @@ def test_marks_that_nothing_reads_are_refused(compiled: Any) -> None:
             assert "choose a policy with" in caught.value.hint
         with kvpass.marked(keep=KEEP):
             _, cache = compiled(plain.tokens(1, 60), None)
-        compiled(plain.tokens(1, 1), cache)  # nothing was spoiled
+        _, cache = compiled(plain.tokens(1, 1), cache)  # nothing was spoiled
         with pytest.raises(CacheError, match="comes alone"), kvpass.marked(drop=torch.ones(1, 99).bool()):
             compiled(plain.tokens(1, 1), cache)
 
