@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvpass.errors import ModelError, PolicyError, TrainingError
-from kvpass.inner import INNER
 
 if TYPE_CHECKING:
     from kvpass.patterns import PatternSet
@@ -113,6 +112,8 @@ def check_options(**given: Any) -> None:
 
 
 def _check_inner(inner: Any) -> None:
+    from kvpass.inner import INNER
+
     if isinstance(inner, str) and inner in INNER:
         return
     near = difflib.get_close_matches(str(inner).lower(), INNER, n=1)
