@@ -179,7 +179,7 @@ class Scorer:
         Raises:
             ScorerError: the function failed, or gave what are no finite scores of that shape.
         """
-        value = self._called(self.run, seen, decode_options(options))
+        value: Tensor = self._called(self.run, seen, decode_options(options))
         self._check(value, list(seen.pos.shape), "[B, Hkv, L]")
         if self._own:
             _check_finite(value, seen.candidate, self)
@@ -192,7 +192,7 @@ class Scorer:
             ScorerError: the function failed, or gave something else.
         """
         assert self.preference is not None
-        value = self._called(self.preference, seen, {})
+        value: Tensor = self._called(self.preference, seen, {})
         self._check(value, [seen.pos.shape[0]], "[B]")
         return value
 
