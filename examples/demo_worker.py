@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import smollm2
 import torch
+from spelling import cache_of
 from task import make_inputs
 from transformers import LogitsProcessor
 from transformers.utils import logging as transformers_logging
@@ -81,7 +82,7 @@ def generate(model: Any, inputs: dict[str, Any], n: int, forced: list[int] | Non
     steps = [b - a for a, b in zip(recorder.times, recorder.times[1:], strict=False)]
     return {
         "tokens": out.sequences[0, inputs["input_ids"].shape[1] :].tolist(),
-        "cache": out.past_key_values,
+        "cache": cache_of(out),
         "logits": torch.stack(recorder.logits),
         "prefill_s": recorder.times[0] - start,
         "steps_s": steps,

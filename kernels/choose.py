@@ -29,9 +29,13 @@ WIDEST = 256
 
 @contextmanager
 def use(name: str) -> Iterator[None]:
-    """Force one implementation for the calls inside the block.
+    """Force one implementation of the ops for the calls inside the block.
 
-    Raises ValueError for an unknown name. "triton" on CPU tensors is refused by `implementation`, never replaced.
+    Args:
+        name: `reference` (plain torch, any device) or `triton` (CUDA and ROCm).
+
+    Raises:
+        ValueError: an unknown name. When an op runs: `triton` on CPU tensors, which is never replaced.
     """
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"unknown implementation {name!r}: choose one of {', '.join(IMPLEMENTATIONS)}")

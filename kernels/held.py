@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import torch
 from kvpass.kernels.allocate import budgets, ranks
-from kvpass.kernels.rule import FIRST, HELD, KEEP, MARK, PLACE, SEEN, WEIGHT, Rule
+from kvpass.kernels.places import ordered_by, restored
+from kvpass.kernels.rule import HELD, KEEP, MARK, NUMBER, PLACE, SEEN, WEIGHT, Rule
 from kvpass.kernels.scorers.chance import gumbel
 from kvpass.kernels.scorers.registry import Seen, find_scorer
 from kvpass.kernels.smooth import by_granule, fair_shares, pooled
@@ -14,12 +15,12 @@ from kvpass.kernels.weights import value_weights
 from torch import Tensor
 
 LATER = 0x7E000000
-"""Bits of the float32 that a generated token holds at position 0; each later position adds one. All are above any
-real score and below `UNTOUCHABLE`, and they rise with the position: of generated tokens the oldest goes first.
+"""Bits of the float32 that a generated token holds at place 0; each later place adds one. All are above any real score
+and below `UNTOUCHABLE`, and they rise with the place: of generated tokens the oldest goes first.
 """
 
 UNSCORED = 2.0**125
-"""The same at position 0, as a number: no value weight multiplies what is as large."""
+"""The same at place 0, as a number: no value weight multiplies what is as large."""
 
 LUCK = 18.0
 """More than any Gumbel number that a float32 of 24 random bits gives (17)."""
@@ -42,25 +43,31 @@ def held_scores(
     cursor: Tensor,
     tensors: Read,
     beside: tuple[Tensor | None, Tensor | None],
-    called: int,
+    own: tuple[int, Tensor | None],
     rule: Rule,
 ) -> tuple[Tensor, Tensor | None]:
     """What each key holds after a multi-token call, float32 [B, Hkv, L]; and what the layer is preferred by, [B], if
     layers share by it.
 
-    stats: [M, B, Hkv, L] that the call emitted; keys: position, candidates and end, as in `Seen`; cursor: after the
-    call; tensors: what the scorer reads; beside: [B, Hkv, L] each, what the slots held, and their marks; called: how
-    many of the keys are the call's.
+    stats: [M, B, Hkv, L] that the call emitted; keys: places, candidates and end, as in `Seen`; cursor: after the
+    call; tensors: what the scorer reads; beside: [B, Hkv, L] each, what the slots held, and their marks; own: how many
+    of the keys are the call's, and the order in which keys are neighbours, if not theirs (`side_by_side`).
     """
-    (pos, candidate, end), (past, marks) = keys, beside
+    (pos, candidate, end), (past, marks), (called, order) = keys, beside, own
     chosen = find_scorer(rule.scorer)
     if {"hidden", "own"} & set(rule.reads):
         new = slice(pos.shape[-1] - called, None)
         k, v = (t if t is None else t[:, :, new] for t in tensors[:2])
-        own = tensors._replace(k=k, v=v)
-        seen = _seen(pos[..., new], candidate[..., new], end, cursor, own, rule, {})
+        seen = _seen(pos[..., new], candidate[..., new], end, cursor, tensors._replace(k=k, v=v), rule, {})
         score = chosen.score(seen, rule.options)
         return score if past is None else torch.cat([past[..., : new.start], score], -1), None
+    if order is not None:
+        keys = ordered_by(pos, order), ordered_by(candidate, order), end
+        stats = torch.stack([ordered_by(x, order) for x in stats]) if len(stats) else stats
+        marks = marks if marks is None else ordered_by(marks, order)
+        tensors = _in_order(tensors, order, called, rule)
+        score, preferred = held_scores(stats, keys, cursor, tensors, (None, marks), (called, None), rule)
+        return restored(score, order), preferred
     seen = _seen(pos, candidate, end, cursor, tensors, rule, dict(zip(rule.emitted, stats, strict=True)), marks)
     score = chosen.score(seen, rule.options)
     if rule.pool != "none":
@@ -75,11 +82,28 @@ def held_scores(
     # the protected window is not judged: when its keys leave it, they stay as generated ones do
     window = candidate & (pos >= end - min(max(rule.queries, 0), rule.recent))
     preferred = chosen.prefer(seen) if chosen.preference and rule.spread == "preference" else None
-    return torch.where(window, _later(pos), score), preferred
+    return torch.where(window, later(pos), score), preferred
 
 
-def _later(pos: Tensor) -> Tensor:
-    """float32: above every real score, rising with the position."""
+def _in_order(tensors: Read, order: Tensor, called: int, rule: Rule) -> Read:
+    """What the scorer reads, keys in another order, the call's queries likewise."""
+    own = order[..., -called:] - (order.shape[-1] - called)
+
+    def moved(x: Tensor | None, dim: int, by: Tensor = order) -> Tensor | None:
+        return x if x is None else ordered_by(x, by, dim)
+
+    turns = tensors.turns
+    return Read(
+        k=moved(tensors.k, 2) if "keys" in rule.reads else None,
+        v=moved(tensors.v, 2) if "values" in rule.reads else None,
+        rows=moved(tensors.rows, -1),
+        queries=moved(tensors.queries, 2, own),
+        turns=turns if turns is None else torch.stack([ordered_by(x, own, 1) for x in turns]),
+    )
+
+
+def later(pos: Tensor) -> Tensor:
+    """float32: above every real score, rising with the place."""
     return (pos + LATER).view(torch.float32)
 
 
@@ -98,7 +122,7 @@ def _seen(
         pos=pos,
         candidate=candidate,
         end=end,
-        first=cursor[..., FIRST, None],
+        first=torch.zeros_like(seen),
         seen=seen,
         budget=budgets(seen, rule),
         window=max(rule.queries, 0),
@@ -150,24 +174,23 @@ def arrivals(
     batch, heads = k_new.shape[:2]
     out = torch.zeros(len(plan.stats), batch, heads, device=k_new.device)
     if HELD in plan.stats:
-        out[plan.stat(HELD)] = _arriving(Read(k_new, v_new, hidden=hidden), cursor, position, plan)
+        out[plan.stat(HELD)] = _arriving(Read(k_new, v_new, hidden=hidden), cursor, plan)
     if MARK in plan.stats and marks is not None:
         out[plan.stat(MARK)] = marks.float()
-    if PLACE in plan.stats:
-        out[plan.stat(PLACE)] = cursor[..., SEEN].float()
+    for name in {PLACE, NUMBER} & set(plan.stats):
+        out[plan.stat(name)] = cursor[..., SEEN].float()
     if WEIGHT in plan.stats:
         out[plan.stat(WEIGHT)] = value_weights(plan.weight, v_new, wo)[..., 0]
     return out
 
 
-def _arriving(tensors: Read, cursor: Tensor, position: int, rule: Rule) -> Tensor:
+def _arriving(tensors: Read, cursor: Tensor, rule: Rule) -> Tensor:
     """What a token of a one-token call holds: float32 [B, Hkv]."""
-    pos = torch.full((*cursor.shape[:2], 1), position, dtype=torch.int32, device=cursor.device)
+    pos = cursor[..., SEEN, None]
     chosen = find_scorer(rule.scorer)
     if not chosen.pointwise:
-        return _later(pos)[..., 0]
+        return later(pos)[..., 0]
     cursor = cursor.clone()
     cursor[..., SEEN] += 1
-    cursor[..., FIRST] = torch.where(cursor[..., FIRST] < 0, position, cursor[..., FIRST])
     seen = _seen(pos, torch.ones_like(pos, dtype=torch.bool), pos + 1, cursor, tensors, rule, {})
     return chosen.score(seen, rule.options)[..., 0]

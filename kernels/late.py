@@ -6,6 +6,7 @@ import torch
 from kvpass.kernels.allocate import budgets
 from kvpass.kernels.compact_slots import compact_slots
 from kvpass.kernels.held import Read, held_scores
+from kvpass.kernels.places import slot_places
 from kvpass.kernels.ragged import empty_like, even
 from kvpass.kernels.rule import EXTRA, FREE, HELD, LIVE, MARK, SEEN, Rule
 from kvpass.kernels.scorers.registry import find_scorer
@@ -26,8 +27,10 @@ def thinned(state: list[Tensor], rule: Rule) -> list[Tensor]:
     if _judges_again(rule):
         stats = stats.clone()
         beside = stats[rule.stat(HELD)], stats[rule.stat(MARK)] if rule.marked else None
-        keys = pos, candidate, pos.amax(-1, keepdim=True) + 1
-        stats[rule.stat(HELD)], _ = held_scores(stats[:0], keys, cursor, Read(k, v), beside, pos.shape[-1], rule)
+        where = slot_places(pos, cursor, stats, rule)
+        keys = where, candidate, where.amax(-1, keepdim=True) + 1
+        own = pos.shape[-1], None
+        stats[rule.stat(HELD)], _ = held_scores(stats[:0], keys, cursor, Read(k, v), beside, own, rule)
     score = state_scores([k, v, pos, stats, cursor], rule)
     cursor = cursor.clone()
     live = torch.minimum(budgets(cursor[..., SEEN], rule), candidate.sum(-1)).int()

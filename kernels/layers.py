@@ -65,6 +65,8 @@ def layer_sizes(shares: list[float], even: int, most: list[int], window: int) ->
     What layers cannot use goes to the others evenly; a remainder goes one by one, to the first layers first.
     """
     base = even - window
+    if not sum(shares) > 0 and sum(most) <= even * len(most):  # a call that brought the sequence nothing
+        return most
     if base <= 0 or not sum(shares) > 0 or max(most) <= even:
         return [min(even, n) for n in most]
     total, above = base * len(shares), [n - window for n in most]

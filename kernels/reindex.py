@@ -2,10 +2,14 @@
 
 Rotary embeddings know distances only, so nobody need touch queries or new keys: an older key is turned forward by the
 number of tokens that were evicted after it (StreamingLLM, arXiv 2309.17453; FINCH, arXiv 2408.00167). A statistic of
-the slots says where each key stands. Padding takes no place, as in the position ids that `generate` makes.
+the slots says where each key stands, counted in its row's own tokens. By how much a pair of entries turns from one
+position to the next is a property of the model and not of a batch: it is read from the model's own function of
+positions where the graph has it, else from keys that stand next to each other.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from kvpass.kernels.allocate import ranks
@@ -15,37 +19,108 @@ from kvpass.kernels.rule import PLACE, SEEN, Rule
 from torch import Tensor
 
 LOOSE = 0.02
-"""Radians that the turn between two neighbours may differ from the mean: float32 angles of some 100,000 positions."""
+"""Radians by which a key may stand elsewhere than its place says."""
+
+ROUNDING = 2.0**-22
+"""The same as a share of all that a key was turned: angles are float32 products."""
+
+FARTHEST = 2**16
+"""Largest position at which a model is asked for its angles: the farther, the more exact is the step."""
 
 
-def step_of(cos: Tensor, sin: Tensor) -> Tensor | None:
-    """Radians that each pair of entries turns from one position to the next: float64 [D / 2]; None for one token.
+def turns_of(cos: Tensor, sin: Tensor) -> Tensor:
+    """cos, sin [1 or B, (1,) S, F] or [S, F] -> how far each pair of entries is turned, complex128 [1 or B, S, F] of
+    length 1.
+    """
+    turn = torch.complex(cos.double(), sin.double()).reshape(-1, *cos.shape[-2:])
+    return turn / turn.abs().clamp(min=1e-30)  # some models scale their rotations
 
-    cos, sin: [.., S, D] of a call, entry i turning with entry i + D / 2. Padding (no turn at all) does not count.
+
+def step_at(turn: Callable[[int], Tensor], most: int = FARTHEST) -> Tensor | None:
+    """Radians that each pair turns from one position to the next, float64 [F]; None if it is not the same everywhere.
+
+    turn: `turns_of` a call whose tokens all stand at the given position; it is asked for 0, 1, 16, 256, .. up to
+    `most` (at least 1): each is 16 times as exact as the one before, and says how often that one went round.
+    """
+    start = _same_everywhere(turn(0))
+    step, at = torch.zeros(()), 1
+    while start is not None and at <= max(most, 1):
+        here = _same_everywhere(turn(at))
+        if here is None:
+            return None
+        more = (here / start * torch.polar(torch.ones_like(here.real), -at * step.to(here.real))).angle()
+        if at > 1 and bool((more.abs() > LOOSE + at * step.abs() * ROUNDING).any()):
+            return None  # frequencies that depend on the length
+        step, at = step + more / at, 16 * at
+    return step if start is not None and bool((step.abs() > 1e-7).any()) else None
+
+
+def _same_everywhere(turn: Tensor) -> Tensor | None:
+    """[n, S, F] -> [F]; None if tokens at one position are turned differently."""
+    flat = turn.flatten(0, 1)
+    return flat[0] if bool(((flat - flat[0]).abs() < 1e-6).all()) else None
+
+
+def step_between(turn: Tensor, place: Tensor) -> Tensor | None:
+    """The same, measured on a call's keys: the mean over neighbours in `place` (`new_places`); None without any.
+
+    turn: complex128 [1 or B, S, F].
+    """
+    near = (place[:, :-1] >= 0) & (place[:, 1:] - place[:, :-1] == 1)
+    rows, columns = near.nonzero(as_tuple=True)
+    if not len(rows):
+        return None
+    rows = rows % len(turn)  # alike for all rows, or one for each
+    step: Tensor = (turn[rows, columns + 1] / turn[rows, columns]).mean(0).angle()
+    return step
+
+
+def new_places(state: list[Tensor], rule: Rule, start: int, count: int) -> Tensor:
+    """Which of its row's tokens each of the last `count` columns from `start` on is: float32 [B, count], -1 where no
+    head kept it. To be read before these keys are turned.
+    """
+    _, _, pos, stats, cursor = state
+    index, exist = places(cursor, pos.shape[2], used_slots(cursor))
+    column = torch.where(exist, pos.reshape(-1)[index], -1).long() - start
+    column = torch.where(column < 0, count, column).flatten(1)
+    place = stats[rule.stat(PLACE)].reshape(-1)[index].flatten(1)
+    return place.new_full((len(pos), count + 1), -1.0).scatter_(1, column, place)[:, :count]
+
+
+def checked(turn: Tensor, place: Tensor, step: Tensor, zero: Tensor | None) -> Tensor:
+    """How far place 0 of each row is turned, complex128 [B, F], 0 for rows that have no key yet: as in `zero`, what
+    earlier calls found.
+
+    turn: complex128 [1 or B, S, F]; place: [B, S], as of `new_places`.
 
     Raises:
-        RotationError: the tokens do not follow each other.
+        RotationError: a kept key is not turned as its place says, so that no step of the row's tokens is one position.
     """
-    half = cos.shape[-1] // 2
-    turn = torch.complex(cos[..., :half].double(), sin[..., :half].double())
-    steps = (turn[..., 1:, :] / turn[..., :-1, :]).flatten(0, -2)
-    steps = steps[((steps - 1).abs() > 1e-9).any(-1)]
-    if not len(steps):
-        return None
-    mean = (steps / steps.abs()).mean(0)
-    if bool((steps / mean - 1).abs().median(0).values.gt(LOOSE).any()):
+    if zero is None:
+        zero = turn.new_zeros(len(place), turn.shape[-1])
+    rows, columns = (place >= 0).nonzero(as_tuple=True)
+    far = place[rows, columns].double()[:, None] * step
+    base = turn[rows % len(turn), columns] * torch.polar(torch.ones_like(far), -far)
+    numbers = torch.arange(len(rows), device=rows.device)
+    first = numbers.new_full((len(place),), len(rows)).scatter_reduce_(0, rows, numbers, "amin")
+    fresh = (first < len(rows)) & (zero == 0).all(-1)
+    zero = zero.clone()
+    zero[fresh] = base[first[fresh]]
+    off = ((base / zero[rows]).angle().abs() > LOOSE + far.abs() * ROUNDING).any(-1)
+    if bool(off.any()):
         raise RotationError(
-            "the positions of this call do not rise by one from token to token",
-            "give consecutive position_ids, or set positions: kept",
+            f"the positions of row {int(rows[off][0])} do not rise by one from token to token (padding left out), or "
+            "the model changes its rotary frequencies with the length",
+            "let position_ids count each row's own tokens, (attention_mask.cumsum(-1) - 1).clamp(min=0), as generate "
+            "does if it is given the attention_mask; or choose a policy with positions: kept, e.g. streaming_llm",
         )
-    return mean.angle()
+    return zero
 
 
-def reindex(state: list[Tensor], rule: Rule, step: Tensor | None) -> None:
+def reindex(state: list[Tensor], rule: Rule, step: Tensor) -> None:
     """Turn the keys of a state (k, v, pos, stats, cursor), in place, to their places among the slots in use.
 
-    Raises:
-        RotationError: keys must be turned and no call has said by how much.
+    step: radians per position, float64 [D / 2].
     """
     k, _, pos, stats, cursor = state
     index, exist = places(cursor, k.shape[2], used_slots(cursor))
@@ -56,10 +131,6 @@ def reindex(state: list[Tensor], rule: Rule, step: Tensor | None) -> None:
     chosen = more != 0
     if not bool(chosen.any()):
         return
-    if step is None:
-        raise RotationError(
-            "the first call of this cache had one token only", "begin with a prompt of two tokens or more"
-        )
     rows = index[chosen]
     flat = k.view(-1, k.shape[3])
     angle = more[chosen].double()[:, None] * step.to(k.device)

@@ -13,7 +13,7 @@ from typing import Any
 STATISTICS = ("sum", "sumsq", "count", "important", "last")
 """What attention can emit for each key: sums of the observed probabilities, of their squares, of the queries that see
 the key, and of those that give it at least an even share (1 / keys visible to the query); and one more than the
-position of the newest of those, 0 if there is none.
+position of the newest of those, 0 if there is none. Slots keep its number among the row's valid tokens instead.
 """
 
 SCORES = ("position", "sum", "mean", "important", "last")
@@ -35,6 +35,11 @@ PLACE = "place"
 (`kvpass.kernels.reindex`).
 """
 
+NUMBER = "number"
+"""A slot's statistic: which of its row's valid tokens it is, from 0, where more than the newest ones' order decides
+(`kvpass.kernels.places`).
+"""
+
 RING = "ring"
 """A slot's statistic: the ring that it is in (`kvpass.kernels.rings`)."""
 
@@ -53,7 +58,7 @@ OPS_VERSION = 3
 of compiled graphs that Inductor keeps on disk: an older one must not be taken for this one.
 """
 
-ASIDE = frozenset({"statistics", "layer", "marks", "own"})
+ASIDE = frozenset({"statistics", "layer", "marks", "own", "places"})
 """Words of `Rule.reads` for which nothing more is taken from a graph."""
 
 LIVE, FREE, SEEN, FIRST, EXTRA, SHIFT = range(6)
@@ -133,30 +138,27 @@ class Rule:
     def budget(self, seen: int) -> int:
         """Slots each KV head may hold after `seen` valid tokens; of a ragged rule, on average over the heads."""
         even = self._even(seen)
-        return self._tapered(even, seen) if self.taper else even
+        return self._tapered(even) if self.taper else even
 
     def _even(self, seen: int) -> int:
         even = self.slots if self.slots > 0 else max(self.floor, seen * self.num // self.den)
         return even - ((even - self.sinks) % self.rings if self.rings else 0)
 
-    def _tapered(self, even: int, seen: int) -> int:
-        """PyramidKV (arXiv 2406.02069): budgets fall from layer to layer by equal steps, `even` on average.
+    def _tapered(self, even: int) -> int:
+        """PyramidKV (arXiv 2406.02069): budgets fall from layer to layer by equal steps, the observation window on top,
+        and together are no more than `even` for each layer.
 
-        The arithmetic of Zefan-Cai/KVCache-Factory, the observation window on top. Its steps are whole slots; where a
-        fraction lets `even` grow, they are not, or a layer's budget would jump up and down with every new slot.
+        Ends as in Zefan-Cai/KVCache-Factory, rounded down in between. They follow from `even` alone, so that no layer's
+        budget ever falls while tokens come, and a row's is no larger than that of a longer one (docs/design/0003). A
+        share above a half is steep only as far as the first layer then keeps all that it has seen.
         """
-        window = max(self.queries, 0)
-        base = even - window
-        if base < self.taper or self.layers < 2 or seen < even or seen < 2 * base:
+        base = even - max(self.queries, 0)
+        if base < (self.taper if self.slots else 1) or self.layers < 2:
             return even
-        low = base // self.taper
-        high = 2 * base - low
-        if high >= seen - window:
-            high = seen - window
-            low = 2 * base - high
-        steps = self.layers - 1
-        fall = self.layer * ((high - low) // steps) if self.slots else self.layer * (high - low) // steps
-        return high - fall + window
+        flat = 0 if self.slots else base * (2 * self.num - self.den) // self.num
+        low = max(base // self.taper, flat, 1)
+        high, steps = 2 * base - low, self.layers - 1
+        return even - base + (low * self.layer + high * (steps - self.layer)) // steps
 
     @cached_property
     def emitted(self) -> tuple[str, ...]:
@@ -171,13 +173,6 @@ class Rule:
     def kept(self, seen: int) -> int:
         """Slots actually in use after `seen` valid tokens."""
         return min(seen, self.budget(seen))
-
-    def most(self, seen: int) -> int:
-        """A bound of `kept` for all that have seen so many tokens or fewer: a pyramid's upper layers hold the even
-        budget until its steps begin, and its whole steps jump by a slot for each layer below.
-        """
-        kept = self.kept(seen)
-        return max(min(kept + self.layer, seen), min(seen, self._even(seen))) if self.taper else kept
 
     def recent_of(self, n: int) -> int:
         """Size of the protected recent window for a budget of n slots."""
@@ -194,7 +189,7 @@ class Rule:
     @cached_property
     def plain(self) -> bool:
         """Whether sums, squares and counts are all that slots keep, and heads are alike: what Triton's decode knows."""
-        kept = {HELD, WEIGHT, MARK, PLACE, RING, "important", "last"} & set(self.stats)
+        kept = {HELD, WEIGHT, MARK, PLACE, NUMBER, RING, "important", "last"} & set(self.stats)
         return not (kept or self.ragged or self.top_num or self.taper)
 
     def emission(self, name: str) -> int:

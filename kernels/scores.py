@@ -10,7 +10,9 @@ import torch
 from kvpass.kernels.allocate import budgets, head_counts, ragged_columns, table_counts, with_preference
 from kvpass.kernels.errors import MarkError
 from kvpass.kernels.held import UNSCORED, Read, held_scores
+from kvpass.kernels.lone import as_in_steps, lone, stepped
 from kvpass.kernels.masks import check_shown
+from kvpass.kernels.places import key_places, new_places, protected_places, side_by_side, slot_places
 from kvpass.kernels.rings import ringed
 from kvpass.kernels.rule import (
     DROP,
@@ -21,6 +23,7 @@ from kvpass.kernels.rule import (
     KEEP,
     LIVE,
     MARK,
+    NUMBER,
     PLACE,
     RING,
     SEEN,
@@ -29,6 +32,7 @@ from kvpass.kernels.rule import (
     WEIGHT,
     Rule,
 )
+from kvpass.kernels.scorers.registry import find_scorer
 from kvpass.kernels.smooth import pooled
 from kvpass.kernels.weights import value_weights
 from torch import Tensor
@@ -77,16 +81,17 @@ def score_slots(
     marked = _marks(marks, past_stats, candidate, plan) if MARK in plan.stats else None
     if marked is not None:
         candidate = candidate & (marked < DROP)
-    where = _positions(pos, length, stats.device).expand(batch, heads, length)
+    where = key_places(pos, valid, cursor, past_stats, (batch, heads, length), plan)
     end = torch.where(candidate, where, -1).amax(-1, keepdim=True) + 1
     after = _advanced(cursor, valid, candidate, position, plan)
+    order = _neighbours(valid, cursor, length, plan)
+    stats = _by_number(stats, valid, cursor, position, plan)
     total = _attention_statistics(stats, past_stats, plan)
     if plan.pool != "none" and not plan.scorer:
-        total[plan.stat("sum")] = pooled(total[plan.stat("sum")], where, candidate, end, plan)
-    if PLACE in plan.stats:
-        total[plan.stat(PLACE)] = 0.0 if past_stats is None else past_stats[plan.stat(PLACE)]
-        new = cursor[:, :1, SEEN, None] + valid[:, None].cumsum(-1) - 1
-        total[plan.stat(PLACE), ..., length - valid.shape[1] :] = new.float()
+        total[plan.stat("sum")] = pooled(total[plan.stat("sum")], where, candidate, end, plan, order)
+    for name in {PLACE, NUMBER} & set(plan.stats):
+        total[plan.stat(name)] = 0.0 if past_stats is None else past_stats[plan.stat(name)]
+        total[plan.stat(name), ..., length - valid.shape[1] :] = new_places(valid, cursor).float()
     if marked is not None:
         total[plan.stat(MARK)] = marked
     if HELD in plan.stats:
@@ -97,7 +102,7 @@ def score_slots(
             after,
             Read(k, v, rows, hidden, queries, turns),
             (past_held, marked),
-            valid.shape[1],
+            (valid.shape[1], order),
             plan,
         )
         after = after if preferred is None else with_preference(after, preferred)
@@ -107,14 +112,43 @@ def score_slots(
         total[plan.stat(WEIGHT), ..., old:] = value_weights(plan.weight, v[:, :, old:], wo)
         if past_stats is not None:
             total[plan.stat(WEIGHT), ..., :old] = past_stats[plan.stat(WEIGHT), ..., :old]
+    single = lone(valid, cursor, plan)
+    if past_stats is not None:
+        as_in_steps(total, past_stats, stats, (where, valid, single), plan)
     if not plan.evicts:
         return torch.where(candidate, INF, -INF), total, after
     if plan.spread:  # all candidates stay until all layers are known
         return torch.where(candidate, INF, -INF), total, after
     if plan.rings:
         return _in_rings(total, past_stats, where, candidate, valid.shape[1], (cursor, after), plan)
-    score = ranked(total, where, candidate, end, after, plan)
-    return score, total, shared_by_heads(score, candidate, after, plan) if plan.ragged else after
+    if not plan.ragged:
+        return ranked(total, where, candidate, end, after, plan), total, after
+    extra = torch.where(single, cursor[..., EXTRA], 0)
+    score = ranked(total, where, candidate, end, after, plan, extra)
+    after = torch.where(single[..., None], stepped(cursor, after, plan), shared_by_heads(score, candidate, after, plan))
+    return score, total, after
+
+
+def _neighbours(valid: Tensor, cursor: Tensor, length: int, rule: Rule) -> Tensor | None:
+    """The order of keys in which neighbours are looked at, as of `side_by_side`; None for theirs, or if nobody looks.
+
+    A scorer's keys would have to be copied, so the device is asked before.
+    """
+    together = bool(rule.scorer) and not find_scorer(rule.scorer).pointwise
+    if rule.pool == "none" and not together:
+        return None
+    return side_by_side(valid, cursor, length, look=together or valid.device.type == "cpu")
+
+
+def _by_number(stats: Tensor, valid: Tensor, cursor: Tensor, position: int, rule: Rule) -> Tensor:
+    """What was emitted, with `last` as a number among the row's valid tokens instead of a position."""
+    if "last" not in rule.emitted:
+        return stats
+    at, stats = rule.emission("last"), stats.clone()
+    number = (new_places(valid, cursor) + 1).float().expand(*stats.shape[1:3], -1)
+    index = (stats[at].long() - 1 - position).clamp(min=0)
+    stats[at] = torch.where(stats[at] > 0, number.gather(-1, index), 0.0)
+    return stats
 
 
 def _in_rings(
@@ -180,11 +214,16 @@ def _attention_statistics(stats: Tensor, past: Tensor | None, rule: Rule) -> Ten
     return total
 
 
+def newest(cursor: Tensor) -> Tensor:
+    """Number of each row's latest token among its valid ones: int32 [B, 1, 1], what `slot_scores` takes as `now`."""
+    return cursor[:, :1, SEEN, None] - 1
+
+
 def slot_scores(stats: Tensor, pos: Tensor, rule: Rule, now: Tensor | int = 0) -> Tensor:
     """Raw scores, before scope and protection: float32, the shape of pos.
 
-    stats float32 [N, B, Hkv, C], pos int [B, Hkv, C]; now: position of the latest token, for scores that decay. Empty
-    slots get whatever their undefined statistics give.
+    stats float32 [N, B, Hkv, C], pos int [B, Hkv, C]; now: number of the row's latest token among its valid ones, for
+    scores that decay. Empty slots get whatever their undefined statistics give.
     """
     score = base_scores(stats, pos, rule, now)
     if rule.heads == "all" and rule.score not in ("position", HELD):
@@ -208,7 +247,7 @@ def base_scores(stats: Tensor, pos: Tensor, rule: Rule, now: Tensor | int) -> Te
     if rule.score == "last":
         return stats[rule.stat("last")] - 1 - now
     score = stats[rule.stat(rule.score)]
-    return score * (now - pos) if rule.decay else score
+    return score * (now - (stats[rule.stat(NUMBER)] if NUMBER in rule.stats else pos)) if rule.decay else score
 
 
 def deviations(stats: Tensor, rule: Rule) -> Tensor:
@@ -249,10 +288,6 @@ def untouchable(spread: Tensor, pos: Tensor, size: Tensor | int) -> Tensor:
     return key >= best.gather(-1, (size - 1).clamp(0, spread.shape[-1] - 1))
 
 
-def _positions(pos: Tensor | None, length: int, device: torch.device) -> Tensor:
-    return torch.arange(length, dtype=torch.int32, device=device) if pos is None else pos
-
-
 def _candidates(pos: Tensor | None, valid: Tensor, batch: int, heads: int, length: int) -> Tensor:
     """Keys that may stay: used past slots and valid new tokens. Bool [B, Hkv, L]."""
     new = valid[:, None, :].expand(batch, heads, valid.shape[1])
@@ -289,32 +324,42 @@ def shared_by_heads(score: Tensor, candidate: Tensor, cursor: Tensor, rule: Rule
     return cursor
 
 
-def ranked(stats: Tensor, pos: Tensor, candidate: Tensor, end: Tensor, cursor: Tensor, rule: Rule) -> Tensor:
-    """Scores with scope and protection: float32 [B, Hkv, L]."""
-    score = slot_scores(stats, pos, rule, end - 1)
-    size = budgets(cursor[..., SEEN], rule)[..., None]
+def ranked(
+    stats: Tensor,
+    where: Tensor,
+    candidate: Tensor,
+    end: Tensor,
+    cursor: Tensor,
+    rule: Rule,
+    extra: Tensor | int = 0,
+) -> Tensor:
+    """Scores with scope and protection: float32 [B, Hkv, L]. where: places of the keys (`kvpass.kernels.places`); end:
+    one past the last candidate's; extra: what heads may hold above the even budget, [B, Hkv].
+    """
+    score = slot_scores(stats, where, rule, end - 1)
+    size = (budgets(cursor[..., SEEN], rule) + extra)[..., None]
     recent = rule.recent + size * rule.recent_num // rule.recent_den
     if rule.spread == "threshold":  # a budget that is only a bound may be smaller than the window: half of it, then
         recent = torch.minimum(recent, (size - rule.sinks) // 2)
-    protected = pos >= end - recent
-    if rule.sinks:
-        protected = protected | (pos < cursor[..., FIRST, None] + rule.sinks)
-    protected = protected & candidate
+    protected = protected_places(where, end, recent, rule.sinks) & candidate
     if rule.marked:
         wanted = must_stay(stats, rule) & candidate
         _check_marks(wanted, size)
         protected = protected | wanted
     if rule.scope_num or rule.top_num:
         reach = size * rule.top_num // rule.top_den if rule.top_num else size * rule.scope_num // rule.scope_den + 1
-        spread = preference(stats, pos, rule, end - 1).masked_fill(protected, INF).masked_fill(~candidate, -INF)
-        score = score.masked_fill(untouchable(spread, pos, reach) & (reach > 0), UNTOUCHABLE)
+        spread = preference(stats, where, rule, end - 1).masked_fill(protected, INF).masked_fill(~candidate, -INF)
+        score = score.masked_fill(untouchable(spread, where, reach) & (reach > 0), UNTOUCHABLE)
     return score.masked_fill(protected, INF).masked_fill(~candidate, -INF)
 
 
 def state_scores(state: list[Tensor], rule: Rule) -> Tensor:
-    """`ranked` of what a state (k, v, pos, stats, cursor) holds between calls, heads equally long: -inf empty."""
+    """`ranked` of what a state (k, v, pos, stats, cursor) holds between calls, heads equally long and slots in the
+    order of positions: -inf empty.
+    """
     _, _, pos, stats, cursor = state
-    return ranked(stats, pos, pos >= 0, pos.amax(-1, keepdim=True) + 1, cursor, rule)
+    where = slot_places(pos, cursor, stats, rule)
+    return ranked(stats, where, pos >= 0, where.amax(-1, keepdim=True) + 1, cursor, rule)
 
 
 def preference(stats: Tensor, pos: Tensor, rule: Rule, now: Tensor | int) -> Tensor:

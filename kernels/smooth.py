@@ -5,15 +5,23 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from kvpass.kernels.allocate import ranks
+from kvpass.kernels.places import ordered_by, restored
 from kvpass.kernels.rule import Rule
 from torch import Tensor
 
 
-def pooled(value: Tensor, pos: Tensor, candidate: Tensor, end: Tensor, rule: Rule) -> Tensor:
-    """value [B, Hkv, L] smoothed over neighbours; keys outside the pool keep what they have (SnapKV)."""
-    inside = candidate & (pos < end - max(rule.queries, 0))
-    outside = 0.0 if rule.pool == "avg" else -torch.inf
-    return torch.where(inside, smoothed(torch.where(inside, value, outside), rule.pool_size, rule.pool), value)
+def pooled(
+    value: Tensor, where: Tensor, candidate: Tensor, end: Tensor, rule: Rule, order: Tensor | None = None
+) -> Tensor:
+    """value [B, Hkv, L] smoothed over neighbours; keys outside the pool keep what they have (SnapKV). where, end:
+    places (`kvpass.kernels.places`); order [B, 1, L]: in which keys are neighbours, if not in theirs.
+    """
+    inside = candidate & (where < end - max(rule.queries, 0))
+    lent = torch.where(inside, value, 0.0 if rule.pool == "avg" else -torch.inf)
+    if order is None:
+        return torch.where(inside, smoothed(lent, rule.pool_size, rule.pool), value)
+    smooth = restored(smoothed(ordered_by(lent, order), rule.pool_size, rule.pool), order)
+    return torch.where(inside, smooth, value)
 
 
 def smoothed(x: Tensor, size: int, kind: str = "avg") -> Tensor:

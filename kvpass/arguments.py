@@ -36,10 +36,10 @@ def check_ready(model: torch.nn.Module, call: str, strict: bool) -> None:
     """A model that can be compiled as it is.
 
     Raises:
-        TrainingError: it is in train mode.
+        TrainingError: all of it is in train mode. (A part may be: adapters come so, around a model in eval mode.)
         ModelError: under `strict`, hooks of accelerate on its parts: Dynamo does not trace them, so the graph breaks.
     """
-    if model.training:
+    if all(part.training for part in model.modules()):
         what = f"the model is in train mode ({type(model).__name__}.training is True)"
         raise TrainingError(what, where=call, hint="call model.eval() first: an evicting cache has no gradients")
     hooked = [(name, part._hf_hook) for name, part in model.named_modules() if name and hasattr(part, "_hf_hook")]

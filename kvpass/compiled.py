@@ -1,8 +1,7 @@
-"""`kvpass.compile`: a model of the same class that shares every parameter and runs under a kvpass backend."""
+"""`kvpass.compile`: the same model, entered by another door, which runs under a kvpass backend."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -10,19 +9,12 @@ import torch
 
 from kvpass.arguments import check_model, check_ready
 from kvpass.compiler import backend
-from kvpass.errors import KVPassError
 from kvpass.policy.spec import Policy
-from kvpass.twin import twin
 
 if TYPE_CHECKING:
     from kvpass.patterns import PatternSet
 
 M = TypeVar("M", bound=torch.nn.Module)
-
-RECOMPILE_LIMIT = 64
-"""Graphs per model before kvpass raises. Dynamo's own answer, running the model uncompiled, would drop the compressed
-cache silently.
-"""
 
 
 def compile(
@@ -36,11 +28,17 @@ def compile(
     verify: bool = False,
     patterns: PatternSet | None = None,
 ) -> M:
-    """A model whose KV cache keeps only what the policy wants; `generate()` and calls with `past_key_values` work as
-    before.
+    """A model whose KV cache keeps only what the policy wants; `generate()` and calls with `cache=` work as before
+    (`past_key_values=` with transformers before 5.24).
+
+    The result is the same model, entered by another door: an instance of its class that shares its modules, weights,
+    hooks and settings, so what is changed on either is changed on both. Calls of the result, of its `forward`, and of
+    any module reached through it run under kvpass; the model itself runs as before. What calls change in the model's
+    attributes (caches, counters) is not shared. Copies and pickles of the result are compiled likewise.
 
     Args:
-        model: any nn.Module in eval mode. It is left alone; the result is of the same class and shares every parameter.
+        model: any nn.Module in eval mode. One that was compiled already (`torch.compile(model)`, or by kvpass) is taken
+            out of its wrapper.
         policy: a built-in name (docs/policies.md), a path to a YAML file, a dict or a Policy. The default goes on with
             text most like the full cache does, for its bytes (docs/quality.md), and asks nothing of a model.
         budget: float: fraction of the tokens seen so far that each KV head keeps (never fewer than the policy's
@@ -57,30 +55,17 @@ def compile(
         ModelError, TrainingError, PolicyError: at once, for what is no model, a model in train mode or with hooks of
             accelerate, a bad policy, budget or option.
         DeclinedError, TrainingError, CacheError: when the model is called.
+        RecompileError: likewise, after 64 graphs; it names the reason for the last one.
+
+    Warns:
+        NothingRewritten: once, after the first call of a model without a cache to rewrite.
     """
-    check_model(model, "kvpass.compile")
+    from kvpass.compilation import Compilation
+    from kvpass.facade import uncompiled
+
+    bare = uncompiled(model)
+    check_model(bare, "kvpass.compile")
     chosen = backend(policy, budget, inner=inner, strict=strict, debug=debug, verify=verify, patterns=patterns)
-    check_ready(model, "kvpass.compile", strict)
-    result = twin(model)
-    result.compile(backend=chosen)
-    result._compiled_call_impl = _never_uncompiled(result._compiled_call_impl)
-    object.__setattr__(result, "kvpass", chosen)
+    check_ready(bare, "kvpass.compile", strict)
+    result: M = Compilation(bare, chosen).root
     return result
-
-
-def _never_uncompiled(call: Any) -> Callable[..., Any]:
-    """Turn Dynamo's silent fall-back to the uncompiled model into an error."""
-    import torch._dynamo
-
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        try:
-            with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, fail_on_recompile_limit_hit=True):
-                return call(*args, **kwargs)
-        except torch._dynamo.exc.FailOnRecompileLimitHit as error:
-            raise KVPassError(
-                f"the model was recompiled more than {RECOMPILE_LIMIT} times",
-                where=str(error).splitlines()[0],
-                hint="pad batches and prompts to fewer shapes, or call torch._dynamo.reset()",
-            ) from error
-
-    return guarded

@@ -6,42 +6,27 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 from kvpass.arguments import check_options, checked_patterns
 from kvpass.errors import DeclinedError, KVPassError, TrainingError
+from kvpass.graphs import GraphRecord, Graphs, capture_seconds
 from kvpass.inner import compile_inner
 from kvpass.match.calls import example
-from kvpass.plan import Plan
 from kvpass.policy.spec import Policy
+from kvpass.runtime.watch import current
 from kvpass.site import SiteTable
 
+if TYPE_CHECKING:
+    from kvpass.runtime.store import Origin
+
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class GraphRecord:
-    """What happened to one captured graph; `Backend.graphs` lists them in order."""
-
-    table: SiteTable
-    plan: Plan | None = None
-    frame: int = field(default_factory=lambda: _frames_compiled())
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
 @dataclass(frozen=True)
@@ -56,7 +41,7 @@ class Backend:
         debug: folder for the debug report, or None.
         verify: check each site at full budget against the unmodified subgraph on the first real inputs.
         patterns: recognisers; None for `kvpass.patterns.DEFAULT`.
-        graphs: records of the graphs compiled so far (not part of equality).
+        graphs: records of the graphs compiled so far (not part of equality); printed, a table.
     """
 
     policy: Policy
@@ -65,10 +50,13 @@ class Backend:
     debug: str | None = None
     verify: bool = False
     patterns: Any = None
-    graphs: list[GraphRecord] = field(default_factory=list, compare=False, repr=False)
+    graphs: Graphs = field(default_factory=Graphs, compare=False, repr=False)
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """Compile one captured graph. Errors of kvpass are raised, unwrapped, when the result is called."""
+        call = current()
+        if call is not None:
+            call.compiling()
         try:
             return self._compile(gm, example_inputs)
         except KVPassError as error:
@@ -77,9 +65,10 @@ class Backend:
 
     def _compile(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         from kvpass.debug import stages
+        from kvpass.dense import dense_by_choice
         from kvpass.match.dataflow import data_inputs
         from kvpass.patterns import DEFAULT
-        from kvpass.runtime.bind import Untouched
+        from kvpass.runtime.untouched import Untouched
         from kvpass.scan import scan
 
         start = time.perf_counter()
@@ -91,20 +80,22 @@ class Backend:
             with stages(self.debug, len(self.graphs), gm, record, None):
                 raise _strict_error(table)
         if not table.sites:
+            call = current()
+            chosen = self.inner if call is None or call.whole else "eager"  # an encoder or a head, called alone
             with stages(self.debug, len(self.graphs), gm, record, None), record.timed("inner"):
-                inner = compile_inner(self.inner, gm, example_inputs)
-            watched = data_inputs(gm.graph)
-            return Untouched(inner, watched) if watched else inner
+                inner = compile_inner(chosen, gm, example_inputs)
+            left = self._origin(table) if table.declined else None
+            return Untouched(inner, data_inputs(gm.graph), dense_by_choice(gm.graph, table.declined), left)
         _refuse_training(table)
         return self._rewrite(gm, example_inputs, record)
 
     def _rewrite(self, gm: fx.GraphModule, example_inputs: list[Any], record: GraphRecord) -> Callable[..., Any]:
         from kvpass.debug import stages
+        from kvpass.dense import dense_by_choice
         from kvpass.lower import lower
         from kvpass.match.dataflow import data_inputs
         from kvpass.plan import plan
         from kvpass.runtime.bind import Bound
-        from kvpass.runtime.store import Origin
         from kvpass.verify import verify
 
         with record.timed("plan"):
@@ -117,24 +108,42 @@ class Backend:
             with record.timed("verify"):
                 verify(gm, lowered, record.plan)
             with record.timed("inner"):
-                inner = compile_inner(self.inner, lowered.gm, inputs)
-        declined = tuple(d.to_dict() for d in record.table.declined)
-        origin = Origin(self.policy.name, self.policy.budget, declined)
+                inner = compile_inner(self.inner, lowered.gm, inputs, _title(len(self.graphs), record.table))
         if self.verify:
             from kvpass.check_sites import checked_once
 
             inner = checked_once(inner, gm, lowered, record.plan)
-        watched = data_inputs(gm.graph)
-        return Bound(inner, lowered.bindings, lowered.outputs, origin, watched, lowered.shared, self.policy.marks)
+        watched, origin = data_inputs(gm.graph), self._origin(record.table)
+        names = [str(n.target) for n in gm.graph.find_nodes(op="placeholder")]
+        dense = dense_by_choice(gm.graph, record.table.declined)
+        marks = self.policy.marks
+        return Bound(inner, lowered.bindings, lowered.outputs, origin, watched, lowered.shared, names, dense, marks)
+
+    def __reduce__(self) -> Any:
+        """Graphs are not pickled: whoever loads it compiles anew."""
+        return Backend, (self.policy, self.inner, self.strict, self.debug, self.verify, self.patterns)
+
+    def _origin(self, table: SiteTable) -> Origin:
+        """What the caches of a graph remember of who made them."""
+        from kvpass.runtime.store import Origin
+
+        declined = tuple(d.to_dict() for d in table.declined)
+        return Origin(self.policy.name, self.policy.budget, declined, self.policy.fingerprint)
 
     @property
     def timings(self) -> dict[str, float]:
         """Seconds spent, by stage, over all graphs; `capture` is Dynamo's own time for the same graphs."""
-        total: dict[str, float] = {"capture": _capture_seconds(self.graphs)}
+        total: dict[str, float] = {"capture": capture_seconds(self.graphs)}
         for record in self.graphs:
             for stage, seconds in record.seconds.items():
                 total[stage] = total.get(stage, 0.0) + seconds
         return total
+
+
+def _title(number: int, table: SiteTable) -> str:
+    """What is told of a graph while it is compiled."""
+    phases = sorted({site.phase.value for site in table})
+    return f"graph {number} ({' and '.join(phases)}, {len(table.sites)} layers)"
 
 
 class _Refusal:
@@ -167,21 +176,6 @@ def _refuse_training(table: SiteTable) -> None:
                 where=f"{site.name}, {site.source}",
                 hint="call the model under torch.no_grad() or torch.inference_mode(), as generate() does",
             )
-
-
-def _frames_compiled() -> int:
-    from torch._dynamo.utils import compilation_time_metrics as metrics
-
-    return len(metrics.get("_compile.compile_inner", []))
-
-
-def _capture_seconds(graphs: list[GraphRecord]) -> float:
-    """Dynamo's own time for tracing the frames of these graphs, the backend's share taken out."""
-    from torch._dynamo.utils import compilation_time_metrics as metrics
-
-    frames = metrics.get("_compile.compile_inner", [])
-    whole = sum(frames[at] for at in {record.frame for record in graphs} if at < len(frames))
-    return whole - sum(sum(record.seconds.values()) for record in graphs) if whole else 0.0
 
 
 def backend(

@@ -5,11 +5,14 @@ KVPassError                  what, where (site and source line), what to do
 ├── ModelError               what was given is no model, or no program
 ├── DeclinedError            strict=True and a site cannot be rewritten
 ├── TrainingError            K or V requires grad, or the model is in train mode
+├── RecompileError           the model was compiled again and again, or ran uncompiled
 ├── CacheError               a cache was used in a way that compressed state cannot follow
 │   ├── ForeignCacheError    keys and values that kvpass did not make
 │   ├── ShellDataError       the NaN stand-in of a compressed cache was read as data
 │   └── StaleCacheError      a cache that another branch has advanced, or that was cropped
 └── VerificationError        verify=True found a site whose rewrite disagrees with the model
+
+NothingRewritten (a warning) said once for a model in which there is nothing to rewrite.
 """
 
 from __future__ import annotations
@@ -18,7 +21,11 @@ from enum import StrEnum
 
 
 class KVPassError(RuntimeError):
-    """Base of all errors of kvpass: one line what, one line where, one line what to do."""
+    """Base of all errors of kvpass: one line what, one line where, one line what to do.
+
+    Attributes:
+        what, where, hint: those lines; `where` is a site and a source line of the model, or a file; "" if unknown.
+    """
 
     def __init__(self, what: str, *, where: str = "", hint: str = "") -> None:
         self.what, self.where, self.hint = what, where, hint
@@ -42,6 +49,10 @@ class TrainingError(KVPassError):
     pass
 
 
+class RecompileError(KVPassError):
+    pass
+
+
 class CacheError(KVPassError):
     pass
 
@@ -62,8 +73,12 @@ class VerificationError(KVPassError):
     pass
 
 
+class NothingRewritten(UserWarning):
+    """A compiled model has run, and there was no cache in it that kvpass rewrites."""
+
+
 class Reason(StrEnum):
-    """Stable codes for why a site stays dense; the value is the code, `.hint` says what a user can do."""
+    """Stable codes for why a site stays dense; the value is the code."""
 
     UNSUPPORTED_ATTENTION = "UNSUPPORTED_ATTENTION"
     UNSUPPORTED_UPDATE = "UNSUPPORTED_UPDATE"
@@ -85,9 +100,11 @@ class Reason(StrEnum):
     KEY_VALUE_MISMATCH = "KEY_VALUE_MISMATCH"
     DTYPE = "DTYPE"
     INDEXER = "INDEXER"
+    AUTOCAST = "AUTOCAST"
 
     @property
     def hint(self) -> str:
+        """What a user can do."""
         return HINTS[self]
 
     @property
@@ -122,4 +139,6 @@ HINTS = {
     Reason.KEY_VALUE_MISMATCH: "keys and values must be cached in the same way",
     Reason.DTYPE: "keys, values and queries must share float32, bfloat16 or float16",
     Reason.INDEXER: "nothing to do: keys of a sparse indexer choose what another attention may see; they stay dense",
+    Reason.AUTOCAST: "call the model outside of torch.autocast; to compute in half precision, load or convert it in "
+    "that dtype before compiling: model.to(torch.bfloat16)",
 }

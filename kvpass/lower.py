@@ -15,15 +15,16 @@ from torch import fx
 from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 
 from kvpass.emit import Emitter
+from kvpass.match.angles import angle_nodes
 from kvpass.match.calls import example, is_metadata
 from kvpass.match.dataflow import flat_outputs
-from kvpass.match.extract import function_of
+from kvpass.match.extract import function_of, functions_of
 from kvpass.match.nearby import taken_out
-from kvpass.match.rope import unrounded
 from kvpass.match.shapes import shape_of
 from kvpass.match.symbols import SizeReader, free_size
 from kvpass.plan import Plan, SitePlan
 from kvpass.runtime.bind import Binding
+from kvpass.runtime.turning import Angles, Positions
 from kvpass.site import Half, Site, Update
 from kvpass.terms import CacheForm, Phase
 
@@ -70,7 +71,7 @@ class _Lowering:
         self.states: dict[Any, list[Any]] = {}
         self.values: dict[Any, Any] = {}
         self.masks: dict[Any, fx.Node] = {}
-        self.angles: dict[Any, tuple[Callable[[Sequence[Any]], Any], ...]] = {}
+        self.angles: dict[Any, Angles] = {}
         self.marks = self._marks_input(plan.sites[0].site) if any(one.rule.marked for one in plan.sites) else None
         self.position = self._position_input() if any(_is_buffered(one.site) for one in plan.sites) else None
 
@@ -240,16 +241,18 @@ class _Lowering:
             return None
         return _heads_and_entries(site.key), _heads_and_entries(site.value)
 
-    def _angles(self, planned: SitePlan) -> tuple[Callable[[Sequence[Any]], Any], ...]:
-        """Cosines and sines of a call of several tokens as functions of the graph's inputs."""
+    def _angles(self, planned: SitePlan) -> Angles | None:
+        """Cosines and sines of a call as functions of the graph's inputs, and of other positions."""
         found = planned.key_rotation
-        if found is None or planned.site.phase is Phase.DECODE:
-            return ()
+        if found is None or planned.key_positions is None:
+            return None
         key = found.cos, found.sin
         if key not in self.angles:  # layers share them
-            parts = [function_of(self.original, unrounded(angle)) for angle in key]
-            whole = [lambda args, part=part: torch.cat([part(args)] * 2, -1) for part in parts]
-            self.angles[key] = tuple(whole if found.halved else parts)
+            gm, nodes, (candidates, table) = self.original, angle_nodes(found), planned.key_positions
+            if planned.site.phase is Phase.DECODE and planned.site.key.update.form is not CacheForm.BUFFER:
+                candidates = []  # a first call has shown the step; into a buffer, this may be it
+            positions = [Positions(function_of(gm, n), functions_of(gm, nodes, n), table) for n in candidates]
+            self.angles[key] = Angles(functions_of(gm, nodes), found.halved, tuple(positions))
         return self.angles[key]
 
     def _start(self, start: Any) -> Callable[[Sequence[Any]], Any]:

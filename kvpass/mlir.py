@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ def export_mlir(
 
     Args:
         program: of `kvpass.rewrite`, or its `.program`.
+        path: of the file that is written.
         dialect: `torch`, or `linalg` (linalg on tensors with arith, math and tensor).
         ops: `inline`: each kvpass op as its plain torch decomposition, so that nothing of kvpass is left. `custom`:
             kept by name, in torch as `torch.operator "torch.kvpass.decode_step"`, in linalg as a call of a private
@@ -90,7 +92,9 @@ def _decomposed(fx: Any, program: ExportedProgram, ours: dict[Any, Any]) -> Expo
     """In ops that torch-mlir knows. It knows no strides that depend on a size: an empty tensor needs none."""
     from kvpass.exported import any_size
 
-    with any_size():
+    with any_size(), warnings.catch_warnings():
+        # torch copies tree specs in a way that it has itself deprecated
+        warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
         result: ExportedProgram = program.run_decompositions({**fx.get_decomposition_table(), **ours})
     graph = result.graph
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.empty_strided.default):

@@ -13,8 +13,10 @@ import torch
 from torch import fx
 
 from kvpass.errors import PolicyError
-from kvpass.kernels.rule import ASIDE, HELD, MARK, PLACE, WEIGHT, Rule
+from kvpass.kernels.rule import ASIDE, HELD, MARK, NUMBER, PLACE, WEIGHT, Rule
+from kvpass.match.angles import positions_of
 from kvpass.match.calls import call_name, example, operand
+from kvpass.match.miss import Miss
 from kvpass.match.output_projection import OutputProjection, output_projection
 from kvpass.match.projections import block_input
 from kvpass.match.rope import Rotation, rotation, unrounded
@@ -78,6 +80,18 @@ class SitePlan:
         # angles of half precision are too coarse to tell one position from the next
         return found if found is None or example(unrounded(found.cos)).dtype is torch.float32 else None
 
+    @cached_property
+    def key_positions(self) -> tuple[list[fx.Node], bool] | None:
+        """Nodes that may be the positions that new keys are rotated by, and whether they are looked up in a table; None
+        if the angles cannot be computed from the graph's inputs: they depend on what the graph itself changes.
+        """
+        if self.key_rotation is None:
+            return None
+        try:
+            return positions_of(self.key_rotation, self.site.dims["S"])
+        except Miss:
+            return None
+
     @property
     def windowed(self) -> bool:
         """Whether the scorer reads the rows of the observation window."""
@@ -86,7 +100,7 @@ class SitePlan:
     @property
     def arrives(self) -> bool:
         """Whether a generated token's slot starts with more than zeros."""
-        return bool({HELD, WEIGHT, MARK, PLACE} & set(self.rule.stats))
+        return bool({HELD, WEIGHT, MARK, PLACE, NUMBER} & set(self.rule.stats))
 
 
 @dataclass(frozen=True)
@@ -182,7 +196,10 @@ def _unmet(planned: SitePlan) -> Iterator[tuple[bool, str, str]]:
     yield "queries" in rule.reads and planned.rotation is None, f"{asked}with entry i + D / 2)", fix
     unfound = rule.reindex and site.phase is not Phase.DECODE and planned.key_rotation is None
     asked = "turns keys to new positions, and none of the usual rotation was found (float32, RoPE over whole heads, "
-    yield unfound, f"{asked}entry i with entry i + D / 2)", "set positions: kept"
+    fix = "choose a policy with positions: kept, e.g. streaming_llm"
+    yield unfound, f"{asked}entry i with entry i + D / 2)", fix
+    changing = rule.reindex and site.phase is not Phase.DECODE and planned.key_positions is None
+    yield changing, "turns keys to new positions, but this model changes its rotary frequencies with the length", fix
     asked, fix = "shares the budget out over layers, but this graph holds one", "set allocate.layers: uniform"
     over_layers = bool(rule.taper) or rule.spread in ("model", "preference")
     yield over_layers and rule.layers < 2, asked, f"avoid graph breaks between layers, or {fix}"

@@ -1,129 +1,100 @@
-"""What a cache holds and why: `report`, `inspect` and `explain`."""
+"""What a cache holds and why: `report` and `inspect`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from kvpass.errors import CacheError
+from kvpass.holdings import Holdings, Part, holdings, stores
 from kvpass.kernels.ragged import even
-from kvpass.runtime.shell import attached, find
+from kvpass.kernels.rule import SEEN
+from kvpass.report_text import report_text
+from kvpass.runtime.shell import attached
 from kvpass.runtime.store import SlotStore
-
-DEEPEST = 8
-"""Steps from a cache to its tensors: attributes, entries."""
-
-NO_CACHES = {*vars(torch.nn.Module()), "kvpass"}
-"""Attributes of a module that hold weights, hooks, and the records of compiled graphs."""
-
-
-def stores(cache: Any) -> list[SlotStore]:
-    """Every store that rides in a cache object: HF caches, nested tuples, lists and dicts, or modules with cache
-    attributes.
-    """
-    found: dict[int, SlotStore] = {}
-    for tensor in _tensors(cache):
-        for store in (find(tensor), *attached(tensor)):
-            if store is not None:
-                found.setdefault(id(store), store)
-    return sorted(found.values(), key=lambda s: s.layer)
-
-
-def _tensors(cache: Any) -> Iterator[torch.Tensor]:
-    """Tensors in an object, nearest first; modules in modules are one step, however deep they lie."""
-    seen: set[int] = set()
-    level, depth = [cache], 0
-    while level and depth <= DEEPEST:
-        parts: list[Any] = []
-        for value in level:
-            if id(value) in seen or isinstance(value, (str, bytes, int, float, type, type(None))):
-                continue
-            seen.add(id(value))
-            if isinstance(value, torch.Tensor):
-                yield value
-            else:
-                parts += _parts(value)
-        level, depth = parts, depth + 1
-
-
-def _parts(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        return list(value.values())
-    if isinstance(value, (list, tuple, set)):
-        return list(value)
-    if isinstance(value, torch.nn.Module):
-        own = [part for module in value.modules() for name, part in vars(module).items() if name not in NO_CACHES]
-        return [*value.buffers(), *own]
-    return list(getattr(value, "__dict__", {}).values())
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a cache holds. `str()` is a table, `to_dict()` plain data."""
+    """What a cache holds. `str()` is a table, `to_dict()` the plain `data`."""
 
     data: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Keys: policy, budget, tokens, bytes and dense_bytes (of K and V), overhead_bytes, sites, declined, and
-        caller_bytes: of full-length buffers that the caller allocated, and that only the caller can free.
+        """Plain data, every row of it.
+
+        Keys:
+            policy, budget: of who made the cache.
+            tokens: seen so far, padding included; None where nothing is compressed.
+            bytes, dense_bytes: held by all keys, values and states of the cache, and by those of an unmodified one.
+            slot_bytes, overhead_bytes: of keys and values in slots; of their positions and statistics (not in `bytes`).
+            caller_bytes: of full-length buffers that the caller allocated, and that only the caller can free.
+            sites: compressed ones. dense: what else holds keys, values or states.
+            declined: sites that stay dense, and why.
+            why: why less was evicted than the budget says, in words; "" if it was not.
+            proof: `calls` made on this cache; keys `evicted` (summed over layers, rows and KV heads) of those `seen`;
+            `freed` bytes; `outside`: how often slots were changed after a call, outside the compiled graph.
         """
         return self.data
 
     def __str__(self) -> str:
-        d = self.data
-        share = d["bytes"] / d["dense_bytes"] if d["dense_bytes"] else 0.0
-        held = f"{_size(d['bytes'])} of {_size(d['dense_bytes'])} dense KV ({share:.1%})"
-        extra = f"plus {_size(d['overhead_bytes'])} of positions and statistics, after {d['tokens']} tokens"
-        head = f"  {'layer':>5} {'site':40} {'slots':>7} {'live':>11} {'KV':>10} {'dense':>10}"
-        lines = [f"policy {d['policy']}, budget {d['budget']}: {held}, {extra}"]
-        if d["caller_bytes"]:
-            lines.append(f"  {_size(d['caller_bytes'])} more in full-length buffers that only the caller can free")
-        lines.append(head)
-        lines += [_row_text(s) for s in d["sites"]]
-        for x in d["declined"]:
-            lines.append(f"  dense {x['site']}: {x['reason']} at {x['node']} ({x['source']}); {x['hint']}")
-        return "\n".join(lines)
+        return report_text(self.data)
 
 
 def report(cache: Any) -> Report:
-    """Bytes, slots and declined sites of a cache that a kvpass-compiled model returned.
+    """Bytes, slots and declined sites of a cache that a kvpass-compiled model returned: of all of it, with what is left
+    dense and what the caller allocated.
 
     Args:
-        cache: `past_key_values`, a tuple cache, or a module that holds its cache in attributes.
+        cache: `out.cache` (`out.past_key_values` before transformers 5.24), a model's whole output, a tuple cache, or a
+            module that holds its cache in attributes.
 
     Raises:
-        CacheError: no compressed cache in it.
+        CacheError: no kvpass-compiled model made it.
     """
-    found = _some(cache)
-    sites = [_site_row(store) for store in found]
-    origin = found[0].origin
-    total = {key: sum(row[key] for row in sites) for key in ("bytes", "dense_bytes", "overhead_bytes")}
-    declined = list({d["site"]: d for store in found for d in store.origin.declined}.values())
-    tokens = max(store.tokens for store in found)
+    found = holdings(cache)
+    if not found.stores and found.left is None:
+        raise _not_ours(cache)
+    sites = [_site_row(store) for store in found.stores]
+    slots, dense_sites, overhead = (
+        sum(row[key] for row in sites) for key in ("bytes", "dense_bytes", "overhead_bytes")
+    )
+    callers, dense = (sum(part.bytes for part in parts) for parts in (found.buffers, found.dense))
+    origins = [store.origin for store in found.stores] or [o for o in (found.left,) if o is not None]
     return Report(
         {
-            "policy": origin.policy,
-            "budget": origin.budget,
-            "tokens": tokens,
-            **total,
-            "caller_bytes": _caller_bytes(cache),
+            "policy": origins[0].policy,
+            "budget": origins[0].budget,
+            "tokens": max((store.tokens for store in found.stores), default=None),
+            "bytes": slots + dense + callers,
+            "dense_bytes": dense_sites + dense + _unused(found),
+            "slot_bytes": slots,
+            "overhead_bytes": overhead,
+            "caller_bytes": callers,
             "sites": sites,
-            "declined": declined,
+            "dense": _dense_rows(found.dense),
+            "declined": list({d["site"]: d for origin in origins for d in origin.declined}.values()),
+            "why": _why(found.stores),
+            "proof": _proof(found.stores, dense_sites - slots - callers),
         }
     )
 
 
-def _caller_bytes(cache: Any) -> int:
-    """Bytes of buffers that stand for stores. A shell stands for one too, over a storage of one element."""
-    sizes = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-        for t in _tensors(cache)
-        if attached(t) and t.untyped_storage().nbytes() > t.element_size()
-    }
-    return sum(sizes.values())
+def _unused(found: Holdings) -> int:
+    """Bytes of the caller's buffers that are none of the stores': other layers or rows of the same memory."""
+    stores = {id(store): store for part in found.buffers for store in attached(part.tensor)}
+    return max(0, sum(part.bytes for part in found.buffers) - sum(store.dense_bytes for store in stores.values()))
+
+
+def _not_ours(cache: Any) -> CacheError:
+    return CacheError(
+        f"no kvpass-compiled model made this {type(cache).__name__}",
+        hint="pass the cache that a kvpass-compiled model returned (generate with return_dict_in_generate=True); if "
+        "it did, no attention with a cache was found in it: print(kvpass.explain(model, **inputs))",
+    )
 
 
 def _some(cache: Any) -> list[SlotStore]:
@@ -131,8 +102,7 @@ def _some(cache: Any) -> list[SlotStore]:
     if not found:
         raise CacheError(
             f"no compressed cache in this {type(cache).__name__}",
-            hint="pass the past_key_values that a kvpass-compiled model returned "
-            "(generate with return_dict_in_generate=True)",
+            hint="pass the cache that a kvpass-compiled model returned (generate with return_dict_in_generate=True)",
         )
     return found
 
@@ -151,10 +121,46 @@ def _site_row(store: SlotStore) -> dict[str, Any]:
     }
 
 
-def _row_text(s: dict[str, Any]) -> str:
-    live = f"{s['live_min']}..{s['live_max']}" if s["live_min"] != s["live_max"] else str(s["live_max"])
-    sizes = f"{_size(s['bytes']):>10} {_size(s['dense_bytes']):>10}"
-    return f"  {s['layer']:>5} {s['site']:40} {s['slots']:>7} {live:>11} {sizes}"
+def _dense_rows(parts: Sequence[Part]) -> list[dict[str, Any]]:
+    """What lies side by side in one row: the keys and values of a layer."""
+    rows: dict[str, list[Part]] = {}
+    for part in parts:
+        rows.setdefault(part.place, []).append(part)
+    return [
+        {"place": place, "shape": list(some[0].tensor.shape), "bytes": sum(part.bytes for part in some)}
+        for place, some in rows.items()
+    ]
+
+
+def _proof(stores: Sequence[SlotStore], freed: int) -> dict[str, int]:
+    evicted = sum(store.evicted() for store in stores)
+    return {
+        "calls": max((store.calls for store in stores), default=0),
+        "evicted": evicted,
+        "seen": evicted + sum(int(store.live().sum()) for store in stores),
+        "freed": max(0, freed),
+        "outside": sum(store.outside for store in stores),
+    }
+
+
+def _why(stores: Sequence[SlotStore]) -> str:
+    """Why a cache holds more than its budget says, or everything."""
+    rules = [(store.rule, int(store.state[4][..., SEEN].max())) for store in stores]
+    shares = [(rule, seen) for rule, seen in rules if rule.evicts and not rule.slots]
+    floors = {rule.floor for rule, seen in shares if rule.floor * rule.den > seen * rule.num}
+    if floors:
+        slots = " or ".join(map(str, sorted(floors)))
+        return (
+            f"more than the budget: however few tokens there are, each KV head keeps {slots} slots (min_slots), "
+            "and up to 2.5 % are free to grow into"
+        )
+    if any(store.evicted() for store in stores) or not stores:
+        return ""
+    if not any(rule.evicts for rule, _ in rules):
+        return "this policy keeps everything"
+    if all(rule.slots >= seen for rule, seen in rules if rule.slots):
+        return "the budget has room for every token so far"
+    return "this policy has not evicted yet: it waits for more tokens, or for another call"
 
 
 @dataclass(frozen=True)
@@ -162,9 +168,10 @@ class LayerView:
     """Live slots of one site. `C` here is the largest live count; shorter heads are filled up.
 
     Attributes:
+        name: of the site.
         positions: `[B, Hkv, C]` int64, ascending, -1 = empty (at the end).
         scores: `[B, Hkv, C]` float32, higher = keep, before protection; NaN where empty.
-        keys, values: `[B, Hkv, C, D]`, zero where empty.
+        keys, values: `[B, Hkv, C, D]` and `[B, Hkv, C, Dv]` in the cache's dtype, zero where empty.
         bytes: bytes of allocated K and V slots.
     """
 
@@ -178,13 +185,18 @@ class LayerView:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Copies of the live slots of a cache, by layer."""
+    """Copies of the live slots of a cache.
+
+    Attributes:
+        layers: of each site, in the order of the model's layers.
+    """
 
     layers: list[LayerView] = field(default_factory=list)
 
 
 def inspect(cache: Any) -> Inspection:
-    """Look into a compressed cache: positions, scores, keys and values of the live slots (copies).
+    """Look into a compressed cache: positions, scores, keys and values of the live slots (copies) of a `cache` as
+    for `report`.
 
     Raises:
         CacheError: no compressed cache in it.
@@ -193,7 +205,7 @@ def inspect(cache: Any) -> Inspection:
 
 
 def _layer_view(store: SlotStore) -> LayerView:
-    from kvpass.kernels.scores import slot_scores
+    from kvpass.kernels.scores import newest, slot_scores
 
     k, v, pos, stats = _as_host(store, *even(store.state)[:4])
     c = int(store.live().max())
@@ -201,7 +213,8 @@ def _layer_view(store: SlotStore) -> LayerView:
     order = torch.where(pos >= 0, pos.long(), far).argsort(dim=-1)[..., :c]
     positions = pos.gather(-1, order).long()
     empty = positions < 0
-    scores = slot_scores(stats, pos, store.rule, store.tokens - 1).gather(-1, order).masked_fill(empty, float("nan"))
+    scores = slot_scores(stats, pos, store.rule, newest(store.state[4])).gather(-1, order)
+    scores = scores.masked_fill(empty, float("nan"))
     keys, values = (
         t.gather(2, order[..., None].expand(-1, -1, -1, t.shape[-1])).masked_fill(empty[..., None], 0) for t in (k, v)
     )
@@ -218,11 +231,3 @@ def _as_host(store: SlotStore, *state: torch.Tensor) -> tuple[torch.Tensor, ...]
         return *k.split((dim, wide), dim=-1), pos, stats
     k, v = (t.squeeze(1).unflatten(-1, (heads, -1)).transpose(1, 2) for t in (k, v))
     return k, v, pos.expand(-1, heads, -1), stats.expand(-1, -1, heads, -1)
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"

@@ -34,6 +34,7 @@ class Rewritten:
             length so far), then five state tensors for each site (docs/export.md).
         outputs: names of its outputs in order: the original ones that are no cache, then the new state.
         plan, table: what was decided, what was found.
+        bindings: of each site, in order: rule, dtype and device of its state.
     """
 
     graph_module: fx.GraphModule

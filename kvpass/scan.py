@@ -11,9 +11,10 @@ from torch import fx
 from kvpass.errors import Reason
 from kvpass.match.aliases import changed
 from kvpass.match.attended import PARTS
-from kvpass.match.calls import argument, call_name, is_metadata, module_path, operand
+from kvpass.match.calls import argument, call_name, is_metadata, operand
 from kvpass.match.dataflow import Flow
 from kvpass.match.miss import Miss
+from kvpass.match.module_names import module_path
 from kvpass.match.nearby import home_of
 from kvpass.match.views import chain_scale, is_front, is_tiled, read_layout, walk_up
 from kvpass.mixed_sites import Mixing, find_mixing, join_mixed

@@ -18,10 +18,13 @@ from kvpass.terms import CacheForm, Layout, MaskKind, Phase
 
 @dataclass(frozen=True)
 class Term:
-    """One part of a mask: `node` broadcasts to the logits, whose axes are `axes` where it is applied.
+    """One part of a mask.
 
     Attributes:
+        node: a value that broadcasts to the logits.
         kind: added to the logits (times `factor`), or bool: True is kept, or True is hidden.
+        axes: of the logits where it is applied, by letter (see `Axes`).
+        factor: that an added part is multiplied by.
     """
 
     node: fx.Node
@@ -32,8 +35,11 @@ class Term:
 
 @dataclass(frozen=True)
 class Axes:
-    """Axis order of a core's operands by letter: `S` queries, `T` keys, `D` head dimension, `G` query heads of one KV
-    head, `N` sequences and heads in one axis.
+    """Axis order of a core's operands by letter: `B` sequences, `H` heads, `S` queries, `T` keys, `D` head dimension,
+    `G` query heads of one KV head, `N` sequences and heads in one axis.
+
+    Attributes:
+        q, k, v, out: of the queries, keys, values and the attention's output.
     """
 
     q: str = "BHSD"
@@ -68,9 +74,20 @@ class Core:
     """An attention core in normal form: `softmax(cap(q k^T * scale) + terms) v`, where `cap(x) = softcap * tanh(x /
     softcap)` (0: none) and `sinks` are logits that only the softmax's denominator sees.
 
-    `k` and `v` are the operands as the core reads them, before any view is looked through. `pattern` names who found
-    it, `inner` are the nodes between the operands and `node`. With `latent`, `k` are latents and `v` rotated keys, and
-    keys and values are made from them. `tiled`: query head h reads KV head `h % Hkv`, not `h // group`.
+    Attributes:
+        node: the attention's last node.
+        q, k, v: operands as the core reads them, before any view is looked through; float32, bfloat16 or float16, with
+            the axes that `axes` names.
+        terms: the parts of the mask, in the order in which they are applied.
+        scale: that q k^T is multiplied by.
+        causal: whether a causal mask comes on top (`is_causal` of SDPA).
+        pattern: who found it.
+        axes: order of the operands' axes.
+        softcap: 0.0 for none.
+        sinks: a node [Hq] of logits, or None.
+        inner: nodes between the operands and `node`, which are taken out of the graph with it.
+        latent: set if `k` are latents and `v` rotated keys, and keys and values are made from them.
+        tiled: query head h reads KV head `h % Hkv`, not `h // group`.
     """
 
     node: fx.Node
@@ -96,12 +113,18 @@ class Core:
 
 @dataclass(frozen=True)
 class Update:
-    """A cache update: `node` is the value that becomes the cache, `new` this call's keys or values, `past` the graph
-    input it grows.
+    """A cache update.
 
     Attributes:
-        write: the node that writes into a buffer; `start` is where: an index tensor, or the first place (a number or
-            its node); `path` the buffer's place in a stack of buffers.
+        node: the value that becomes the cache.
+        new: this call's keys or values.
+        past: the graph input that they are appended to or written into; None in a first call.
+        axis: along which they are appended; None if the call's tokens are the cache.
+        form: how it is spelled.
+        pattern: who found it.
+        write: the node that writes into a buffer; None for other forms.
+        start: where it writes: an index tensor, or the first place (a number or its node).
+        path: the buffer's place in a stack of buffers.
     """
 
     node: fx.Node

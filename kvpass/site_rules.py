@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from kvpass.errors import Reason
+from kvpass.match.autocast import autocast_of
 from kvpass.match.calls import example, is_input, is_metadata, operand, source_line
 from kvpass.match.dataflow import Flow
 from kvpass.match.miss import Miss
@@ -41,6 +42,9 @@ def check_site(site: Site) -> None:
     Miss: core and updates do not belong together, or ask for something that the ops do not do.
     """
     core, dims = site.core, site.dims
+    cast = autocast_of(core.node)
+    if cast is not None:
+        raise Miss(Reason.AUTOCAST, core.node, cast)
     if site.mixed is None:
         _check_heads(site)
     dtypes = {example(half.update.new).dtype for half in (site.key, site.value)}

@@ -8,10 +8,12 @@ from torch import fx
 
 from kvpass.errors import Reason
 from kvpass.match.attended import attended_by
-from kvpass.match.calls import argument, call_name, module_path, source_line
+from kvpass.match.autocast import autocast_of
+from kvpass.match.calls import argument, call_name, source_line
 from kvpass.match.dataflow import Flow
 from kvpass.match.indexer import choice_below
 from kvpass.match.miss import Miss
+from kvpass.match.module_names import module_path
 from kvpass.match.nearby import whole
 from kvpass.match.shapes import normal_dim, same, shape_of
 from kvpass.near import near_misses
@@ -91,6 +93,9 @@ def changes_of(flow: Flow, cache: fx.Node, bases: list[fx.Node]) -> Miss | None:
 
 
 def decline(node: fx.Node, miss: Miss, near: tuple[str, ...] = ()) -> Decline:
-    """A refused core or cache for people."""
+    """A refused core or cache for people. What autocast turns into another dtype fits no pattern: that is the cause."""
+    cast = None if miss.reason.by_choice else autocast_of(node)
+    if cast is not None:
+        miss = Miss(Reason.AUTOCAST, node, cast)
     name, source = module_path(node) or node.name, source_line(miss.node) or source_line(node)
     return Decline(name, miss.reason, miss.node.name, source, miss.detail, miss.pattern, near, miss.hint)

@@ -57,8 +57,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class PatternSet:
-    """Cores and updates are tried on every node; `refused`, then `returned`, only on values that a core reads;
-    `expanded` on every core. The first that takes a node has it.
+    """The recognisers of a compilation. Of each kind, the first that takes a node has it.
+
+    Attributes:
+        cores: spellings of attention, tried on every node.
+        updates: spellings of a cache update, tried on every node.
+        returned: an update that is seen only by its value being read and returned; tried on values that a core reads.
+        refused: caches that must stay dense; tried before `returned`, on the same values.
+        expanded: tried on every core.
     """
 
     cores: tuple[CorePattern, ...]

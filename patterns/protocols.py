@@ -33,7 +33,11 @@ class CorePattern(Protocol):
 
 
 class UpdatePattern(Protocol):
-    """Recognises a spelling of a cache update."""
+    """Recognises a spelling of a cache update.
+
+    Attributes:
+        name: shown in tables and reports.
+    """
 
     @property
     def name(self) -> str: ...
@@ -47,19 +51,29 @@ class UpdatePattern(Protocol):
 
 
 class RefusedPattern(Protocol):
-    """Recognises a cache that must stay dense. Tried on values that a core reads and that no update explains."""
+    """Recognises a cache that must stay dense. Tried on values that a core reads and that no update explains.
+
+    Attributes:
+        name: shown in tables and reports.
+    """
 
     @property
     def name(self) -> str: ...
 
     def match(self, base: fx.Node, flow: Flow) -> None:
-        """Raises:
-        Miss: it is such a cache.
+        """Look at a value that a core reads.
+
+        Raises:
+            Miss: it is such a cache.
         """
 
 
 class Expansion(Protocol):
-    """Turns a core over values made from a cache into one over the cache itself."""
+    """Turns a core over values made from a cache into one over the cache itself.
+
+    Attributes:
+        name: shown in tables and reports.
+    """
 
     @property
     def name(self) -> str: ...

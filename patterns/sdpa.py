@@ -60,8 +60,10 @@ class SdpaCore:
 
 
 def check_operands(node: fx.Node, q: fx.Node, k: fx.Node, v: fx.Node) -> None:
-    """Raises:
-    Miss: LAYOUT or DTYPE.
+    """What every core asks of its operands: four axes, a constant head dimension, one floating dtype.
+
+    Raises:
+        Miss: LAYOUT or DTYPE.
     """
     for operand in (q, k, v):
         if len(shape_of(operand)) != 4:
@@ -74,7 +76,7 @@ def check_operands(node: fx.Node, q: fx.Node, k: fx.Node, v: fx.Node) -> None:
 
 
 def mask_terms(mask: fx.Node | None) -> tuple[Term, ...]:
-    """An SDPA's mask in normal form."""
+    """An SDPA's mask in normal form: none, one that is added, or a bool one in which True is kept."""
     if mask is None:
         return ()
     return split_choices((Term(mask, MaskKind.KEEP if example(mask).dtype == torch.bool else MaskKind.ADD),))

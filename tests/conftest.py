@@ -1,7 +1,8 @@
-"""Every test starts from the same seed and an empty Dynamo, and never asks the network."""
+"""Every test starts from the same seed and an empty Dynamo, never asks the network, and uses nothing deprecated."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import types
@@ -17,6 +18,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 for name in (
     "oracle",
     "models",
+    "gpu",
 ):  # not tests/ on sys.path: its folders kvpass and kernels would shadow the real ones
     package = types.ModuleType(name)
     package.__path__ = [str(ROOT / "tests" / name)]
@@ -28,6 +30,33 @@ import torch  # noqa: E402
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # workers share the cores
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+
+class Deprecations(logging.Handler):
+    """What transformers logs about names of ours that will go; pyproject.toml turns the warnings of others into errors.
+    It logs each only once in a process."""
+
+    said: list[str]
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.said = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if "deprecated" in text:
+            self.said.append(text)
+
+
+DEPRECATIONS = Deprecations()
+logging.getLogger("transformers").addHandler(DEPRECATIONS)
+
+
+@pytest.fixture(autouse=True)
+def nothing_deprecated() -> Iterator[None]:
+    DEPRECATIONS.said.clear()
+    yield
+    assert not DEPRECATIONS.said, "a name that will go; for the cache, say it by examples/spelling.py"
 
 
 @pytest.fixture(autouse=True)

@@ -50,16 +50,31 @@ ARROWS = {
     "emit_masks": {"emit_nodes", "emit_heads", "site", "match"} | WORDS,
     "emit_heads": {"emit_nodes", "site", "match"} | WORDS,
     "emit_nodes": {"ops", "site", "match"} | WORDS,
-    "lower": {"emit", "plan", "site", "match", "runtime.bind"} | WORDS,
+    "lower": {"emit", "plan", "site", "match", "runtime.bind", "runtime.turning"} | WORDS,
     "verify": {"plan", "lower", "match"} | WORDS,
     "isolate": {"site", "match"} | WORDS,
     "check_sites": {"isolate", "plan", "lower", "site", "match", "runtime", "ops", "kernels"} | WORDS,
-    "inner": WORDS,
+    "region_form": {"match"} | WORDS,
+    "regions": {"region_form", "match"} | WORDS,
+    "stitch": {"regions", "region_form", "match"} | WORDS,
+    "progress": {"debug", "match"} | WORDS,
+    "inner": {"regions", "stitch", "progress"} | WORDS,
     "arguments": {"inner", "patterns"} | WORDS,
+    "graphs": {"plan", "site"} | WORDS,
     "debug": {"debug", "plan", "site", "lower", "match"} | WORDS,
-    "reporting": {"runtime", "kernels.scores", "kernels.ragged"} | WORDS,  # inspect() shows scores
-    "explaining": {"arguments", "twin", "policy", "site", "scan", "plan", "patterns", "match"} | WORDS,
-    "compiled": {"arguments", "compiler", "policy", "errors", "twin", "patterns"},  # patterns: a type
+    "reporting": {"holdings", "report_text", "runtime", "kernels.scores", "kernels.ragged", "kernels.rule"} | WORDS,
+    "holdings": {"runtime"} | WORDS,
+    "report_text": set(),
+    "next_step": set(),
+    "explaining": {"arguments", "dynamo", "facade", "next_step", "twin"}
+    | {"policy", "site", "scan", "plan", "patterns", "match"}
+    | WORDS,
+    "compiled": {"arguments", "compiler", "compilation", "facade", "policy", "errors", "patterns"},  # patterns: a type
+    "compilation": {"compiler", "dynamo", "facade", "runtime"} | WORDS,
+    "facade": {"compilation", "unserved"} | WORDS,  # the two are one object's halves
+    "dynamo": {"progress"} | WORDS,
+    "unserved": {"policy"} | WORDS,
+    "dense": {"match", "site"} | WORDS,
     "twin": set(),
     "pure": {"ops", "kernels"},
     "standalone": {"lower", "pure", "ops", "match", "runtime.bind"} | WORDS,

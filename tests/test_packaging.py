@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import email
+import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -35,18 +39,25 @@ def run(*command: str, **kwargs: object) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy of the sources: no leftovers get in, none are made."""
-    folder = tmp_path_factory.mktemp("wheel")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of wheel and sdist, built from a copy of the sources as README says: no leftovers get in, none are
+    made.
+    """
+    folder = tmp_path_factory.mktemp("built")
     source = folder / "source"
     for room in ROOMS:
         shutil.copytree(ROOT / room, source / room, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    pip = (sys.executable, "-P", "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation")
-    run(*pip, "-w", str(folder), str(source), cwd=folder)
-    (built,) = folder.glob("*.whl")
-    return built
+    build = (sys.executable, "-P", "-m", "build", "--no-isolation", "--outdir", str(folder))
+    run(*build, "--wheel", "--sdist", str(source), cwd=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> Path:
+    (wheel,) = built.glob("*.whl")
+    return wheel
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +68,17 @@ def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+def lent() -> list[str]:
+    """Where the dependencies of this environment are; its .pth files are not read there."""
+    torch = importlib.util.find_spec("torch")
+    assert torch is not None
+    assert torch.origin is not None
+    return [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), str(Path(torch.origin).parent.parent)]
+
+
 def outside(site: Path, *command: str) -> str:
     """Runs Python on the installed wheel: `-S` so that no editable install's .pth file is read."""
-    paths = [str(site), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), *lent()])}
     return run(sys.executable, "-S", "-P", *command, cwd=site, env=environment)
 
 
@@ -106,6 +124,41 @@ def test_the_wheel_has_the_presets_and_the_licence(wheel: Path):
     presets = {Path(name).stem for name in names if name.startswith("kvpass/policy/presets/")}
     assert {"full", "streaming_llm", "h2o", "tova", "snapkv", "roco"} <= presets
     assert any(name.endswith("/LICENSE") for name in names)
+
+
+def test_wheel_and_sdist_say_that_they_are_typed(built: Path, wheel: Path):
+    assert "kvpass/py.typed" in zipfile.ZipFile(wheel).namelist()
+    (sdist,) = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as names:
+        inside = {name.split("/", 1)[-1] for name in names.getnames()}
+    assert "kvpass/py.typed" in inside
+    assert {"kernels/rule.py", "patterns/sdpa.py", "kvpass/policy/presets/h2o.yaml", "README.md", "LICENSE"} <= inside
+
+
+def test_the_metadata_is_what_pyproject_and_readme_say(wheel: Path):
+    archive = zipfile.ZipFile(wheel)
+    (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+    said = email.message_from_string(archive.read(name).decode())
+    project = PROJECT["project"]
+    assert (said["Name"], said["Version"], said["License-Expression"]) == ("kvpass", project["version"], "Apache-2.0")
+    assert said["Description-Content-Type"] == "text/markdown"
+    assert said.get_payload().strip() == (ROOT / "README.md").read_text().strip()
+    assert set(said.get_all("Provides-Extra", [])) == set(project["optional-dependencies"])
+    assert said.get_all("Classifier", []) == project["classifiers"]
+    needed = [line for line in said.get_all("Requires-Dist", []) if "extra ==" not in line]
+    assert {re.split(r"[<>=!~ ;]", line)[0] for line in needed} == {"torch", "networkx", "pydantic", "PyYAML"}
+
+
+def test_a_clean_environment_has_the_command(wheel: Path, tmp_path: Path):
+    """`pip install` into a new virtual environment, whose dependencies are lent by this one."""
+    run(sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "new"))
+    python = tmp_path / "new" / "bin" / "python"
+    pip = (sys.executable, "-P", "-m", "pip", f"--python={python}", "install", "-q", "--no-deps", "--no-compile")
+    run(*pip, str(wheel))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(lent())}
+    where = run(str(python), "-P", "-c", "import kvpass; print(kvpass.__file__)", cwd=tmp_path, env=environment)
+    assert Path(where.strip()).is_relative_to(tmp_path / "new")
+    assert "snapkv" in run(str(tmp_path / "new" / "bin" / "kvpass"), "policies", cwd=tmp_path, env=environment)
 
 
 def test_the_wheel_imports_and_registers_its_backend(site: Path):

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from spelling import cache_of, with_cache
 from transformers import StaticCache
 
 
@@ -66,13 +67,13 @@ class Contender:
         """Reads the prompt into a new cache; the old one is dropped first."""
         self.cache = StaticCache(self.model.config, self.max_length) if self.spec.static else None
         self.said.clear()
-        self.advance(self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1))
+        self.advance(self.model(input_ids=ids, **with_cache(self.model, self.cache), use_cache=True, logits_to_keep=1))
 
     def step(self) -> None:
-        self.advance(self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True))
+        self.advance(self.model(input_ids=self.token, **with_cache(self.model, self.cache), use_cache=True))
 
     def advance(self, out: Any) -> None:
-        self.cache = out.past_key_values
+        self.cache = cache_of(out)
         self.token = out.logits[:, -1:].argmax(-1)
         self.said.append(self.token[:, 0].tolist())
 

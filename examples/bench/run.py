@@ -1,6 +1,7 @@
 """`make bench`: SmolLM2 decoded by Hugging Face's caches and by kvpass', contenders interleaved.
 
     python -P examples/bench/run.py [--cases 1024x1,4096x1,2048x8] [--rounds 30] [--only eager] [--quick] [--scan]
+    python -P examples/bench/run.py --first-token [--quick]
 
 Writes a table (Markdown), the figures (JSON) and a picture (PNG) to examples/bench/results/<date>-<machine>.*
 """
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from workers import progress, run_worker, wide_console
 
-from bench import machine, report, scan
+from bench import first_token, machine, report, scan
 from bench.contenders import SPECS
 
 HERE = Path(__file__).resolve().parent
@@ -47,6 +48,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", default="", help="only contenders whose name has this in it")
     parser.add_argument("--quick", action="store_true", help="one small case, few rounds: does it run at all?")
     parser.add_argument("--scan", action="store_true", help="only: how long the scan of 100 layers takes")
+    parser.add_argument("--first-token", action="store_true", help="only: seconds to the first token, cold and warm")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for the results")
     args = parser.parse_args()
     if args.quick:
@@ -79,6 +81,9 @@ def main() -> None:
     args, started, console = arguments(), time.perf_counter(), wide_console()
     if args.scan:
         scan.main(args.out)
+        return
+    if args.first_token:
+        first_token.main(args.out, args.quick)
         return
     with tempfile.TemporaryDirectory(prefix="kvpass-bench-") as scratch, progress(console) as shown:
         importing = import_seconds()

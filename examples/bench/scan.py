@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from spelling import cache_of, with_cache
 from torch import Tensor, fx, nn
 
 from bench import machine
@@ -74,10 +75,10 @@ def llama() -> Callable[[], Any]:
         num_key_value_heads=KV_HEADS,
     )
     model, ids = LlamaForCausalLM(config).eval(), torch.arange(1, 9)[None]
-    cache = model(ids).past_key_values
+    cache = cache_of(model(ids))
     mask = torch.ones(1, 9, dtype=torch.long)
     mask[0, 0] = 0
-    return lambda: torch.compile(model, backend=_backend)(ids[:, :1], past_key_values=cache, attention_mask=mask)
+    return lambda: torch.compile(model, backend=_backend)(ids[:, :1], **with_cache(model, cache), attention_mask=mask)
 
 
 _GRAPHS: list[fx.GraphModule] = []

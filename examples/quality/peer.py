@@ -26,6 +26,7 @@ import kvpress
 import smollm2
 import torch
 from rich.progress import track
+from spelling import given_cache
 from transformers.utils import logging as transformers_logging
 
 from quality.measure import Lab, measure
@@ -58,14 +59,14 @@ class Pressed:
     def __init__(self, model: Any, press: Any) -> None:
         self.model, self.press = model, press
 
-    def __call__(self, ids: torch.Tensor, past_key_values: Any, logits_to_keep: int) -> Any:
-        start = getattr(past_key_values, "tokens", 0)
-        past_key_values.tokens = start + ids.shape[1]
+    def __call__(self, ids: torch.Tensor, **given: Any) -> Any:
+        cache = given_cache(given)
+        start = getattr(cache, "tokens", 0)
+        cache.tokens = start + ids.shape[1]
         if start == 0:
             with self.press(self.model):
-                return self.model(ids, past_key_values=past_key_values, logits_to_keep=logits_to_keep)
-        positions = torch.arange(start, past_key_values.tokens).expand(len(ids), -1)
-        given = {"past_key_values": past_key_values, "logits_to_keep": logits_to_keep}
+                return self.model(ids, **given)
+        positions = torch.arange(start, cache.tokens).expand(len(ids), -1)
         return self.model(ids, position_ids=positions, **given)
 
 

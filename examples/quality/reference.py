@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from spelling import with_cache
 from transformers import DynamicCache
 
 QUERIES = 16
@@ -42,7 +43,7 @@ def call(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
     The copy is of plain strides and no offset: Dynamo compiles anew for each other layout.
     """
     ids = ids.clone(memory_format=torch.contiguous_format)
-    return model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1].float().log_softmax(-1)
+    return model(ids, **with_cache(model, cache), logits_to_keep=1).logits[:, -1].float().log_softmax(-1)
 
 
 def follow(model: Any, cache: Any, tokens: torch.Tensor) -> torch.Tensor:
@@ -65,7 +66,7 @@ def attention_mass(model: Any, cache: Any, tokens: torch.Tensor) -> torch.Tensor
     length, chosen = cache.get_seq_length(), model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
-        rows = model(tokens, past_key_values=cache, logits_to_keep=1, output_attentions=True).attentions
+        rows = model(tokens, **with_cache(model, cache), logits_to_keep=1, output_attentions=True).attentions
     finally:
         model.set_attn_implementation(chosen)
     prompt = [row[..., :length].float() for row in rows]

@@ -30,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 from workers import wide_console
 
 from kvpass.errors import PolicyError
-from kvpass.policy.check import check_files
+from kvpass.policy.files import check_files
 from kvpass.policy.load import names
 from kvpass.policy.spec import Policy
 from quality import render

@@ -138,6 +138,8 @@ class _Choice(NamedTuple):
     """int32 [B, Hkv, 1]"""
     now: Tensor
     """int32 []"""
+    seen: Tensor
+    """int32 [B, Hkv, 1]: valid tokens, this one too."""
 
 
 def _settled(
@@ -151,7 +153,7 @@ def _settled(
     grows = arrived if not plan.evicts else arrived & (live + 1 <= size)
     grown = live + grows.int()
     if plan.evicts:
-        gone = _victim(stats, _Choice(pos, pos >= 0, size, first, now), plan) & (arrived & ~grows)
+        gone = _victim(stats, _Choice(pos, pos >= 0, size, first, now, seen), plan) & (arrived & ~grows)
         slot = torch.arange(pos.shape[2], dtype=torch.int32, device=pos.device)
         hole = torch.where(gone, slot, 0).amax(-1, keepdim=True)
         free = torch.where(arrived & ~grows, hole, free)
@@ -175,10 +177,9 @@ def _share(size: Tensor, num: int, den: int) -> Tensor:
 
 def _victim(stats: Tensor, choice: _Choice, plan: Rule) -> Tensor:
     """The slot that each head would give up: bool [B, Hkv, C], one True. Lowest score, ties evict the newer."""
-    pos, used, size, first, now = choice
+    pos, used, size = choice.pos, choice.used, choice.size
     score = slot_scores(stats, pos, plan)
-    recent = plan.recent + _share(size, plan.recent_num, plan.recent_den) if plan.recent_num else plan.recent
-    protected = (pos < first + plan.sinks) | (pos > now - recent)
+    protected = _protected(choice, plan)
     if plan.scope_num:
         spread = torch.where(protected, INF, deviations(stats, plan))
         reach = _share(size, plan.scope_num, plan.scope_den) + 1
@@ -187,6 +188,36 @@ def _victim(stats: Tensor, choice: _Choice, plan: Rule) -> Tensor:
     lowest = used & (score == score.amin(-1, keepdim=True))
     newest = torch.where(lowest, pos, -1).amax(-1, keepdim=True)
     return used & (pos == newest)
+
+
+def _protected(choice: _Choice, plan: Rule) -> Tensor:
+    """Slots of the first and of the last tokens: bool [B, Hkv, C]. Where padding stands between tokens positions do not
+    count them; the slots of both windows are all in use, so their ranks do.
+    """
+    pos, used, size, first, now, seen = choice
+    parted = now - first + 1 > seen
+    protected = pos < 0
+    if plan.recent or plan.recent_num:
+        recent = plan.recent + _share(size, plan.recent_num, plan.recent_den)
+        young = torch.where(parted, _nth_largest(pos, used, recent), now - recent + 1)
+        protected = protected | (pos >= young)
+    if plan.sinks:
+        count = used.int().sum(-1, keepdim=True) - plan.sinks
+        old = torch.where(parted, _nth_largest(pos, used, count + 1), first + plan.sinks - 1)
+        protected = protected | (pos <= old)
+    return protected
+
+
+def _nth_largest(pos: Tensor, used: Tensor, n: Tensor) -> Tensor:
+    """Of the used slots' positions, int32 [B, Hkv, 1]; 0 if there are fewer. n int32, the same shape: at least 1, else
+    the result is no position. Four bits at a time, by counting: a sort is no elementwise operation.
+    """
+    found = torch.zeros_like(n)
+    for low in range(28, -1, -4):
+        digit = torch.arange(1, 8 if low == 28 else 16, dtype=torch.int32, device=pos.device) * (1 << low)
+        reached = used[:, :, None] & (pos[:, :, None] >= (found + digit)[..., None])
+        found = found + (reached.int().sum(-1) >= n).int().sum(-1, keepdim=True).int() * (1 << low)
+    return found
 
 
 def _untouchable(spread: Tensor, pos: Tensor, used: Tensor, size: Tensor) -> Tensor:

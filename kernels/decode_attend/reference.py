@@ -172,8 +172,11 @@ def _observe(stats: Tensor, probs: Tensor, seen: Tensor | None, step: Step, plan
                 hit = part * weight >= 1.0 / visible
                 if name == "important":
                     target.add_(hit)
+                elif isinstance(step.number, int):
+                    target.masked_fill_(hit, step.number + 1)
                 else:
-                    target.masked_fill_(hit, step.position + 1)
+                    number = step.number.flatten()[run.first : run.last, None]
+                    target.copy_(torch.where(hit, number + 1.0, target))
 
 
 def _with_padding(

@@ -51,6 +51,10 @@ class Step(NamedTuple):
     position: int
     rows: Tensor
     """int64 [B * Hkv], the token's slots in the flattened memory."""
+    number: int | Tensor
+    """Which of its row's valid tokens this one is, from 0."""
+    parted: bool
+    """Whether padding stands between tokens of some row."""
 
 
 def read_step(cells: list[list[int]], cursor: Tensor, position: int, slots: int, plan: Rule) -> Step:
@@ -64,7 +68,8 @@ def read_step(cells: list[list[int]], cursor: Tensor, position: int, slots: int,
     if not begins and not plan.ragged and all(c[LIVE] == live and c[SEEN] == seen and c[FIRST] == first for c in cells):
         size = plan.budget(seen + 1)
         runs = [Run(0, len(cells), live + 1)]
-        return Step(live + 1, runs, size, first, live + 1 > size, False, position, rows)
+        parted = position - first != seen
+        return Step(live + 1, runs, size, first, live + 1 > size, False, position, rows, seen, parted)
 
     def shaped(values: Sequence[int]) -> Tensor:
         return torch.tensor(values, device=cursor.device).view(*cursor.shape[:2], 1)
@@ -75,7 +80,10 @@ def read_step(cells: list[list[int]], cursor: Tensor, position: int, slots: int,
     evicts = over[0] if all(o == over[0] for o in over) else shaped(over)
     firsts = [c[FIRST] if c[FIRST] >= 0 else position for c in cells]
     runs = _runs(used, places, plan)
-    return Step(max(used), runs, shaped(sizes), shaped(firsts), evicts, begins, position, rows)
+    numbers = [c[SEEN] for c in cells]
+    parted = any(position - at != n for at, n in zip(firsts, numbers, strict=True))
+    number = numbers[0] if len(set(numbers)) == 1 else shaped(numbers)
+    return Step(max(used), runs, shaped(sizes), shaped(firsts), evicts, begins, position, rows, number, parted)
 
 
 def _runs(used: list[int], places: list[int], plan: Rule) -> list[Run]:

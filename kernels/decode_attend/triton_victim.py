@@ -15,17 +15,45 @@ PLAIN += ["recent_den", "scope_num", "scope_den"]
 
 
 @triton.jit
-def bounds(p_cursor, position, slots, num, den, floor, sinks, recent, recent_num, recent_den):
+def nth_largest(p_pos, used, n, limit, BLOCK: tl.constexpr):
+    """Of the positions of `used` slots, all below `limit`; 0 for an n beyond them, `limit` for n <= 0. int64."""
+    low, high = tl.full((), 0, tl.int64), tl.cast(limit, tl.int64) + 1
+    while high - low > 1:
+        middle = (low + high) >> 1
+        b_c = tl.zeros([BLOCK], tl.int32)
+        for i in range(0, used, BLOCK):
+            o_c = i + tl.arange(0, BLOCK)
+            b_pos = tl.load(p_pos + o_c, mask=o_c < used, other=-1)
+            b_c += (b_pos >= middle).to(tl.int32)
+        enough = tl.sum(b_c, 0) >= n
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
+    return low
+
+
+@triton.jit
+def bounds(
+    p_cursor, p_pos, position, slots, num, den, floor, sinks, recent, recent_num, recent_den, BLOCK: tl.constexpr
+):
     """The step in numbers: slots used with the new token, tokens seen, first position, budget n, and the ends of the
-    unprotected positions: old <= pos < young. p_cursor: one head's, before the step."""
+    unprotected positions: old <= pos < young. p_cursor, p_pos: one head's, the cursor as before the step.
+
+    Where padding stands between tokens, positions do not count them. The slots of the first and of the last tokens are
+    all in use, so their ranks do.
+    """
     used = tl.load(p_cursor) + 1
     seen = tl.load(p_cursor + 2) + 1
     first = tl.load(p_cursor + 3)
     first = tl.where(first < 0, position, first).to(tl.int32)
     size = tl.maximum(floor, seen.to(tl.int64) * num // den)
     size = tl.where(slots > 0, slots, size)
-    young = position + 1 - (recent + size * recent_num // recent_den)
-    return used, seen, first, size, first.to(tl.int64) + sinks, young
+    window = recent + size * recent_num // recent_den
+    old, young = first.to(tl.int64) + sinks, position + 1 - window
+    if (position + 1 - first > seen) & (used > size):
+        young = nth_largest(p_pos, used, window, position + 1, BLOCK)
+        if sinks > 0:
+            old = nth_largest(p_pos, used, used - sinks + 1, position + 1, BLOCK) + 1
+    return used, seen, first, size, old, young
 
 
 @triton.jit
@@ -109,8 +137,9 @@ def spread_kernel(
     i_r = rows(0)
     plane = tl.num_programs(0).to(tl.int64) * C
     used, _, _, size, old, young = bounds(
-        p_cursor + i_r * 4, position, slots, num, den, floor, sinks, recent, recent_num, recent_den
-    )
+        p_cursor + i_r * 4, p_pos + i_r * C, position, slots, num, den, floor, sinks, recent, recent_num, recent_den,
+        BLOCK,
+    )  # fmt: skip
     if used > size:
         o_c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         m_c = o_c < used
@@ -140,7 +169,7 @@ def victim_kernel(
         p_cursor += i_r * 4
         p_pos += i_r * C
         used, seen, first, size, old, young = bounds(
-            p_cursor, position, slots, num, den, floor, sinks, recent, recent_num, recent_den
+            p_cursor, p_pos, position, slots, num, den, floor, sinks, recent, recent_num, recent_den, BLOCK
         )
         live, free = used, used
         if EVICTS:  # noqa: SIM102 (decided when compiling)

@@ -6,7 +6,7 @@ import torch
 from kvpass.kernels.decode_attend.step import Step
 from kvpass.kernels.ragged import padded, starts
 from kvpass.kernels.rings import enter
-from kvpass.kernels.rule import FIRST, FREE, LIVE, RING, SEEN, UNTOUCHABLE, Rule
+from kvpass.kernels.rule import FIRST, FREE, LIVE, NUMBER, RING, SEEN, UNTOUCHABLE, Rule
 from kvpass.kernels.scores import INF, must_stay, preference, slot_scores, untouchable
 from torch import Tensor
 
@@ -44,7 +44,7 @@ def _leave(cursor: Tensor, used: Tensor, flat: Tensor, places: Tensor, victim: T
 def _enter(pos: Tensor, stats: Tensor, cursor: Tensor, step: Step, plan: Rule) -> None:
     """The token finds its ring, and may drive another out of the last one."""
     used, told = pos[..., : step.slots], stats[..., : step.slots]
-    score, rings = slot_scores(told, used, plan, step.position), told[plan.stat(RING)]
+    score, rings = slot_scores(told, used, plan, step.number), told[plan.stat(RING)]
     room = (step.size - plan.sinks) // plan.rings
     slot, tokens = cursor[..., FREE, None].long(), cursor[..., SEEN, None]
     victim, evicts = enter(used, score, rings, slot, tokens, room, plan)
@@ -68,9 +68,11 @@ def _victim(pos: Tensor, stats: Tensor, step: Step, plan: Rule) -> tuple[Tensor,
     torch's where and masked_fill are slow on CPU, so protection is arithmetic: `guard` is 0 for slots that may go, at
     least 3e38 for the others (empties, at position -1, among them).
     """
-    score = slot_scores(stats, pos, plan, step.position)
-    low, high = _exposed(step, plan)
-    outside = pos - pos.clamp(low, high)  # type: ignore[arg-type]  # both ints or both tensors
+    score = slot_scores(stats, pos, plan, step.number)
+    numbered = NUMBER in plan.stats
+    where = torch.where(pos < 0, -1, stats[plan.stat(NUMBER)].int()) if numbered else pos
+    low, high = _exposed(where, step, plan)
+    outside = where - where.clamp(low, high)  # type: ignore[arg-type]  # both ints or both tensors
     guard = outside.float().abs_().mul_(UNTOUCHABLE)
     if plan.marked:
         guard.masked_fill_(must_stay(stats, plan), INF)
@@ -91,22 +93,43 @@ def _guarded(score: Tensor, guard: Tensor, plan: Rule) -> Tensor:
     return torch.where(guard > 0, guard, score) if plan.scorer or plan.score == "last" else torch.maximum(score, guard)
 
 
-def _exposed(step: Step, plan: Rule) -> tuple[int | Tensor, int | Tensor]:
-    """First and last position that may be evicted: after the sinks, before the recent window; (.., -2) if none may."""
-    low = step.first + plan.sinks
+def _exposed(where: Tensor, step: Step, plan: Rule) -> tuple[int | Tensor, int | Tensor]:
+    """First and last that may be evicted, after the sinks and before the recent window; (.., -2) if none may. Numbers
+    if the rule keeps them, else positions, as `where` [B, Hkv, n] are.
+    """
     recent = plan.recent + step.size * plan.recent_num // plan.recent_den
     if plan.spread == "threshold":  # see `ranked`
         room = (step.size - plan.sinks) // 2
         recent = room.clamp(max=recent) if isinstance(room, Tensor) else min(recent, room)
-    high = step.position - recent
-    if isinstance(low, Tensor):
-        return low, torch.where(low > high, -2, high)
+    low: int | Tensor
+    high: int | Tensor
+    if NUMBER in plan.stats:
+        low, high = plan.sinks, step.number - recent
+    elif step.parted:
+        low, high = _ends(where, plan.sinks, torch.as_tensor(recent, device=where.device))
+    else:
+        low, high = step.first + plan.sinks, step.position - recent
+    if isinstance(low, Tensor) or isinstance(high, Tensor):
+        first, last = torch.as_tensor(low, device=where.device), torch.as_tensor(high, device=where.device)
+        return first, torch.where(first > last, -2, last)
     return low, -2 if low > high else high
+
+
+def _ends(pos: Tensor, sinks: int, recent: Tensor) -> tuple[Tensor, Tensor]:
+    """The same where padding stands between tokens, so that positions do not count them: the slots of the first `sinks`
+    and of the last `recent` tokens are all in use, and in order. pos [B, Hkv, n], -1 = empty.
+    """
+    rising = pos.sort(-1).values
+    slots, empty = pos.shape[-1], (pos < 0).sum(-1, keepdim=True)
+    low = rising.gather(-1, (empty + sinks - 1).clamp(min=0, max=slots - 1)) + 1 if sinks else torch.zeros_like(empty)
+    first = torch.maximum(slots - recent, empty)  # of the window
+    high = rising.gather(-1, first.expand_as(empty).clamp(max=slots - 1)) - 1
+    return low, torch.where(first < slots, high, rising[..., -1:])
 
 
 def _scope(stats: Tensor, pos: Tensor, guard: Tensor, step: Step, plan: Rule) -> Tensor:
     """Slots that the scope keeps out of reach: bool, the shape of pos."""
-    spread = _guarded(preference(stats, pos, plan, step.position), guard, plan)
+    spread = _guarded(preference(stats, pos, plan, step.number), guard, plan)
     if len(step.runs) > 1:
         spread = spread.masked_fill(pos < 0, -INF)
     if not plan.top_num:

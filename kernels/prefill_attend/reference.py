@@ -58,7 +58,7 @@ def prefill_attend_reference(
     pieces, valid = _cut(q, k, pos, mask, causal)
     if valid is None:
         valid = arrivals(mask, batch, queries, start, q.device)
-    watched = _watched(valid, start, plan)
+    watched = _watched(valid, plan)
     stats = q.new_zeros(len(plan.emitted), batch, *k.shape[1:3], dtype=torch.float32)
     out = None if len(pieces) == 1 else q.new_zeros(*q.shape[:3], v.shape[3])
     for piece in pieces:
@@ -76,15 +76,13 @@ def prefill_attend_reference(
     return out if out is not None else q.new_zeros(*q.shape[:3], v.shape[3]), stats, valid
 
 
-def _watched(valid: Tensor, start: int, plan: Rule) -> Tensor | None:
-    """Query rows that the rule observes, bool [B, S]; None if it observes nothing."""
+def _watched(valid: Tensor, plan: Rule) -> Tensor | None:
+    """Query rows that the rule observes, the last valid ones, bool [B, S]; None if it observes nothing."""
     if not plan.emitted or plan.queries == 0:
         return None
     if plan.queries < 0:
         return valid
-    where = torch.arange(valid.shape[1], device=valid.device)
-    last = torch.where(valid, where, -1).amax(-1, keepdim=True)
-    return valid & (where > last - plan.queries)
+    return valid & (valid.flip(-1).cumsum(-1).flip(-1) <= plan.queries)
 
 
 def _cut(

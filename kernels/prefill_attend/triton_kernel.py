@@ -128,6 +128,7 @@ def statistics_kernel(
     p_span,
     p_lse,
     p_valid,
+    p_start,
     p_end,
     p_stats,
     s_qb,
@@ -165,9 +166,9 @@ def statistics_kernel(
 ):
     """stats [N, B, Hkv, L]: sums over observing queries i of a_ij, a_ij^2 and visibility; rows SUM, SUMSQ, COUNT or -1.
 
-    a_ij = mean or max over the G heads of 2^(logit_ij - lse_i). Observing: valid queries among the last WINDOW ones
-    before p_end[b] (-1: all). Program: (b, KV head) x key block; the tile is transposed, [keys, queries], so that the
-    sums over queries stay within a warp.
+    a_ij = mean or max over the G heads of 2^(logit_ij - lse_i). Observing: all valid queries (WINDOW -1), or those from
+    p_start[b] to p_end[b], which are the last WINDOW of them. Program: (b, KV head) x key block; the tile is
+    transposed, [keys, queries], so that the sums over queries stay within a warp.
     """
     i_r, i_n = rows(0), tl.program_id(1)
     i_b, i_h = i_r // HKV, i_r % HKV
@@ -188,9 +189,9 @@ def statistics_kernel(
         first = tl.maximum(first, i_n * BN)
     start, end = 0, S
     if WINDOW > 0:
-        if MASK:
-            end = tl.load(p_end + i_b)
         start = tl.maximum(end - WINDOW, 0)
+        if MASK:
+            start, end = tl.load(p_start + i_b), tl.load(p_end + i_b)
         first, last = tl.maximum(first, start), tl.minimum(last, end)
     b_sum = tl.zeros([BN], tl.float32)
     b_square = tl.zeros([BN], tl.float32)

@@ -59,7 +59,7 @@ def _hashed(x: Tensor) -> Tensor:
     return ((x >> 9).float() + 0.5) / 2**23  # exact, so never 0 nor 1
 
 
-@scorer("random", reads=("layer",), pointwise=True)
+@scorer("random", reads=("layer", "places"), pointwise=True)
 def random(seen: Seen) -> Tensor:
     """A uniform number: the baseline that every policy must beat."""
     return uniform(seen)

@@ -52,7 +52,7 @@ def surrogate(seen: Seen, file: str = "") -> Tensor:
 
 @scorer(
     "kvp",
-    reads=("keys", "values", "layer"),
+    reads=("keys", "values", "layer", "places"),
     pointwise=True,
     tensors={
         "w1": "layers Hkv hidden D+Dv+1",

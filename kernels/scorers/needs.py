@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from kvpass.kernels.allocate import ranks
 from kvpass.kernels.scorers.registry import Seen, scorer
+from kvpass.kernels.scorers.window import window_mean
 from torch import Tensor
 
 
@@ -15,12 +16,12 @@ def lazy(seen: Seen, sinks: int = 4, recent: int = 1024, most: float = 0.9) -> T
     arXiv 2410.13846).
     """
     near = (seen.pos < seen.first + sinks) | (seen.pos >= seen.end - recent)
-    mass = (seen.observed * near[:, :, None, None]).sum(-1).mean((1, 2, 3))
+    mass = window_mean(seen.observed * near[:, :, None, None], seen).sum(-1).mean((1, 2))
     place = (seen.pos - seen.first) / (seen.end - seen.first).clamp(min=1)
     return torch.where((mass > most)[:, None, None], 0.0, 1 + place)
 
 
-@scorer("recovery", reads=("rows", "marks"))
+@scorer("recovery", reads=("rows", "marks", "places"))
 def recovery(seen: Seen, least: float = 0.9, sinks: int = 4, hitters: float = 0.3, recent: float = 0.3) -> Tensor:
     """Above 1 for what a head needs to recover `least` of the attention of the observed queries, at most 0 for the
     rest (FastGen, arXiv 2310.01801).

@@ -30,6 +30,8 @@ def _redundancy(seen: Seen, threshold: float) -> Tensor:
     for b in range(out.shape[0]):
         for h in range(out.shape[1]):
             alive = seen.candidate[b, h].nonzero().flatten()
+            if not len(alive):  # a row of padding
+                continue
             keys = unit[b, h, alive]
             cosine = (keys @ keys.mT).fill_diagonal_(0.0)
             close = cosine > threshold

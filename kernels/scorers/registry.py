@@ -17,11 +17,11 @@ from kvpass.kernels.errors import DataError, ScorerError
 from kvpass.kernels.rule import SCORES
 from torch import Tensor
 
-READS = ("keys", "values", "hidden", "queries", "rows", "logits", "statistics", "layer", "marks", "own")
+READS = ("keys", "values", "hidden", "queries", "rows", "logits", "statistics", "layer", "marks", "own", "places")
 """What a scorer may ask for. `hidden`: what the attention block reads; `queries`: before their rotation; `rows` and
 `logits`: of the observation window; `statistics`: what attention emitted; `marks`: of the caller; `layer`: its number,
 which costs that layers no longer share what is computed for a graph; `own`: the call's tokens alone, scores of older
-slots stay (as with `hidden`).
+slots stay (as with `hidden`); `places`: `Seen.pos` exactly, which costs a number per slot.
 """
 
 BUILT_IN = ("geometry", "expected", "lag", "learned", "window", "redundancy", "chance", "needs", "leverage")
@@ -48,10 +48,11 @@ class Seen:
     """What a scorer sees: the L keys of one layer at the end of a call, in position order.
 
     Attributes:
-        pos: int32 [B, Hkv, L], -1 = empty.
+        pos: int32 [B, Hkv, L]: which of its row's valid tokens each key is, from 0; -1 = empty or padding. Without
+            `places`, in a row with padding between its tokens, older slots' may be too high, in the same order.
         candidate: bool [B, Hkv, L]: keys that may stay; padding and empties may not, and must not sway a score.
-        end: int [B, Hkv, 1]: one past the last valid token's position.
-        first: int [B, Hkv, 1]: position of the row's first valid token.
+        end: int [B, Hkv, 1]: one past the last candidate's.
+        first: int [B, Hkv, 1]: 0, the row's first valid token.
         seen: int64 [B, Hkv, 1]: valid tokens so far.
         budget: int64 [B, Hkv, 1]: slots that each head may hold, on average over the heads.
         window: queries of the observation window; 0 for none.
@@ -265,8 +266,14 @@ def scorer(
 
     Args:
         name: as policies write it.
-        reads: of `READS`: nothing else is computed.
-        pointwise, preference, tensors: see `Scorer`.
+        reads: what it asks for, nothing else is computed: of `keys`, `values`, `hidden`, `queries` (before their
+            rotation), `rows` or `logits` (of the observation window), `statistics`, `layer` (its number), `places`
+            (which of its row's valid tokens a key is), `marks` (of the caller), `own` (the call's tokens alone, older
+            slots keep their scores).
+        pointwise: a key's score depends on that key, its value and its position alone, so that a generated token gets
+            its own when it arrives; of other scorers generated tokens stay until no others are left.
+        tensors: sizes by name of what its weight file holds, see `Scorer`.
+        preference: what a layer deserves next to others, Seen -> float [B] >= 0, for `allocate.layers: preference`.
 
     Raises:
         ValueError: no name, or one that is taken, an unknown word in `reads`, a parameter without a default or with

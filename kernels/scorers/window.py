@@ -93,7 +93,7 @@ def finch(seen: Seen) -> Tensor:
     return window_mean(rows * visible[:, :, None], seen).mean(2)
 
 
-@scorer("keyformer", reads=("logits", "layer"))
+@scorer("keyformer", reads=("logits", "layer", "places"))
 def keyformer(seen: Seen, temperature: float = 1.0) -> Tensor:
     """Sum over the window's queries of softmax((logit + Gumbel noise) / temperature), group mean (arXiv 2403.09054)."""
     noisy = (seen.observed + gumbel_rows(seen)) / temperature

@@ -1,7 +1,8 @@
 """Debug mode: where a report goes, and the context that writes it around the inner compilation.
 
-Owns the one reading of an environment variable of kvpass. Importing this costs nothing: the writers (`report`,
-`source`, `neighbourhood`, `drawing`, `page`) are imported when a report is written, matplotlib only for the drawings.
+Owns the reading of kvpass' environment variables, KVPASS_DEBUG and KVPASS_PROGRESS. Importing this costs nothing: the
+writers (`report`, `source`, `neighbourhood`, `drawing`, `page`) are imported when a report is written, matplotlib only
+for the drawings.
 """
 
 from __future__ import annotations
@@ -19,6 +20,11 @@ def debug_folder(debug: bool | str | os.PathLike[str] | None) -> str | None:
     if debug in (False, "0", ""):
         return None
     return "kvpass_debug" if debug in (True, "1") else str(debug)
+
+
+def progress_wanted() -> bool:
+    """False if KVPASS_PROGRESS says 0: then nothing is said of what takes long."""
+    return os.environ.get("KVPASS_PROGRESS", "1") not in ("0", "")
 
 
 def stages(folder: str | None, number: int, captured: Any, record: Any, lowered: Any) -> AbstractContextManager[Any]:

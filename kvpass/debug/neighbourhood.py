@@ -15,8 +15,9 @@ import networkx as nx
 from torch import fx
 
 from kvpass.debug.source import describe
-from kvpass.match.calls import call_name, example, is_metadata, module_path
+from kvpass.match.calls import call_name, example, is_metadata
 from kvpass.match.dataflow import Flow
+from kvpass.match.module_names import module_path
 from kvpass.site import Site
 
 PROJECTIONS = frozenset({"linear", "matmul", "addmm", "mm", "bmm", "einsum", "conv1d"})

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from kvpass.match.calls import example, module_path, source_line
+from kvpass.match.calls import example, source_line
+from kvpass.match.module_names import module_path
 from kvpass.site import Site
 
 _INFIX = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,19 @@ _ATEN_CORES = (
     "fused_attention_overrideable",
 )
 
+_OPERATORS = (
+    *("eq", "ne", "lt", "le", "gt", "ge", "add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow"),
+    *("neg", "abs", "invert", "xor", "lshift", "rshift", "getitem", "setitem"),
+    *("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "rsub"),
+)
+"""Python's operators, which some torches trace as methods: `a == b` is `a.__eq__(b)` in 2.11. Those with their sides
+exchanged are left out, but `rsub`, which torch has too.
+"""
+
 _SAME = {
+    **{f"__{name}__": name for name in _OPERATORS},
+    "__and__": "and_",
+    "__or__": "or_",
     "scaled_dot_product_attention": "sdpa",
     "concat": "cat",
     "concatenate": "cat",
@@ -82,7 +93,7 @@ def call_name(node: fx.Node) -> str:
 
 
 def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
-    """An argument by position or keyword."""
+    """An argument of a call by position or keyword; `default` if it is not given."""
     return node.args[index] if index < len(node.args) else node.kwargs.get(name, default)
 
 
@@ -136,14 +147,3 @@ def source_line(node: fx.Node) -> str:
             code = frames[at + 1].strip() if at + 1 < len(frames) else ""
             return f"{path.strip(chr(34))}:{number.removeprefix('line ')} {function}: {code}"
     return ""
-
-
-def module_path(node: fx.Node) -> str:
-    """Path of the innermost nn.Module that made the node (`model.layers.0.self_attn`), '' if unknown."""
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return ""
-    path = re.sub(r"^L\['\w+'\]\.?", "", str(next(reversed(stack.values()))[0]))
-    for noise in ("_modules['", "']"):
-        path = path.replace(noise, "")
-    return path.strip(".")

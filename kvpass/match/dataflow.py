@@ -18,6 +18,8 @@ class Flow:
     Attributes:
         graph: DiGraph of fx nodes, an edge from each value to each reader.
         outputs: nodes returned by the graph, with their places in the output tuple.
+        nodes, order: all nodes in the graph's order, and the place of each in it.
+        output: the output node.
     """
 
     def __init__(self, graph: fx.Graph) -> None:

@@ -10,7 +10,7 @@ from fractions import Fraction
 from math import isfinite
 
 from kvpass.errors import PolicyError
-from kvpass.kernels.rule import SCORES, STATISTICS
+from kvpass.kernels.rule import SCORES, STATISTICS, Rule
 from kvpass.kernels.scorers.registry import Scorer, scorers
 from kvpass.policy.limits import MOST, check_options, no_number, oversized
 from kvpass.policy.spec import Policy
@@ -230,9 +230,11 @@ def smallest_budget(p: Policy) -> int:
     if p.allocate.layers != "pyramid":
         return slots
     window = p.observe.queries if isinstance(p.observe.queries, int) else 0
-    if slots - window >= p.allocate.beta:
-        return (slots - window) // p.allocate.beta + window
-    return slots if isinstance(p.budget, int) else min(slots, window + 1)  # a fraction grows into the pyramid
+    last = Rule(queries=window, taper=p.allocate.beta, layer=1, layers=2)
+    if isinstance(p.budget, int):
+        return replace(last, slots=slots).budget(0)
+    share = fraction(p.budget or 1.0)
+    return replace(last, num=share.numerator, den=share.denominator, floor=slots).budget(0)
 
 
 def fraction(value: float) -> Fraction:

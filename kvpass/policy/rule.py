@@ -58,6 +58,7 @@ def _ranking(policy: Policy) -> dict[str, Any]:
         "weight": policy.weight is not None,
         "mark": policy.protect.tokens or policy.fair,
         "place": policy.positions == "reindexed",
+        "number": _numbered(policy),
         "ring": policy.allocate.rings > 0,
     }
     beside = [name for name, kept in asked.items() if kept]
@@ -77,6 +78,18 @@ def _ranking(policy: Policy) -> dict[str, Any]:
         "granule": granule.size if granule else 1,
         "granule_by": granule.by if granule else "mean",
     }
+
+
+def _numbered(policy: Policy) -> bool:
+    """Whether slots must know which of their row's tokens they are: where old ones are told apart by it, or a protected
+    window may reach back over what has gone (marked tokens that went, heads whose windows grow by turns).
+    """
+    scored = policy.score not in SCORES and "places" in find_scorer(policy.score).reads
+    apart = scored or policy.decay or policy.granule is not None or policy.sample > 0
+    window = bool(policy.protect.recent or policy.protect.sinks)
+    shared = policy.allocate.heads != "uniform" or policy.allocate.layers in SPREAD
+    gone = policy.protect.tokens and window
+    return apart or gone or (shared and isinstance(policy.protect.recent, float) and window)
 
 
 def _weighing(policy: Policy) -> dict[str, Any]:

@@ -142,6 +142,11 @@ class Policy:
 
     Attributes:
         name: what reports call it.
+        observe, statistic: which rows of attention are looked at; what is kept of them per slot.
+        pool, granule: how scores are smoothed over neighbouring tokens; which neighbours stay or go together.
+        weight: what of a slot's value multiplies its score.
+        allocate: how the budget is shared out over layers and KV heads.
+        protect: tokens that are never evicted.
         score: what ranks unprotected slots, higher = keep: `position` (newer), `sum`, `mean` (sum / count),
             `important` (important / count), `last` (minus the tokens since the newest such query), or the name of a
             scorer.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,9 +12,12 @@ import torch
 from kvpass.errors import CacheError, PolicyError, StaleCacheError
 from kvpass.kernels.errors import DataError, ScorerError, TableError
 from kvpass.kernels.rule import Rule
+from kvpass.runtime.identity import Weights, require_same
 from kvpass.runtime.marks import check_read, marks_of
 from kvpass.runtime.shell import attach, make, of_buffer, refuse, unwrap
 from kvpass.runtime.store import Origin, SlotStore, spare_slots
+from kvpass.runtime.turning import Angles, turn_keys
+from kvpass.runtime.watch import current
 from kvpass.terms import Layout, Phase
 
 Size = Callable[[Sequence[Any]], int]
@@ -31,7 +34,7 @@ class Binding:
         start: where a call writes its tokens into a buffer: an index tensor or a number.
         paths: places of the buffers of K and V in their inputs, where several are stacked in one.
         host: heads and entries of the host's keys and values, where the slots hold them otherwise.
-        angles: cosines and sines of a call's positions, [.., S, D] each, where keys are turned again.
+        angles: what a call's keys are rotated by, where keys are turned again.
     """
 
     name: str
@@ -48,7 +51,7 @@ class Binding:
     start: Callable[[Sequence[Any]], Any] | None = None
     paths: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
     host: tuple[tuple[int, int], tuple[int, int]] | None = None
-    angles: tuple[Callable[[Sequence[Any]], Any], ...] = ()
+    angles: Angles | None = None
 
     def open(self, args: Sequence[Any], origin: Origin, position: int = 0) -> SlotStore:
         """The store of this site for a call, with room for the call's tokens, of which the first is at `position`."""
@@ -61,6 +64,7 @@ class Binding:
         if key.shape[self.layouts[0].token_axis] == 0:
             return self._fresh(args, origin, new)
         store = unwrap((key, value), self.layouts, self.where)
+        require_same(store.origin, origin, self.where)
         store.layouts = self.layouts
         if origin.declined:
             store.origin = origin
@@ -77,6 +81,7 @@ class Binding:
                 f"the attention reads the new tokens only, but they are written at {position}", where=self.where
             )
         store = of_buffer((args[self.past[0]], args[self.past[1]]), self.paths, position, self.where)
+        require_same(store.origin, origin, self.where)
         store.make_room(new, self.phase is Phase.DECODE)
         return store
 
@@ -94,7 +99,7 @@ class Binding:
         with torch.inference_mode(False):  # a cache begun in inference mode can go on under no_grad
             like = torch.empty(0, dtype=self.dtype, device=self.device)
             state = SlotStore.empty_state(self.rule, tokens, like, b, hkv, d, dv)
-        kept = self.rule.most(tokens)
+        kept = self.rule.kept(tokens)
         return SlotStore(self.name, self.layer, self.rule, self.layouts, origin, state, host=self.host, held=kept)
 
 
@@ -105,7 +110,9 @@ class Bound:
         inner: the compiled rewritten graph; takes the original inputs and then five state tensors for each site.
         outputs: number of outputs of the original graph; the inner one returns those that are no cache.
         watched: places of inputs that the graph reads as data; those that are no past of a site must not be shells.
+        inputs: names of the original inputs; the parameters among them tell models apart.
         shared: the inner graph's last inputs: `position`, where the call's tokens are written (buffers), `marks`.
+        dense: places of outputs that are caches which stay as they are by choice.
         marks: which marks of the caller the policy reads (`Policy.marks`).
     """
 
@@ -117,9 +124,11 @@ class Bound:
         origin: Origin,
         watched: Sequence[int] = (),
         shared: tuple[str, ...] = (),
+        inputs: Sequence[str] = (),
+        dense: Sequence[int] = (),
         marks: tuple[str, ...] = (),
     ) -> None:
-        self.shared, self.marks = shared, marks
+        self.shared, self.dense, self.marks, self.weights = shared, tuple(dense), marks, Weights(inputs)
         self.inner, self.bindings, self.origin = inner, tuple(bindings), origin
         self.watched = tuple(at for at in watched if not any(at in (b.past or ()) for b in bindings))
         cached = {at for b in bindings for half in b.returned for at in half}
@@ -130,7 +139,8 @@ class Bound:
         refuse(args, self.watched, "")
         check_read(self.marks, self._where())
         positions = written_at(self.bindings, args)
-        stores = [b.open(args, self.origin, at) for b, at in zip(self.bindings, positions, strict=True)]
+        origin = self._origin_of(args)
+        stores = [b.open(args, origin, at) for b, at in zip(self.bindings, positions, strict=True)]
         if len({id(store) for store in stores}) < len(stores):
             raise StaleCacheError(
                 "several layers were given the same cache",
@@ -144,12 +154,25 @@ class Bound:
         returned: list[Any] = [None] * self.outputs
         for at, value in zip(self.kept, results, strict=True):
             returned[at] = value
+        shells: list[torch.Tensor] = []
         for binding, store in zip(self.bindings, stores, strict=True):
             store.tokens += binding.sizes["S"](args)
-            for places, shell in zip(binding.returned, binding.leave(args, store), strict=True):
+            store.calls += 1
+            shells += binding.leave(args, store)
+            for places, shell in zip(binding.returned, shells[-2:], strict=True):
                 for at in places:
                     returned[at] = shell
+        call = current()
+        if call is not None:
+            call.ran(stores, shells, [returned[at] for at in self.dense])
         return returned
+
+    def _origin_of(self, args: Sequence[Any]) -> Origin:
+        """The origin of this call's stores: whose parameters it was given."""
+        model = self.weights.of(args, fresh=self.bindings[0].phase is Phase.PREFILL)
+        if model is not self.origin.model:
+            self.origin = replace(self.origin, model=model)
+        return self.origin
 
     def _given(self, name: str, args: Sequence[Any], stores: Sequence[SlotStore], positions: Sequence[int]) -> Any:
         """The value of an input that all sites share."""
@@ -190,6 +213,7 @@ class Bound:
             states = shared_out([store.state for store in sharing], [store.rule for store in sharing], spare)
             for store, (state, free) in zip(sharing, states, strict=True):
                 store.state, store.spare = state, free
+                store.outside += 1
 
     def _settle(self, args: Sequence[Any], stores: Sequence[SlotStore]) -> None:
         """After a call of several tokens, free slots that only the call or the steps before it needed; after a step,
@@ -198,27 +222,25 @@ class Bound:
         for b, store in zip(self.bindings, stores, strict=True):
             step = b.phase is Phase.DECODE
             evicted = not step and b.rule.of_call(store.tokens) is b.rule
-            if evicted and (b.rule.taper or b.rule.when == "calls"):
+            if evicted and b.rule.when == "calls":
                 store.give_back(store.tokens + b.sizes["S"](args))
+                store.outside += 1
             if b.rule.every > 1:
                 store.waiting = store.waiting + 1 if step else 0
                 if store.waiting == b.rule.every:
                     with self._told(stores):
                         store.evict_late()
+                    store.outside += 1
 
     def _reindex(self, args: Sequence[Any], stores: Sequence[SlotStore]) -> None:
         """Turn the keys of sites that want it to their places in the cache."""
-        pairs = [(b, store) for b, store in zip(self.bindings, stores, strict=True) if b.rule.reindex]
-        if not pairs:
-            return
-        from kvpass.kernels.reindex import reindex, step_of
-
-        with torch.inference_mode(False), torch.no_grad(), self._told(stores):
-            angles = pairs[0][0].angles
-            step = step_of(*(part(args) for part in angles)) if angles else None
-            for _, store in pairs:
-                store.step = store.step if step is None else step
-                reindex(store.state, store.rule, store.step)
+        pairs = zip(self.bindings, stores, strict=True)
+        sites = [(b.angles, store) for b, store in pairs if b.rule.reindex and b.rule.evicts]
+        if sites:
+            with torch.inference_mode(False), torch.no_grad(), self._told(stores):
+                turn_keys(sites, args, self.bindings[0].sizes["S"](args))
+                for _, store in sites:
+                    store.outside += 1
 
     def _where(self) -> str:
         first, count = self.bindings[0].where, len(self.bindings)
@@ -253,14 +275,3 @@ def _first_and_gap(index: torch.Tensor) -> torch.Tensor:
     flat = index.reshape(-1)
     straight = torch.arange(len(flat), device=flat.device, dtype=flat.dtype)
     return torch.stack([flat[0], (flat - flat[0] - straight).abs().max()])
-
-
-class Untouched:
-    """A compiled graph without a rewritten site, which must not be given shells to read."""
-
-    def __init__(self, inner: Callable[..., Any], watched: Sequence[int]) -> None:
-        self.inner, self.watched = inner, tuple(watched)
-
-    def __call__(self, *args: Any) -> Any:
-        refuse(args, self.watched, "")
-        return self.inner(*args)

@@ -110,7 +110,7 @@ def _opened(block: Block) -> None:
         _OPEN.append(block)
         if _start is None:
             _start = threading.Thread.start
-            threading.Thread.start = _noted_start  # type: ignore[method-assign, assignment]  # put back by `_closed`
+            threading.Thread.start = _noted_start  # type: ignore[method-assign,assignment]  # put back by `_closed`
 
 
 def _closed(block: Block) -> None:
@@ -120,7 +120,7 @@ def _closed(block: Block) -> None:
         block.closed = True
         _OPEN.remove(block)
         if not _OPEN and _start is not None and threading.Thread.start is _noted_start:
-            threading.Thread.start = _start  # type: ignore[method-assign, assignment]  # as it was before `_opened`
+            threading.Thread.start = _start  # type: ignore[method-assign,assignment]  # as it was before `_opened`
             _start = None
 
 

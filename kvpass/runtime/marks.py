@@ -17,10 +17,8 @@ _SHAPE = "give keep=, spans= or drop= as [batch, tokens]: a tensor, an array or 
 
 @contextmanager
 def marked(keep: Any = None, spans: Any = None, drop: Any = None) -> Iterator[None]:
-    """Mark tokens for the calls inside the block, for policies with `protect.tokens` or `fair`.
-
-        with kvpass.marked(keep=tokenizer_says_it_is_a_number):
-            model.generate(**inputs)
+    """Mark tokens for the calls inside the block, for policies with `protect.tokens` or `fair`:
+    `with kvpass.marked(keep=mask): model.generate(**inputs)`.
 
     Args:
         keep: bool (or 0 and 1) [B, T], tokens that are never evicted; they count against the budget.

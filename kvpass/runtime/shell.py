@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from kvpass.errors import ForeignCacheError, ShellDataError, StaleCacheError
+from kvpass.runtime.pick import take_back
 from kvpass.runtime.store import SlotStore, same_storage, sharing_storage, version
 from kvpass.terms import Layout
 
@@ -25,6 +26,8 @@ def make(store: SlotStore, half: int) -> torch.Tensor:
     """The shell of a store's keys (half 0) or values (half 1), `[B, Hkv, T, D]` in the host's axis order."""
     base = store.bases[half]
     shell = base.expand(_sizes(store, half, store.layouts[half]))
+    if store.length is None:  # it changes from step to step: unmarked, Dynamo compiles a step of this one length first
+        torch._dynamo.maybe_mark_dynamic(shell, store.layouts[half].token_axis)
     attach(shell, (), store, half)
     return shell
 
@@ -35,6 +38,13 @@ def find(tensor: Any) -> SlotStore | None:
         return None
     standing = getattr(tensor, _STANDING, None)
     return next(iter(standing.values()))[0] if standing else sharing_storage(tensor)
+
+
+def half_of(shell: torch.Tensor) -> int | None:
+    """0 for a shell of keys or a view of one, 1 for values; None for others."""
+    store = find(shell)
+    same = [half for half in (0, 1) if store is not None and same_storage(shell, store.bases[half])]
+    return same[0] if same else None
 
 
 def attach(tensor: torch.Tensor, path: tuple[int, ...], store: SlotStore, half: int) -> None:
@@ -94,7 +104,7 @@ def unwrap(past: tuple[torch.Tensor, torch.Tensor], layouts: tuple[Layout, Layou
         raise _swapped(where)
     _check_left_alone(store, past, where)
     length = key.shape[layouts[0].token_axis]
-    if length != store.tokens:
+    if length != store.tokens and not (length < store.tokens and take_back(store, length)):
         hint = "evicted tokens cannot come back: crop before compiling, or keep a copy.deepcopy(cache) from before"
         if length > store.tokens or hasattr(key, _STANDING):
             hint = "continue from the newest cache, or branch with copy.deepcopy(cache) before generating"

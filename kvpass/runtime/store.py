@@ -12,6 +12,7 @@ import torch
 from kvpass.errors import CacheError
 from kvpass.kernels.ragged import evened, is_ragged, lengthened, with_spare
 from kvpass.kernels.rule import LIVE, SEEN, Rule
+from kvpass.runtime.identity import Identity
 from kvpass.terms import Layout
 
 _BY_STORAGE: WeakValueDictionary[int, SlotStore] = WeakValueDictionary()
@@ -19,11 +20,18 @@ _BY_STORAGE: WeakValueDictionary[int, SlotStore] = WeakValueDictionary()
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a store comes from: shared by all sites of a graph, and by all copies of a store."""
+    """Where a store comes from: shared by all sites of a graph, and by all copies of a store.
+
+    Attributes:
+        fingerprint: of the policy with its budget.
+        model: whose keys and values they are; None where no parameters reach the graph.
+    """
 
     policy: str
     budget: int | float | None
     declined: tuple[dict[str, str], ...] = ()
+    fingerprint: str = ""
+    model: Identity | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Origin:
         return self
@@ -45,12 +53,15 @@ class SlotStore:
         versions: of the host's tensors for K and V, as the last call left them; None if torch does not count them, or
             if this is a copy.
         spoiled: a call failed halfway, and may or may not have changed the state.
-        padded: under a pyramid, whether rows had seen fewer tokens than `tokens` when the last call of several ended.
         held: slots in use, at most; of heads with budgets of their own on average. Not where `rule.spread`.
         waiting: steps since something was evicted, where `rule.every` lets them wait.
         spare: tokens that may still come one by one before the slots must be laid out anew; where `rule.spread`.
+        calls: made on this cache so far.
+        outside: how often something was done to its slots after a call, outside the compiled graph.
         step: radians that each pair of a key's entries turns from position to position, float64 [D / 2]; where
-            `rule.reindex`, once a call of several tokens has shown it.
+            `rule.reindex`, from the first call on.
+        zero: how far place 0 of each row is turned, complex128 [B, D / 2], 0 for rows without a token; likewise.
+        picked: rows that were last picked out of this store, what they became, and for which of K and V.
     """
 
     name: str
@@ -65,11 +76,14 @@ class SlotStore:
     bases: tuple[torch.Tensor, torch.Tensor] = field(init=False)
     versions: list[int | None] = field(init=False)
     spoiled: bool = False
-    padded: bool = False
     held: int = 0
     waiting: int = 0
     spare: int = 0
+    calls: int = 0
+    outside: int = 0
     step: torch.Tensor | None = None
+    zero: torch.Tensor | None = None
+    picked: tuple[torch.Tensor, SlotStore, set[int]] | None = None
 
     def __post_init__(self) -> None:
         k, v = self.state[0], self.state[1]
@@ -90,12 +104,12 @@ class SlotStore:
         """
         other = object.__new__(SlotStore)
         memo[id(self)] = other
-        fields = dict(self.__dict__)
+        fields = {**vars(self), "picked": None}
         with torch.inference_mode(False), torch.no_grad():
             fields["state"] = [t.clone() for t in self.state]
             bases = copy.deepcopy(self.bases, memo)
             # an inference tensor's copy is one too if the shell was copied before: a view of its storage is not
-            fields["bases"] = tuple(torch.empty(0, dtype=b.dtype, device=b.device).set_(b) for b in bases)
+            fields["bases"] = tuple(b.new_empty(0).set_(b.untyped_storage(), 0, (1,), (1,)) for b in bases)
         other.__setstate__(fields)
         return other
 
@@ -138,6 +152,10 @@ class SlotStore:
         """Slots in use, `[B, Hkv]` int32."""
         return self.state[4][..., LIVE]
 
+    def evicted(self) -> int:
+        """Keys that are gone: valid tokens seen and no longer live, summed over rows and KV heads."""
+        return int((self.state[4][..., SEEN] - self.live()).sum())
+
     def make_room(self, new: int, step: bool) -> None:
         """Grow the slots, if needed, for a call of `new` tokens, which is a step or not. Copies this one layer, once in
         about n/40 kept tokens; under a rule with `spread` also before each call of several tokens.
@@ -145,8 +163,7 @@ class SlotStore:
         tokens = self.tokens + new
         if not self.rule.spread:
             rule = self.rule.of_steps if step else self.rule.of_call(self.tokens)
-            bound = self._bound(tokens) if step else rule.most(tokens)
-            self.held = bound if rule is self.rule else self.held + new
+            self.held = rule.kept(tokens) if rule is self.rule else self.held + new
             self.state = with_room(self.state, self.held)
             return
         with torch.inference_mode(False):
@@ -162,18 +179,11 @@ class SlotStore:
 
         with torch.inference_mode(False), torch.no_grad():
             self.state = thinned(self.state, self.rule)
-        self.held, self.waiting = self._bound(self.tokens + 1), 0
-
-    def _bound(self, tokens: int) -> int:
-        return self.rule.most(tokens) if self.padded else self.rule.kept(tokens)
+        self.held, self.waiting = self.rule.kept(self.tokens + 1), 0
 
     def give_back(self, tokens: int) -> None:
-        """Free the slots that were needed until a call of several tokens was over, which makes `tokens` of them all. A
-        pyramid's rows may hold more than the longest one: with padding its layers keep room for that.
-        """
-        if self.rule.taper:
-            self.padded = bool((self.state[4][..., SEEN] < tokens).any())
-        self.held = self._bound(tokens)
+        """Free the slots that were needed until a call of several tokens was over, which makes `tokens` of them all."""
+        self.held = self.rule.kept(tokens)
         slots = self.held + spare_slots(self.held)
         if not self.rule.spread and self.slots > slots:
             with torch.inference_mode(False):
@@ -220,7 +230,7 @@ def capacity(rule: Rule, tokens: int) -> int:
     """Slots to allocate: what the budget keeps, one for the incoming token, and up to 2.5 % to grow into; all tokens
     where they are shared out later.
     """
-    kept = rule.most(tokens)
+    kept = rule.kept(tokens)
     return tokens + 1 if rule.spread else kept + spare_slots(kept)
 
 

@@ -10,6 +10,7 @@ import torch
 from kvpass.kernels.scorers.chance import gaussian
 from models import tiny
 from oracle.rope import DIM, hidden_states, projected, turn
+from spelling import with_cache
 from transformers import DynamicCache
 
 import kvpass
@@ -66,7 +67,7 @@ def test_kept_positions(heads: int, kv_heads: int) -> None:
     with torch.no_grad():
         with hidden_states(model) as hidden:
             model(ids, attention_mask=mask, position_ids=places)
-        compiled(ids, attention_mask=mask, position_ids=places, past_key_values=cache)
+        compiled(ids, attention_mask=mask, position_ids=places, **with_cache(compiled, cache))
     before = [view.positions.clone() for view in kvpass.inspect(cache).layers]
     for layer, positions in enumerate(before):
         for b, count in enumerate(lengths):
@@ -83,9 +84,9 @@ def test_later_calls_are_scored_among_themselves() -> None:
     compiled = kvpass.compile(model, policy=SPEC, budget=SLOTS, inner="eager")
     ids, cache = tiny.tokens(1, 150), DynamicCache(config=model.config)
     with torch.no_grad():
-        compiled(ids[:, :100], past_key_values=cache)
+        compiled(ids[:, :100], **with_cache(compiled, cache))
         first = [[set(p) for p in view.positions[0].tolist()] for view in kvpass.inspect(cache).layers]
-        compiled(ids[:, 100:], past_key_values=cache)
+        compiled(ids[:, 100:], **with_cache(compiled, cache))
     for view, old in zip(kvpass.inspect(cache).layers, first, strict=True):
         for h, kept in enumerate(view.positions[0].tolist()):
             assert len(kept) == SLOTS

@@ -9,6 +9,7 @@ import pytest
 import torch
 from models import tiny
 from oracle.rope import DIM, hidden_states, projected, turn
+from spelling import with_cache
 from transformers import DynamicCache
 
 import kvpass
@@ -49,7 +50,7 @@ def test_kept_positions(heads: int, kv_heads: int) -> None:
             model(ids, attention_mask=mask, position_ids=places)
         compiled = kvpass.compile(model, policy="expected_attention", budget=SLOTS, inner="eager")
         cache = DynamicCache(config=model.config)
-        compiled(ids, attention_mask=mask, position_ids=places, past_key_values=cache)
+        compiled(ids, attention_mask=mask, position_ids=places, **with_cache(compiled, cache))
     for layer, view in enumerate(kvpass.inspect(cache).layers):
         for b, count in enumerate((120, 90)):
             pad = 120 - count

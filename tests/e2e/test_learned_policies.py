@@ -15,6 +15,7 @@ import torch
 from models import tiny
 from oracle.ops import Layers
 from oracle.policies import Streams
+from spelling import with_cache
 from transformers import DynamicCache
 
 import kvpass
@@ -112,7 +113,7 @@ def test_kept_positions(policy: str, tmp_path: Path) -> None:
     sinks, recent = PROTECTED[policy]
     for count in CALLS:
         with torch.no_grad():
-            compiled(ids[:, start : start + count], past_key_values=cache)
+            compiled(ids[:, start : start + count], **with_cache(compiled, cache))
         end = start + count
         for layer, view in enumerate(kvpass.inspect(cache).layers):
             hidden = recorder.hidden[layer][-1]
@@ -146,7 +147,7 @@ def test_delayed_eviction(tmp_path: Path) -> None:
     scores: list[list[list[float]]] = [[[] for _ in range(KV_HEADS)] for _ in range(LAYERS)]
     for count in CALLS:
         with torch.no_grad():
-            compiled(ids[:, start : start + count], past_key_values=cache)
+            compiled(ids[:, start : start + count], **with_cache(compiled, cache))
         start += count
         for layer, view in enumerate(kvpass.inspect(cache).layers):
             for h, own in enumerate(scores[layer]):
@@ -192,9 +193,9 @@ def test_heads_by_a_table(tmp_path: Path) -> None:
     compiled = kvpass.compile(model, policy=spec, budget=SLOTS, inner="eager")
     ids, cache = tiny.tokens(2, 150), DynamicCache(config=model.config)
     with torch.no_grad():
-        compiled(ids[:, :120], past_key_values=cache)
+        compiled(ids[:, :120], **with_cache(compiled, cache))
         for at in range(120, 130):
-            compiled(ids[:, at : at + 1], past_key_values=cache)
+            compiled(ids[:, at : at + 1], **with_cache(compiled, cache))
     few, many = 4 + 16 + 1, 2 * SLOTS - (4 + 16 + 1)
     for layer, view in enumerate(kvpass.inspect(cache).layers):
         for b in range(2):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from models import tiny
+from spelling import with_cache
 from transformers import DynamicCache
 
 import kvpass
@@ -21,9 +22,9 @@ def conversation(policy: Any, steps: int = 6, **marks: torch.Tensor) -> list[tor
     compiled = kvpass.compile(model, policy=policy, budget=SLOTS, inner="eager")
     cache, ids = DynamicCache(config=model.config), tiny.tokens(2, 150)
     with torch.no_grad(), kvpass.marked(**marks):
-        token = compiled(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+        token = compiled(ids, **with_cache(compiled, cache)).logits[:, -1:].argmax(-1)
         for _ in range(steps):
-            token = compiled(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+            token = compiled(token, **with_cache(compiled, cache)).logits[:, -1:].argmax(-1)
     return [layer.positions for layer in kvpass.inspect(cache).layers]
 
 

@@ -9,6 +9,7 @@ import pytest
 import smollm2
 import torch
 from models import tiny
+from spelling import with_cache
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import DynamicCache
 
@@ -56,7 +57,7 @@ class Run:
     def step(self, count: int) -> None:
         for _ in range(count):
             with torch.no_grad():
-                out = self.model(self.token, past_key_values=self.cache, logits_to_keep=1)
+                out = self.model(self.token, **with_cache(self.model, self.cache), logits_to_keep=1)
             self.seen += self.token.shape[1]
             self.token = out.logits[:, -1].argmax(-1, keepdim=True)
 
@@ -173,5 +174,5 @@ def test_the_count_sees_a_dense_cache() -> None:
     model, ids = tiny.llama(2, 1, HEAD_DIM), tiny.tokens(2, 1200)
     before, cache = live(), DynamicCache(config=model.config)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **with_cache(model, cache))
     assert kv_bytes(grown(before)) >= 1200 * 2 * 2 * HEAD_DIM * 4 * 2

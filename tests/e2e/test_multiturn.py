@@ -10,6 +10,7 @@ from models import tiny
 from oracle.drive import Conversation, kept_positions
 from oracle.hf import Oracle
 from oracle.policies import EVICTING
+from spelling import cache_of, with_cache
 from transformers import DynamicCache
 
 import kvpass
@@ -18,7 +19,7 @@ GREEDY: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": True}
 
 
 def turn(model: Any, ids: torch.Tensor, new: int, cache: Any = None) -> Any:
-    past = {} if cache is None else {"past_key_values": cache}
+    past = {} if cache is None else with_cache(model, cache)
     return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, **past, **GREEDY)
 
 
@@ -31,11 +32,11 @@ def test_generate_twice(policy: str) -> None:
     first = turn(compiled, prompt, 12)
     expected = oracle.generate(prompt, 12)
     assert torch.equal(first.sequences[:, 80:], expected)
-    oracle.simulator.follow(kept_positions(first.past_key_values))
-    second = turn(compiled, torch.cat([first.sequences, more], dim=1), 12, first.past_key_values)
+    oracle.simulator.follow(kept_positions(cache_of(first)))
+    second = turn(compiled, torch.cat([first.sequences, more], dim=1), 12, cache_of(first))
     answer = oracle.generate(torch.cat([expected[:, -1:], more], dim=1), 12)
     assert torch.equal(second.sequences[:, 80 + 12 + 17 :], answer)
-    oracle.simulator.follow(kept_positions(second.past_key_values))
+    oracle.simulator.follow(kept_positions(cache_of(second)))
     assert oracle.simulator.near_ties == 0
 
 
@@ -53,7 +54,7 @@ def loop(model: Any, ids: torch.Tensor, steps: int) -> torch.Tensor:
     cache, chosen = DynamicCache(config=model.config), []
     for _ in range(steps):
         with torch.no_grad():
-            ids = model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
+            ids = model(ids, **with_cache(model, cache), logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
         chosen.append(ids)
     return torch.cat(chosen, dim=1)
 
@@ -84,7 +85,7 @@ def test_two_conversations_do_not_mix() -> None:
     for _ in range(6):
         for i in range(2):
             with torch.no_grad():
-                logits = compiled(ids[i], past_key_values=caches[i], logits_to_keep=1).logits[:, -1]
+                logits = compiled(ids[i], **with_cache(compiled, caches[i]), logits_to_keep=1).logits[:, -1]
             assert torch.equal(logits.argmax(-1), oracles[i](ids[i]).argmax(-1))
             oracles[i].simulator.follow(kept_positions(caches[i]))
             ids[i] = logits.argmax(-1, keepdim=True)

@@ -13,6 +13,7 @@ from models import tiny
 from oracle import policies
 from oracle.drive import kept_positions
 from oracle.hf import Oracle
+from spelling import with_cache
 from transformers import DynamicCache
 
 import kvpass
@@ -29,7 +30,7 @@ def record(policy: str) -> Steps:
     for i, length in enumerate([90, *[1] * 12, 9, 33, 1, 1]):
         ids = tiny.tokens(1, length, seed=i)
         with torch.no_grad():
-            compiled(ids, past_key_values=cache, logits_to_keep=1)
+            compiled(ids, **with_cache(compiled, cache), logits_to_keep=1)
         steps.append((ids, kept_positions(cache)))
     return steps
 

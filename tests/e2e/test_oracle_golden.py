@@ -23,7 +23,7 @@ RTOL = 2.0**-14
 
 
 def row(length: int) -> Row:
-    return Row(start=0, valid=np.ones(length, dtype=bool), first=0, end=length, seen=length)
+    return Row(start=0, valid=np.ones(length, dtype=bool), before=0, seen=length)
 
 
 def watched(policy: H2O | RoCo | Tova, one_by_one: bool) -> Memory:
@@ -35,7 +35,7 @@ def watched(policy: H2O | RoCo | Tova, one_by_one: bool) -> Memory:
         return memory
     for t in range(5):
         memory.grow(t + 1)
-        now = Row(start=t, valid=np.ones(1, dtype=bool), first=0, end=t + 1, seen=t + 1)
+        now = Row(start=t, valid=np.ones(1, dtype=bool), before=t, seen=t + 1)
         policy.observe(memory, A[t : t + 1, : t + 1], A[t : t + 1, : t + 1] > 0, now, np.arange(t + 1))
     return memory
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from models import tiny
+from spelling import with_cache
 from transformers import DynamicCache
 
 import kvpass
@@ -35,7 +36,7 @@ def test_kept_positions() -> None:
     eager.set_attn_implementation("eager")
     compiled, cache = kvpass.compile(model, "judge_q", SLOTS, inner="eager"), DynamicCache(config=model.config)
     with torch.no_grad(), kvpass.marked(drop=drop):
-        out = compiled(**call, past_key_values=cache)
+        out = compiled(**call, **with_cache(compiled, cache))
         eager.double()
         alone = [call["inputs_embeds"][b : b + 1, 120 - n :].double() for b, n in enumerate(lengths)]
         rows = [eager(inputs_embeds=x, output_attentions=True) for x in alone]
@@ -52,7 +53,7 @@ def test_kept_positions() -> None:
     first = out.logits[:, 119:120].argmax(-1)
     with torch.no_grad():
         mask = torch.cat([call["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
-        compiled(first, past_key_values=cache, attention_mask=mask, position_ids=mask.sum(-1, keepdim=True) - 1)
+        compiled(first, **with_cache(compiled, cache), attention_mask=mask, position_ids=mask.sum(-1, keepdim=True) - 1)
     for view in kvpass.inspect(cache).layers:
         assert view.positions.shape[2] == SLOTS
         assert not np.isin(view.positions.numpy(), range(120, 152)).any()

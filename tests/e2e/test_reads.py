@@ -8,6 +8,7 @@ import pytest
 import torch
 from kvpass.kernels.prefill_attend import reference
 from models import tiny
+from spelling import with_cache
 from transformers import DynamicCache
 
 import kvpass
@@ -57,8 +58,8 @@ def test_what_is_computed(
     compiled = kvpass.compile(model, policy=policy, budget=48, inner="eager")
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        compiled(tiny.tokens(1, TOKENS), past_key_values=cache)
-        compiled(tiny.tokens(1, 1), past_key_values=cache)
+        compiled(tiny.tokens(1, TOKENS), **with_cache(compiled, cache))
+        compiled(tiny.tokens(1, 1), **with_cache(compiled, cache))
     assert seen == [rows] * LAYERS * (rows > 0)
     prefill, decode = (record.plan.sites[0].ops for record in compiled.kvpass.graphs)
     assert prefill.count("window_rows") == window_ops

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from models import plain, tiny
+from spelling import cache_of, with_cache
 from transformers import DynamicCache
 
 import kvpass
@@ -21,7 +22,7 @@ def generate(model: Any, ids: torch.Tensor, new: int = 6) -> Any:
 def test_training_is_refused() -> None:
     compiled = kvpass.compile(tiny.llama(), "h2o", 48, inner="eager")
     with pytest.raises(kvpass.KVPassError, match=r"(?i)grad|training") as caught:
-        compiled(tiny.tokens(1, 60), past_key_values=DynamicCache())
+        compiled(tiny.tokens(1, 60), **with_cache(compiled, DynamicCache()))
     assert "what to do: " in str(caught.value)
 
 
@@ -39,7 +40,7 @@ def test_strict_raises_with_reason_node_and_line() -> None:
 def test_however_attention_is_written(attention: str) -> None:
     compiled = kvpass.compile(tiny.gpt2(attention), "h2o", 48, inner="eager")
     out = generate(compiled, tiny.tokens(1, 60))
-    assert kvpass.inspect(out.past_key_values).layers[1].positions.shape == (1, 4, 48)
+    assert kvpass.inspect(cache_of(out)).layers[1].positions.shape == (1, 4, 48)
 
 
 class HalfDecoder(plain.Decoder):

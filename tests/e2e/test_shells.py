@@ -11,6 +11,7 @@ import torch
 from models import tiny
 from oracle.drive import kept_positions
 from oracle.hf import Oracle
+from spelling import with_cache
 from transformers import DynamicCache
 
 import kvpass
@@ -28,7 +29,7 @@ class Started:
 
     def call(self, ids: torch.Tensor, cache: Any = None) -> torch.Tensor:
         with torch.no_grad():
-            out = self.model(ids, past_key_values=self.cache if cache is None else cache, logits_to_keep=1)
+            out = self.model(ids, **with_cache(self.model, self.cache if cache is None else cache), logits_to_keep=1)
         return out.logits[:, -1].argmax(-1, keepdim=True)
 
 
@@ -73,8 +74,8 @@ def slice_by_hand(cache: Any) -> None:
         layer.keys, layer.values = layer.keys[:, :, :40], layer.values[:, :, :40]
 
 
-def select_rows(cache: Any) -> None:
-    cache.reorder_cache(torch.tensor([1, 0]))
+def pick_rows(cache: Any) -> None:
+    cache.batch_select_indices(torch.tensor([1, 0]))
 
 
 def repeat_rows(cache: Any) -> None:
@@ -91,12 +92,15 @@ def swap_layers(cache: Any) -> None:
     a.keys, b.keys = b.keys, a.keys
 
 
-@pytest.mark.parametrize("misuse", [crop, slice_by_hand, select_rows, repeat_rows, clone, swap_layers])
+@pytest.mark.parametrize("misuse", [crop, slice_by_hand, pick_rows, repeat_rows, clone, swap_layers])
 def test_misuse_is_told(started: Started, misuse: Callable[[Any], None]) -> None:
-    misuse(started.cache)
-    rows = started.cache.layers[0].keys.shape[0]
-    with pytest.raises(kvpass.KVPassError, match="what to do: ") as caught:
+    def misused() -> None:
+        misuse(started.cache)
+        rows = started.cache.layers[0].keys.shape[0]
         started.call(started.token.repeat(rows // 2, 1))
+
+    with pytest.raises(kvpass.KVPassError, match="what to do: ") as caught:
+        misused()
     assert "layers" in str(caught.value) or "where: " in str(caught.value)
 
 
@@ -122,7 +126,7 @@ def test_foreign_cache(started: Started) -> None:
     """A dense cache that the unmodified model filled."""
     cache = DynamicCache(config=started.original.config)
     with torch.no_grad():
-        started.original(started.prompt, past_key_values=cache)
+        started.original(started.prompt, **with_cache(started.original, cache))
     with pytest.raises(kvpass.KVPassError, match="what to do: "):
         started.call(started.token, cache)
 
@@ -134,7 +138,7 @@ def test_inspect_and_report(started: Started) -> None:
     data = kvpass.report(started.cache).to_dict()
     dense = DynamicCache(config=started.original.config)
     with torch.no_grad():
-        started.original(started.prompt, past_key_values=dense)
+        started.original(started.prompt, **with_cache(started.original, dense))
     for view, layer in zip(layers, dense.layers, strict=True):
         held = view.positions[1, 0]
         held = held[(held >= 0) & (held < 90)]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from models import tiny
+from spelling import cache_of, with_cache
 from transformers import StaticCache
 
 import kvpass
@@ -38,20 +39,20 @@ def test_evicts_like_a_growing_cache_and_holds_less(inner: str) -> None:
     static = generate(kvpass.compile(model, "h2o", 24, inner=inner), ids, mask, cache_implementation="static")
     growing = generate(kvpass.compile(model, "h2o", 24, inner="eager"), ids, mask)
     assert torch.equal(static.sequences, growing.sequences)
-    ours, theirs = (kvpass.inspect(out.past_key_values).layers for out in (static, growing))
+    ours, theirs = (kvpass.inspect(cache_of(out)).layers for out in (static, growing))
     assert all(torch.equal(a.positions, b.positions) for a, b in zip(ours, theirs, strict=True))
-    dense = generate(model, ids, mask, cache_implementation="static").past_key_values
+    dense = cache_of(generate(model, ids, mask, cache_implementation="static"))
     held = sum(t.untyped_storage().nbytes() for layer in dense.layers for t in (layer.keys, layer.values))
-    report = kvpass.report(static.past_key_values).to_dict()
+    report = kvpass.report(cache_of(static)).to_dict()
     assert report["dense_bytes"] == held
     assert report["bytes"] <= 0.3 * held
-    shells = [t for layer in static.past_key_values.layers for t in (layer.keys, layer.values)]
+    shells = [t for layer in cache_of(static).layers for t in (layer.keys, layer.values)]
     assert sum(t.untyped_storage().nbytes() for t in shells) <= 8 * len(shells)
 
 
 def call(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
     with torch.no_grad():
-        return model(ids, past_key_values=cache, use_cache=True).logits[:, -1]
+        return model(ids, **with_cache(model, cache), use_cache=True).logits[:, -1]
 
 
 def test_several_turns() -> None:

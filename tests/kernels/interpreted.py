@@ -1,24 +1,34 @@
-"""What the interpreter cases share: a float32 dot for bfloat16, rules, masks.
+"""What the kernels' cases share: where Triton's kernels run, a float32 dot for bfloat16, rules, masks.
 
-TRITON_INTERPRET must be set before the kernels are imported, so test_triton_interpreter.py runs the cases in processes
-of their own. No GPU takes part.
+With TRITON_INTERPRET=1 in Triton's interpreter, on the CPU's tensors: it must be set before the kernels are imported,
+so test_triton_interpreter.py runs the cases in processes of their own. Without it on the GPU (tests/gpu). Either way a
+call's tensors are carried there and back: a case compares with the references on the CPU.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-
-if os.environ.get("TRITON_INTERPRET") != "1":
-    raise RuntimeError("run test_triton_interpreter.py, or set TRITON_INTERPRET=1")
+from functools import wraps
+from typing import Any
 
 import numpy as np
 import torch
+from kvpass.kernels.compact_slots import triton as compact_slots
+from kvpass.kernels.decode_attend import triton as decode_attend
+from kvpass.kernels.prefill_attend import triton as prefill_attend
 from kvpass.kernels.rule import Rule
+from kvpass.kernels.select_slots import triton as select_slots
 from kvpass.kernels.testing import causal_mask
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _patch_lang_tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+if not INTERPRETED and not torch.cuda.is_available():
+    raise RuntimeError("no GPU: run test_triton_interpreter.py, or set TRITON_INTERPRET=1")
 
 
 def _dot(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, d: TensorHandle, *_: object) -> TensorHandle:
@@ -36,8 +46,48 @@ def _patch_tensor(tensor: type, scope: object, patch: Callable[[type, object], N
     scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
 
-InterpreterBuilder.create_dot = _dot
-interpreter._patch_lang_tensor = _patch_tensor
+if INTERPRETED:
+    InterpreterBuilder.create_dot = _dot
+    interpreter._patch_lang_tensor = _patch_tensor
+
+
+class _Carried:
+    """Storages of the CPU's tensors, each copied to the device once; strides and aliases stay what they are."""
+
+    def __init__(self) -> None:
+        self.copies: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+
+    def there(self, x: Tensor) -> Tensor:
+        here = x.untyped_storage()
+        if here.data_ptr() not in self.copies:
+            copy = torch.UntypedStorage(here.nbytes(), device=DEVICE)
+            self.copies[here.data_ptr()] = here, copy.copy_(here, False)
+        moved = self.copies[here.data_ptr()][1]
+        return torch.empty(0, dtype=x.dtype, device=DEVICE).set_(moved, x.storage_offset(), x.shape, x.stride())
+
+    def back(self) -> None:
+        """What the kernels wrote, bit for bit."""
+        for here, copy in self.copies.values():
+            here.copy_(copy, False)
+
+
+def on_device(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A launcher of Triton's kernels, for tensors of the CPU."""
+
+    @wraps(run)
+    def carried(*args: Any) -> Any:
+        storages = _Carried()
+        out = run(*tree_map_only(Tensor, storages.there, args))
+        storages.back()
+        return tree_map_only(Tensor, Tensor.cpu, out)
+
+    return carried
+
+
+prefill_attend_triton = on_device(prefill_attend.prefill_attend_triton)
+decode_attend_triton = on_device(decode_attend.decode_attend_triton)
+select_slots_triton = on_device(select_slots.select_slots_triton)
+compact_slots_triton = on_device(compact_slots.compact_slots_triton)
 
 ALL = ("sum", "sumsq", "count")
 RULES = {
@@ -78,6 +128,9 @@ def masks(name: str, batch: int, heads: int, queries: int, total: int) -> Tensor
         return causal_mask(queries, total, left=[7 * b for b in range(batch)])
     if name == "right":
         return causal_mask(queries, total, right=[3 * b + 2 for b in range(batch)])
+    if name == "parted":  # padding between a row's tokens, early ones and, but for two, late ones
+        column = torch.arange(total)
+        return base & ~(((column >= 5) & (column < 12)) | ((column >= 29) & (column < 32)))
     if name == "heads":  # an additive bias per head, as ALiBi has, with hidden entries at finfo.min
         bias = torch.randn(batch, heads, queries, total, generator=g)
         return bias.masked_fill(~base, torch.finfo(torch.float32).min)

@@ -57,7 +57,8 @@ def naive_prefill(
         if wide is not None:
             shown = wide[b] if wide.dtype == torch.bool else wide[b] > hidden(wide)
             valid[b] = torch.tensor([bool(shown[:, :, j].any()) for j in range(length)])
-        last = max([j for j in range(length) if valid[b, j]], default=-1)
+        observing = [j for j in range(length) if valid[b, j]]
+        observing = observing if rule.queries < 0 else observing[max(len(observing) - rule.queries, 0) :]
         for h in range(k.shape[1]):
             for i in range(length):
                 rows, seen = [], []
@@ -69,7 +70,7 @@ def naive_prefill(
                     out[b, h * group + g, i] = (p @ v[b, h].double()).float()
                     rows.append(p)
                     seen.append(s)
-                if valid[b, i] and (rule.queries < 0 or i > last - rule.queries):
+                if i in observing:
                     a = torch.stack(rows).mean(0) if rule.group == "mean" else torch.stack(rows).amax(0)
                     values = {"sum": a, "sumsq": a * a, "count": torch.stack(seen).any(0).double()}
                     for n, name in enumerate(rule.stats):

@@ -89,6 +89,19 @@ def test_ragged_live_counts(name):
         step_both(state, q, k, v, None, t, rule)
 
 
+@pytest.mark.parametrize("name", ["h2o", "h2o max", "snapkv", "roco", "streaming"])
+def test_padding_between_tokens(name):
+    """Windows of the newest and the oldest tokens held, where positions do not count them."""
+    rule = RULES[name]
+    state = random_state(torch.tensor([[9, 12], [12, 7]]), 24, 16, rule, seen=30)
+    state.cursor[..., 2] -= torch.tensor([[6], [11]], dtype=torch.int32)
+    shown = torch.arange(40) % 7 > 3
+    shown[30:] = True
+    for t in range(30, 40):
+        q, k, v = qkv(2, 6, 2, 1, 16, keys=1, seed=t)
+        step_both(state, q, k, v, shown[None, None, None, : t + 1], t, rule)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype):
     rule = RULES["h2o"]

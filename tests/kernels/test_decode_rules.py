@@ -22,7 +22,7 @@ RULES = {
     "streaming slots": Rule(score="position", sinks=4, slots=11),
     "snapkv": Rule(
         stats=("sum", "count"), queries=32, carry=False, decode="add", score="mean", pool="max", pool_size=7,
-        recent=32, num=3, den=4, floor=4,
+        recent=32, num=3, den=4, floor=34,
     ),
     "snapkv small": Rule(
         stats=("sum", "count"), queries=4, carry=False, decode="add", score="mean", pool="avg", pool_size=3,
@@ -30,12 +30,13 @@ RULES = {
     ),
     "roco": Rule(
         stats=("sum", "sumsq", "count"), queries=-1, decode="add", score="mean", scope_num=3, scope_den=10, sinks=4,
-        recent=10, num=3, den=4, floor=4,
+        recent=10, num=3, den=4, floor=15,
     ),
     "prefill only": Rule(stats=("sum",), queries=5, decode="none", score="sum", **BUDGET),
     "full": Rule(),
     "full with statistics": Rule(stats=("sum", "sumsq", "count"), queries=-1, decode="add", score="sum"),
 }  # fmt: skip
+"""Budgets hold what is protected, as those of policies are checked to."""
 OBSERVE = {"sum": lambda a: a, "sumsq": lambda a: a * a, "count": lambda a: 1.0}
 
 
@@ -66,7 +67,7 @@ class Simulation:
         for i, t in enumerate(self.heads[h]):
             same = [head[i] for head in self.heads] if rule.heads == "all" else [t]
             scores.append(sum(self.score(s) for s in same) / len(same))
-        safe = [t["pos"] >= end - recent or t["pos"] < self.first + rule.sinks for t in self.heads[h]]
+        safe = [t["number"] >= end - recent or t["number"] < rule.sinks for t in self.heads[h]]
         kept = [False] * len(scores)
         if rule.scope_num:
             spread = [math.inf if s else self.spread(t) for s, t in zip(safe, self.heads[h], strict=True)]
@@ -99,7 +100,6 @@ class Simulation:
         rule, (heads, queries) = self.rule, q.shape[:2]
         group = heads // len(self.heads)
         valid = [any(visible(i, position + s) for i in range(queries)) for s in range(queries)]
-        last = max((s for s in range(queries) if valid[s]), default=-1)
         single, out = queries == 1, torch.zeros(heads, queries, v.shape[-1], dtype=torch.float64)
         if single and not valid[0]:
             for h, tokens in enumerate(self.heads):
@@ -110,11 +110,13 @@ class Simulation:
         fresh = []
         for h in range(len(self.heads)):
             new = [{"pos": position + s, "k": k[h, s], "v": v[h, s]} for s in range(queries) if valid[s]]
-            for t in new:
-                t.update(sum=0.0, sumsq=0.0, count=0.0)
+            for number, t in enumerate(new, self.seen):
+                t.update(number=number, sum=0.0, sumsq=0.0, count=0.0)
             self.heads[h].extend(new)
             fresh.append({id(t): dict.fromkeys(rule.stats, 0.0) for t in self.heads[h]})
-        observing = range(queries) if single or rule.queries < 0 else range(max(0, last - rule.queries + 1), queries)
+        observing = [s for s in range(queries) if valid[s]]
+        if not single and rule.queries >= 0:
+            observing = observing[max(len(observing) - rule.queries, 0) :]
         for h, tokens in enumerate(self.heads):
             rows = slice(h * group, (h + 1) * group)
             for i in range(queries):
@@ -122,7 +124,7 @@ class Simulation:
                 if not any(shown):
                     continue
                 out[rows, i], row = self.attend(h, q[rows, i], tokens, shown)
-                if valid[i] and i in observing and not (rule.queries == 0 and not single):
+                if i in observing:
                     for t, a, s in zip(tokens, row.tolist(), shown, strict=True):
                         for name in rule.stats:
                             fresh[h][id(t)][name] += OBSERVE[name](a) * s
@@ -130,9 +132,9 @@ class Simulation:
         self.seen += sum(valid)
         if self.first is None and any(valid):
             self.first = position + valid.index(True)
-        end = position + last + 1
+        end = self.seen
         if rule.pool != "none" and not single:
-            self.pool(end, position, queries, valid)
+            self.pool(end)
         if rule.evicts:
             self.shrink(end)
         return out
@@ -144,16 +146,13 @@ class Simulation:
                 for name, value in new[id(t)].items():
                     t[name] = t[name] + value if mode == "add" else value if mode == "replace" else t[name]
 
-    def pool(self, end, position, queries, valid):
+    def pool(self, end):
         rule, half = self.rule, self.rule.pool_size // 2
         for tokens in self.heads:
-            past = [t for t in tokens if t["pos"] < position]
-            new = {t["pos"]: t for t in tokens if t["pos"] >= position}
-            line = past + [new.get(position + s) for s in range(queries)]
-            inside = [t is not None and t["pos"] < end - max(rule.queries, 0) for t in line]
-            raw = [t["sum"] if ok else 0.0 for t, ok in zip(line, inside, strict=True)]
+            inside = [t["number"] < end - max(rule.queries, 0) for t in tokens]
+            raw = [t["sum"] if ok else 0.0 for t, ok in zip(tokens, inside, strict=True)]
             padded = [0.0] * half + raw + [0.0] * half
-            for i, t in enumerate(line):
+            for i, t in enumerate(tokens):
                 if inside[i]:
                     window = padded[i : i + rule.pool_size]
                     t["sum"] = max(window) if rule.pool == "max" else sum(window) / rule.pool_size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from kvpass.kernels.errors import RotationError
-from kvpass.kernels.reindex import reindex, step_of
+from kvpass.kernels.reindex import checked, new_places, reindex, step_at, step_between, turns_of
 from kvpass.kernels.rule import Rule
 
 RULE = Rule(stats=("place",), reindex=True, slots=4)
@@ -13,10 +13,9 @@ STEP = torch.tensor([1.0, 0.1, 0.01], dtype=torch.float64)
 
 
 def angles(positions: torch.Tensor, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, float32 [B, S, 6], as transformers computes them."""
+    """cos and sin, float32 [B, S, 3], as transformers computes them."""
     one = positions[..., None].float() * STEP.float()
-    both = torch.cat([one, one], -1)
-    return both.cos() * scale, both.sin() * scale
+    return one.cos() * scale, one.sin() * scale
 
 
 def rotated(x: torch.Tensor, position: float) -> torch.Tensor:
@@ -29,21 +28,66 @@ def rotated(x: torch.Tensor, position: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("scale", [1.0, 1.3])
+@pytest.mark.parametrize("most", [1, 40, 2**16])
+def test_the_step_of_a_function_of_positions(most: int, scale: float) -> None:
+    asked = []
+
+    def turn(at: int) -> torch.Tensor:
+        asked.append(at)
+        return turns_of(*angles(torch.full((2, 5), at), scale))
+
+    found = step_at(turn, most)
+    assert found is not None
+    assert max(asked) <= most
+    torch.testing.assert_close(found, STEP.float().double(), atol=2e-7 / max(asked), rtol=0)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda at: angles(torch.arange(5)[None] + at * torch.arange(5)),  # not the same for all tokens
+        lambda at: angles(torch.full((1, 5), 7)),  # no function of what was set
+        lambda at: angles(torch.full((1, 5), at / (2.0 if at > 100 else 1.0))),  # frequencies that change with length
+    ],
+)
+def test_what_is_no_rotation_by_equal_steps_gives_none(wrong) -> None:
+    assert step_at(lambda at: turns_of(*wrong(at))) is None
+
+
 @pytest.mark.parametrize("start", [0, 5000])
-def test_the_step_of_a_call(start: int, scale: float) -> None:
-    found = step_of(*angles(torch.arange(start, start + 300)[None], scale))
+def test_the_step_between_kept_neighbours(start: int) -> None:
+    """Padding and evicted tokens do not count, wherever the caller let them stand."""
+    positions = torch.arange(start, start + 300).repeat(2, 1)
+    place = torch.arange(300.0).repeat(2, 1)
+    positions[1, :200], place[1, :200] = 1, -1
+    place[1, 200:], positions[1, 200:] = torch.arange(100.0), torch.arange(100)
+    place[:, 220:290] = -1
+    found = step_between(turns_of(*angles(positions)), place)
     assert found is not None
     torch.testing.assert_close(found, STEP, atol=3e-6, rtol=0)
+    place[:, ::2] = -1
+    assert step_between(turns_of(*angles(positions)), place) is None
 
 
-def test_padding_does_not_count_and_gaps_are_refused() -> None:
-    padded = torch.stack([torch.arange(50), (torch.arange(50) - 20).clamp(min=0)])
-    found = step_of(*angles(padded))
-    assert found is not None
-    torch.testing.assert_close(found, STEP, atol=1e-6, rtol=0)
-    with pytest.raises(RotationError, match="do not rise by one"):
-        step_of(*angles(2 ** torch.arange(10)[None]))
-    assert step_of(*angles(torch.tensor([[7]]))) is None
+def test_places_are_checked_row_by_row_and_call_by_call() -> None:
+    place = torch.tensor([[0.0, 1, 2, -1, 4], [-1, -1, 0, 1, 2]])
+    positions = torch.tensor([[0, 1, 2, 3, 4], [1, 1, 70, 71, 72]])  # a row may begin anywhere
+    zero = checked(turns_of(*angles(positions)), place, STEP, None)
+    torch.testing.assert_close(zero[1].angle().cos(), (70 * STEP).cos(), atol=1e-5, rtol=0)
+    more = torch.tensor([[5, 1], [73, 74]])
+    checked(turns_of(*angles(more)), torch.tensor([[5.0, -1], [3, 4]]), STEP, zero)
+    with pytest.raises(RotationError, match="row 1 do not rise by one"):
+        checked(turns_of(*angles(more)), torch.tensor([[5.0, -1], [3, 5]]), STEP, zero)
+    with pytest.raises(RotationError, match="row 0 do not rise by one"):
+        checked(turns_of(*angles(2 ** torch.arange(10)[None])), torch.arange(10.0)[None], STEP, None)
+
+
+def test_places_of_a_call_are_what_any_head_kept() -> None:
+    pos = torch.tensor([[[9, 2, 7, -1], [8, 9, 0, -1]]], dtype=torch.int32)
+    stats = torch.tensor([[[[7.0, 2, 5, 0], [6, 7, 0, 0]]]])
+    cursor = torch.tensor([[[3, 3, 8, 0]] * 2], dtype=torch.int32)
+    state = [torch.zeros(1, 2, 4, 6), torch.zeros(1, 2, 4, 6), pos, stats, cursor]
+    assert new_places(state, RULE, 6, 4).tolist() == [[-1, 5, 6, 7]]
 
 
 def test_keys_move_together_and_only_once() -> None:
@@ -57,8 +101,6 @@ def test_keys_move_together_and_only_once() -> None:
             pos[0, h, slot], k[0, h, slot] = p, rotated(plain[0, h, p], p).float()
     cursor = torch.tensor([[[4, 4, 10, 0]] * 2], dtype=torch.int32)
     state = [k, torch.zeros(1, 2, 5, 6), pos, pos[None].float(), cursor]
-    with pytest.raises(RotationError, match="one token only"):
-        reindex(state, RULE, None)
     for _ in range(2):
         reindex(state, RULE, STEP)
         for h, positions in enumerate(kept):

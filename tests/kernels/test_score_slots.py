@@ -43,8 +43,8 @@ def test_pool_leaves_window_pads_and_empties_out():
     alive = torch.tensor([[False, True, True, True]])  # position 4 is a pad
     cursor = torch.tensor([[[2, 2, 4, 0]]], dtype=torch.int32)
     score, stats, after = score_slots(raw, None, pos, alive, cursor, 4, rule.encode())
-    assert stats[0, 0, 0].tolist() == [0.0, 2.0, 2.0, 9.0, 3.0, 8.0, 7.0]
-    assert score[0, 0].tolist() == [-INF, 2.0, 2.0, -INF, 3.0, 8.0, 7.0]
+    assert stats[0, 0, 0].tolist() == [0.0, 2.0, 3.0, 9.0, 3.0, 8.0, 7.0]  # the pad parts no neighbours
+    assert score[0, 0].tolist() == [-INF, 2.0, 3.0, -INF, 3.0, 8.0, 7.0]
     assert after[0, 0].tolist() == [5, 5, 7, 0]
 
 
@@ -53,7 +53,7 @@ def test_protection_budget_and_first():
     alive = torch.tensor([[False] * 2 + [True] * 8, [True] * 10])
     score, _, cursor = score_slots(torch.zeros(0, 2, 1, 10), None, None, alive, fresh_cursor(2), 0, rule.encode())
     assert cursor[:, 0].tolist() == [[4, 4, 8, 2], [5, 5, 10, 0]]
-    assert score[0, 0].tolist() == [-INF, -INF, INF, INF, 4, 5, 6, 7, INF, INF]
+    assert score[0, 0].tolist() == [-INF, -INF, INF, INF, 2, 3, 4, 5, INF, INF]
     assert score[1, 0].tolist() == [INF, INF, 2, 3, 4, 5, 6, 7, INF, INF]
 
 
@@ -100,7 +100,7 @@ def test_a_call_of_pads_only_changes_nothing():
     alive = torch.zeros(1, 2, dtype=torch.bool)
     nothing = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
     score, _, after = score_slots(torch.zeros(0, 1, 1, 5), None, pos, alive, cursor, 5, rule.encode(), nothing)
-    assert score[0, 0].tolist() == [-INF, 3, INF, -INF, -INF]
+    assert score[0, 0].tolist() == [-INF, 0, INF, -INF, -INF]
     assert after[0, 0].tolist() == [2, 2, 2, 3]
 
 

@@ -72,8 +72,8 @@ class Host:
             step = count == 1 and start > 0
             (self._one if step else self._many)(layer, rule, (q, k, v), mask, start, own)
         if self.rules[0].spread and not (count == 1 and start):
-            shared = shared_out(self.states, self.rules, 2)
-            self.states, self.spares = [list(s) for s, _ in shared], [free for _, free in shared]
+            for layer, (state, free) in enumerate(shared_out(list(self.states), self.rules, 2)):
+                self.states[layer], self.spares[layer] = state, free
 
     @staticmethod
     def _columns(x: torch.Tensor, own: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
@@ -129,14 +129,13 @@ class Host:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_calls_that_are_padding_for_a_whole_row(policy: str) -> None:
-    """A prompt in chunks of 40 that begins with 96 columns of padding in one row, 12 steps and a last chunk."""
-    lengths, total = [64, 160, 33], 160
-    left = torch.stack([torch.arange(total) >= total - n for n in lengths])
-    calls = [*left.split(40, 1), *torch.ones(3, 12, dtype=torch.bool).split(1, 1), torch.ones(3, 20, dtype=torch.bool)]
-    batch = Host(policy, Rows([0, 1, 2]))
+    """A prompt in chunks of 40 that begins with 50 columns of padding in one row, 2 steps and a last chunk."""
+    left = torch.stack([torch.arange(120) >= 120 - n for n in (120, 70)])
+    calls = [*left.split(40, 1), *torch.ones(2, 2, dtype=torch.bool).split(1, 1), torch.ones(2, 20, dtype=torch.bool)]
+    batch = Host(policy, Rows([0, 1]))
     for valid in calls:
         batch.call(valid)
-    for row in range(3):
+    for row in range(2):
         alone = Host(policy, Rows([row]))
         for valid in calls:
             count = int(valid[row].sum())
@@ -145,13 +144,13 @@ def test_calls_that_are_padding_for_a_whole_row(policy: str) -> None:
         assert batch.kept(row) == alone.kept(0), row
 
 
-@pytest.mark.parametrize("first", [1, 2, 3, 9])
+@pytest.mark.parametrize("first", [1, 2, 9])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_first_calls_of_a_few_tokens(policy: str, first: int) -> None:
-    """Then 8 steps, a turn of 70 and 2 steps: nothing fails, the newest token is kept and no budget is exceeded; and in
+    """Then 2 steps and a turn of 70: nothing fails, nothing goes before the budget is full, and nothing exceeds it; in
     a batch with a longer row the same is kept.
     """
-    calls = [first, *[1] * 8, 70, 1, 1]
+    calls = [first, 1, 1, 70]
     alone, batch = Host(policy, Rows([5])), Host(policy, Rows([5, 6]))
     for at, count in enumerate(calls):
         alone.call(torch.ones(1, count, dtype=torch.bool))
@@ -159,8 +158,8 @@ def test_first_calls_of_a_few_tokens(policy: str, first: int) -> None:
         wide[0, : wide.shape[1] - count] = False
         batch.call(wide)
         held = alone.kept(0)
-        if at < 9:
-            assert all(head == list(range(first + at)) for layer in held for head in layer) or policy in UNBOUNDED
+        if at < 3 and policy not in UNBOUNDED:
+            assert all(head == list(range(first + at)) for layer in held for head in layer)
     assert batch.kept(0) == alone.kept(0)
     limit = sum(rule.kept(sum(calls)) for rule in alone.rules)
     assert sum(len(head) for layer in held for head in layer) <= KV * limit

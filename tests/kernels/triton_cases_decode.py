@@ -1,6 +1,6 @@
-"""decode_attend, and the ops in a row, in Triton's interpreter against the references and against plain loops.
+"""decode_attend, and the ops in a row, against the references and against plain loops: interpreted, or on a GPU.
 
-Not collected by a plain `pytest`: test_triton_interpreter.py runs this file.
+Not collected by a plain `pytest`: test_triton_interpreter.py and tests/gpu run this file.
 """
 
 from __future__ import annotations
@@ -10,17 +10,23 @@ from typing import Any
 
 import pytest
 import torch
-from interpreted import RULES, SCALE, SINKS, masks
+from interpreted import (
+    RULES,
+    SCALE,
+    SINKS,
+    compact_slots_triton,
+    decode_attend_triton,
+    masks,
+    prefill_attend_triton,
+    select_slots_triton,
+)
 from kvpass.kernels.compact_slots.reference import compact_slots_reference
-from kvpass.kernels.compact_slots.triton import compact_slots_triton
 from kvpass.kernels.decode_attend.reference import decode_attend_reference
-from kvpass.kernels.decode_attend.triton import _splits, decode_attend_triton
+from kvpass.kernels.decode_attend.triton import _splits
 from kvpass.kernels.prefill_attend.reference import prefill_attend_reference
-from kvpass.kernels.prefill_attend.triton import prefill_attend_triton
-from kvpass.kernels.rule import FREE, LIVE, Rule
+from kvpass.kernels.rule import FREE, LIVE, SEEN, Rule
 from kvpass.kernels.scores import score_slots
 from kvpass.kernels.select_slots.reference import select_slots_reference
-from kvpass.kernels.select_slots.triton import select_slots_triton
 from kvpass.kernels.testing import State, assert_close, bits, empty_state, qkv, random_state
 from kvpass.kernels.triton_launch import Target
 from naive_attention import naive_decode
@@ -72,6 +78,14 @@ def test_decode_ragged(name: str, mask: str) -> None:
     live = torch.full((2, 2), 50) if name == "full" else torch.tensor([[20, 13], [2, 19]])
     state = random_state(live, 56, 24, rule, seen=50, value_dim=20, holes=name != "full")
     run_decode(rule, state, mask, 3, 50, 4)
+
+
+@pytest.mark.parametrize("name", ["h2o", "snapkv", "roco", "streaming"])
+def test_decode_parted(name: str) -> None:
+    """Padding between a row's tokens: the windows are those of the newest and the oldest tokens that are held."""
+    state = random_state(torch.tensor([[20, 13], [20, 19]]), 24, 16, RULES[name], seen=50)
+    state.cursor[..., SEEN] -= 10
+    run_decode(RULES[name], state, "parted", 2, 50, 5)
 
 
 @pytest.mark.parametrize("group", [1, 16])

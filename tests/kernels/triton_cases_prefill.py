@@ -1,21 +1,27 @@
-"""prefill_attend, select_slots, compact_slots in Triton's interpreter against the references and against plain loops.
+"""prefill_attend, select_slots, compact_slots against the references and against plain loops: interpreted, or on a GPU.
 
-Not collected by a plain `pytest`: test_triton_interpreter.py runs this file.
+Not collected by a plain `pytest`: test_triton_interpreter.py and tests/gpu run this file.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from interpreted import RULES, SCALE, SHAPES, SINKS, masks
+from interpreted import (
+    RULES,
+    SCALE,
+    SHAPES,
+    SINKS,
+    compact_slots_triton,
+    masks,
+    prefill_attend_triton,
+    select_slots_triton,
+)
 from kvpass.kernels.compact_slots.reference import compact_slots_reference
-from kvpass.kernels.compact_slots.triton import compact_slots_triton
 from kvpass.kernels.join_slots import join_slots
 from kvpass.kernels.prefill_attend.reference import prefill_attend_reference
-from kvpass.kernels.prefill_attend.triton import prefill_attend_triton
 from kvpass.kernels.rule import LIVE
 from kvpass.kernels.select_slots.reference import select_slots_reference
-from kvpass.kernels.select_slots.triton import select_slots_triton
 from kvpass.kernels.testing import assert_close, bits, qkv, random_state
 from naive_attention import naive_prefill, naive_select
 from torch import Tensor
@@ -44,12 +50,20 @@ def test_prefill_shapes(shape: str, causal: bool) -> None:
     check_prefill((q, k, v, None, None, SCALE, causal, RULES["roco"].encode()))
 
 
-@pytest.mark.parametrize("mask", ["none", "right", "heads", "holes", "wide"])
+@pytest.mark.parametrize("mask", ["none", "right", "parted", "heads", "holes", "wide"])
 def test_prefill_masks(mask: str) -> None:
     q, k, v = qkv(1, 4, 2, 70, 16)
     given = masks(mask, 1, 4, 70, 70)
     for rule in ("max", "snapkv"):
         check_prefill((q, k, v, None, given, SCALE, False, RULES[rule].encode()))
+
+
+def test_prefill_window_of_valid_queries() -> None:
+    """The last eight queries that are no padding, three of which are behind them."""
+    q, k, v = qkv(1, 4, 2, 34, 16)
+    args = (q, k, v, None, masks("parted", 1, 4, 34, 34), SCALE, False, RULES["snapkv"])
+    got = prefill_attend_triton(*args[:-1], args[-1].encode())
+    assert_close(got[1], naive_prefill(*args)[1], stats=True, what="stats")
 
 
 @pytest.mark.parametrize("mask", ["none", "left", "heads", "holes"])

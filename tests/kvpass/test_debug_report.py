@@ -277,7 +277,7 @@ def test_a_failing_inner_compiler_is_reported(tmp_path: Path) -> None:
 
 def test_a_graph_without_a_rewrite_has_a_report(tmp_path: Path) -> None:
     graph = fx.symbolic_trace(lambda x: -x[..., 1:, None])
-    record = kvpass.compiler.GraphRecord(kvpass.site.SiteTable())
+    record = kvpass.graphs.GraphRecord(kvpass.site.SiteTable())
     with debug.stages(str(tmp_path), 1, graph, record, None):
         pass
     assert names(tmp_path / "graph_001_untouched") == [

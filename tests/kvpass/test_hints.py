@@ -66,7 +66,7 @@ ARGUMENTS: list[tuple[Any, dict[str, Any], type[KVPassError], str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("model", "options", "kind", "what", "fix"), ARGUMENTS, ids=lambda v: str(v)[:30])
+@pytest.mark.parametrize(("model", "options", "kind", "what", "fix"), ARGUMENTS, ids=[row[3] for row in ARGUMENTS])
 def test_arguments_are_checked_at_once(model: Any, options: Any, kind: Any, what: str, fix: str) -> None:
     with pytest.raises(kind) as caught:
         kvpass.compile(model, "h2o", **{"budget": 40, **options})

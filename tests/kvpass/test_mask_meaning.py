@@ -11,6 +11,7 @@ from kvpass.patterns import DEFAULT
 from models import tiny
 from models.attention import HEADS, attend, hidden, layer, past
 from models.graphs import capture_all, table
+from spelling import with_cache
 from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM, StaticCache
 
 from kvpass.scan import scan
@@ -49,7 +50,7 @@ def test_a_window_over_a_static_cache(window: int | None) -> None:
     model, cache = MistralForCausalLM(config).eval(), StaticCache(config=full, max_cache_len=12)
     ids, mask = tiny.left_padded([6, 4])
     expected = "causal + window + padding" if window else "causal + padding"
-    assert kinds(model, ids, mask, past_key_values=cache) == {expected}
+    assert kinds(model, ids, mask, **with_cache(model, cache)) == {expected}
 
 
 S, T = 3, 8

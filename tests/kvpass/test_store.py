@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kvpass.kernels.rule import FIRST, LIVE, Rule
 
+from kvpass.runtime.shell import find, make, unwrap
 from kvpass.runtime.store import Origin, SlotStore, capacity
 from kvpass.terms import Layout
 
@@ -80,3 +83,25 @@ def test_an_empty_state():
     assert (cursor[..., LIVE] == 0).all()
     assert (cursor[..., FIRST] == -1).all()
     assert cursor.is_contiguous()
+
+
+@pytest.mark.parametrize("begun", [torch.inference_mode, torch.no_grad])
+@pytest.mark.parametrize("copied", [torch.inference_mode, torch.no_grad])
+def test_a_deep_copy_can_be_changed_in_place_in_either_mode(begun, copied):
+    """The copied shells find the copy, not the original, and its tensors are normal ones of their own."""
+    with begun():
+        original = store()
+        shells = [make(original, half) for half in (0, 1)]
+    with copied():
+        mine = copy.deepcopy(shells)
+    twin = find(mine[0])
+    assert twin is not None
+    assert twin is not original
+    assert find(mine[1]) is twin
+    assert unwrap((mine[0], mine[1]), original.layouts, "") is twin
+    assert not any(t.is_inference() for t in (*twin.state, *twin.bases))
+    before = [t.clone() for t in original.state]
+    with torch.no_grad():
+        for tensor in twin.state:
+            tensor.add_(1)
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(original.state, before, strict=True))

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from kvpass.kernels.scorers import registry
+from spelling import with_cache
 from transformers import DynamicCache
 
 import kvpass
@@ -150,7 +151,7 @@ def kvpass_keeps(vector: dict[str, Any], policy: Any, budget: int) -> Kept:
     compiled = kvpass.compile(network, policy=policy, budget=budget, inner="eager")
     cache = DynamicCache(config=network.config)
     with torch.no_grad():
-        compiled(tiny.prompt(vector["prompt"]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        compiled(tiny.prompt(vector["prompt"]), **with_cache(compiled, cache), use_cache=True, logits_to_keep=1)
     layers = [layer.positions[0].tolist() for layer in kvpass.inspect(cache).layers]
     return [[[p for p in head if p >= 0] for head in layer] for layer in layers]
 

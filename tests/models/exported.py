@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from models import plain, tiny
+from spelling import cache_of, with_cache
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from transformers import DynamicCache
@@ -31,8 +32,8 @@ class HFStep(Step):
         for layer, (k, v) in zip(cache.layers, ((k0, v0), (k1, v1)), strict=True):
             layer.lazy_initialization(k, v)
             layer.keys, layer.values = k, v
-        out = self.model(ids, past_key_values=cache, use_cache=True)
-        return out.logits, *(t for layer in out.past_key_values.layers for t in (layer.keys, layer.values))
+        out = self.model(ids, **with_cache(self.model, cache), use_cache=True)
+        return out.logits, *(t for layer in cache_of(out).layers for t in (layer.keys, layer.values))
 
 
 def export(

@@ -15,6 +15,7 @@ from unittest import mock
 
 import torch
 from oracle.simulator import Simulator
+from spelling import given_cache
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -239,10 +240,10 @@ class AnyOracle:
         self.simulator = Simulator(policy, budget, floor)
 
     def __call__(self, **inputs: Any) -> Any:
-        """One call, with `past_key_values` among its inputs unless the model makes its cache. Returns the model's
+        """One call, with the cache among its inputs unless the model makes its cache. Returns the model's
         output; afterwards `simulator` holds what each layer keeps."""
         watch = Watch(self.simulator, self.evicting, inputs.get("attention_mask"), self.one_head)
-        with torch.no_grad(), watching(watch, inputs.get("past_key_values")):
+        with torch.no_grad(), watching(watch, given_cache(inputs)):
             out = self.model(**inputs)
         watch.finish()
         return out

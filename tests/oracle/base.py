@@ -41,18 +41,23 @@ class Budget:
 
 @dataclass
 class Row:
-    """One row of the batch during one call. Positions count padding."""
+    """One row of the batch during one call. Its real tokens are numbered from 0; padding has no number."""
 
-    start: int  # position of the call's first token
+    start: int  # position of the call's first token, padding counted
     valid: Array  # [S] bool: the call's tokens that are not padding
-    first: int  # position of the row's first valid token
-    end: int  # one past the row's last valid token
-    seen: int  # valid tokens seen so far, this call included
+    before: int  # real tokens seen before this call
+    seen: int  # real tokens seen so far, this call included
+    first = 0  # number of the row's first token
+
+    @property
+    def end(self) -> int:
+        """One past the number of the row's last token."""
+        return self.seen
 
     @property
     def queries(self) -> Array:
-        """Positions of the call's queries."""
-        return self.start + np.arange(len(self.valid))
+        """Numbers of the call's queries; those of padding mean nothing."""
+        return self.before + np.cumsum(self.valid) - 1
 
 
 class Memory:
@@ -84,7 +89,7 @@ class Memory:
 
 @dataclass
 class Sight:
-    """All that one KV head of one row could look at in one call. Tokens are numbered by position."""
+    """All that one KV head of one row could look at in one call. T: the row's real tokens, by number."""
 
     rows: Array  # [G, S, T] probabilities of each query head of the group
     logits: Array  # [G, S, T]
@@ -92,7 +97,7 @@ class Sight:
     keys: Array  # [T, D]
     values: Array  # [Hkv, T, Dv] of all KV heads
     outward: Array | None  # [Hq, Dv, hidden]: what each query head's output is multiplied with
-    candidates: Array  # positions that compete, ascending
+    candidates: Array  # numbers of the tokens that compete, ascending
     row: Row
     layer: int
     head: int

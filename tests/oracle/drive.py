@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from oracle.base import Policy
 from oracle.hf import Oracle
+from spelling import with_cache
 from transformers import DynamicCache
 
 import kvpass
@@ -39,7 +40,7 @@ class Conversation:
         greedy token."""
         extra = self.extra(ids, mask)
         with torch.no_grad():
-            out = self.compiled(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1, **extra)
+            out = self.compiled(ids, **with_cache(self.compiled, self.cache), use_cache=True, logits_to_keep=1, **extra)
         expected = self.oracle(ids, **extra)
         self.simulator.follow(kept_positions(self.cache))
         compare_logits(out.logits[:, -1], expected)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from oracle.base import Policy
 from oracle.simulator import Simulator
+from spelling import with_cache
 from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -72,7 +73,7 @@ class Oracle:
         ACTIVE.append(self.simulator)
         try:
             with torch.no_grad():
-                out = self.model(input_ids, past_key_values=self.cache, logits_to_keep=1, **kwargs)
+                out = self.model(input_ids, **with_cache(self.model, self.cache), logits_to_keep=1, **kwargs)
         finally:
             ACTIVE.pop()
         return out.logits[:, -1]

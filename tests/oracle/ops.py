@@ -37,7 +37,7 @@ class Site:
 
     @property
     def arrives(self) -> bool:
-        return bool({"held", "weight", "mark", "place"} & set(self.rule.stats))
+        return bool({"held", "weight", "mark", "place", "number"} & set(self.rule.stats))
 
     def one(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, position: int) -> None:
         if not self.rule.spread:

@@ -7,6 +7,7 @@ heads that share this KV head, exactly zero where the query may not look or the 
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -173,21 +174,18 @@ class CriticalKV(Weighted, SnapKV):
 
 
 class PyramidKV(SnapKV):
-    """SnapKV with budgets that fall from layer to layer: policies.md's R6."""
+    """SnapKV with budgets that fall from layer to layer in a straight line: policies.md's R6 without its guards, and
+    never more than even budgets together."""
 
     beta = 20
 
     def budget(self, even: int, seen: int, layer: int, layers: int) -> int:
         base = even - self.window
-        if base < self.beta or layers < 2 or seen < even or seen < 2 * base:
+        if base < (self.beta if self.steady else 1) or layers < 2:
             return even
-        low = base // self.beta
-        high = 2 * base - low
-        if high >= seen - self.window:
-            high = seen - self.window
-            low = 2 * base - high
-        fall = layer * ((high - low) // (layers - 1)) if self.steady else layer * (high - low) // (layers - 1)
-        return high - fall + self.window
+        low = max(base // self.beta, 1)
+        line = Fraction(2 * base - low) + Fraction(layer * 2 * (low - base), layers - 1)
+        return math.floor(line) + self.window
 
 
 class AdaSnapKV(SnapKV):

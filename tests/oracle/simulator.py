@@ -4,6 +4,9 @@ simulator = Simulator("h2o", 0.2)
 out = simulator.attend(layer, q, k, v, mask, scale)  # k, v: ALL tokens so far; evicts afterwards
 simulator.kept(layer)                                # [[positions] per head] per row
 simulator.follow([positions of each layer])          # compare with a library's choice, adopt near-ties
+
+A policy never sees padding: to it a row is its real tokens, numbered from 0. Positions, padding counted, are for masks
+and for comparisons.
 """
 
 from __future__ import annotations
@@ -22,16 +25,16 @@ Array = np.ndarray
 
 
 class Head:
-    """One KV head of one row: which tokens it holds, and what it remembers of them."""
+    """One KV head of one row: which tokens it holds (by position), and what it remembers of them (by number)."""
 
     def __init__(self) -> None:
         self.holds = np.zeros(0, dtype=bool)  # by position
         self.memory = Memory()
         self.choice: Choice | None = None  # the latest
 
-    def grow(self, length: int) -> None:
+    def grow(self, length: int, tokens: int) -> None:
         self.holds = np.concatenate([self.holds, np.zeros(length - len(self.holds), dtype=bool)])
-        self.memory.grow(length)
+        self.memory.grow(tokens)
 
     @property
     def positions(self) -> Array:
@@ -47,9 +50,6 @@ class Layer:
 
     def __init__(self, rows: int, heads: int) -> None:
         self.heads = [[Head() for _ in range(heads)] for _ in range(rows)]
-        self.first = [-1] * rows
-        self.end = [0] * rows
-        self.seen = [0] * rows
         self.valid: list[list[int]] = [[] for _ in range(rows)]  # positions of real tokens, evicted ones too
         self.votes = 0
         self.rows: list[Row] = []  # of the call that is running
@@ -61,13 +61,18 @@ class Layer:
 
     def enter(self, b: int, start: int, valid: Array) -> Row:
         """Count the call's valid tokens of row b."""
-        new = start + np.flatnonzero(valid)
-        if len(new):
-            self.first[b] = new[0] if self.first[b] < 0 else self.first[b]
-            self.end[b] = new[-1] + 1
-            self.seen[b] += len(new)
-            self.valid[b] += new.tolist()
-        return Row(start, valid, self.first[b], self.end[b], self.seen[b])
+        before = len(self.valid[b])
+        self.valid[b] += (start + np.flatnonzero(valid)).tolist()
+        return Row(start, valid, before, len(self.valid[b]))
+
+    def numbers(self, b: int, positions: Array) -> Array:
+        """Which of row b's real tokens stand there."""
+        found = np.searchsorted(self.valid[b], positions)
+        assert (np.array(self.valid[b])[found] == positions).all(), "padding is held"
+        return found
+
+    def positions(self, b: int, numbers: Array) -> Array:
+        return np.array(self.valid[b], dtype=int)[numbers]
 
 
 class Simulator:
@@ -135,7 +140,7 @@ class Simulator:
         layer.votes += S
         for row, heads in zip(layer.rows, layer.heads, strict=True):
             for head in heads:
-                head.grow(T)
+                head.grow(T, row.seen)
                 head.holds[T - S :] = row.valid
         return self.visible(index, sees)
 
@@ -148,8 +153,9 @@ class Simulator:
     def observe(self, index: int, b: int, h: int, rows: torch.Tensor, visible: torch.Tensor) -> None:
         """Probabilities and visibility [G,S,T] of the query heads that share KV head h of row b."""
         layer, a = self.layers[index], rows.mean(0).numpy()
-        head = layer.heads[b][h]
-        self.policy.observe(head.memory, a, visible.any(0).numpy(), layer.rows[b], head.positions)
+        head, real = layer.heads[b][h], layer.valid[b]
+        held = layer.numbers(b, head.positions)
+        self.policy.observe(head.memory, a[:, real], visible.any(0).numpy()[:, real], layer.rows[b], held)
 
     def look(
         self,
@@ -165,14 +171,15 @@ class Simulator:
         """What else a policy may ask for. Probabilities and logits [G,S,T], keys [T,D], values of all heads."""
         layer = self.layers[index]
         row, head, outward = layer.rows[b], layer.heads[b][h], self.outward.get(index)
+        real = layer.valid[b]
         sight = Sight(
-            rows=rows.numpy(),
-            logits=z.numpy(),
-            sees=visible.any(0).numpy(),
-            keys=k.double().numpy(),
-            values=v.double().numpy(),
+            rows=rows.numpy()[..., real],
+            logits=z.numpy()[..., real],
+            sees=visible.any(0).numpy()[:, real],
+            keys=k.double().numpy()[real],
+            values=v.double().numpy()[:, real],
             outward=None if outward is None else outward.numpy(),
-            candidates=head.positions,
+            candidates=layer.numbers(b, head.positions),
             row=row,
             layer=index,
             head=h,
@@ -213,15 +220,15 @@ class Simulator:
         """Each head of row b drops to its budget; a single token drives out one at most."""
         heads, one = layer.heads[b], len(row.valid) == 1 and self.policy.every == 1
         if self.policy.rings:
-            new = (row.start + np.flatnonzero(row.valid)).tolist()
+            new = list(range(row.before, row.seen))
             for head in heads:
-                old = head.positions[head.positions < row.start]
+                old = layer.numbers(b, head.positions[head.positions < row.start])
                 head.choice = None
-                kept = self.policy.insert(head.memory, old, new, row.seen - len(new), even)
-                head.keep(np.array(kept, dtype=int))
+                kept = self.policy.insert(head.memory, old, new, row.before, even)
+                head.keep(layer.positions(b, np.array(kept, dtype=int)))
             return
         budgets = [even + (extra if one else 0) for extra in layer.extra[b]]
-        choices = self.choices(layer, heads, row, budgets)
+        choices = self.choices(layer, b, row, budgets)
         reached = threshold(choices, even, self.policy.cut)
         for head, choice, count in zip(heads, choices, reached, strict=True):
             most = len(choice.positions)
@@ -242,7 +249,7 @@ class Simulator:
             for head, count in zip(heads, shared_out, strict=True):
                 head.choice.keep = count
         for head in heads:
-            head.keep(head.choice.kept())
+            head.keep(layer.positions(b, head.choice.kept()))
 
     def share_out(self) -> None:
         """End of a call of several tokens for all layers that wait."""
@@ -253,7 +260,7 @@ class Simulator:
                 heads = range(len(layer.heads[b]))
                 self.policy.together([h.memory for h in layer.heads[b]], [layer.sights[b, h] for h in heads])
             even = self.even(0, row)
-            choices = [self.choices(layer, layer.heads[b], row, [even] * len(layer.heads[b])) for layer in layers]
+            choices = [self.choices(layer, b, row, [even] * len(layer.heads[b])) for layer in layers]
             for layer, made in zip(layers, choices, strict=True):
                 for head, choice in zip(layer.heads[b], made, strict=True):
                     head.choice = choice
@@ -271,10 +278,11 @@ class Simulator:
                 for head, count in zip(layer.heads[b], counts_of, strict=True):
                     assert head.choice is not None
                     head.choice.keep = count
-                    head.keep(head.choice.kept())
+                    head.keep(layer.positions(b, head.choice.kept()))
 
-    def choices(self, layer: Layer, heads: list[Head], row: Row, budgets: list[int]) -> list[Choice]:
-        """What every head may choose from, `keep` still without a bound."""
+    def choices(self, layer: Layer, b: int, row: Row, budgets: list[int]) -> list[Choice]:
+        """What every head of row b may choose from, `keep` still without a bound."""
+        heads = layer.heads[b]
         scores = [self.policy.score(head.memory) for head in heads]
         errors = [self.policy.error(head.memory, self.rounding) for head in heads]
         if self.policy.shared:
@@ -282,7 +290,7 @@ class Simulator:
             errors = errors if errors[0] is None else [np.mean(errors, axis=0)] * len(heads)
         made = []
         for head, score, error, n in zip(heads, scores, errors, budgets, strict=True):
-            p = head.positions
+            p = layer.numbers(b, head.positions)
             key, power = self.policy.scope_key(head.memory)
             choice = Choice(
                 positions=p,
@@ -322,7 +330,7 @@ class Simulator:
             assert tensor.shape[:2] == shape, f"layer {index}: {tuple(tensor.shape[:2])} rows, heads; not {shape}"
             for b, heads in enumerate(self.layers[index].heads):
                 held = [tensor[b, h].cpu().numpy() for h in range(len(heads))]
-                held = [np.sort(slots[slots >= 0]) for slots in held]
+                held = [self.layers[index].numbers(b, np.sort(slots[slots >= 0])) for slots in held]
                 self.follow_row(index, b, held)
 
     def follow_model(self, theirs: list[torch.Tensor]) -> None:
@@ -330,7 +338,7 @@ class Simulator:
         layers = [self.layers[i] for i in sorted(self.layers)]
         for b in range(len(layers[0].heads)):
             choices = [head.choice for layer in layers for head in layer.heads[b] if head.choice is not None]
-            held = [np.sort(h[h >= 0]) for tensor in theirs for h in tensor[b].cpu().numpy()]
+            held = [layers[0].numbers(b, np.sort(h[h >= 0])) for tensor in theirs for h in tensor[b].cpu().numpy()]
             if all(np.array_equal(c.kept(), t) for c, t in zip(choices, held, strict=True)):
                 continue
             even = self.even(0, layers[0].rows[b])
@@ -346,7 +354,8 @@ class Simulator:
     def follow_row(self, index: int, b: int, theirs: list[Array]) -> None:
         layer, where = self.layers[index], f"step {self.step}, layer {index}, row {b}"
         heads = layer.heads[b]
-        if layer.shares and any(not np.array_equal(head.positions, t) for head, t in zip(heads, theirs, strict=True)):
+        ours = [layer.numbers(b, head.positions) for head in heads]
+        if layer.shares and any(not np.array_equal(one, t) for one, t in zip(ours, theirs, strict=True)):
             even = self.even(index, layer.rows[b])
             why = joint_objection([h.choice for h in heads], theirs, even, self.policy.safeguard, self.rounding)
             if why:
@@ -355,13 +364,14 @@ class Simulator:
                 head.choice.keep = len(t)
             layer.extra[b] = extras([len(t) for t in theirs], even)
         for h, head in enumerate(heads):
-            self.follow_head(head, theirs[h], f"{where}, head {h}")
+            head.keep(layer.positions(b, self.followed_head(head, ours[h], theirs[h], f"{where}, head {h}")))
 
-    def follow_head(self, head: Head, theirs: Array, where: str) -> None:
+    def followed_head(self, head: Head, ours: Array, theirs: Array, where: str) -> Array:
+        """Numbers of the tokens that the head holds from here on."""
         self.compared += 1
-        if np.array_equal(head.positions, theirs):
-            return
-        only_theirs, only_ours = np.setdiff1d(theirs, head.positions), np.setdiff1d(head.positions, theirs)
+        if np.array_equal(ours, theirs):
+            return ours
+        only_theirs, only_ours = np.setdiff1d(theirs, ours), np.setdiff1d(ours, theirs)
         assert head.choice is not None
         why = objection(head.choice, theirs, self.rounding)
         if why:
@@ -369,7 +379,7 @@ class Simulator:
             raise AssertionError(f"{where}: {why}. {sets}")
         self.near_ties += 1
         self.followed.append(f"{where}: {only_theirs} for {only_ours}")
-        head.keep(theirs)
+        return theirs
 
 
 def split_mask(mask: torch.Tensor | None, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from oracle.anyhf import numbered
 from overrides import TWO_CACHES, WHOLE_INPUT
+from spelling import cache_of, declared, with_cache
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
@@ -59,9 +60,9 @@ class Feed:
 
     def __init__(self, model: Any, call: Any = None) -> None:
         self.takes = set(inspect.signature(type(model).forward).parameters)
-        if "past_key_values" not in self.takes:
-            raise NoCache("its forward takes no past_key_values")
-        self.call = call or model
+        if declared(model) is None:
+            raise NoCache("its forward takes no cache")
+        self.model, self.call = model, call or model
         self.whole = model.config.model_type in WHOLE_INPUT
         self.ids: torch.Tensor | None = None
         self.cache: Any = new_cache(model)
@@ -75,7 +76,7 @@ class Feed:
             ids = self.ids = ids if self.ids is None else torch.cat([self.ids, ids], dim=1)
         with torch.no_grad():
             out = self.call(**self.inputs(ids))
-        self.cache = getattr(out, "past_key_values", None) or self.cache
+        self.cache = cache_of(out) or self.cache
         return out.logits[:, -1]
 
     def inputs(self, ids: torch.Tensor) -> dict[str, Any]:
@@ -85,7 +86,7 @@ class Feed:
         given = {"input_ids": ids, "attention_mask": self.mask, "position_ids": positions, "use_cache": True}
         given = {name: value for name, value in given.items() if name in self.takes}
         if self.cache is not None:
-            given["past_key_values"] = self.cache
+            given |= with_cache(self.model, self.cache)
         return given
 
     def greedy(self, ids: torch.Tensor, mask: torch.Tensor, steps: int = STEPS) -> list[torch.Tensor]:

@@ -21,6 +21,7 @@ import smollm2
 import torch
 from kvpass.kernels.scorers.registry import find_scorer, scorers
 from rich.progress import track
+from spelling import cache_of
 from transformers.utils import logging as transformers_logging
 
 import kvpass
@@ -75,7 +76,7 @@ def run(name: str, folder: Path, model: Any, ids: torch.Tensor, new: int) -> dic
     compiled = kvpass.compile(model, policy=policy, inner="eager")
     settings: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": True, "min_new_tokens": new}
     out = compiled.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, **settings)
-    report = kvpass.report(out.past_key_values).to_dict()
+    report = kvpass.report(cache_of(out)).to_dict()
     may = allowed(policy, len(report["sites"]), report["tokens"])
     held = report["bytes"] / report["dense_bytes"]
     bounded = policy.allocate.heads == "threshold"

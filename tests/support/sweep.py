@@ -30,7 +30,7 @@ ATTENTIONS = ("sdpa", "eager")
 
 def find_packages() -> None:
     """Make the test packages importable, as tests/conftest.py does for pytest."""
-    sys.path.insert(0, str(HERE))
+    sys.path[:0] = [str(HERE), str(ROOT / "examples")]
     for name in ("oracle", "models"):
         package = types.ModuleType(name)
         package.__path__ = [str(ROOT / "tests" / name)]

@@ -24,7 +24,7 @@ GOOD = {
     **{name: {"ok": True} for name in ("identity", "eviction", "bytes", "graphs")},
 }
 BAD = {"ok": False, "why": "AssertionError: step 3: logits differ"}
-OUTSIDE = {"status": "no_cache", "why": "its forward takes no past_key_values"}
+OUTSIDE = {"status": "no_cache", "why": "its forward takes no cache"}
 
 
 def both(sdpa: dict[str, Any], eager: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def test_the_documents() -> None:
     assert "| llama | 2 / 1 (SLIDING_WINDOW) | 2 / 1 (SLIDING_WINDOW) | ok ok | ok ok | ok ok |  |" in text
     assert "| gpt_oss | no sdpa | 2 / 1 (SLIDING_WINDOW) | **no** | ok | ok | AssertionError: step 3: logits" in text
     assert "| ok ok | tried without padding: the model itself does not ignore it |" in text
-    assert "| rwkv | no cache: its forward takes no past_key_values |" in text
+    assert "| rwkv | no cache: its forward takes no cache |" in text
     assert "every full-attention site matched: 3 (100 %)" in text
     assert "llama; sdpa: 2 / 1 (SLIDING_WINDOW) sites, identity ok" in scoreboard.line("llama", results["llama"])
 

@@ -1,0 +1,56 @@
+"""Rows to which a call of several tokens brings none, or a single one. Pure torch.
+
+Alone they would not have been called, or for one step: the others' tokens must not change what they keep.
+"""
+
+from __future__ import annotations
+
+import torch
+from kvpass.kernels.allocate import budgets
+from kvpass.kernels.held import later
+from kvpass.kernels.rule import EXTRA, FREE, HELD, LIVE, NUMBER, PLACE, RING, SEEN, SHIFT, Rule
+from kvpass.kernels.scorers.registry import find_scorer
+from torch import Tensor
+
+
+def lone(valid: Tensor, cursor: Tensor, rule: Rule) -> Tensor:
+    """Rows to which a call of several tokens brings one, so that it is as a call of one token to them: bool [B, 1]. Not
+    where steps evict nothing, or shares of layers are about to change.
+    """
+    alike = rule.of_steps is rule and not rule.spread
+    return (valid.sum(-1, keepdim=True) == 1) & (cursor[:, :1, SEEN] > 0) & alike
+
+
+def stepped(cursor: Tensor, after: Tensor, rule: Rule) -> Tensor:
+    """The cursor of heads with budgets of their own after one token: they keep their shares."""
+    live, out = cursor[..., LIVE], after.clone()
+    room = torch.maximum(budgets(after[..., SEEN], rule) + cursor[..., EXTRA], live)
+    out[..., LIVE] = out[..., FREE] = torch.minimum(live + 1, room)
+    out[..., EXTRA], out[..., SHIFT] = cursor[..., EXTRA], cursor[..., SHIFT]
+    return out
+
+
+def as_in_steps(total: Tensor, past: Tensor, stats: Tensor, keys: tuple[Tensor, Tensor, Tensor], rule: Rule) -> None:
+    """Rows to which a call of several tokens brought none change nothing; where it brought one, what slots keep is as
+    after a call of one token. Changes total [N, B, Hkv, L]; past, the same: before the call; stats [M, B, Hkv, L]: what
+    it emitted, by number; keys: the places of the keys, valid [B, S], and `lone`.
+    """
+    where, valid, one = keys
+    none = ~valid.any(-1, keepdim=True)
+    if total.device.type == "cpu" and not bool((one | none).any()):
+        return
+    alone = total.clone()
+    for at, name in enumerate(rule.stats):
+        if name == HELD and not find_scorer(rule.scorer).pointwise:
+            fresh = torch.where(where == where.amax(-1, keepdim=True), later(where), past[at])
+        elif name not in rule.emitted or name == HELD:
+            fresh = total[at]
+        elif rule.decode == "add":
+            emitted = stats[rule.emission(name)]
+            fresh = torch.maximum(past[at], emitted) if name == "last" else past[at] + emitted
+        else:
+            fresh = stats[rule.emission(name)] if rule.decode == "replace" else past[at]
+        alone[at] = fresh
+    pick = [at for at, name in enumerate(rule.stats) if name not in (PLACE, NUMBER, RING)]
+    total[pick] = torch.where(one[..., None], alone[pick], total[pick])
+    total[pick] = torch.where(none[..., None], past[pick], total[pick])

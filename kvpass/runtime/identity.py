@@ -1,0 +1,146 @@
+"""Which model a compressed cache belongs to: known by the parameters that reach its graphs as inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import count
+from typing import TYPE_CHECKING, Any
+from weakref import ref
+
+import torch
+
+from kvpass.errors import StaleCacheError
+
+if TYPE_CHECKING:
+    from kvpass.runtime.store import Origin
+
+SAMPLE = 32
+"""Entries of a parameter that its digest looks at, evenly spread."""
+MOST_LAYERS = 512
+"""Layers that are remembered to share one graph."""
+
+_UNKNOWN = count()
+
+
+class Identity:
+    """The parameters of one call, by their names in the graph: the objects while they live, and digests of them.
+
+    Two calls are of one model if the parameters that both name are the same objects (a model, its twins and equal
+    compilations share them; `.to(device)` and merged adapters keep them) or equal in content (a copy, an offloaded or
+    a pickled model). A call may name others beside them: an encoder, adapters that are switched on.
+    """
+
+    def __init__(self, parameters: dict[str, torch.Tensor]) -> None:
+        self.objects = {name: ref(tensor) for name, tensor in parameters.items()}
+        self.digests = dict(zip(parameters, _digests(list(parameters.values())), strict=True))
+        self.agreed: Identity | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Identity:
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Objects do not outlive their process; their content may."""
+        return {"objects": {}, "digests": self.digests, "agreed": None}
+
+    def holds(self, parameters: dict[str, torch.Tensor]) -> bool:
+        """Whether these are the very objects."""
+        return all(self.objects[name]() is tensor for name, tensor in parameters.items())
+
+    def same(self, other: Identity) -> bool:
+        """Whether a call with `other`'s parameters goes on with the model of this one."""
+        if other is self or other.agreed is self:
+            return True
+        common = self.digests.keys() & other.digests.keys()
+        changed = [name for name in common if not self._shares(name, other)]
+        if common and not changed:
+            other.agreed = self
+            return True
+        if not common:  # named in another way, as a module of another one
+            ours = {id(tensor) for tensor in map(_alive, self.objects.values()) if tensor is not None}
+            return not self.digests or not other.digests or any(id(o()) in ours for o in other.objects.values())
+        now = [_alive(other.objects.get(name)) for name in changed]
+        fresh = _digests([tensor for tensor in now if tensor is not None]) if None not in now else []
+        return bool(fresh) and all(self.digests[name] == one for name, one in zip(changed, fresh, strict=True))
+
+    def _shares(self, name: str, other: Identity) -> bool:
+        mine, theirs = _alive(self.objects.get(name)), _alive(other.objects.get(name))
+        return mine is not None and mine is theirs
+
+
+class Weights:
+    """The parameters among a graph's inputs.
+
+    Args:
+        names: of the graph's inputs, in order.
+    """
+
+    def __init__(self, names: Sequence[str] = ()) -> None:
+        self.names = tuple(names)
+        self.places: list[int] | None = None
+        self.known: dict[int, Identity] = {}
+
+    def of(self, args: Sequence[Any], fresh: bool) -> Identity | None:
+        """Whose parameters a call was given; None if none reach the graph.
+
+        fresh: look at the contents anew, for a cache that begins.
+        """
+        if self.places is None:
+            self.places = [at for at, _ in enumerate(self.names) if isinstance(args[at], torch.nn.Parameter)]
+        if not self.places:
+            return None
+        first = id(args[self.places[0]])  # layers behind graph breaks may share a graph
+        parameters = {self.names[at]: args[at] for at in self.places}
+        known = self.known.get(first)
+        if known is None or fresh or not known.holds(parameters):
+            if len(self.known) >= MOST_LAYERS:  # weights that are brought in anew for each call
+                self.known.clear()
+            known = self.known[first] = Identity(parameters)
+        return known
+
+
+def _alive(reference: Any) -> Any:
+    return reference() if reference is not None else None
+
+
+def _digests(tensors: Sequence[torch.Tensor]) -> list[tuple[Any, ...]]:
+    """Shape, dtype and a few entries of each tensor; one synchronisation for each device."""
+    with torch.inference_mode(False), torch.no_grad():
+        samples = [_sample(tensor) for tensor in tensors]
+        devices: dict[torch.device, list[int]] = {}
+        for at, sample in enumerate(samples):
+            devices.setdefault(sample.device, []).append(at)
+        entries = [b""] * len(samples)
+        for ats in devices.values():
+            read = bytes(torch.cat([samples[at] for at in ats]).tolist())
+            for at in ats:
+                size = len(samples[at])
+                entries[at], read = read[:size], read[size:]
+    return [(tuple(t.shape), str(t.dtype), entry) for t, entry in zip(tensors, entries, strict=True)]
+
+
+def _sample(tensor: torch.Tensor) -> torch.Tensor:
+    """Bytes of a few entries, uint8 [n]; of a tensor that does not show its data, some that no other has."""
+    if tensor.is_meta or type(tensor) is not torch.nn.Parameter:
+        return torch.tensor([*next(_UNKNOWN).to_bytes(8, "big"), 0], dtype=torch.uint8)
+    if not tensor.numel():
+        return torch.empty(0, dtype=torch.uint8)
+    flat = tensor.detach().reshape(-1)
+    return flat[:: -(-len(flat) // SAMPLE)].contiguous().view(torch.uint8)
+
+
+def require_same(made: Origin, called: Origin, where: str) -> None:
+    """Refuse a cache that another policy, budget or model made: its slots were chosen by another rule.
+
+    Raises:
+        StaleCacheError: who made it, and who was given it.
+    """
+    other_model = made.model is not None and called.model is not None and not made.model.same(called.model)
+    if made.fingerprint == called.fingerprint and not other_model:
+        return
+    weights = "a model with other weights" if other_model else "this model"
+    raise StaleCacheError(
+        f"the cache was made by {weights} under policy {made.policy}, budget {made.budget}; it was given to policy "
+        f"{called.policy}, budget {called.budget}",
+        where=where,
+        hint="compile once and keep one compiled model for each cache, or begin from an empty cache",
+    )

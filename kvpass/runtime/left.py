@@ -1,0 +1,47 @@
+"""Caches that kvpass saw and left dense: nothing in them is a shell, so their tensors remember who saw them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from kvpass.runtime.store import Origin, version
+
+_LEFT = "_kvpass_left"
+FEWEST_AXES = 3
+"""Of a tensor that may be a cache."""
+
+
+class Left:
+    """Runs a graph whose attentions all stay dense, and marks what may be their caches. A deep copy of a tensor keeps
+    the mark.
+    """
+
+    def __init__(self, origin: Origin) -> None:
+        self.origin = origin
+        self.inputs: list[int] | None = None
+
+    def run(self, inner: Callable[..., Any], args: Sequence[Any]) -> Any:
+        """One call: what it returns is marked, and the buffers that it wrote to."""
+        if self.inputs is None:
+            self.inputs = [at for at, value in enumerate(args) if _may_be_cache(value)]
+        given = [args[at] for at in self.inputs]
+        before = [version(tensor) for tensor in given]
+        results = inner(*args)
+        written = [t for t, seen in zip(given, before, strict=True) if seen is None or version(t) != seen]
+        for tensor in (*written, *filter(_may_be_cache, results)):
+            setattr(tensor, _LEFT, self.origin)
+        return results
+
+
+def left_by(tensor: torch.Tensor) -> Origin | None:
+    """Who saw this cache and left it as it is."""
+    found: Origin | None = getattr(tensor, _LEFT, None)
+    return found
+
+
+def _may_be_cache(value: Any) -> bool:
+    is_data = isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter)
+    return is_data and value.dim() >= FEWEST_AXES

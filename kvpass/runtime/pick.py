@@ -1,0 +1,60 @@
+"""Sequences picked out of a compressed cache, as beam search does; tokens taken back where none can be evicted."""
+
+from __future__ import annotations
+
+import torch
+
+from kvpass.errors import CacheError
+from kvpass.kernels.ragged import is_ragged
+from kvpass.kernels.rule import FREE, LIVE, SEEN
+from kvpass.runtime.store import SlotStore
+
+
+def selected(store: SlotStore, rows: torch.Tensor, half: int) -> SlotStore:
+    """A store of the sequences `rows` (int [N], with repeats) of another.
+
+    Keys and values are picked one after the other, by equal rows: both get the same new store.
+
+    Args:
+        half: 0 if it is asked for keys, 1 for values.
+
+    Raises:
+        CacheError: heads have budgets of their own, which lie one behind the other over all sequences.
+    """
+    last = store.picked
+    if last is not None and half not in last[2] and torch.equal(last[0], rows):
+        last[2].add(half)
+        return last[1]
+    k, v, pos, stats, cursor = store.state
+    if is_ragged(cursor) or store.length is not None:
+        raise CacheError(
+            "sequences cannot be picked out of this cache yet (beam search, reordering)",
+            where=store.name,
+            hint="choose a policy whose heads hold the same number of slots, and a cache that grows; or num_beams=1",
+        )
+    with torch.inference_mode(False), torch.no_grad():
+        at = rows.to(k.device).clone()
+        state = [k[at], v[at], pos[at], stats[:, at], cursor[at]]
+        bases = tuple(base.clone() for base in store.bases)
+        zero = None if store.zero is None else store.zero[at]
+    result = object.__new__(SlotStore)
+    result.__setstate__({**vars(store), "state": state, "bases": bases, "zero": zero, "picked": None})
+    store.picked = rows.clone(), result, {half}
+    return result
+
+
+def take_back(store: SlotStore, length: int) -> bool:
+    """Shorten a cache to its first `length` tokens, in place; False if its rule may evict: what a token displaced, or
+    scored, cannot be undone.
+    """
+    if store.rule.evicts or is_ragged(store.state[4]):
+        return False
+    pos, cursor = store.state[2], store.state[4]
+    with torch.inference_mode(False), torch.no_grad():
+        gone = pos >= length
+        pos.masked_fill_(gone, -1)
+        removed = gone.sum(-1, dtype=cursor.dtype)
+        for column in (LIVE, FREE, SEEN):
+            cursor[..., column] -= removed
+    store.tokens = length
+    return True

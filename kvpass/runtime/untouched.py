@@ -1,0 +1,36 @@
+"""A compiled graph in which nothing is rewritten."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kvpass.runtime.left import Left
+from kvpass.runtime.shell import refuse
+from kvpass.runtime.store import Origin
+from kvpass.runtime.watch import current
+
+
+class Untouched:
+    """A compiled graph without a rewritten site, which must not be given shells to read.
+
+    left: what to say of the caches in it, if it has any.
+    """
+
+    def __init__(
+        self,
+        inner: Callable[..., Any],
+        watched: Sequence[int],
+        dense: Sequence[int] = (),
+        left: Origin | None = None,
+    ) -> None:
+        self.inner, self.watched, self.dense = inner, tuple(watched), tuple(dense)
+        self.left = Left(left) if left is not None else None
+
+    def __call__(self, *args: Any) -> Any:
+        refuse(args, self.watched, "")
+        result = self.inner(*args) if self.left is None else self.left.run(self.inner, args)
+        call = current()
+        if call is not None:
+            call.ran(dense=[result[at] for at in self.dense])
+        return result

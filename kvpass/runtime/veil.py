@@ -1,0 +1,148 @@
+"""Shells that speak: between calls of a compiled model, whoever reads a compressed cache as data is told so at once.
+
+A shell is a plain tensor inside a call, as Dynamo's guards want it, and a `Shell` outside: the same object, of another
+class. Sizes, devices and views are answered; NaN never flows on.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from kvpass.errors import CacheError, ShellDataError
+
+_ANSWERED = frozenset({
+    "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "is_contiguous", "element_size",
+    "untyped_storage", "is_floating_point", "is_complex", "is_inference", "get_device", "data_ptr", "is_same_size",
+    "type", "isnan", "isfinite", "isinf", "__len__", "__hash__", "register_hook", "is_shared", "is_pinned",
+    "has_names", "_is_view", "is_conj", "is_neg", "__dlpack_device__", "result_type",
+})  # fmt: skip
+"""Operations that read no data, or only ask whether it is any."""
+
+_VIEWS = frozenset({
+    "__getitem__", "view", "view_as", "expand", "expand_as", "narrow", "detach", "alias", "slice", "transpose",
+    "permute", "movedim", "swapaxes", "t", "squeeze", "unsqueeze", "flatten", "reshape", "unflatten", "select",
+    "unbind", "chunk", "split",
+})  # fmt: skip
+"""Operations that give views, by which a shell's store is found again."""
+
+_MOVES = frozenset({
+    "to", "cpu", "cuda", "float", "half", "bfloat16", "double", "requires_grad_",
+})  # fmt: skip
+"""Operations that give the tensor itself if there is nothing to do."""
+
+_VIEW_ATTRIBUTES = frozenset({"T", "mT", "H", "mH", "data", "real", "imag"})
+
+_REPLIES = {
+    "index_select": "only whole sequences can be picked out of a compressed cache, along its first axis",
+    "repeat_interleave": "a compressed cache cannot be repeated yet: repeat the prompt (num_return_sequences) instead",
+    "cat": "it was handed to a model that kvpass did not compile, or joined by hand; give it to the model that made it",
+}
+
+
+_OF = "_kvpass_of"
+"""The shell that a view was taken of, whose store lives as long as it does."""
+
+
+class Shell(torch.Tensor):
+    """The keys or values of a compressed cache for whoever holds it: sizes, but no data."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", str(func))
+        shells = list(_shells((args, kwargs or {})))
+        if name == "__get__" and getattr(func, "__self__", None) is not None:
+            attribute = func.__self__.__name__
+            return _plainly(func, args, kwargs, shells, views=attribute in _VIEW_ATTRIBUTES)
+        if name in _ANSWERED or name in _VIEWS or (name in _MOVES and _in_place(func, args, kwargs)):
+            return _plainly(func, args, kwargs, shells, views=name in _VIEWS | _MOVES)
+        if name == "index_select" and isinstance(args[0], Shell):
+            return _picked(*args, **(kwargs or {}))
+        if name == "__deepcopy__":
+            return _deep_copy(*args)
+        if name == "__repr__":
+            return f"<keys or values of a compressed cache, {list(args[0].shape)}: kvpass.inspect(cache) shows them>"
+        raise _refusal(name, shells[0])
+
+
+def veil(tensors: Iterable[torch.Tensor]) -> None:
+    """Make shells speak."""
+    for tensor in tensors:
+        if type(tensor) is torch.Tensor:
+            tensor.__class__ = Shell
+
+
+def unveil(tensors: Iterable[torch.Tensor]) -> None:
+    """Make them plain tensors again, for a call that knows them."""
+    for tensor in tensors:
+        if type(tensor) is Shell:
+            tensor.__class__ = torch.Tensor  # type: ignore[assignment]  # the same object, of another class
+
+
+def _shells(value: Any) -> Iterable[torch.Tensor]:
+    if type(value) is Shell:
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _shells(part)
+    elif isinstance(value, dict):
+        yield from _shells(list(value.values()))
+
+
+def _plainly(func: Any, args: Any, kwargs: Any, shells: list[torch.Tensor], views: bool) -> Any:
+    with torch._C.DisableTorchFunctionSubclass():
+        result = func(*args, **(kwargs or {}))
+        if views:
+            parts = result if isinstance(result, (list, tuple)) else [result]
+            homes = {shell.untyped_storage()._cdata for shell in shells}
+            tensors = [t for t in parts if isinstance(t, torch.Tensor)]
+            if any(t.untyped_storage()._cdata not in homes for t in tensors):  # picked or copied, so read
+                raise _refusal(func.__name__, shells[0])
+            veil(tensors)
+            for tensor in tensors:
+                setattr(tensor, _OF, shells[0])
+    return result
+
+
+def _in_place(func: Any, args: Any, kwargs: Any) -> bool:
+    """Would this give the same tensor? Asked of one element."""
+    with torch._C.DisableTorchFunctionSubclass():
+        one = args[0].as_strided((1,), (1,))
+        return func(one, *args[1:], **(kwargs or {})) is one
+
+
+def _deep_copy(shell: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
+    unveil([shell])
+    try:
+        result: torch.Tensor = copy.deepcopy(shell, memo)
+    finally:
+        veil([shell])
+    veil([result])
+    return result
+
+
+def _picked(shell: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
+    """The shell of the picked sequences, as beam search asks for."""
+    from kvpass.runtime.pick import selected
+    from kvpass.runtime.shell import find, half_of, make
+
+    store, half = find(shell), half_of(shell)
+    if dim != 0 or store is None or half is None:
+        raise _refusal("index_select", shell)
+    result = make(selected(store, index, half), half)
+    veil([result])
+    return result
+
+
+def _refusal(name: str, shell: torch.Tensor) -> CacheError:
+    from kvpass.runtime.shell import find
+
+    store = find(shell)
+    return ShellDataError(
+        f"{name} reads a compressed cache as data; its keys and values are not in this tensor",
+        where=store.name if store is not None else "",
+        hint=_REPLIES.get(name, "") or "kvpass.inspect(cache) gives what is kept; copy a cache with copy.deepcopy",
+    )

@@ -1,0 +1,209 @@
+"""What one outermost call of a compiled model did to caches: each that grew must be one that kvpass made.
+
+Graphs note what they do in the record of the call that runs them; when it ends, the record is compared with what the
+caller gave and got. Engines, wrappers and hosts may keep keys and values wherever they like: in HF caches, tuples,
+objects, attributes.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from kvpass.errors import DeclinedError, RecompileError, ShellDataError
+from kvpass.runtime.host_state import Snapshot
+from kvpass.runtime.shell import find
+from kvpass.runtime.store import SlotStore
+from kvpass.runtime.veil import Shell, unveil, veil
+
+DEEPEST = 6
+"""Steps from an argument or a result to a tensor."""
+
+_NO_CACHES = frozenset({"logits", "hidden_states", "attentions", "last_hidden_state", "decoder_hidden_states",
+                        "decoder_attentions", "cross_attentions", "encoder_hidden_states", "encoder_attentions",
+                        "encoder_last_hidden_state", "image_hidden_states", "loss"})  # fmt: skip
+"""Fields of a result that are no caches, however long they are."""
+
+Path = tuple[Any, ...]
+
+
+class _Active(threading.local):
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+
+
+_ACTIVE = _Active()
+
+
+def current() -> Call | None:
+    """The call of a compiled model that is under way in this thread."""
+    return _ACTIVE.calls[-1] if _ACTIVE.calls else None
+
+
+@dataclass(frozen=True)
+class Found:
+    """A tensor on the way from a call's arguments or result."""
+
+    path: Path
+    tensor: torch.Tensor
+    pair: bool = False
+
+    @property
+    def name(self) -> str:
+        parts = [f"[{at}]" if isinstance(at, int) else f".{at}" for at in self.path]
+        return "".join(parts).lstrip(".")
+
+
+@dataclass
+class Call:
+    """One outermost call.
+
+    Attributes:
+        owner: whose call it is; `whole`: of the model itself, and not of a module in it.
+        before: attributes of the model when the first graph of this call was compiled; None if none was.
+        graphs: compiled graphs that ran in it.
+        opened: stores that they continued or began.
+        made: the tensors that stand for stores after it.
+        dense: caches that are left as they are by choice, which its graphs returned.
+        hosted: shells that only the model itself held after earlier calls.
+    """
+
+    owner: Any
+    whole: bool
+    hosted: list[weakref.ref[torch.Tensor]]
+    before: Any = None
+    graphs: int = 0
+    opened: list[SlotStore] = field(default_factory=list)
+    made: list[torch.Tensor] = field(default_factory=list)
+    dense: list[torch.Tensor] = field(default_factory=list)
+    given: list[Found] = field(default_factory=list)
+    shells: list[tuple[Path, torch.Tensor, SlotStore]] = field(default_factory=list)
+
+    def begin(self, args: Any, kwargs: Any) -> None:
+        """Take stock of the arguments; shells among them become plain tensors."""
+        self.given = list(tensors((args, kwargs)))
+        shells = [one for one in self.given if type(one.tensor) is Shell]
+        hosted = [t for t in (ref() for ref in self.hosted) if t is not None]
+        unveil([one.tensor for one in shells] + hosted)
+        self.made += [one.tensor for one in shells] + hosted
+        self.shells = [(one.path, one.tensor, store) for one in shells if (store := find(one.tensor)) is not None]
+        _ACTIVE.calls.append(self)
+
+    def end(self) -> None:
+        """Make shells speak again."""
+        _ACTIVE.calls.remove(self)
+        veil(t for t in self.made if t.untyped_storage().nbytes() <= t.element_size())
+
+    def compiling(self) -> None:
+        """A graph of this call is about to be compiled: nothing of it has run yet."""
+        if self.before is None:
+            self.before = Snapshot(self.owner.model)
+
+    def ran(self, stores: Sequence[SlotStore] = (), shells: Sequence[torch.Tensor] = (), dense: Any = ()) -> None:
+        """A graph has run: the stores that it continued, what stands for them now, and caches dense by choice."""
+        self.graphs += 1
+        self.opened += stores
+        self.made += shells
+        self.dense += dense
+
+    def settle(self, args: Any, kwargs: Any, result: Any) -> list[Found]:
+        """Compare what the call left with what its graphs noted. Returns what it left.
+
+        Raises:
+            RecompileError: Dynamo ran no graph, and a compressed cache was given.
+            ShellDataError: a part of the model that ran uncompiled took a compressed cache as data.
+            DeclinedError: strict, and a cache grew that is not kvpass' own.
+        """
+        after = [*tensors(result), *tensors((args, kwargs))]
+        self._check_shells(after)
+        if self.owner.backend.strict:
+            grown = [one for one in after if self._grew(one)]
+            if grown:
+                raise self._dense(grown)
+        return after
+
+    def _check_shells(self, after: list[Found]) -> None:
+        if self.shells and not self.graphs:
+            raise RecompileError(
+                "Dynamo ran the model uncompiled, and it read a compressed cache as data: what it gave is worthless",
+                where=f"a call with a cache of {self.shells[0][2].name}",
+                hint="look for torch._dynamo.disable, torch.compiler.set_stance or a skipped file around the model; "
+                "begin again from an empty cache",
+            )
+        continued = {id(store) for store in self.opened}
+        now = {one.path: one.tensor for one in after}
+        for path, _, store in self.shells:
+            left = now.get(path)
+            if id(store) not in continued and left is not None and find(left) is None:
+                raise ShellDataError(
+                    f"a part of the model ran uncompiled and read the compressed cache of {store.name} as data",
+                    where=Found(path, left).name,
+                    hint="look for torch._dynamo.disable or a graph break there; begin again from an empty cache",
+                )
+
+    def _grew(self, one: Found) -> bool:
+        """Is this a cache that is longer than before, or was not there?"""
+        t = one.tensor
+        if t.dim() < 3 or not t.is_floating_point() or not t.numel() or _NO_CACHES & set(one.path[:2]):
+            return False
+        if any(t is other for other in (*self.made, *self.dense)) or find(t) is not None:
+            return False
+        before = [old for old in self.given if old.tensor is t]
+        if before:
+            return False
+        return one.pair or any(_longer(old.tensor, t) for old in self.given)
+
+    def _dense(self, grown: list[Found]) -> DeclinedError:
+        names = ", ".join(dict.fromkeys(one.name for one in grown[:4]))
+        more = f" and {len(grown) - 4} more" if len(grown) > 4 else ""
+        how = "no graph with an attention that kvpass knows wrote them"
+        if not self.graphs:
+            how = "Dynamo compiled no part of this call"
+        return DeclinedError(
+            f"a cache grew that kvpass did not compress: {names}{more} ({list(grown[0].tensor.shape)}); {how}",
+            where=f"a call of {self.owner}",
+            hint="kvpass.explain(model, ...) shows what was traced, TORCH_LOGS=graph_breaks what was not; strict=False "
+            "leaves such caches dense",
+        )
+
+
+def _longer(old: torch.Tensor, new: torch.Tensor) -> bool:
+    """The same sizes but for one axis, along which it grew from two entries or more."""
+    if old.dim() != new.dim() or old.dtype != new.dtype:
+        return False
+    other = [(a, b) for a, b in zip(old.shape, new.shape, strict=True) if a != b]
+    return len(other) == 1 and 1 < other[0][0] < other[0][1]
+
+
+def tensors(value: Any, path: Path = (), seen: set[int] | None = None) -> Iterator[Found]:
+    """Tensors in arguments or results: in containers and objects, but not in modules."""
+    seen = set() if seen is None else seen
+    if isinstance(value, torch.Tensor):
+        if not isinstance(value, torch.nn.Parameter):
+            yield Found(path, value)
+        return
+    if len(path) > DEEPEST or isinstance(value, (str, bytes, int, float, type, type(None), torch.nn.Module)):
+        return
+    if isinstance(value, (dict, list, tuple)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+    else:
+        items = getattr(value, "__dict__", {}).items()
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    names = dict(items)
+    keys, values = names.get("keys"), names.get("values")
+    paired = (
+        isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor) and keys.shape[:-1] == values.shape[:-1]
+    )
+    paired = paired and not names.get("is_sliding", getattr(value, "is_sliding", False))
+    for key, part in names.items():
+        if paired and key in ("keys", "values"):
+            yield Found((*path, key), part, pair=True)
+        else:
+            yield from tensors(part, (*path, key), seen)
