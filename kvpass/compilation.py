@@ -13,8 +13,9 @@ from kvpass.compiler import Backend
 from kvpass.dynamo import isolated, limits
 from kvpass.errors import CacheError, NothingRewritten
 from kvpass.facade import Facade, facade_of
+from kvpass.runtime.active import current
 from kvpass.runtime.host_state import HostState
-from kvpass.runtime.watch import Call, current, tensors
+from kvpass.runtime.watch import Call, tensors
 
 
 class Compilation:

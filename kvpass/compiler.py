@@ -20,8 +20,8 @@ from kvpass.graphs import GraphRecord, Graphs, capture_seconds
 from kvpass.inner import compile_inner
 from kvpass.match.calls import example
 from kvpass.policy.spec import Policy
-from kvpass.runtime.watch import current
-from kvpass.site import SiteTable
+from kvpass.runtime.active import current
+from kvpass.table import SiteTable
 
 if TYPE_CHECKING:
     from kvpass.runtime.store import Origin

@@ -8,7 +8,7 @@ from torch import fx
 
 from kvpass.match.dataflow import flat_outputs
 from kvpass.match.module_names import module_path
-from kvpass.site import Decline
+from kvpass.table import Decline
 
 
 def dense_by_choice(graph: fx.Graph, declined: Sequence[Decline]) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -40,15 +41,27 @@ def _entry(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def isolated(backend: Callable[..., Any]) -> Callable[..., Any]:
     """`call(function, *args, **kwargs)`, compiled by `backend`, that shares no graph and no limit with anybody.
 
-    Graphs die with the result. Run it inside `limits()`.
+    Graphs die with the result, and with the backend, which the caller keeps. Run it inside `limits()`.
     """
     code = _entry.__code__.replace(co_name=f"kvpass_call_{next(_NUMBERS)}")
     own = types.FunctionType(code, _entry.__globals__)
     known = inspect.signature(torch.compile).parameters  # torch before 2.13 cannot isolate frames behind graph breaks
     more: dict[str, Any] = {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
     compile: Any = torch.compile
-    compiled: Callable[..., Any] = compile(own, backend=backend, **more)
+    compiled: Callable[..., Any] = compile(own, backend=_Entrance(backend), **more)
     return compiled
+
+
+class _Entrance:
+    """A backend for Dynamo, which keeps every one that it has seen; the real one, with its graphs, may go."""
+
+    def __init__(self, backend: Callable[..., Any]) -> None:
+        self.backend = weakref.ref(backend)
+
+    def __call__(self, gm: Any, example_inputs: Any) -> Any:
+        backend = self.backend()
+        assert backend is not None, "its owner calls it"
+        return backend(gm, example_inputs)
 
 
 @contextmanager
@@ -68,21 +81,21 @@ def limits() -> Iterator[None]:
         with tracing():
             yield
     except torch._dynamo.exc.FailOnRecompileLimitHit as error:
-        raise _too_many(str(error)) from error
+        raise _too_many() from error
     finally:
         for name, value in before.items():
             setattr(config, name, value)
 
 
-def _too_many(said: str) -> RecompileError:
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    reasons = [line.split(":", 1)[-1].strip() for line in lines if "last reason" in line]
-    reasons += [line for line in lines if line.startswith(("- ", "0/", "1/"))]
-    cause = reasons[0] if reasons else lines[0] if lines else "unknown"
+def _too_many() -> RecompileError:
+    from torch._dynamo.utils import get_compilation_metrics
+
+    said = next((str(m.recompile_reason) for m in reversed(get_compilation_metrics()) if m.recompile_reason), "")
+    cause = " ".join(said.split("  #")[0].split(":", 1)[-1].split()) or "not told"
     return RecompileError(
         f"the model was compiled more than {LIMIT} times",
         where=f"Dynamo's last reason for another graph: {cause}",
-        hint=f"what stands before `==` there changes from call to call: {_advice(cause)}",
+        hint=f"this changes from call to call: {_advice(cause)}",
     )
 
 

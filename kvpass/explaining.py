@@ -17,7 +17,7 @@ from kvpass.facade import uncompiled
 from kvpass.next_step import GIVE_A_STEP, NoStep, StepLike, next_call
 from kvpass.plan import Plan, plan
 from kvpass.policy.spec import Policy
-from kvpass.site import SiteTable
+from kvpass.table import SiteTable
 from kvpass.terms import Phase
 from kvpass.twin import twin
 

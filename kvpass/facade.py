@@ -69,13 +69,20 @@ class Facade:
         compilation, real = _get(self, "_kvpass_compilation"), _get(self, "_kvpass_real")
         value = bare(value)
         own = vars(real)
-        if not any(compilation.state.set(holder, name, value) for holder in (own, own.get("_buffers", {}))):
+        holders = own, own.get("_buffers", {})
+        if not any(compilation.state.set(holder, name, value) for holder in holders):
             super().__setattr__(name, value)
+            for holder in holders:
+                compilation.state.given(holder, name)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch does not say what it gives
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         real = _get(self, "_kvpass_real")
         return _get(self, "_kvpass_compilation").run(real, (torch.nn.Module._call_impl, real), args, kwargs)
+
+    def _kvpass_attributes(self) -> dict[str, Any]:
+        """The module's attributes as the compiled model has them, for reports."""
+        return {name: _seen(self, name, value) for name, value in vars(_get(self, "_kvpass_real")).items()}
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Nothing but a warning: kvpass' own compiler is chosen by `kvpass.compile(model, inner=...)`."""

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from kvpass.plan import Plan
-from kvpass.site import SiteTable
+from kvpass.table import SiteTable
 
 STAGES = ("capture", "scan", "plan", "lower", "verify", "inner")
 """Where the seconds of a graph go, in order; `capture` is Dynamo's own share."""

@@ -184,5 +184,6 @@ def _of_module(module: torch.nn.Module) -> list[tuple[str, Any]]:
     found: list[tuple[str, Any]] = [(f".{name}", buffer) for name, buffer in module.named_buffers()]
     for path, inner in module.named_modules():
         prefix = f".{path}" if path else ""
-        found += [(f"{prefix}.{name}", one) for name, one in vars(inner).items() if name not in NO_CACHES]
+        own = inner._kvpass_attributes() if hasattr(type(inner), "_kvpass_attributes") else vars(inner)
+        found += [(f"{prefix}.{name}", one) for name, one in own.items() if name not in NO_CACHES]
     return found

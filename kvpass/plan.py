@@ -23,7 +23,8 @@ from kvpass.match.rope import Rotation, rotation, unrounded
 from kvpass.policy.files import check_fit
 from kvpass.policy.rule import rule_of
 from kvpass.policy.spec import Policy
-from kvpass.site import Decline, Site, SiteTable
+from kvpass.site import Site
+from kvpass.table import Decline, SiteTable
 from kvpass.terms import Layout, Phase
 
 OPS = {

@@ -14,7 +14,7 @@ from kvpass.arguments import check_options, check_program, checked_patterns
 from kvpass.errors import DeclinedError, PolicyError
 from kvpass.plan import Plan, plan
 from kvpass.policy.spec import Policy
-from kvpass.site import SiteTable
+from kvpass.table import SiteTable
 from kvpass.terms import CacheForm, Phase
 
 if TYPE_CHECKING:

@@ -18,8 +18,9 @@ from kvpass.match.module_names import module_path
 from kvpass.match.nearby import home_of
 from kvpass.match.views import chain_scale, is_front, is_tiled, read_layout, walk_up
 from kvpass.mixed_sites import Mixing, find_mixing, join_mixed
-from kvpass.site import Core, Decline, Half, Site, SiteTable, Update
+from kvpass.site import Core, Half, Site, Update
 from kvpass.site_rules import buffer_readers, check_buffer, check_site, make_site
+from kvpass.table import Decline, SiteTable
 from kvpass.terms import CacheForm
 from kvpass.unclaimed import changes_of, decline, unclaimed
 

@@ -17,7 +17,8 @@ from kvpass.match.module_names import module_path
 from kvpass.match.nearby import whole
 from kvpass.match.shapes import normal_dim, same, shape_of
 from kvpass.near import near_misses
-from kvpass.site import Decline, Site
+from kvpass.site import Site
+from kvpass.table import Decline
 from kvpass.terms import CacheForm
 
 

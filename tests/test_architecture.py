@@ -28,8 +28,9 @@ ARROWS = {
     | WORDS,  # ends as a Rule: data, no tensors
     "patterns": {"patterns", "match", "site"} | WORDS,
     "site": {"match"} | WORDS,
-    "scan": {"match", "site", "site_rules", "mixed_sites", "unclaimed"} | WORDS,
-    "unclaimed": {"match", "site", "near"} | WORDS,
+    "table": {"site"} | WORDS,
+    "scan": {"match", "site", "table", "site_rules", "mixed_sites", "unclaimed"} | WORDS,
+    "unclaimed": {"match", "site", "table", "near"} | WORDS,
     "near": {"match"} | WORDS,
     "mixed_sites": {"match", "site", "site_rules"} | WORDS,
     "site_rules": {"match", "site"} | WORDS,
@@ -45,7 +46,7 @@ ARROWS = {
         "kernels.reindex",
     }
     | WORDS,
-    "plan": {"policy", "site", "match", "kernels.rule"} | WORDS,
+    "plan": {"policy", "site", "table", "match", "kernels.rule"} | WORDS,
     "emit": {"emit_nodes", "emit_heads", "emit_masks", "plan", "site", "match"} | WORDS,
     "emit_masks": {"emit_nodes", "emit_heads", "site", "match"} | WORDS,
     "emit_heads": {"emit_nodes", "site", "match"} | WORDS,
@@ -60,21 +61,21 @@ ARROWS = {
     "progress": {"debug", "match"} | WORDS,
     "inner": {"regions", "stitch", "progress"} | WORDS,
     "arguments": {"inner", "patterns"} | WORDS,
-    "graphs": {"plan", "site"} | WORDS,
+    "graphs": {"plan", "site", "table"} | WORDS,
     "debug": {"debug", "plan", "site", "lower", "match"} | WORDS,
     "reporting": {"holdings", "report_text", "runtime", "kernels.scores", "kernels.ragged", "kernels.rule"} | WORDS,
     "holdings": {"runtime"} | WORDS,
     "report_text": set(),
     "next_step": set(),
     "explaining": {"arguments", "dynamo", "facade", "next_step", "twin"}
-    | {"policy", "site", "scan", "plan", "patterns", "match"}
+    | {"policy", "site", "table", "scan", "plan", "patterns", "match"}
     | WORDS,
     "compiled": {"arguments", "compiler", "compilation", "facade", "policy", "errors", "patterns"},  # patterns: a type
     "compilation": {"compiler", "dynamo", "facade", "runtime"} | WORDS,
     "facade": {"compilation", "unserved"} | WORDS,  # the two are one object's halves
     "dynamo": {"progress"} | WORDS,
     "unserved": {"policy"} | WORDS,
-    "dense": {"match", "site"} | WORDS,
+    "dense": {"match", "site", "table"} | WORDS,
     "twin": set(),
     "pure": {"ops", "kernels"},
     "standalone": {"lower", "pure", "ops", "match", "runtime.bind"} | WORDS,

@@ -40,6 +40,14 @@ class Snapshot:
         keys = [*self.values, *(key for key in now if key not in self.values)]
         return [key for key in keys if self._differs(key, now)]
 
+    def note(self, holder: dict[str, Any], name: str) -> None:
+        """Take an attribute's value of now as the one that it had."""
+        if name in holder:
+            value = holder[name]
+            self.values[id(holder), name] = holder, name, value
+            self.parts[id(value)] = _mutable(value)
+            self.contents.update((id(part), (part, _content(part))) for part in self.parts[id(value)])
+
     def restore(self, keys: list[Key]) -> None:
         """Give attributes the values that they had, in place."""
         now = _attributes(self.root)
@@ -79,6 +87,11 @@ class HostState:
             return False
         self.own[key] = holder, name, value
         return True
+
+    def given(self, holder: dict[str, Any], name: str) -> None:
+        """An attribute was set on the compiled model itself: before its first call too, it is no other's doing."""
+        if self.first is not None:
+            self.first.note(holder, name)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:

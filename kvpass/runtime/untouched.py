@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from kvpass.runtime.active import current
 from kvpass.runtime.left import Left
 from kvpass.runtime.shell import refuse
 from kvpass.runtime.store import Origin
-from kvpass.runtime.watch import current
 
 
 class Untouched:

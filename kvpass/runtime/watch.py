@@ -7,7 +7,6 @@ objects, attributes.
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from kvpass.errors import DeclinedError, RecompileError, ShellDataError
+from kvpass.runtime.active import ACTIVE
 from kvpass.runtime.host_state import Snapshot
 from kvpass.runtime.shell import find
 from kvpass.runtime.store import SlotStore
@@ -30,19 +30,6 @@ _NO_CACHES = frozenset({"logits", "hidden_states", "attentions", "last_hidden_st
 """Fields of a result that are no caches, however long they are."""
 
 Path = tuple[Any, ...]
-
-
-class _Active(threading.local):
-    def __init__(self) -> None:
-        self.calls: list[Call] = []
-
-
-_ACTIVE = _Active()
-
-
-def current() -> Call | None:
-    """The call of a compiled model that is under way in this thread."""
-    return _ACTIVE.calls[-1] if _ACTIVE.calls else None
 
 
 @dataclass(frozen=True)
@@ -92,11 +79,11 @@ class Call:
         unveil([one.tensor for one in shells] + hosted)
         self.made += [one.tensor for one in shells] + hosted
         self.shells = [(one.path, one.tensor, store) for one in shells if (store := find(one.tensor)) is not None]
-        _ACTIVE.calls.append(self)
+        ACTIVE.calls.append(self)
 
     def end(self) -> None:
         """Make shells speak again."""
-        _ACTIVE.calls.remove(self)
+        ACTIVE.calls.remove(self)
         veil(t for t in self.made if t.untyped_storage().nbytes() <= t.element_size())
 
     def compiling(self) -> None:

@@ -61,9 +61,9 @@ def oracle(q, k, v, pos, mask, scale, causal, rule, sinks=None, softcap=0.0):
             valid[:, s] = seen[..., 0 if seen.shape[-1] == 1 else start + s].flatten(1).any(1)
     stats = torch.zeros(len(rule.stats), *k.shape[:3], dtype=torch.float64)
     for b in range(q.shape[0]):
-        last = max((s for s in range(q.shape[2]) if valid[b, s]), default=-1)
         for s in range(q.shape[2]):
-            if not valid[b, s] or rule.queries == 0 or (rule.queries > 0 and s <= last - rule.queries):
+            newer = int(valid[b, s + 1 :].sum())  # the window is of the row's last valid queries
+            if not valid[b, s] or rule.queries == 0 or newer >= rule.queries > 0:
                 continue
             for h in range(k.shape[1]):
                 mine = slice(h * group, (h + 1) * group)

@@ -99,7 +99,7 @@ class Host:
             state = SlotStore.empty_state(rule, tokens, k, len(k), KV, DIM, DIM)
         else:
             state = self.states[layer]
-            state = evened(state, q.shape[2]) if rule.spread else with_room(state, rule.most(tokens))
+            state = evened(state, q.shape[2]) if rule.spread else with_room(state, rule.kept(tokens))
             k, v, pos, past = join_slots(*state, k, v, position)
         self.states[layer] = state
         _, stats, valid = prefill_attend(q, k, v, pos, mask, DIM**-0.5, False, text)

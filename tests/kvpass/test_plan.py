@@ -12,7 +12,7 @@ from models.graphs import table
 
 from kvpass.plan import OPS, plan
 from kvpass.policy.spec import Policy
-from kvpass.site import SiteTable
+from kvpass.table import SiteTable
 from kvpass.terms import Phase
 
 

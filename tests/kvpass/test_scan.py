@@ -10,7 +10,7 @@ from models.attention import attend, hidden, layer, past
 from models.graphs import capture, dynamic, table
 
 from kvpass.scan import scan
-from kvpass.site import SiteTable
+from kvpass.table import SiteTable
 
 
 @pytest.mark.parametrize("kind", [plain.Decoder, plain.GroupedDecoder])

@@ -218,10 +218,11 @@ def test_finch_preset() -> None:
     assert shared(kvpass_keeps(vector, FINCH, even(theirs[0])), theirs) >= 0.97
 
 
-@pytest.mark.parametrize(("name", "beta"), [("pyramidkv", 20), ("pyramidkv_beta2", 2)])
-def test_pyramidkv_has_the_window_on_top(name: str, beta: int) -> None:
-    """With T * (1 - ratio) for the mean without the window, kvpass keeps what kvpress keeps and `window` more."""
-    vector = find(name)
+def test_pyramidkv_has_the_window_on_top() -> None:
+    """With T * (1 - ratio) for the mean without the window, kvpass keeps what kvpress keeps and `window` more. (Not so
+    with beta 20: the lowest layers' budgets exceed this prompt, and kvpress gives what they cannot fill to the others.)
+    """
+    vector, beta = find("pyramidkv_beta2"), 2
     theirs = kvpress_keeps(vector)
     policy = {**SNAPKV, "extends": "pyramidkv", "allocate": {"beta": beta}}
     ours = kvpass_keeps(vector, policy, int(TOKENS * (1 - vector["ratio"])) + WINDOW)

@@ -11,7 +11,7 @@ from torch import fx
 
 from kvpass.match.calls import call_name
 from kvpass.scan import scan
-from kvpass.site import SiteTable
+from kvpass.table import SiteTable
 
 
 def capture_all(call: Callable[..., Any], *args: Any, **kwargs: Any) -> list[fx.GraphModule]:

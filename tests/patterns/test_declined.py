@@ -234,4 +234,4 @@ def test_a_dense_site_never_reads_a_compressed_cache():
         with pytest.raises(kvpass.KVPassError, match="reads the compressed cache of") as caught:
             compiled(hidden(), cache)
     assert type(caught.value).__name__ == "ShellDataError"
-    assert "strict=True" in caught.value.hint
+    assert "kvpass.explain" in caught.value.hint
