@@ -58,7 +58,7 @@ def _text(path: Path) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        what = f"not UTF-8 text: byte {data[error.start]:#04x} at {error.start}"
+        what = f"not valid YAML: not UTF-8 text: byte {data[error.start]:#04x} at {error.start}"
         raise PolicyError(what, where=str(path), hint="save the file as UTF-8") from None
 
 

@@ -137,11 +137,7 @@ class SlotStore:
         Raises:
             CacheError: always; `copy.deepcopy` does not come here.
         """
-        raise CacheError(
-            "a compressed cache cannot be pickled or saved yet",
-            where=self.name,
-            hint="copy.deepcopy(cache) keeps it within the process; elsewhere run the prompt through the model again",
-        )
+        raise unpicklable(self.name)
 
     @property
     def slots(self) -> int:
@@ -232,6 +228,15 @@ def capacity(rule: Rule, tokens: int) -> int:
     """
     kept = rule.kept(tokens)
     return tokens + 1 if rule.spread else kept + spare_slots(kept)
+
+
+def unpicklable(where: str) -> CacheError:
+    """Why neither a store nor a shell, which carries one, can leave its process."""
+    return CacheError(
+        "a compressed cache cannot be pickled or saved yet",
+        where=where,
+        hint="copy.deepcopy(cache) keeps it within the process; elsewhere run the prompt through the model again",
+    )
 
 
 def spare_slots(kept: int) -> int:

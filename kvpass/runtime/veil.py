@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from kvpass.errors import CacheError, ShellDataError
+from kvpass.runtime.store import unpicklable
 
 _ANSWERED = frozenset({
     "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "is_contiguous", "element_size",
@@ -153,6 +154,8 @@ def _refusal(name: str, shell: torch.Tensor) -> CacheError:
     from kvpass.runtime.shell import find
 
     store = find(shell)
+    if name in ("__reduce__", "__reduce_ex__"):
+        return unpicklable(store.name if store is not None else "")
     return ShellDataError(
         f"{name} reads a compressed cache as data; its keys and values are not in this tensor",
         where=store.name if store is not None else "",

@@ -113,17 +113,18 @@ def test_hooks_of_accelerate_are_named_and_removed() -> None:
 
 
 class AskedBlock(plain.TupleBlock):
-    """Attention written out, which gives its weights too."""
+    """Attention written out, whose weights the caller may have."""
 
-    def forward(self, x: torch.Tensor, cache: Any) -> Any:
-        past = 0 if cache is None else cache[0].shape[2]
-        q, k, v = self.project(x, past)
+    def forward(self, x: torch.Tensor, cache: Any, asked: Any = None) -> Any:
+        q, k, v = self.project(x, 0 if cache is None else cache[0].shape[2])
         if cache is not None:
             k, v = torch.cat([cache[0], k], dim=2), torch.cat([cache[1], v], dim=2)
-        keys, values = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
         hidden = ~plain.causal_mask(q.shape[2], k.shape[2] - q.shape[2])
-        weights = (q @ keys.mT / q.shape[-1] ** 0.5).masked_fill(hidden, -torch.inf).softmax(-1)
-        return self.finish(x, weights @ values), (k, v), weights
+        wide_k, wide_v = (t.repeat_interleave(2, dim=1) for t in (k, v))
+        weights = (q @ wide_k.mT / q.shape[-1] ** 0.5).masked_fill(hidden, -torch.inf).softmax(-1)
+        if asked is not None:
+            asked.append(weights)
+        return self.finish(x, weights @ wide_v), (k, v)
 
 
 class Asked(plain.Decoder):
@@ -132,12 +133,11 @@ class Asked(plain.Decoder):
     block = AskedBlock
 
     def forward(self, ids: torch.Tensor, cache: Any = None, output_attentions: bool = False) -> Any:
-        x, grown, weights = self.embed(ids), [], []
-        for i, block in enumerate(self.blocks):
-            x, pair, seen = block(x, None if cache is None else cache[i])
+        x, grown, weights = self.embed(ids), [], [] if output_attentions else None
+        for at, block in enumerate(self.blocks):
+            x, pair = block(x, None if cache is None else cache[at], weights)
             grown.append(pair)
-            weights.append(seen)
-        return (self.head(x), tuple(grown), *(weights if output_attentions else ()))
+        return self.head(x), tuple(grown), weights
 
 
 def test_attention_weights_that_are_asked_for() -> None:
@@ -146,7 +146,7 @@ def test_attention_weights_that_are_asked_for() -> None:
         with pytest.raises(DeclinedError, match="attention weights are asked for") as caught:
             model(plain.tokens(1, 60), None, output_attentions=True)
         assert "call without output_attentions=True" in caught.value.hint
-        _, cache = model(plain.tokens(1, 60), None)
+        _, cache, _ = model(plain.tokens(1, 60), None)
     assert kvpass.report(cache).to_dict()["sites"][0]["live_max"] == 40
 
 
@@ -266,7 +266,7 @@ def test_marks_that_nothing_reads_are_refused(compiled: Any) -> None:
             assert "choose a policy with" in caught.value.hint
         with kvpass.marked(keep=KEEP):
             _, cache = compiled(plain.tokens(1, 60), None)
-        _, cache = compiled(plain.tokens(1, 1), cache)  # nothing was spoiled
+        _, cache = compiled(plain.tokens(1, 1), cache)
         with pytest.raises(CacheError, match="comes alone"), kvpass.marked(drop=torch.ones(1, 99).bool()):
             compiled(plain.tokens(1, 1), cache)
 
