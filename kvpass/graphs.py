@@ -7,9 +7,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from kvpass.plan import Plan
-from kvpass.table import SiteTable
+if TYPE_CHECKING:
+    from kvpass.plan import Plan
+    from kvpass.table import SiteTable
 
 STAGES = ("capture", "scan", "plan", "lower", "verify", "inner")
 """Where the seconds of a graph go, in order; `capture` is Dynamo's own share."""

@@ -29,6 +29,10 @@ class CORM(Policy):
     cut = -255
     recent = 256
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.ends: dict[int, int] = {}  # of the row that a memory belongs to
+
     def look(self, memory: Memory, sight: Sight) -> None:
         for i in np.flatnonzero(sight.row.valid):
             most, seen = sight.rows[:, i].max(0), sight.sees[i]
@@ -37,10 +41,10 @@ class CORM(Policy):
             memory.last[seen & (most >= even)] = newest
             memory.sum[seen & (most >= even * (1 - ROUNDING))] = newest  # what float32 may find, generously
             memory.sumsq[seen & (most >= even * (1 + ROUNDING))] = newest  # and sternly
-        self.end = sight.row.end
+        self.ends[id(memory)] = sight.row.end
 
     def score(self, memory: Memory) -> Array:
-        return memory.last - self.end
+        return memory.last - self.ends[id(memory)]
 
     def error(self, memory: Memory, rounding: float) -> Array | None:
         return np.maximum(memory.sum - memory.last, memory.last - memory.sumsq)
