@@ -13,7 +13,6 @@ from torch import fx
 from kvpass.arguments import check_model, checked_patterns
 from kvpass.errors import KVPassError, PolicyError
 from kvpass.next_step import GIVE_A_STEP, NoStep, StepLike, next_call
-from kvpass.plan import Plan, plan
 from kvpass.policy.spec import Policy
 from kvpass.table import SiteTable
 from kvpass.terms import Phase
@@ -21,6 +20,7 @@ from kvpass.twin import twin
 
 if TYPE_CHECKING:
     from kvpass.patterns import PatternSet
+    from kvpass.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ def explain(
     from kvpass.dynamo import isolated, limits
     from kvpass.facade import uncompiled
     from kvpass.patterns import DEFAULT
+    from kvpass.plan import plan
 
     check_model(model, "kvpass.explain")
     chosen_patterns = checked_patterns(patterns) or DEFAULT

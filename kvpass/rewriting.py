@@ -12,7 +12,6 @@ from torch import fx
 
 from kvpass.arguments import check_options, check_program, checked_patterns
 from kvpass.errors import DeclinedError, PolicyError
-from kvpass.plan import Plan, plan
 from kvpass.policy.spec import Policy
 from kvpass.table import SiteTable
 from kvpass.terms import CacheForm, Phase
@@ -20,6 +19,7 @@ from kvpass.terms import CacheForm, Phase
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
+    from kvpass.plan import Plan
     from kvpass.runtime.bind import Binding
 
 
@@ -129,6 +129,7 @@ def rewrite(
     """
     from kvpass.lower import lower
     from kvpass.patterns import DEFAULT
+    from kvpass.plan import plan
     from kvpass.scan import scan
     from kvpass.standalone import prepared, pure
     from kvpass.verify import verify
