@@ -48,6 +48,7 @@ class Run:
     def __init__(self, model: Any, ids: torch.Tensor, policy: str, budget: float | int) -> None:
         config = model.config
         self.per_slot = 2 * config.num_hidden_layers * config.num_key_value_heads * HEAD_DIM * 4 * ids.shape[0]
+        self.rows, self.reindexed = ids.shape[0], "reindexed" in policy
         self.model = kvpass.compile(model, policy, budget, inner="eager")
         self.before = live()
         self.cache = DynamicCache(config=config)
@@ -68,10 +69,10 @@ class Run:
         kv = kv_bytes(tensors)
         assert budget <= kv <= budget * (1 + WITHIN), f"{kv} bytes of K and V after {self.seen}, budget {budget}"
         heads = self.per_slot // (2 * HEAD_DIM * 4)
-        rest, allowed = (
-            all_bytes(tensors) - kv,
-            heads * (slots * (1 + WITHIN) * per_slot_extra + 4 * 4) + 4096,
-        )
+        # a cursor of six int32 each; where keys are turned, how far each row's place 0 is: complex128 [D / 2]
+        turned = self.rows * HEAD_DIM // 2 * 16 if self.reindexed else 0
+        rest = all_bytes(tensors) - kv
+        allowed = heads * (slots * (1 + WITHIN) * per_slot_extra + 6 * 4) + turned + 4608
         assert rest <= allowed, f"{rest} bytes beside K and V, positions and statistics need {allowed:.0f}"
 
 

@@ -21,6 +21,8 @@ from torch import Tensor, fx, nn
 import kvpass
 from kvpass import debug
 from kvpass.debug import drawing, neighbourhood, output_code, page, report, source
+from kvpass.graphs import GraphRecord
+from kvpass.table import SiteTable
 
 STAGES = (
     "01_captured.py",
@@ -277,7 +279,7 @@ def test_a_failing_inner_compiler_is_reported(tmp_path: Path) -> None:
 
 def test_a_graph_without_a_rewrite_has_a_report(tmp_path: Path) -> None:
     graph = fx.symbolic_trace(lambda x: -x[..., 1:, None])
-    record = kvpass.graphs.GraphRecord(kvpass.site.SiteTable())
+    record = GraphRecord(SiteTable())
     with debug.stages(str(tmp_path), 1, graph, record, None):
         pass
     assert names(tmp_path / "graph_001_untouched") == [
