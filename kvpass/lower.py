@@ -16,7 +16,7 @@ from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_modu
 
 from kvpass.emit import Emitter
 from kvpass.match.angles import angle_nodes
-from kvpass.match.calls import example, is_metadata
+from kvpass.match.calls import example, is_metadata, unused_sizes
 from kvpass.match.dataflow import flat_outputs
 from kvpass.match.extract import function_of, functions_of
 from kvpass.match.nearby import taken_out
@@ -188,9 +188,8 @@ class _Lowering:
 
     def _erase(self, node: fx.Node) -> None:
         """Erase a node that nobody reads any more, with the sizes that were read of it if nobody uses them."""
-        for reader in list(node.users):
-            if is_metadata(reader) and not reader.users:
-                self.graph.erase_node(reader)
+        for reader in unused_sizes(node):
+            self.graph.erase_node(reader)
         if not node.users and not node._erased:
             self.graph.erase_node(node)
 
@@ -272,7 +271,7 @@ def _is_buffered(site: Site) -> bool:
 
 def _is_read(node: fx.Node) -> bool:
     """Does anyone read more of a node than its size?"""
-    return any(not is_metadata(user) or user.users for user in node.users)
+    return any(user not in unused_sizes(node) for user in node.users)
 
 
 def _heads_and_entries(half: Half) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from kvpass.match.calls import call_name, is_metadata, operand
+from kvpass.match.calls import call_name, operand, unused_sizes
 from kvpass.match.mask_meaning import mask_kind
 from kvpass.match.nearby import taken_out
 from kvpass.terms import CacheForm, Layout, MaskKind, Phase
@@ -214,7 +214,7 @@ class Site:
                     halves.add(node)
                     node = operand(node)
         core = {node for one in self.cores for node in (one.node, *one.inner)}
-        sizes = {user for node in core for user in node.users if is_metadata(user) and not user.users}
+        sizes = {reader for node in core for reader in unused_sizes(node, core)}
         return halves | core | sizes
 
     @property

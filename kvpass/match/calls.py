@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ _SAME = {
 _NOT_IN_PLACE = frozenset({"and_", "or_", "not_", "is_"})
 """The operators of Python: new tensors in spite of their names."""
 
-_IN_PLACE = frozenset({"setitem", "iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow"})
+_IN_PLACE = frozenset({"setitem", "iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"})
 
 PROJECTIONS = frozenset({"linear", "matmul", "addmm", "mm", "bmm", "einsum", "conv1d"})
 
@@ -117,6 +117,16 @@ def is_metadata(node: fx.Node) -> bool:
     if call_name(node) == "getattr":
         return node.args[1] in _METADATA_ATTRIBUTES
     return call_name(node) in METADATA
+
+
+def unused_sizes(node: fx.Node, gone: Set[fx.Node] = frozenset()) -> list[fx.Node]:
+    """Reads of a node's sizes whose numbers nobody but `gone` uses, and what was taken out of them: users come first."""
+    found: list[fx.Node] = []
+    for user in node.users:
+        if user not in gone and (is_metadata(user) or (is_metadata(node) and call_name(user) == "getitem")):
+            below = unused_sizes(user, gone)
+            found += [*below, user] if set(user.users) <= {*below, *gone} else []
+    return found
 
 
 def example(node: fx.Node) -> Any:
