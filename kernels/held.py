@@ -9,7 +9,8 @@ from kvpass.kernels.allocate import budgets, ranks
 from kvpass.kernels.places import ordered_by, restored
 from kvpass.kernels.rule import HELD, KEEP, MARK, NUMBER, PLACE, SEEN, WEIGHT, Rule
 from kvpass.kernels.scorers.chance import gumbel
-from kvpass.kernels.scorers.registry import Seen, find_scorer
+from kvpass.kernels.scorers.registry import find_scorer
+from kvpass.kernels.scorers.seen import Seen
 from kvpass.kernels.smooth import by_granule, fair_shares, pooled
 from kvpass.kernels.weights import value_weights
 from torch import Tensor

@@ -15,7 +15,7 @@ _HOMES = {
     "KVPassError": "errors",
     "Policy": "policy.spec",
     "Reason": "errors",
-    "Seen": "kernels.scorers.registry",
+    "Seen": "kernels.scorers.seen",
     "backend": "compiler",
     "compile": "compiled",
     "explain": "explaining",
@@ -49,7 +49,8 @@ if TYPE_CHECKING:
     from kvpass.compiler import backend
     from kvpass.errors import KVPassError, Reason
     from kvpass.explaining import explain
-    from kvpass.kernels.scorers.registry import Seen, scorer
+    from kvpass.kernels.scorers.registry import scorer
+    from kvpass.kernels.scorers.seen import Seen
     from kvpass.mlir import export_mlir
     from kvpass.policy.spec import Policy
     from kvpass.reporting import inspect, report

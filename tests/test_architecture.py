@@ -17,7 +17,7 @@ WORDS = {"terms", "errors"}
 ARROWS = {
     # resolved on first use
     "__init__": {"compiler", "compiled", "explaining", "mlir", "reporting", "rewriting", "runtime.marks", "policy"}
-    | {"errors", "kernels.scorers.registry"},
+    | {"errors", "kernels.scorers.registry", "kernels.scorers.seen"},
     "__main__": {"cli"},
     "cli": {"__version__", "policy", "kernels.scorers.registry", "kernels.scorers.trial", "kernels.errors"} | WORDS,
     "terms": set(),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from kvpass.kernels.scorers.registry import Seen, scorer
+from kvpass.kernels.scorers.registry import scorer
+from kvpass.kernels.scorers.seen import Seen
 from torch import Tensor
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from kvpass.kernels.scorers.chance import gumbel_rows
-from kvpass.kernels.scorers.registry import Seen, scorer
+from kvpass.kernels.scorers.registry import scorer
+from kvpass.kernels.scorers.seen import Seen
 from kvpass.kernels.smooth import smoothed
 from torch import Tensor
 

@@ -53,7 +53,9 @@ _SAME = {
 _NOT_IN_PLACE = frozenset({"and_", "or_", "not_", "is_"})
 """The operators of Python: new tensors in spite of their names."""
 
-_IN_PLACE = frozenset({"setitem", "iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"})
+_IN_PLACE = frozenset(
+    {"setitem", "iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"}
+)
 
 PROJECTIONS = frozenset({"linear", "matmul", "addmm", "mm", "bmm", "einsum", "conv1d"})
 
@@ -120,7 +122,7 @@ def is_metadata(node: fx.Node) -> bool:
 
 
 def unused_sizes(node: fx.Node, gone: Set[fx.Node] = frozenset()) -> list[fx.Node]:
-    """Reads of a node's sizes whose numbers nobody but `gone` uses, and what was taken out of them: users come first."""
+    """Reads of a node's sizes whose numbers nobody but `gone` uses, with what is taken out of them: users first."""
     found: list[fx.Node] = []
     for user in node.users:
         if user not in gone and (is_metadata(user) or (is_metadata(node) and call_name(user) == "getitem")):

@@ -9,7 +9,7 @@ import torch
 from kvpass.kernels.allocate import head_counts, ragged_columns, table_counts
 from kvpass.kernels.rule import UNTOUCHABLE, Rule
 from kvpass.kernels.scorers.chance import gumbel_rows
-from kvpass.kernels.scorers.registry import Seen
+from kvpass.kernels.scorers.seen import Seen
 from kvpass.kernels.scorers.window import keyformer
 from kvpass.kernels.smooth import by_granule, fair_shares
 from kvpass.kernels.testing import assert_close, causal_mask, qkv

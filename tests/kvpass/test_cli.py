@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from kvpass.kernels.scorers.registry import READS, scorers
+from kvpass.kernels.scorers.registry import scorers
+from kvpass.kernels.scorers.seen import READS
 
 from kvpass.cli import main
 from kvpass.policy import spec

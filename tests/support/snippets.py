@@ -169,8 +169,10 @@ def as_a_user() -> Iterator[None]:
 
 def expected(shown: str) -> str:
     """A pattern for an `output` block."""
-    lines = (r"(?:.*\n)*?" if line == "..." else re.escape(line).replace(r"\.\.\.", ".*") + r"[ ]*\n" for line in
-             shown.splitlines())
+    lines = (
+        r"(?:.*\n)*?" if line == "..." else re.escape(line).replace(r"\.\.\.", ".*") + r"[ ]*\n"
+        for line in shown.splitlines()
+    )
     return "".join(lines)
 
 
