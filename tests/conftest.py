@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
 import types
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +28,7 @@ for name in (
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from torch._dynamo.guards import CheckFunctionManager  # noqa: E402
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # workers share the cores
@@ -65,3 +68,20 @@ def fresh() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+    forget_guards()
+
+
+def forget_guards() -> None:
+    """Torch keeps the guards of every graph for as long as what they looked at lives, and that is modules, types and
+    code: 5,000 objects for a small model. Thousands of tests later each garbage collection takes seconds.
+    """
+    for finalizer, info in list(weakref.finalize._registry.items()):
+        method = getattr(info.func, "func", info.func)
+        if isinstance(getattr(method, "__self__", None), CheckFunctionManager):
+            finalizer.detach()
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: collections need not look at it."""
+    gc.collect()
+    gc.freeze()
