@@ -36,7 +36,7 @@ def chat(model: Any, ids: torch.Tensor, mask: torch.Tensor, turns: list[int], fi
     return torch.stack(logits, 1), cache
 
 
-@pytest.mark.parametrize("policy", ["streaming_llm_reindexed", "cascading"])
+@pytest.mark.parametrize("policy", ["streaming_llm_reindexed", "cascading", "finch"])
 def test_rows_are_what_they_are_alone(policy: str) -> None:
     """Prompts of 100 and 60 tokens, second turns of 20 and 3, padding at position 0 and at 1."""
     model = kvpass.compile(tiny.llama(4, 2, layers=1), policy, 40, inner="eager")
