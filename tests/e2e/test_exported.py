@@ -103,7 +103,10 @@ def test_full_budget_is_the_model() -> None:
         torch.testing.assert_close(torch.cat(logits, 1), model(ids)[0], **FLOAT32)
 
 
-@pytest.mark.parametrize(("name", "policy"), [("plain", "h2o"), ("llama", "roco"), ("llama", "streaming_llm")])
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [("plain", "h2o"), pytest.param("llama", "roco", marks=pytest.mark.wide), ("llama", "streaming_llm")],
+)
 def test_compiled_linalg_is_the_oracles(name: str, policy: str, tmp_path: Any) -> None:
     """The text that `export_mlir` writes, compiled by LLVM: no torch in the step."""
     pytest.importorskip("torch_mlir")

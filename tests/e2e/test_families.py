@@ -19,21 +19,21 @@ from oracle.hf import Oracle
 
 FAMILIES = [
     ("llama", "sdpa"),
-    ("llama", "eager"),
+    pytest.param("llama", "eager", marks=pytest.mark.wide),
     ("gpt2", "eager"),
     ("bloom", "eager"),  # ALiBi by baddbmm, heads and sequences in one axis
     ("mpt", "eager"),  # ALiBi added to the logits
-    ("falcon", "eager"),  # one KV head
-    ("gptj", "eager"),
-    ("gpt_neox", "eager"),
+    pytest.param("falcon", "eager", marks=pytest.mark.wide),  # one KV head
+    pytest.param("gptj", "eager", marks=pytest.mark.wide),
+    pytest.param("gpt_neox", "eager", marks=pytest.mark.wide),
     ("gemma2", "eager"),  # softcap, sliding layers
-    ("granite_swa", "eager"),  # sinks by logsumexp, after the attention
+    pytest.param("granite_swa", "eager", marks=pytest.mark.wide),  # sinks by logsumexp, after the attention
     ("gpt_oss", "eager"),  # sinks, sliding layers
     ("deepseek_v3", "sdpa"),  # latent attention: values narrower than keys
     ("qwen3_next", "sdpa"),  # linear attention beside
-    ("bamba", "sdpa"),  # state-space layers beside
+    pytest.param("bamba", "sdpa", marks=pytest.mark.wide),  # state-space layers beside
     ("diffllama", "eager"),  # two attentions read one cache
-    ("phi3", "eager"),
+    pytest.param("phi3", "eager", marks=pytest.mark.wide),
 ]
 
 

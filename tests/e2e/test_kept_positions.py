@@ -81,6 +81,9 @@ def test_tiny_inner_compilers(policy: str, inner: str, capsys: pytest.CaptureFix
     finish(conversation, capsys, 10)
 
 
+REAL = [p if p in ("h2o", "snapkv") else pytest.param(p, marks=pytest.mark.wide) for p in EVICTING]
+
+
 @pytest.fixture(scope="module")
 def real() -> tuple[Any, torch.Tensor]:
     """SmolLM2 and 1,000 tokens of real text."""
@@ -89,7 +92,7 @@ def real() -> tuple[Any, torch.Tensor]:
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("policy", EVICTING)
+@pytest.mark.parametrize("policy", REAL)
 def test_smollm2(policy: str, real: tuple[Any, torch.Tensor], capsys: pytest.CaptureFixture[str]) -> None:
     model, ids = real
     conversation = Conversation(model, policy, 0.2, inner="eager")

@@ -38,7 +38,7 @@ TESTS = [
     "tests/e2e/test_families.py::test_family[gpt2-eager]",
     "tests/e2e/test_families.py::test_family[gemma2-eager]",
 ]
-CHOICE = ["-m", "not model and not gpu", "-k", "not inductor and not aot_eager"]
+CHOICE = ["-m", "not model and not gpu and not wide", "-k", "not inductor and not aot_eager"]
 NEEDS = ["numpy", "networkx", "pydantic", "PyYAML", "pytest", "hypothesis", "psutil", "setuptools>=77"]
 ASK = """
 import json, sys
