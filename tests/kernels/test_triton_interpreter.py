@@ -12,18 +12,23 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 HERE = Path(__file__).parent
-FILES = {"prefill": "prefill", "extend": "prefill", "select": "prefill", "compact": "prefill"}
-FILES |= {"decode": "decode", "pipeline": "decode"}
+GROUPS = [
+    *(("prefill", f"test_{group}") for group in ("prefill", "extend", "select", "compact")),
+    ("decode", "test_pipeline"),
+    ("decode", "test_decode and not ragged"),
+    ("decode", "test_decode_ragged and (left or holes)"),
+    pytest.param("decode", "test_decode_ragged and not (left or holes)", marks=pytest.mark.wide),
+]
 
 
-@pytest.mark.parametrize("group", FILES)
-def test_interpreter(group: str) -> None:
+@pytest.mark.parametrize(("file", "chosen"), GROUPS)
+def test_interpreter(file: str, chosen: str) -> None:
     """Every case of the group passes, none is skipped; with -s the cases are listed."""
-    file = str(HERE / f"triton_cases_{FILES[group]}.py")
+    file = str(HERE / f"triton_cases_{file}.py")
     command = [sys.executable, "-P", "-m", "pytest", "-q", "-rA", "--no-header", "-p", "no:cacheprovider", file]
     paths = [str(HERE), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    done = subprocess.run([*command, "-k", f"test_{group}"], env=environment, capture_output=True, text=True)
+    done = subprocess.run([*command, "-k", chosen], env=environment, capture_output=True, text=True)
     print(done.stdout[-20000:])
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     assert re.search(r"\d+ passed", done.stdout)
