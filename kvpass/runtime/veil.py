@@ -40,6 +40,7 @@ _VIEW_ATTRIBUTES = frozenset({"T", "mT", "H", "mH", "data", "real", "imag"})
 _REPLIES = {
     "index_select": "only whole sequences can be picked out of a compressed cache, along its first axis",
     "repeat_interleave": "a compressed cache cannot be repeated yet: repeat the prompt (num_return_sequences) instead",
+    "zero_": "begin with a new cache: this one grows by joining, zeros would stay in it as keys",
     "cat": "it was handed to a model that kvpass did not compile, or joined by hand; give it to the model that made it",
 }
 
@@ -62,6 +63,8 @@ class Shell(torch.Tensor):
             return _plainly(func, args, kwargs, shells, views=name in _VIEWS | _MOVES)
         if name == "index_select" and isinstance(args[0], Shell):
             return _picked(*args, **(kwargs or {}))
+        if name == "zero_":
+            return _emptied(args[0])
         if name == "__deepcopy__":
             return _deep_copy(*args)
         if name in ("__reduce_ex__", "__reduce__"):
@@ -125,6 +128,20 @@ def _deep_copy(shell: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
         veil([shell])
     veil([result])
     return result
+
+
+def _emptied(shell: torch.Tensor) -> torch.Tensor:
+    """The zeros of a preallocated buffer again, as `StaticCache.reset()` asks for: as large as it was."""
+    from kvpass.runtime.shell import find
+
+    store = find(shell)
+    if store is None or store.length is None:
+        raise _refusal("zero_", shell)
+    unveil([shell])
+    vars(shell).pop(_OF, None)
+    with torch.inference_mode(False):
+        shell.data = torch.zeros(shell.shape, dtype=shell.dtype, device=shell.device)
+    return shell
 
 
 def _picked(shell: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
