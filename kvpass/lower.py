@@ -271,7 +271,7 @@ def _is_buffered(site: Site) -> bool:
 
 def _is_read(node: fx.Node) -> bool:
     """Does anyone read more of a node than its size?"""
-    return any(user not in unused_sizes(node) for user in node.users)
+    return bool(set(node.users) - set(unused_sizes(node)))
 
 
 def _heads_and_entries(half: Half) -> tuple[int, int]:

@@ -28,7 +28,6 @@ for name in (
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from torch._dynamo.guards import CheckFunctionManager  # noqa: E402
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # workers share the cores
@@ -77,7 +76,7 @@ def forget_guards() -> None:
     """
     for finalizer, info in list(weakref.finalize._registry.items()):
         method = getattr(info.func, "func", info.func)
-        if isinstance(getattr(method, "__self__", None), CheckFunctionManager):
+        if isinstance(getattr(method, "__self__", None), torch._dynamo.guards.CheckFunctionManager):
             finalizer.detach()
 
 

@@ -48,7 +48,7 @@ class Run:
     def __init__(self, model: Any, ids: torch.Tensor, policy: str, budget: float | int) -> None:
         config = model.config
         self.per_slot = 2 * config.num_hidden_layers * config.num_key_value_heads * HEAD_DIM * 4 * ids.shape[0]
-        self.rows, self.reindexed = ids.shape[0], "reindexed" in policy
+        self.rows, self.layers, self.reindexed = ids.shape[0], config.num_hidden_layers, "reindexed" in policy
         self.model = kvpass.compile(model, policy, budget, inner="eager")
         self.before = live()
         self.cache = DynamicCache(config=config)
@@ -69,10 +69,10 @@ class Run:
         kv = kv_bytes(tensors)
         assert budget <= kv <= budget * (1 + WITHIN), f"{kv} bytes of K and V after {self.seen}, budget {budget}"
         heads = self.per_slot // (2 * HEAD_DIM * 4)
-        # a cursor of six int32 each; where keys are turned, how far each row's place 0 is: complex128 [D / 2]
-        turned = self.rows * HEAD_DIM // 2 * 16 if self.reindexed else 0
+        # where keys are turned, each layer knows by how much: complex128 [rows, D / 2] and float64 [D / 2]
+        turned = self.layers * HEAD_DIM // 2 * (16 * self.rows + 8) if self.reindexed else 0
         rest = all_bytes(tensors) - kv
-        allowed = heads * (slots * (1 + WITHIN) * per_slot_extra + 6 * 4) + turned + 4608
+        allowed = heads * (slots * (1 + WITHIN) * per_slot_extra + 4 * 4) + turned + 4096
         assert rest <= allowed, f"{rest} bytes beside K and V, positions and statistics need {allowed:.0f}"
 
 
@@ -87,12 +87,14 @@ class Run:
         ("h2o", 96, 8, (1, 500, 2000)),
         ("snapkv", 0.2, 12, (1, 500)),
         ("full", None, 4, (1, 500)),
+        pytest.param("snapkv", 0.2, 12, (1, 500, 2000), marks=pytest.mark.wide),
+        pytest.param("full", None, 4, (1, 500, 2000), marks=pytest.mark.wide),
         pytest.param("roco", 96, 16, (1, 500), marks=pytest.mark.wide),
         ("streaming_llm", 96, 4, (1, 500)),
     ],
 )
 def test_live_storage(policy: str, budget: Any, extra: int, lengths: tuple[int, ...]) -> None:
-    """After 1, 500 and (once) 2,000 generated tokens, from a prompt of 150."""
+    """After 1, 500 and (h2o; the others under `make wide`) 2,000 generated tokens, from a prompt of 150."""
     run = Run(tiny.llama(2, 1, HEAD_DIM, layers=1), tiny.tokens(2, 150), policy, budget)
     for generated in lengths:
         run.step(generated + 150 - run.seen)
