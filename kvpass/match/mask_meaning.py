@@ -60,6 +60,8 @@ def _truth(node: Any, keep: bool, via: fx.Node | None, depth: int) -> Words:
         return _truth(operand(node), not keep, node, depth + 1)
     if name in ("sub", "rsub") and 1.0 in [number(side) for side in node.args]:
         return _truth(node.all_input_nodes[0], not keep, node, depth + 1)
+    if name in ("add", "iadd"):  # a mask plus [B, T] of ones and zeros is 0 where the mask lets padding through
+        return frozenset[str]().union(*(_added(part, node, depth + 1) for part in node.all_input_nodes))
     if name in ("tril", "triu"):
         return _triangle(node, keep)
     if name in EMPTY or (name in ("full", "new_full") and _fill(node) is not None):
@@ -108,8 +110,17 @@ def _added(node: Any, via: fx.Node | None, depth: int) -> Words:
     """Words for a tensor that is added to the logits."""
     if number(node) is not None:
         return NOTHING
-    if not isinstance(node, fx.Node) or depth > LIMIT or _changed_by_others(node, via):
+    if not isinstance(node, fx.Node) or depth > LIMIT:
         return UNKNOWN
+    changed = [user for user in _changed_by_others(node, via) if not _too_late(user, via)]
+    put = [argument(user, 2, "value") if call_name(user) == "setitem" else None for user in changed]
+    if not all(isinstance(value, fx.Node) for value in put):
+        return UNKNOWN
+    return _made(node, via, depth).union(*(_added(value, None, depth + 1) for value in put))
+
+
+def _made(node: fx.Node, via: fx.Node | None, depth: int) -> Words:
+    """Of what it was when it was made."""
     name = call_name(node)
     step: Callable[[fx.Node, int], Words] | None = _ADDED.get(name)
     if step is not None:
@@ -145,6 +156,8 @@ def _scaled(node: fx.Node, depth: int) -> Words:
         return _truth(other, False, node, depth + 1)
     if value is not None:
         return _added(other, node, depth + 1)
+    if example(right) is not None and example(right).dtype == torch.bool:
+        return _added(left, node, depth + 1) | _truth(right, False, node, depth + 1)
     return frozenset({"bias"}) if _numeric(node) else UNKNOWN
 
 
@@ -204,5 +217,10 @@ def _numeric(node: fx.Node) -> bool:
     return True
 
 
-def _changed_by_others(node: fx.Node, via: fx.Node | None) -> bool:
-    return any(changes(user) and operand(user) is node and user is not via for user in node.users)
+def _changed_by_others(node: fx.Node, via: fx.Node | None) -> list[fx.Node]:
+    return [user for user in node.users if changes(user) and operand(user) is node and user is not via]
+
+
+def _too_late(change: fx.Node, via: fx.Node | None) -> bool:
+    """`mask[a] = mask[a].masked_fill(..)`: what `via` read was used before the change."""
+    return via is not None and all(user < change for user in via.users)

@@ -107,7 +107,32 @@ def test_made_by_hand(name: str) -> None:
     assert f"({expected})" in str(found) or expected == "none"
 
 
+def assigned(mask: torch.Tensor) -> torch.Tensor:
+    """As transformers 4.4x to 5.0 and much remote code make it."""
+    made = torch.triu(torch.full((S, T), LOW), diagonal=1)
+    made *= columns() > rows()
+    made = made[None, None].expand(2, 1, -1, -1).clone()
+    hidden = (made[:, :, :, :T] + mask[:, None, None, :]) == 0
+    made[:, :, :, :T] = made[:, :, :, :T].masked_fill(hidden, LOW)
+    return made[:, :, :, :T]
+
+
+def assigned_number(mask: torch.Tensor) -> torch.Tensor:
+    made = assigned(mask).clone()
+    made[..., 2] = LOW
+    return made
+
+
+def filled(mask: torch.Tensor) -> torch.Tensor:
+    made = assigned(mask).clone()
+    made.mul_(mask[:, None, None].sin())
+    return made
+
+
 GIVEN = {
+    "padding, assigned": (torch.ones(2, T).long(), assigned, "causal + padding"),
+    "a number, assigned": (torch.ones(2, T), assigned_number, "unknown"),
+    "changed in place": (torch.ones(2, T), filled, "unknown"),
     "padding": (torch.ones(2, T), lambda m: m[:, None, None, :].bool(), "padding"),
     "padding, added": (torch.ones(2, T), lambda m: (1.0 - m[:, None, None, :]) * LOW, "padding"),
     "padding, compared": (torch.ones(2, T).long(), lambda m: (m != 0)[:, None, None, :], "padding"),
