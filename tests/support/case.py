@@ -53,6 +53,7 @@ def run(
             result["status"] = f"checking {name}"
             save(result)
             if name not in skip:
+                torch._dynamo.reset()
                 result[name] = guarded(check, family, model, expected, result)
         result |= {name: {"skipped": True} for name in skip}
         result["status"] = "ran"
@@ -99,7 +100,6 @@ def unmodified(model: Any, result: Result) -> list[torch.Tensor] | None:
 
 def guarded(check: Callable[..., Result], *args: Any) -> Result:
     """The check's outcome; an exception is a failure and says so."""
-    torch._dynamo.reset()
     try:
         return {"ok": True, **check(*args)}
     except Exception as error:
