@@ -68,12 +68,14 @@ def convert(source: Path, folder: Path) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def load(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """(model in eval mode, tokenizer)."""
+def load(dtype: torch.dtype = torch.float32, layers: int | None = None) -> tuple[Any, Any]:
+    """(model in eval mode, tokenizer). `layers`: only the first so many of its 30, traced sooner."""
     folder = cache_folder()
     if not (folder / "config.json").exists():
         convert(gguf_path(), folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+    if layers is not None:
+        model.model.layers, model.config.num_hidden_layers = model.model.layers[:layers], layers
     return model, AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 

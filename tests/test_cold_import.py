@@ -9,11 +9,14 @@ from pathlib import Path
 
 DECODER = Path(__file__).parent / "cold" / "decoder.py"
 HEAVY = ("triton", "transformers", "networkx", "matplotlib", "pydantic", "rich", "yaml", "kvpass.kernels.choose")
-LIMIT = 0.1  # seconds beyond torch's own import, by issue 2; measured 0.06 on a loaded machine of 2 cores
+LIMIT = 0.1  # seconds of processor time beyond torch's own import, by issue 2, where that import takes no more than
+TORCH = 1.5  # seconds, as on an idle machine of 2 cores; in proportion where it takes longer
 
 IMPORT = """
 import json, sys, time
+start = time.process_time()
 import torch
+torch_seconds = time.process_time() - start
 before, dispatch = set(sys.modules), torch.nn.functional.scaled_dot_product_attention
 start = time.process_time()
 import kvpass
@@ -21,7 +24,7 @@ for name in kvpass.__all__:
     getattr(kvpass, name)  # the public names are resolved on first use: count that too
 seconds = time.process_time() - start
 assert torch.nn.functional.scaled_dot_product_attention is dispatch
-print(json.dumps({"seconds": seconds, "new": sorted(set(sys.modules) - before)}))
+print(json.dumps({"seconds": seconds, "torch": torch_seconds, "new": sorted(set(sys.modules) - before)}))
 """
 
 
@@ -33,8 +36,9 @@ def cold(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_import_costs_less_than_a_tenth_of_a_second_beyond_torch():
-    seconds = [json.loads(cold("-c", IMPORT).stdout)["seconds"] for _ in range(5)]
-    assert min(seconds) < LIMIT, seconds  # processor time, and the smallest: the machine may be busy with other tests
+    runs = [json.loads(cold("-c", IMPORT).stdout) for _ in range(3)]
+    found = [run["seconds"] / max(1.0, run["torch"] / TORCH) for run in runs]
+    assert min(found) < LIMIT, runs  # the machine may be busy with other tests
 
 
 def test_import_loads_nothing_heavy():

@@ -105,7 +105,11 @@ def test_full_budget_is_the_model() -> None:
 
 @pytest.mark.parametrize(
     ("name", "policy"),
-    [("plain", "h2o"), pytest.param("llama", "roco", marks=pytest.mark.wide), ("llama", "streaming_llm")],
+    [
+        ("plain", "h2o"),
+        pytest.param("llama", "roco", marks=pytest.mark.wide),
+        pytest.param("llama", "streaming_llm", marks=pytest.mark.wide),
+    ],
 )
 def test_compiled_linalg_is_the_oracles(name: str, policy: str, tmp_path: Any) -> None:
     """The text that `export_mlir` writes, compiled by LLVM: no torch in the step."""

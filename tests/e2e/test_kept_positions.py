@@ -72,7 +72,7 @@ def test_tiny_padded_extend(policy: str, capsys: pytest.CaptureFixture[str]) -> 
     finish(conversation, capsys, 15)
 
 
-@pytest.mark.parametrize("policy", ["h2o", "roco"])  # to a compiler the ops are opaque
+@pytest.mark.parametrize("policy", ["h2o", pytest.param("roco", marks=pytest.mark.wide)])  # a compiler sees no rules
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
 def test_tiny_inner_compilers(policy: str, inner: str, capsys: pytest.CaptureFixture[str]) -> None:
     conversation = Conversation(tiny.llama(6, 2), policy, 48, inner=inner)
@@ -84,10 +84,10 @@ def test_tiny_inner_compilers(policy: str, inner: str, capsys: pytest.CaptureFix
 REAL = [p if p in ("h2o", "snapkv") else pytest.param(p, marks=pytest.mark.wide) for p in EVICTING]
 
 
-@pytest.fixture(scope="module")
-def real() -> tuple[Any, torch.Tensor]:
+@pytest.fixture(scope="module", params=[8, pytest.param(None, marks=pytest.mark.wide)], ids=["8 layers", "all layers"])
+def real(request: Any) -> tuple[Any, torch.Tensor]:
     """SmolLM2 and 1,000 tokens of real text."""
-    model, tokenizer = smollm2.load()
+    model, tokenizer = smollm2.load(layers=request.param)
     return model, tokenizer(smollm2.text(4500), return_tensors="pt").input_ids[:, :1000]
 
 

@@ -121,26 +121,28 @@ def test_uneven_heads_and_layers_in_a_batch(policy: str, budget: Any, extra: int
 
 
 @pytest.mark.model
-def test_uneven_heads_smollm2() -> None:
+@pytest.mark.parametrize("layers", [8, pytest.param(30, marks=pytest.mark.wide)])
+def test_uneven_heads_smollm2(layers: int) -> None:
     """A batch of 4 at 20 %: 20 % of the dense cache within 3 %, where others mask and hold all of it."""
-    model, tokenizer = smollm2.load()
+    model, tokenizer = smollm2.load(layers=layers)
     ids = tokenizer(smollm2.text(12_000), return_tensors="pt").input_ids[0, :1600].view(4, 400)
     run = Run(model, ids, "ada_snapkv", 0.2)
     run.step(5)
     run.check(run.seen // 5, 12)
-    counts = kvpass.inspect(run.cache).layers[10].positions.ge(0).sum(-1)
+    counts = kvpass.inspect(run.cache).layers[layers // 3].positions.ge(0).sum(-1)
     assert len(set(counts.flatten().tolist())) > 1, "all heads hold equally many"
     report = kvpass.report(run.cache).to_dict()
     assert abs(report["bytes"] / report["dense_bytes"] - 0.2) <= 0.03 * 0.2
 
 
 @pytest.mark.model
-def test_live_storage_smollm2() -> None:
-    model, tokenizer = smollm2.load()
+@pytest.mark.parametrize("layers", [8, pytest.param(30, marks=pytest.mark.wide)])
+def test_live_storage_smollm2(layers: int) -> None:
+    model, tokenizer = smollm2.load(layers=layers)
     ids = tokenizer(smollm2.text(4000), return_tensors="pt").input_ids[:, :800]
     run = Run(model, ids, "h2o", 0.2)
     run.step(20)
-    assert run.per_slot == 46_080
+    assert run.per_slot == layers * 1_536  # 3 heads of 64, keys and values, float32
     run.check(run.seen // 5, 8)
 
 

@@ -43,7 +43,10 @@ def check(cache: Any, budget: float | int, seen: list[int], columns: int) -> Non
     assert kvpass.report(cache).to_dict()["bytes"] <= rows * heads * slot * allowed
 
 
-@pytest.mark.parametrize(("policy", "budget"), [("pyramidkv", 80), ("pyramidkv", 0.3), ("ada_pyramid", 80)])
+PYRAMIDS = [pytest.param("pyramidkv", 80, marks=pytest.mark.wide), ("pyramidkv", 0.3), ("ada_pyramid", 80)]
+
+
+@pytest.mark.parametrize(("policy", "budget"), PYRAMIDS)
 def test_a_budget_holds_while_tokens_come(policy: str, budget: float | int) -> None:
     """Prompts shorter than the budget, equal to it, within twice, and longer, and short rows beside long ones; then
     generated tokens, a second turn of rows as unequal, and more."""
