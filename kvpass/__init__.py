@@ -16,14 +16,14 @@ _HOMES = {
     "Policy": "policy.spec",
     "Reason": "errors",
     "Seen": "kernels.scorers.seen",
-    "backend": "compiler",
-    "compile": "compiled",
-    "explain": "explaining",
-    "export_mlir": "mlir",
-    "inspect": "reporting",
+    "backend": "pipeline.compose",
+    "compile": "api.compile",
+    "explain": "api.explain",
+    "export_mlir": "api.export_mlir",
+    "inspect": "api.report",
     "marked": "runtime.marks",
-    "report": "reporting",
-    "rewrite": "rewriting",
+    "report": "api.report",
+    "rewrite": "api.rewrite",
     "scorer": "kernels.scorers.registry",
 }
 
@@ -45,16 +45,16 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from kvpass.compiled import compile
-    from kvpass.compiler import backend
+    from kvpass.api.compile import compile
+    from kvpass.api.explain import explain
+    from kvpass.api.export_mlir import export_mlir
+    from kvpass.api.report import inspect, report
+    from kvpass.api.rewrite import rewrite
     from kvpass.errors import KVPassError, Reason
-    from kvpass.explaining import explain
     from kvpass.kernels.scorers.registry import scorer
     from kvpass.kernels.scorers.seen import Seen
-    from kvpass.mlir import export_mlir
+    from kvpass.pipeline.compose import backend
     from kvpass.policy.spec import Policy
-    from kvpass.reporting import inspect, report
-    from kvpass.rewriting import rewrite
     from kvpass.runtime.marks import marked
 
 

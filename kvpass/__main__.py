@@ -1,5 +1,5 @@
 """`python -m kvpass` is the command `kvpass`."""
 
-from kvpass.cli import main
+from kvpass.api.cli import main
 
 raise SystemExit(main())

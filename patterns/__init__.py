@@ -23,11 +23,11 @@ from kvpass.patterns.sliding_window import SlidingWindow
 from kvpass.patterns.softmax import SoftmaxCore
 
 from kvpass.errors import Reason
-from kvpass.match.calls import argument, call_name, operand
-from kvpass.match.dataflow import Flow
-from kvpass.match.miss import Miss
-from kvpass.match.shapes import shape_of
-from kvpass.site import Axes, Core, Term, Update
+from kvpass.graph.calls import argument, call_name, operand
+from kvpass.graph.dataflow import Flow
+from kvpass.graph.miss import Miss
+from kvpass.graph.shapes import shape_of
+from kvpass.sites.site import Axes, Core, Term, Update
 from kvpass.terms import CacheForm, MaskKind
 
 __all__ = [

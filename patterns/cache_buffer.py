@@ -13,13 +13,13 @@ from typing import Any
 from torch import fx
 
 from kvpass.errors import Reason
-from kvpass.match.calls import argument, call_name, changes, example, is_input, operand
-from kvpass.match.dataflow import Flow
-from kvpass.match.miss import Miss
-from kvpass.match.nearby import home_of
-from kvpass.match.shapes import is_one, normal_dim, same, shape_of
-from kvpass.match.views import walk_up
-from kvpass.site import Update
+from kvpass.graph.calls import argument, call_name, changes, example, is_input, operand
+from kvpass.graph.dataflow import Flow
+from kvpass.graph.miss import Miss
+from kvpass.graph.nearby import home_of
+from kvpass.graph.shapes import is_one, normal_dim, same, shape_of
+from kvpass.graph.views import walk_up
+from kvpass.sites.site import Update
 from kvpass.terms import CacheForm
 
 ALLOCATIONS = frozenset({"zeros", "new_zeros", "empty", "new_empty", "zeros_like", "empty_like", "full", "new_full"})

@@ -13,12 +13,12 @@ from typing import Any
 from torch import fx
 
 from kvpass.errors import Reason
-from kvpass.match.calls import argument, call_name, example, is_input
-from kvpass.match.dataflow import Flow
-from kvpass.match.miss import Miss
-from kvpass.match.nearby import from_input, grows
-from kvpass.match.shapes import is_empty, normal_dim, shape_of
-from kvpass.site import Update
+from kvpass.graph.calls import argument, call_name, example, is_input
+from kvpass.graph.dataflow import Flow
+from kvpass.graph.miss import Miss
+from kvpass.graph.nearby import from_input, grows
+from kvpass.graph.shapes import is_empty, normal_dim, shape_of
+from kvpass.sites.site import Update
 from kvpass.terms import CacheForm
 
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from torch import fx
 
-from kvpass.match.dataflow import Flow
-from kvpass.site import Update
+from kvpass.graph.dataflow import Flow
+from kvpass.sites.site import Update
 from kvpass.terms import CacheForm
 
 

@@ -13,13 +13,13 @@ import torch
 from torch import fx
 
 from kvpass.errors import Reason
-from kvpass.match.calls import argument, call_name, example, operand
-from kvpass.match.indexer import CHOICES
-from kvpass.match.miss import Miss
-from kvpass.match.nearby import nearby
-from kvpass.match.numbers import NO_WEIGHT, number
-from kvpass.match.views import walk_up
-from kvpass.site import Term
+from kvpass.graph.calls import argument, call_name, example, operand
+from kvpass.graph.indexer import CHOICES
+from kvpass.graph.miss import Miss
+from kvpass.graph.nearby import nearby
+from kvpass.graph.numbers import NO_WEIGHT, number
+from kvpass.graph.views import walk_up
+from kvpass.sites.site import Term
 from kvpass.terms import MaskKind
 
 FILLED = frozenset({"ones", "zeros", "ones_like", "zeros_like", "new_ones", "new_zeros"})

@@ -9,10 +9,10 @@ from __future__ import annotations
 from torch import fx
 
 from kvpass.errors import Reason
-from kvpass.match.calls import call_name, changes, operand
-from kvpass.match.dataflow import Flow
-from kvpass.match.miss import Miss
-from kvpass.match.nearby import SLICES, grows, nearby, whole
+from kvpass.graph.calls import call_name, changes, operand
+from kvpass.graph.dataflow import Flow
+from kvpass.graph.miss import Miss
+from kvpass.graph.nearby import SLICES, grows, nearby, whole
 
 COPIES = frozenset({"index_copy", "index_put", "scatter", "slice_scatter", "select_scatter"})
 """Writes that give a new tensor."""

@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import fx
 
-from kvpass.match.calls import argument, call_name, operand
-from kvpass.match.shapes import is_one, normal_dim, same, shape_of
-from kvpass.match.views import lands, walk_up
-from kvpass.site import Axes, Core, Latent, UpProjection
+from kvpass.graph.calls import argument, call_name, operand
+from kvpass.graph.shapes import is_one, normal_dim, same, shape_of
+from kvpass.graph.views import lands, walk_up
+from kvpass.sites.site import Axes, Core, Latent, UpProjection
 
 Part = tuple[fx.Node, int]
 """A piece of the last axis and its width."""

@@ -9,12 +9,12 @@ import torch
 from torch import fx
 
 from kvpass.errors import Reason
-from kvpass.match.calls import argument, call_name, changes, example, operand
-from kvpass.match.miss import Miss
-from kvpass.match.numbers import NO_WEIGHT, factor_of, number
-from kvpass.match.product import Product, logits_product
-from kvpass.match.shapes import is_one, normal_dim, same, shape_of
-from kvpass.site import Term
+from kvpass.graph.calls import argument, call_name, changes, example, operand
+from kvpass.graph.miss import Miss
+from kvpass.graph.numbers import NO_WEIGHT, factor_of, number
+from kvpass.graph.product import Product, logits_product
+from kvpass.graph.shapes import is_one, normal_dim, same, shape_of
+from kvpass.sites.site import Term
 from kvpass.terms import MaskKind
 
 SAME = frozenset({"to", "float", "type", "half", "bfloat16", "type_as", "contiguous", "clone", "_to_copy", "alias"})

@@ -5,9 +5,9 @@ from __future__ import annotations
 from kvpass.patterns.logits import LIMIT, first_product, leads
 from torch import fx
 
-from kvpass.match.calls import argument, call_name, operand
-from kvpass.match.product import SPACES
-from kvpass.match.shapes import normal_dim, shape_of
+from kvpass.graph.calls import argument, call_name, operand
+from kvpass.graph.product import SPACES
+from kvpass.graph.shapes import normal_dim, shape_of
 
 
 def why_no_core(softmax: fx.Node) -> str:

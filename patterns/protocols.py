@@ -6,8 +6,8 @@ from typing import Protocol
 
 from torch import fx
 
-from kvpass.match.dataflow import Flow
-from kvpass.site import Core, Update
+from kvpass.graph.dataflow import Flow
+from kvpass.sites.site import Core, Update
 
 
 class CorePattern(Protocol):

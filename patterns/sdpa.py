@@ -14,11 +14,11 @@ from kvpass.patterns.chosen import split_choices
 from torch import fx
 
 from kvpass.errors import Reason
-from kvpass.match.calls import argument, call_name, example
-from kvpass.match.miss import Miss
-from kvpass.match.numbers import constant
-from kvpass.match.shapes import shape_of
-from kvpass.site import Core, Term
+from kvpass.graph.calls import argument, call_name, example
+from kvpass.graph.miss import Miss
+from kvpass.graph.numbers import constant
+from kvpass.graph.shapes import shape_of
+from kvpass.sites.site import Core, Term
 from kvpass.terms import MaskKind
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

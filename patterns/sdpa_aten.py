@@ -14,10 +14,10 @@ from kvpass.patterns.sdpa import check_operands, mask_terms
 from torch import fx
 
 from kvpass.errors import Reason
-from kvpass.match.calls import argument, call_name, operand
-from kvpass.match.miss import Miss
-from kvpass.match.shapes import shape_of
-from kvpass.site import Core
+from kvpass.graph.calls import argument, call_name, operand
+from kvpass.graph.miss import Miss
+from kvpass.graph.shapes import shape_of
+from kvpass.sites.site import Core
 
 
 class AtenSdpaCore:

@@ -14,11 +14,11 @@ from kvpass.patterns.logits import SAME, is_cast_of_numbers
 from torch import fx
 
 from kvpass.errors import Reason
-from kvpass.match.calls import argument, call_name, changes, is_metadata, operand
-from kvpass.match.miss import Miss
-from kvpass.match.shapes import is_one, normal_dim, same, shape_of
-from kvpass.match.views import chain_scale, forward, walk_up
-from kvpass.site import Core
+from kvpass.graph.calls import argument, call_name, changes, is_metadata, operand
+from kvpass.graph.miss import Miss
+from kvpass.graph.shapes import is_one, normal_dim, same, shape_of
+from kvpass.graph.views import chain_scale, forward, walk_up
+from kvpass.sites.site import Core
 
 _ROWS = SAME | {"unsqueeze"}
 

@@ -10,11 +10,11 @@ from typing import Any
 from torch import fx
 
 from kvpass.errors import Reason
-from kvpass.match.calls import argument, call_name, operand
-from kvpass.match.dataflow import Flow
-from kvpass.match.miss import Miss
-from kvpass.match.nearby import whole
-from kvpass.match.shapes import normal_dim, shape_of
+from kvpass.graph.calls import argument, call_name, operand
+from kvpass.graph.dataflow import Flow
+from kvpass.graph.miss import Miss
+from kvpass.graph.nearby import whole
+from kvpass.graph.shapes import normal_dim, shape_of
 
 
 class SlidingWindow:

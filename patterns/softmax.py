@@ -15,11 +15,11 @@ from kvpass.patterns.sinks import gated, sink_logits
 from torch import fx
 
 from kvpass.errors import Reason
-from kvpass.match.calls import argument, call_name, is_metadata, operand
-from kvpass.match.miss import Miss
-from kvpass.match.product import SPACES, Product, values_product
-from kvpass.match.shapes import normal_dim, same, shape_of
-from kvpass.site import Axes, Core
+from kvpass.graph.calls import argument, call_name, is_metadata, operand
+from kvpass.graph.miss import Miss
+from kvpass.graph.product import SPACES, Product, values_product
+from kvpass.graph.shapes import normal_dim, same, shape_of
+from kvpass.sites.site import Axes, Core
 
 
 class SoftmaxCore:

@@ -87,7 +87,7 @@ ENVIRONMENT_READERS = {"kvpass/debug", "kernels/choose.py", "kernels/triton_laun
 
 
 def name_of(file: Path) -> str:
-    """`kvpass/match/calls.py` is `match.calls`, `kernels/rule.py` is `kernels.rule`."""
+    """`kvpass/graph/calls.py` is `match.calls`, `kernels/rule.py` is `kernels.rule`."""
     parts = file.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[1:] if parts[0] == "kvpass" else parts).removesuffix(".__init__")
 

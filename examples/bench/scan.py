@@ -93,7 +93,7 @@ def measured(name: str, make: Callable[[], Callable[[], Any]]) -> dict[str, Any]
     """One capture, several scans of its only graph."""
     from kvpass.patterns import DEFAULT
 
-    from kvpass.scan import scan
+    from kvpass.sites.scan import scan
 
     _GRAPHS.clear()
     with torch.no_grad():

@@ -15,10 +15,10 @@ import networkx as nx
 from torch import fx
 
 from kvpass.debug.source import describe
-from kvpass.match.calls import call_name, example, is_metadata
-from kvpass.match.dataflow import Flow
-from kvpass.match.module_names import module_path
-from kvpass.site import Site
+from kvpass.graph.calls import call_name, example, is_metadata
+from kvpass.graph.dataflow import Flow
+from kvpass.graph.module_names import module_path
+from kvpass.sites.site import Site
 
 PROJECTIONS = frozenset({"linear", "matmul", "addmm", "mm", "bmm", "einsum", "conv1d"})
 OUTPUTS = {

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from kvpass.match.calls import example, source_line
-from kvpass.match.module_names import module_path
-from kvpass.site import Site
+from kvpass.graph.calls import example, source_line
+from kvpass.graph.module_names import module_path
+from kvpass.sites.site import Site
 
 _INFIX = {
     operator.add: "+",

@@ -17,8 +17,8 @@ from oracle.policies import EVICTING
 from oracle.simulator import Simulator
 
 import kvpass
-from kvpass.exported import any_size
-from kvpass.pure import decompositions
+from kvpass.lowering.exported import any_size
+from kvpass.lowering.pure import decompositions
 
 PROMPT, NEW, SLOTS = 38, 14, 36
 FLOAT32 = {"rtol": 1e-4, "atol": 1e-4}

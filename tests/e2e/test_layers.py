@@ -15,7 +15,7 @@ from oracle.policies import AdaSnapKV, SnapKV, StreamingLLM
 from oracle.simulator import Simulator
 
 import kvpass
-from kvpass.cli import main
+from kvpass.api.cli import main
 from kvpass.errors import PolicyError
 from kvpass.policy.layers import of_layer
 from kvpass.policy.spec import Policy

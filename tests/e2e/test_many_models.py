@@ -12,7 +12,7 @@ from models import nest, plain, tiny
 from spelling import cache_of, with_cache
 
 import kvpass
-import kvpass.dynamo
+import kvpass.model.dynamo
 from kvpass.errors import RecompileError
 
 IDS = tiny.tokens(1, 60)
@@ -75,7 +75,7 @@ class Tagged(torch.nn.Module):
 
 
 def test_the_limit_names_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(kvpass.dynamo._WITHIN_A_CALL, "recompile_limit", 4)
+    monkeypatch.setitem(kvpass.model.dynamo._WITHIN_A_CALL, "recompile_limit", 4)
     compiled = kvpass.compile(Tagged().eval(), "h2o", 20, inner="eager")
     words = iter(range(100))
 

@@ -18,7 +18,7 @@ from oracle.weights import Weighted, vo_l1
 from oracle.windowed import Fair
 
 import kvpass
-from kvpass.cli import main
+from kvpass.api.cli import main
 
 Array = np.ndarray
 

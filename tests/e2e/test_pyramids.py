@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from kvpass.kernels.rule import Rule
+from kvpass.plan.plan.rule import rule_of
 from models import tiny
 from oracle.drive import Conversation
 from oracle.policies import PyramidKV
@@ -15,7 +16,6 @@ from transformers import DynamicCache, LlamaModel
 
 import kvpass
 from kvpass.policy.load import load
-from kvpass.policy.rule import rule_of
 
 LAYERS = 4
 PAST = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"

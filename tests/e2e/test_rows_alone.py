@@ -12,12 +12,12 @@ import pytest
 import torch
 from kvpass.kernels.layers import shared_out
 from kvpass.kernels.reindex import reindex
+from kvpass.plan.plan.rule import rule_of
 from models import tiny
 from oracle.ops import DIM, Site
 
 import kvpass
 from kvpass.policy.load import load, names
-from kvpass.policy.rule import rule_of
 
 HEADS, KV_HEADS, LAYERS = 4, 2, 2
 

@@ -18,12 +18,12 @@ from kvpass.kernels.prefill_attend import prefill_attend
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.select_slots import select_slots
 from kvpass.kernels.testing import State, causal_mask, empty_state
+from kvpass.plan.plan.rule import rule_of
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvpass.policy.load import load
-from kvpass.policy.rule import rule_of
 
 HEADS, KV_HEADS, DIM = (32, 8, 128) if GPU else (2, 1, 16)
 DTYPE = torch.bfloat16 if GPU else torch.float32

@@ -18,9 +18,9 @@ from kvpass.kernels.scorers.registry import find_scorer, scorers
 from kvpass.kernels.scores import score_slots
 from kvpass.kernels.select_slots import select_slots
 from kvpass.kernels.window_rows import window_rows
+from kvpass.plan.plan.rule import rule_of
 
 from kvpass.policy.load import load, names
-from kvpass.policy.rule import rule_of
 from kvpass.runtime.store import SlotStore, with_room
 
 HEADS, KV, DIM, LAYERS, MOST = 4, 2, 16, 2, 200

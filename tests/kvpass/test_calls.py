@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import fx
 
-from kvpass.match.calls import call_name, called, changes
+from kvpass.graph.calls import call_name, called, changes
 
 TWO = ["eq", "ne", "lt", "le", "gt", "ge", "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "iadd", "imul"]
 

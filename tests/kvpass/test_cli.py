@@ -17,11 +17,11 @@ import torch
 import yaml
 from kvpass.kernels.scorers.registry import scorers
 from kvpass.kernels.scorers.seen import READS
+from kvpass.plan.plan.listing import catalogue, example_rule
 
-from kvpass.cli import main
+from kvpass.api.cli import main
 from kvpass.policy import spec
 from kvpass.policy.layers import of_layer
-from kvpass.policy.listing import catalogue, example_rule
 from kvpass.policy.load import PRESETS, names
 from kvpass.policy.schema import json_schema, schema_text
 from kvpass.policy.spec import Policy
@@ -145,9 +145,11 @@ def test_scorers_are_listed_with_options_and_docs(capsys):
 
 
 def test_as_a_module_it_is_quick_and_ends_with_its_reader():
-    lean = "import sys, kvpass.cli; sys.argv = ['kvpass', '--help']\ntry: kvpass.cli.main()\nexcept SystemExit: "
+    lean = (
+        "import sys, kvpass.api.cli; sys.argv = ['kvpass', '--help']\ntry: kvpass.api.cli.main()\nexcept SystemExit: "
+    )
     assert run("-c", lean + "assert 'torch' not in sys.modules").stdout.startswith("usage: kvpass")
-    lean = "import sys; from kvpass.cli import main; main(['policies']); assert 'torch._dynamo' not in sys.modules"
+    lean = "import sys; from kvpass.api.cli import main; main(['policies']); assert 'torch._dynamo' not in sys.modules"
     assert run("-c", lean).stdout.startswith("policy ")
     assert run("-m", "kvpass", "policies", "check", "/no.yaml", check=1).stderr.startswith("PolicyError: cannot read")
     piped = f"{sys.executable} -P -m kvpass scorers | head -1; exit ${{PIPESTATUS[0]}}"

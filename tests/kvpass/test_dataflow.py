@@ -6,8 +6,8 @@ from models.attention import attend, hidden, layer, past
 from models.graphs import capture, node
 from torch import fx, nn
 
-from kvpass.match.calls import call_name, changes, is_metadata, source_line
-from kvpass.match.dataflow import Flow, data_inputs, flat_outputs
+from kvpass.graph.calls import call_name, changes, is_metadata, source_line
+from kvpass.graph.dataflow import Flow, data_inputs, flat_outputs
 
 
 def drawn(edges: str, returned: str) -> tuple[Flow, dict[str, fx.Node]]:

@@ -21,8 +21,8 @@ from torch import Tensor, fx, nn
 import kvpass
 from kvpass import debug
 from kvpass.debug import drawing, neighbourhood, output_code, page, report, source
-from kvpass.graphs import GraphRecord
-from kvpass.table import SiteTable
+from kvpass.debug.graphs import GraphRecord
+from kvpass.sites.table import SiteTable
 
 STAGES = (
     "01_captured.py",
@@ -267,7 +267,7 @@ def test_a_failing_inner_compiler_is_reported(tmp_path: Path) -> None:
     with torch.no_grad():
         torch.compile(Model().eval(), backend=keep)(torch.randint(0, 9, (1, 20)))
     record = backend.graphs[0]
-    from kvpass.lower import lower
+    from kvpass.lowering.lower import lower
 
     with (
         pytest.raises(RuntimeError, match="no compiler"),

@@ -14,7 +14,7 @@ from kvpass.kernels.scorers.registry import _TABLE
 from models import plain
 
 import kvpass
-from kvpass.cli import main
+from kvpass.api.cli import main
 from kvpass.errors import PolicyError
 from kvpass.policy.spec import Policy
 

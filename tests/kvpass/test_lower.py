@@ -17,12 +17,12 @@ from torch import fx
 
 import kvpass
 from kvpass.errors import VerificationError
-from kvpass.lower import STATE, Lowered, lower
-from kvpass.match.calls import example
-from kvpass.plan import Plan, plan
+from kvpass.graph.calls import example
+from kvpass.lowering.lower import STATE, Lowered, lower
+from kvpass.plan.plan import Plan, plan
 from kvpass.policy.spec import Policy
-from kvpass.scan import scan
-from kvpass.verify import verify
+from kvpass.proof.verify import verify
+from kvpass.sites.scan import scan
 
 
 class OneLayer(plain.GroupedDecoder):

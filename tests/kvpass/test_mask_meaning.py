@@ -14,7 +14,7 @@ from models.graphs import capture_all, table
 from spelling import with_cache
 from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM, StaticCache
 
-from kvpass.scan import scan
+from kvpass.sites.scan import scan
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "pad_token_id": 0}
 

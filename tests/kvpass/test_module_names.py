@@ -12,7 +12,7 @@ from models import tiny
 from torch import fx, nn
 
 import kvpass
-from kvpass.match.module_names import module_path, named_path
+from kvpass.graph.module_names import module_path, named_path
 
 LAYER = "model.layers.0.self_attn"
 

@@ -10,9 +10,9 @@ from kvpass.kernels.rule import OPS_VERSION
 from models import plain
 from models.graphs import table
 
-from kvpass.plan import OPS, plan
+from kvpass.plan.plan import OPS, plan
 from kvpass.policy.spec import Policy
-from kvpass.table import SiteTable
+from kvpass.sites.table import SiteTable
 from kvpass.terms import Phase
 
 

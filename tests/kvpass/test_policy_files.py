@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from kvpass.plan.plan.rule import rule_of
 
 import kvpass
 from kvpass.errors import PolicyError
 from kvpass.policy.load import names
-from kvpass.policy.rule import rule_of
 from kvpass.policy.spec import Policy
 
 WINDOW: dict[str, Any] = {"observe": {"queries": 32}}
@@ -223,13 +223,13 @@ def refused(policy: Any, budget: Any, what: str, fix: str) -> PolicyError:
 
 @pytest.mark.parametrize(("policy", "budget", "what", "fix"), CASES, ids=lambda v: str(v)[:40])
 def test_bad_specs(policy, budget, what, fix, monkeypatch):
-    monkeypatch.setattr("kvpass.compiler.Backend.__call__", untouchable)
+    monkeypatch.setattr("kvpass.pipeline.compose.Backend.__call__", untouchable)
     refused(policy, budget, what, fix)
 
 
 @pytest.mark.parametrize(("files", "what", "fix"), FILES, ids=lambda v: str(v)[:40])
 def test_bad_files(files, what, fix, monkeypatch, tmp_path: Path):
-    monkeypatch.setattr("kvpass.compiler.Backend.__call__", untouchable)
+    monkeypatch.setattr("kvpass.pipeline.compose.Backend.__call__", untouchable)
     for name, text in files.items():
         (tmp_path / f"{name}.yaml").write_text(text)
     assert str(tmp_path) in refused(tmp_path / "a.yaml", 0.2, what, fix).where

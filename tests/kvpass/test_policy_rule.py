@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvpass.kernels.rule import OPS_VERSION, Rule
+from kvpass.plan.plan.rule import rule_of
 
 from kvpass.policy.load import names
-from kvpass.policy.rule import rule_of
 from kvpass.policy.spec import Policy
 
 SEEN = st.integers(0, 2_000_000)

@@ -88,7 +88,7 @@ def untouchable(*args: Any) -> Any:
 
 @pytest.mark.parametrize(("policy", "budget", "what", "fix"), BAD, ids=lambda v: str(v)[:40])
 def test_bad_policies_and_budgets(policy, budget, what, fix, monkeypatch):
-    monkeypatch.setattr("kvpass.compiler.Backend.__call__", untouchable)
+    monkeypatch.setattr("kvpass.pipeline.compose.Backend.__call__", untouchable)
     with pytest.raises(PolicyError) as caught:
         kvpass.compile(torch.nn.Linear(2, 2).eval(), policy, budget)
     assert what in caught.value.what
@@ -108,7 +108,7 @@ def test_bad_policies_and_budgets(policy, budget, what, fix, monkeypatch):
     ],
 )
 def test_bad_options_of_torch_compile(options, what, monkeypatch):
-    monkeypatch.setattr("kvpass.compiler.Backend.__call__", untouchable)
+    monkeypatch.setattr("kvpass.pipeline.compose.Backend.__call__", untouchable)
     with pytest.raises(PolicyError, match=what), torch.no_grad():
         torch.compile(torch.nn.Linear(2, 2), backend="kvpass", options=options)(torch.ones(1, 2))
 

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from kvpass import progress
-from kvpass.progress import compiling, durations, fingerprint, remember, tracing
+from kvpass.pipeline.progress import compiling, durations, fingerprint, remember, tracing
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,8 @@ import torch
 from models.graphs import dynamic
 from torch import Tensor, fx, nn
 
-from kvpass.regions import Region, regions
-from kvpass.stitch import Compile, Stitched
+from kvpass.pipeline.regions import Region, regions
+from kvpass.pipeline.stitch import Compile, Stitched
 
 WIDTH, LAYERS = 8, 6
 

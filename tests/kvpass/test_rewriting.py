@@ -13,8 +13,8 @@ from torch.export import Dim
 
 import kvpass
 from kvpass.errors import DeclinedError, PolicyError
-from kvpass.exported import any_size
-from kvpass.pure import decompositions
+from kvpass.lowering.exported import any_size
+from kvpass.lowering.pure import decompositions
 
 STATE = [f"kvpass_{layer}_{name}" for layer in (0, 1) for name in ("k", "v", "pos", "stats", "cursor")]
 

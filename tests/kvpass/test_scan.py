@@ -9,8 +9,8 @@ from models import golden, plain
 from models.attention import attend, hidden, layer, past
 from models.graphs import capture, dynamic, table
 
-from kvpass.scan import scan
-from kvpass.table import SiteTable
+from kvpass.sites.scan import scan
+from kvpass.sites.table import SiteTable
 
 
 @pytest.mark.parametrize("kind", [plain.Decoder, plain.GroupedDecoder])

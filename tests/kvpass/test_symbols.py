@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from models.graphs import capture, dynamic
 
-from kvpass.match.calls import example
-from kvpass.match.symbols import SizeReader, free_size
+from kvpass.graph.calls import example
+from kvpass.graph.symbols import SizeReader, free_size
 
 EXPRESSIONS = [
     lambda n, m: n + 1,

@@ -14,8 +14,8 @@ from models.graphs import dynamic, outcome, table
 from torch import Tensor, fx
 
 from kvpass.errors import Reason
-from kvpass.match.miss import Miss
-from kvpass.match.views import is_view, read_layout, walk_up
+from kvpass.graph.miss import Miss
+from kvpass.graph.views import is_view, read_layout, walk_up
 from kvpass.terms import Layout
 
 B, H, G, D, PAST = 2, 2, 4, 16, 5

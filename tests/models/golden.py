@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import fx
 
-from kvpass.match.calls import call_name
+from kvpass.graph.calls import call_name
 
 FOLDER = Path(__file__).parent.parent / "golden"
 

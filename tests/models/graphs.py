@@ -9,9 +9,9 @@ import torch
 from kvpass.patterns import DEFAULT
 from torch import fx
 
-from kvpass.match.calls import call_name
-from kvpass.scan import scan
-from kvpass.table import SiteTable
+from kvpass.graph.calls import call_name
+from kvpass.sites.scan import scan
+from kvpass.sites.table import SiteTable
 
 
 def capture_all(call: Callable[..., Any], *args: Any, **kwargs: Any) -> list[fx.GraphModule]:

@@ -18,11 +18,11 @@ from kvpass.kernels.rule import Rule
 from kvpass.kernels.scores import score_slots
 from kvpass.kernels.select_slots import select_slots
 from kvpass.kernels.window_rows import window_rows
+from kvpass.plan.plan.rule import rule_of
 from oracle.base import Policy
 from oracle.simulator import Simulator
 
 from kvpass.policy.load import load
-from kvpass.policy.rule import rule_of
 from kvpass.runtime.store import SlotStore, with_room
 
 DIM = 16

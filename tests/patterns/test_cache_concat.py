@@ -12,7 +12,7 @@ from models.attention import KV_HEADS, attend, hidden, layer, past
 from models.graphs import capture, dynamic, node, table
 from torch import Tensor, nn
 
-from kvpass.match.dataflow import Flow
+from kvpass.graph.dataflow import Flow
 from kvpass.terms import CacheForm, Layout, Phase
 
 

@@ -14,7 +14,7 @@ import torch
 from models.attention import lenient
 
 import kvpass
-from kvpass.table import SiteTable
+from kvpass.sites.table import SiteTable
 
 FOLDER = Path(__file__).parent / "corpus"
 package = types.ModuleType("corpus")

@@ -164,7 +164,9 @@ def test_nothing_changes(forward):
 def test_the_same_graph_reaches_the_inner_compiler(forward, monkeypatch):
     args, _ = CASES[forward]
     given: list[Any] = []
-    monkeypatch.setattr("kvpass.compiler.compile_inner", lambda name, gm, inputs: given.append(gm) or gm.forward)
+    monkeypatch.setattr(
+        "kvpass.pipeline.compose.compile_inner", lambda name, gm, inputs: given.append(gm) or gm.forward
+    )
     gm = capture(make(forward), *args)
     nodes = list(gm.graph.nodes)
     kvpass.backend("h2o", 8)(gm, [])

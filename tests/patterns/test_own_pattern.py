@@ -13,8 +13,8 @@ from models.own_attention import PATTERNS, MyAttention
 from torch import Tensor
 
 import kvpass
-from kvpass.compiler import Backend
-from kvpass.scan import scan
+from kvpass.pipeline.compose import Backend
+from kvpass.sites.scan import scan
 
 
 def decoder(drop: float = 0.0) -> torch.nn.Module:

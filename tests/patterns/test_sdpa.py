@@ -14,8 +14,8 @@ from models.graphs import capture, capture_all, node, table
 from torch import nn
 
 import kvpass
-from kvpass.match.miss import Miss
-from kvpass.scan import scan
+from kvpass.graph.miss import Miss
+from kvpass.sites.scan import scan
 
 CALL = "torch._C._nn.scaled_dot_product_attention"
 

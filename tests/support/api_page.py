@@ -30,21 +30,21 @@ SECTIONS: dict[str, list[tuple[str, str]]] = {
     "Compile": [
         ("kvpass", "compile"),
         ("kvpass", "backend"),
-        ("kvpass.compiler", "Backend"),
+        ("kvpass.pipeline.compose", "Backend"),
         ("kvpass.graphs", "Graphs"),
         ("kvpass.graphs", "GraphRecord"),
         ("kvpass", "explain"),
-        ("kvpass.explaining", "Explanation"),
+        ("kvpass.api.explain", "Explanation"),
     ],
     "Look at a cache": [
         ("kvpass", "report"),
-        ("kvpass.reporting", "Report"),
+        ("kvpass.api.report", "Report"),
         ("kvpass", "inspect"),
-        ("kvpass.reporting", "Inspection"),
-        ("kvpass.reporting", "LayerView"),
+        ("kvpass.api.report", "Inspection"),
+        ("kvpass.api.report", "LayerView"),
     ],
     "Policies": [("kvpass", "Policy"), ("kvpass", "marked"), ("kvpass", "scorer"), ("kvpass", "Seen")],
-    "Exported programs": [("kvpass", "rewrite"), ("kvpass.rewriting", "Rewritten"), ("kvpass", "export_mlir")],
+    "Exported programs": [("kvpass", "rewrite"), ("kvpass.api.rewrite", "Rewritten"), ("kvpass", "export_mlir")],
     "Patterns": [
         ("kvpass.patterns", name)
         for name in (

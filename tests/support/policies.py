@@ -20,13 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 import smollm2
 import torch
 from kvpass.kernels.scorers.registry import find_scorer, scorers
+from kvpass.plan.plan.rule import rule_of
 from rich.progress import track
 from spelling import cache_of
 from transformers.utils import logging as transformers_logging
 
 import kvpass
 from kvpass.policy.load import load, names
-from kvpass.policy.rule import rule_of
 from kvpass.policy.spec import Policy
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -102,7 +102,7 @@ def run_shell(block: Block, page: str, names: dict[str, Any]) -> None:
 
 def kvpass_command(words: list[str]) -> None:
     """In this process, `>` included; the error that a command ends with is printed, as a terminal shows it."""
-    from kvpass.cli import main
+    from kvpass.api.cli import main
 
     words, target = (words[: words.index(">")], words[-1]) if ">" in words else (words, "")
     out, wrong = io.StringIO(), io.StringIO()

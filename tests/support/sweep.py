@@ -130,9 +130,6 @@ def warm_up() -> None:
     import torch._inductor.compile_fx
     import transformers  # noqa: F401
 
-    import kvpass.compiler
-    import kvpass.reporting  # noqa: F401
-
     torch.set_num_threads(1)
 
 

@@ -1,0 +1,71 @@
+"""`kvpass.compile`: the same model, entered by another door, which runs under a kvpass backend."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from kvpass.pipeline.arguments import check_model, check_ready
+from kvpass.pipeline.compose import backend
+from kvpass.policy.spec import Policy
+
+if TYPE_CHECKING:
+    from kvpass.patterns import PatternSet
+
+M = TypeVar("M", bound=torch.nn.Module)
+
+
+def compile(
+    model: M,
+    policy: str | Policy | dict[str, Any] = "h2o",
+    budget: int | float | None = None,
+    *,
+    inner: str = "inductor",
+    debug: bool | str | PathLike[str] | None = None,
+    strict: bool = True,
+    verify: bool = False,
+    patterns: PatternSet | None = None,
+) -> M:
+    """A model whose KV cache keeps only what the policy wants; `generate()` and calls with `cache=` work as before
+    (`past_key_values=` with transformers before 5.24).
+
+    The result is the same model, entered by another door: an instance of its class that shares its modules, weights,
+    hooks and settings, so what is changed on either is changed on both. Calls of the result, of its `forward`, and of
+    any module reached through it run under kvpass; the model itself runs as before. What calls change in the model's
+    attributes (caches, counters) is not shared. Copies and pickles of the result are compiled likewise.
+
+    Args:
+        model: any nn.Module in eval mode. One that was compiled already (`torch.compile(model)`, or by kvpass) is taken
+            out of its wrapper.
+        policy: a built-in name (docs/policies.md), a path to a YAML file, a dict or a Policy. The default goes on with
+            text most like the full cache does, for its bytes (docs/quality.md), and asks nothing of a model.
+        budget: float: fraction of the tokens seen so far that each KV head keeps (never fewer than the policy's
+            `min_slots`);
+            int: slots per KV head. Sinks, recent and observation windows count inside it.
+        inner: `inductor`, `aot_eager` or `eager`.
+        debug: True or a folder: write the stages of every graph there (docs/debugging.md); None: the variable
+            KVPASS_DEBUG decides.
+        strict: raise if a site with a KV cache cannot be rewritten; else it stays dense and is reported.
+        verify: on the first real inputs, compare each site at full budget with the unmodified subgraph.
+        patterns: recognisers, `kvpass.patterns.DEFAULT.extended(...)` (docs/patterns.md); None for the default ones.
+
+    Raises:
+        ModelError, TrainingError, PolicyError: at once, for what is no model, a model in train mode or with hooks of
+            accelerate, a bad policy, budget or option.
+        DeclinedError, TrainingError, CacheError: when the model is called.
+        RecompileError: likewise, after 64 graphs; it names the reason for the last one.
+
+    Warns:
+        NothingRewritten: once, after the first call of a model without a cache to rewrite.
+    """
+    from kvpass.model.compilation import Compilation
+    from kvpass.model.facade import uncompiled
+
+    bare = uncompiled(model)
+    check_model(bare, "kvpass.compile")
+    chosen = backend(policy, budget, inner=inner, strict=strict, debug=debug, verify=verify, patterns=patterns)
+    check_ready(bare, "kvpass.compile", strict)
+    result: M = Compilation(bare, chosen).root
+    return result

@@ -1,0 +1,233 @@
+"""What a cache holds and why: `report` and `inspect`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from kvpass.api.holdings import Holdings, Part, holdings, stores
+from kvpass.api.report_text import report_text
+from kvpass.errors import CacheError
+from kvpass.kernels.ragged import even
+from kvpass.kernels.rule import SEEN
+from kvpass.runtime.shell import attached
+from kvpass.runtime.store import SlotStore
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a cache holds. `str()` is a table, `to_dict()` the plain `data`."""
+
+    data: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, every row of it.
+
+        Keys:
+            policy, budget: of who made the cache.
+            tokens: seen so far, padding included; None where nothing is compressed.
+            bytes, dense_bytes: held by all keys, values and states of the cache, and by those of an unmodified one.
+            slot_bytes, overhead_bytes: of keys and values in slots; of their positions and statistics (not in `bytes`).
+            caller_bytes: of full-length buffers that the caller allocated, and that only the caller can free.
+            sites: compressed ones. dense: what else holds keys, values or states.
+            declined: sites that stay dense, and why.
+            why: why less was evicted than the budget says, in words; "" if it was not.
+            proof: `calls` made on this cache; keys `evicted` (summed over layers, rows and KV heads) of those `seen`;
+            `freed` bytes; `outside`: how often slots were changed after a call, outside the compiled graph.
+        """
+        return self.data
+
+    def __str__(self) -> str:
+        return report_text(self.data)
+
+
+def report(cache: Any) -> Report:
+    """Bytes, slots and declined sites of a cache that a kvpass-compiled model returned: of all of it, with what is left
+    dense and what the caller allocated.
+
+    Args:
+        cache: `out.cache` (`out.past_key_values` before transformers 5.24), a model's whole output, a tuple cache, or a
+            module that holds its cache in attributes.
+
+    Raises:
+        CacheError: no kvpass-compiled model made it.
+    """
+    found = holdings(cache)
+    if not found.stores and found.left is None:
+        raise _not_ours(cache)
+    sites = [_site_row(store) for store in found.stores]
+    slots, dense_sites, overhead = (
+        sum(row[key] for row in sites) for key in ("bytes", "dense_bytes", "overhead_bytes")
+    )
+    callers, dense = (sum(part.bytes for part in parts) for parts in (found.buffers, found.dense))
+    origins = [store.origin for store in found.stores] or [o for o in (found.left,) if o is not None]
+    return Report(
+        {
+            "policy": origins[0].policy,
+            "budget": origins[0].budget,
+            "tokens": max((store.tokens for store in found.stores), default=None),
+            "bytes": slots + dense + callers,
+            "dense_bytes": dense_sites + dense + _unused(found),
+            "slot_bytes": slots,
+            "overhead_bytes": overhead,
+            "caller_bytes": callers,
+            "sites": sites,
+            "dense": _dense_rows(found.dense),
+            "declined": list({d["site"]: d for origin in origins for d in origin.declined}.values()),
+            "why": _why(found.stores),
+            "proof": _proof(found.stores, dense_sites - slots - callers),
+        }
+    )
+
+
+def _unused(found: Holdings) -> int:
+    """Bytes of the caller's buffers that are none of the stores': other layers or rows of the same memory."""
+    stores = {id(store): store for part in found.buffers for store in attached(part.tensor)}
+    return max(0, sum(part.bytes for part in found.buffers) - sum(store.dense_bytes for store in stores.values()))
+
+
+def _not_ours(cache: Any) -> CacheError:
+    return CacheError(
+        f"no kvpass-compiled model made this {type(cache).__name__}",
+        hint="pass the cache that a kvpass-compiled model returned (generate with return_dict_in_generate=True); if "
+        "it did, no attention with a cache was found in it: print(kvpass.explain(model, **inputs))",
+    )
+
+
+def _some(cache: Any) -> list[SlotStore]:
+    found = stores(cache)
+    if not found:
+        raise CacheError(
+            f"no compressed cache in this {type(cache).__name__}",
+            hint="pass the cache that a kvpass-compiled model returned (generate with return_dict_in_generate=True)",
+        )
+    return found
+
+
+def _site_row(store: SlotStore) -> dict[str, Any]:
+    live = store.live()
+    return {
+        "site": store.name,
+        "layer": store.layer,
+        "slots": store.slots,
+        "live_min": int(live.min()),
+        "live_max": int(live.max()),
+        "bytes": store.bytes,
+        "dense_bytes": store.dense_bytes,
+        "overhead_bytes": store.overhead_bytes,
+    }
+
+
+def _dense_rows(parts: Sequence[Part]) -> list[dict[str, Any]]:
+    """What lies side by side in one row: the keys and values of a layer."""
+    rows: dict[str, list[Part]] = {}
+    for part in parts:
+        rows.setdefault(part.place, []).append(part)
+    return [
+        {"place": place, "shape": list(some[0].tensor.shape), "bytes": sum(part.bytes for part in some)}
+        for place, some in rows.items()
+    ]
+
+
+def _proof(stores: Sequence[SlotStore], freed: int) -> dict[str, int]:
+    evicted = sum(store.evicted() for store in stores)
+    return {
+        "calls": max((store.calls for store in stores), default=0),
+        "evicted": evicted,
+        "seen": evicted + sum(int(store.live().sum()) for store in stores),
+        "freed": max(0, freed),
+        "outside": sum(store.outside for store in stores),
+    }
+
+
+def _why(stores: Sequence[SlotStore]) -> str:
+    """Why a cache holds more than its budget says, or everything."""
+    rules = [(store.rule, int(store.state[4][..., SEEN].max())) for store in stores]
+    shares = [(rule, seen) for rule, seen in rules if rule.evicts and not rule.slots]
+    floors = {rule.floor for rule, seen in shares if rule.floor * rule.den > seen * rule.num}
+    if floors:
+        slots = " or ".join(map(str, sorted(floors)))
+        return (
+            f"more than the budget: however few tokens there are, each KV head keeps {slots} slots (min_slots), "
+            "and up to 2.5 % are free to grow into"
+        )
+    if any(store.evicted() for store in stores) or not stores:
+        return ""
+    if not any(rule.evicts for rule, _ in rules):
+        return "this policy keeps everything"
+    if all(rule.slots >= seen for rule, seen in rules if rule.slots):
+        return "the budget has room for every token so far"
+    return "this policy has not evicted yet: it waits for more tokens, or for another call"
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """Live slots of one site. `C` here is the largest live count; shorter heads are filled up.
+
+    Attributes:
+        name: of the site.
+        positions: `[B, Hkv, C]` int64, ascending, -1 = empty (at the end).
+        scores: `[B, Hkv, C]` float32, higher = keep, before protection; NaN where empty.
+        keys, values: `[B, Hkv, C, D]` and `[B, Hkv, C, Dv]` in the cache's dtype, zero where empty.
+        bytes: bytes of allocated K and V slots.
+    """
+
+    name: str
+    positions: torch.Tensor
+    scores: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Copies of the live slots of a cache.
+
+    Attributes:
+        layers: of each site, in the order of the model's layers.
+    """
+
+    layers: list[LayerView] = field(default_factory=list)
+
+
+def inspect(cache: Any) -> Inspection:
+    """Look into a compressed cache: positions, scores, keys and values of the live slots (copies) of a `cache` as
+    for `report`.
+
+    Raises:
+        CacheError: no compressed cache in it.
+    """
+    return Inspection([_layer_view(store) for store in _some(cache)])
+
+
+def _layer_view(store: SlotStore) -> LayerView:
+    from kvpass.kernels.scores import newest, slot_scores
+
+    k, v, pos, stats = _as_host(store, *even(store.state)[:4])
+    c = int(store.live().max())
+    far = torch.iinfo(torch.int64).max
+    order = torch.where(pos >= 0, pos.long(), far).argsort(dim=-1)[..., :c]
+    positions = pos.gather(-1, order).long()
+    empty = positions < 0
+    scores = slot_scores(stats, pos, store.rule, newest(store.state[4])).gather(-1, order)
+    scores = scores.masked_fill(empty, float("nan"))
+    keys, values = (
+        t.gather(2, order[..., None].expand(-1, -1, -1, t.shape[-1])).masked_fill(empty[..., None], 0) for t in (k, v)
+    )
+    return LayerView(store.name, positions, scores, keys, values, store.bytes)
+
+
+def _as_host(store: SlotStore, *state: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """k, v, pos and stats in the heads of the host's cache."""
+    k, v, pos, stats = state
+    if store.host is None:
+        return state
+    (heads, dim), (_, wide) = store.host
+    if v.shape[3] == 0:  # latent and rotated key in one slot
+        return *k.split((dim, wide), dim=-1), pos, stats
+    k, v = (t.squeeze(1).unflatten(-1, (heads, -1)).transpose(1, 2) for t in (k, v))
+    return k, v, pos.expand(-1, heads, -1), stats.expand(-1, -1, heads, -1)

@@ -1,0 +1,152 @@
+"""The ops of one site, written in front of its core in the rewritten graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from kvpass.graph.calls import example
+from kvpass.graph.shapes import shape_of
+from kvpass.lowering.emit_heads import from_slots, regrouped, to_slots
+from kvpass.lowering.emit_masks import mask_of
+from kvpass.lowering.emit_nodes import Rewriting, Writer
+from kvpass.plan.plan import SitePlan
+from kvpass.sites.site import Half
+from kvpass.terms import CacheForm, Layout, Phase
+
+
+class Emitter:
+    """Writes the ops of one site in front of its core."""
+
+    def __init__(self, low: Rewriting, planned: SitePlan, core: fx.Node, state: list[fx.Node]) -> None:
+        self.planned, self.site, self.rule = planned, planned.site, planned.rule.encode()
+        self.write = Writer(low, self.site, core)
+        self.k, self.v, self.pos, self.stats, self.cursor = state
+        new = self._queries(), self._heads_first(self.site.key), self._heads_first(self.site.value)
+        self.q, self.new_k, self.new_v = to_slots(self.write, *new)
+        self.position = self._position()
+        self.mask = mask_of(self.write, self.position)
+        self.extras = self._extras()
+
+    def decode(self) -> list[fx.Node]:
+        """The output of each core."""
+        core = self.site.core
+        args = (self.q, self.new_k, self.new_v, self.mask, self.k, self.v, self.pos, self.stats, self.cursor)
+        extras = self.extras
+        if core.latent is not None or self.planned.arrives:
+            extras = (*(extras or (None, 0.0)), core.latent.rank if core.latent else 0)
+        if self.planned.arrives:
+            token = self.new_k, self.new_v, self.cursor, self.position, self.rule
+            extras += (self.write.op("arrivals", *token, *self._read_beside()),)
+        return self._outputs(self.write.op("decode_attend", *args, self.position, core.scale, self.rule, *extras))
+
+    def multi(self) -> list[fx.Node]:
+        """Prefill or extend: the output of each core."""
+        write, core = self.write, self.site.core
+        k, v = self.new_k, self.new_v
+        pos = past_stats = None
+        state = self.k, self.v, self.pos, self.stats, self.cursor
+        if self.site.phase is Phase.EXTEND:
+            k, v, pos, past_stats = write.parts(write.op("join_slots", *state, k, v, self.position), 4)
+        values = v if core.latent is None else write.method("narrow", k, -1, 0, core.latent.rank)
+        args = (self.q, k, values, pos, self.mask, core.scale, core.causal, self.rule, *self.extras)
+        out, stats, valid = write.parts(write.op("prefill_attend", *args), 3)
+        read: tuple[Any, ...] = (self.mask,) if pos is not None else ()
+        if self.planned.arrives:
+            shown = self.q, k, pos, self.mask, valid, core.scale, core.causal, self.rule
+            rows = write.op("window_rows", *shown, *self.extras) if self.planned.windowed else None
+            read = (*(read or (None,)), k, v, rows, *self._read_beside(), *self._rotation())
+        before = self.cursor, self.position, self.rule
+        score, stats, cursor = write.parts(write.op("score_slots", stats, past_stats, pos, valid, *before, *read), 3)
+        room = write.method("size", score if self.planned.rule.ragged else self.k, 2)
+        chosen = write.op("select_slots", score, cursor, room)
+        write.op("compact_slots", k, v, pos, stats, chosen, cursor, *state)
+        return self._outputs(out)
+
+    def _queries(self) -> fx.Node:
+        """The core's queries as [B, Hq, S, D], in the dtype of the cache."""
+        core = self.site.core
+        axes = core.axes.q
+        node = self._permuted(self.write.copy(core.q), axes, _canonical(axes))
+        if "N" in axes:
+            node = self.write.method("unflatten", node, 0, (-1, self.site.dims["Hq"]))
+        elif "G" in axes:
+            node = self.write.method("flatten", node, 1, 2)
+        node = regrouped(self.write, node, 1, to_model=False)
+        dtype = self.site.dtype
+        return node if example(core.q).dtype == dtype else self.write.method("to", node, dtype)
+
+    def _heads_first(self, half: Half) -> fx.Node:
+        """This call's keys or values as [B, H, S, D]."""
+        node = self.write.copy(half.update.new)
+        return node if half.layout is Layout.BHTD else self.write.method("transpose", node, 1, 2)
+
+    def _position(self) -> fx.Node | int:
+        """Where this call's tokens begin."""
+        low, half = self.write.low, self.site.key
+        if self.site.phase is Phase.PREFILL:
+            return 0
+        assert half.update.past is not None
+        if half.update.form is CacheForm.BUFFER:
+            assert low.position is not None
+            return low.position
+        return self.write.method("size", low.copy[half.update.past], half.layout.token_axis)
+
+    def _extras(self) -> tuple[Any, ...]:
+        """Sinks, [Hq], and softcap, if there are any."""
+        core = self.site.core
+        if core.sinks is None:
+            return (None, core.softcap) if core.softcap else ()
+        sinks = self.write.method("reshape", self.write.copy(core.sinks), -1)
+        return regrouped(self.write, sinks, 0, to_model=False), core.softcap
+
+    def _read_beside(self) -> tuple[fx.Node | None, ...]:
+        """The weight of the output projection, [out, Hq * Dv], the block's hidden states, [B, S, size], and the
+        caller's marks, [B, S]; each None if the rule does not read it.
+        """
+        found, hidden = self.planned.projection, self.planned.hidden
+        weight = None if found is None else self.write.copy(found.weight)
+        if found is not None and found.turned:
+            weight = self.write.method("transpose", weight, 0, 1)
+        return weight, None if hidden is None else self.write.copy(hidden), self.write.low.marks
+
+    def _rotation(self) -> tuple[fx.Node, ...]:
+        """Queries before their rotation, [B, Hq, S, D], and its angles, [2, 1 or B, S, D], if the rule reads them."""
+        found = self.planned.rotation
+        if found is None:
+            return ()
+        angles = [self._angle(x, found.halved) for x in (found.cos, found.sin)]
+        return self.write.copy(found.before), self.write.call(torch.stack, angles)
+
+    def _angle(self, angle: fx.Node, halved: bool) -> fx.Node:
+        """Cosines or sines as [1 or B, S, D]."""
+        node, axes = self.write.copy(angle), len(shape_of(angle))
+        node = self.write.call(torch.cat, [node, node], -1) if halved else node
+        if axes == 2:
+            return self.write.method("unsqueeze", node, 0)
+        return node if axes == 3 else self.write.method("squeeze", node, 1)
+
+    def _outputs(self, out: fx.Node) -> list[fx.Node]:
+        return [self._of_model(node) for node in from_slots(self.write, out)]
+
+    def _of_model(self, node: fx.Node) -> fx.Node:
+        """An attention's output in the axes and the dtype that the model's own core gives."""
+        site, axes = self.site, self.site.core.axes.out
+        node = regrouped(self.write, node, 1, to_model=True)
+        if "N" in axes:
+            node = self.write.method("flatten", node, 0, 1)
+        elif "G" in axes:
+            node = self.write.method("unflatten", node, 1, (site.dims["Hkv"], site.group))
+        node = self._permuted(node, _canonical(axes), axes)
+        dtype = example(site.core.node).dtype
+        return node if dtype == site.dtype else self.write.method("to", node, dtype)
+
+    def _permuted(self, node: fx.Node, axes: str, wanted: str) -> fx.Node:
+        return node if axes == wanted else self.write.method("permute", node, *(axes.index(x) for x in wanted))
+
+
+def _canonical(axes: str) -> str:
+    """The order of axes in which an op takes queries and gives outputs."""
+    return "".join(letter for letter in "NBHGSD" if letter in axes)

@@ -1,0 +1,89 @@
+"""New nodes of one site, each with its source, its site and its fake value."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+
+import kvpass.ops  # noqa: F401  (registers torch.ops.kvpass)
+from kvpass.graph.calls import called, example
+from kvpass.sites.site import Site
+
+
+class Rewriting(Protocol):
+    """What the emission of a site needs of the rewriting that it is a part of.
+
+    Attributes:
+        copy: from nodes of the captured graph to those of the new one.
+        masks: masks of attentions over buffers, cut to what is written, by what they were made of.
+        marks: the caller's marks on this call's tokens, int32 [B, S]; None if no rule reads them.
+        position: where this call's tokens are written into buffers; None if there are none.
+        values: fake values of emitted nodes, by what they were computed from.
+    """
+
+    graph: fx.Graph
+    copy: dict[fx.Node, fx.Node]
+    values: dict[Any, Any]
+    masks: dict[Any, fx.Node]
+    position: fx.Node | None
+    marks: fx.Node | None
+
+
+class Writer:
+    """Writes nodes of one site where its graph inserts them."""
+
+    def __init__(self, low: Rewriting, site: Site, core: fx.Node) -> None:
+        self.low, self.site, self.core = low, site, core
+
+    def copy(self, node: fx.Node) -> fx.Node:
+        """The node of the new graph that stands for one of the captured graph."""
+        return self.low.copy[node]
+
+    def op(self, name: str, *args: Any) -> fx.Node:
+        """Call `torch.ops.kvpass.<name>`."""
+        return self.call(getattr(torch.ops.kvpass, name).default, *args)
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """Call a function."""
+        return self._described(self.low.graph.call_function(target, args, kwargs))
+
+    def method(self, name: str, *args: Any) -> fx.Node:
+        """Call a method of the first argument."""
+        return self._described(self.low.graph.call_method(name, args))
+
+    def parts(self, node: fx.Node, count: int) -> list[fx.Node]:
+        """The first `count` results of a node."""
+        return [self.call(operator.getitem, node, at) for at in range(count)]
+
+    def constant(self, values: Any, dtype: torch.dtype) -> fx.Node:
+        """A tensor of literals, on the device of the queries."""
+        return self.call(torch.tensor, values, dtype=dtype, device=example(self.site.core.q).device)
+
+    def _described(self, node: fx.Node) -> fx.Node:
+        """Give a new node its source, its site and its fake value."""
+        node.meta.update(
+            {key: self.core.meta[key] for key in ("stack_trace", "nn_module_stack") if key in self.core.meta}
+        )
+        node.meta["kvpass"] = {"site": self.site.name, "layer": self.site.layer}
+        node.meta["example_value"] = self._value(node)
+        return node
+
+    def _value(self, node: fx.Node) -> Any:
+        """Fake value of a new node. Layers are alike, so each value is computed once per graph."""
+        given = fx.map_arg((node.args, node.kwargs), lambda n: _looks(example(n)))
+        key = (node.target, repr(given))
+        if key not in self.low.values:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), example)
+            with example(self.site.core.q).fake_mode:
+                self.low.values[key] = called(node, args, kwargs)
+        return self.low.values[key]
+
+
+def _looks(value: Any) -> str:
+    """All that a fake result may depend on."""
+    if not isinstance(value, torch.Tensor):
+        return str(value)
+    return f"{tuple(value.shape)} {value.stride()} {value.dtype} {value.device}"

@@ -1,0 +1,279 @@
+"""Plan x graph -> rewritten graph: state as inputs, kvpass ops for the attention, cache outputs taken out.
+
+The captured graph is copied first: Dynamo still needs its own.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
+
+from kvpass.graph.angles import angle_nodes
+from kvpass.graph.calls import example, is_metadata, unused_sizes
+from kvpass.graph.dataflow import flat_outputs
+from kvpass.graph.extract import function_of, functions_of
+from kvpass.graph.nearby import taken_out
+from kvpass.graph.shapes import shape_of
+from kvpass.graph.symbols import SizeReader, free_size
+from kvpass.lowering.emit import Emitter
+from kvpass.plan.plan import Plan, SitePlan
+from kvpass.runtime.bind import Binding
+from kvpass.runtime.turning import Angles, Positions
+from kvpass.sites.site import Half, Site, Update
+from kvpass.terms import CacheForm, Phase
+
+STATE = ("k", "v", "pos", "stats", "cursor")
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A rewritten graph and how to feed it.
+
+    Attributes:
+        gm: takes the original inputs, then `STATE` for each site; returns the original outputs that are no cache.
+        bindings: one for each planned site, in order.
+        outputs: number of outputs of the original graph.
+        shared: names of the last inputs, which all sites share: `position`, where the call's tokens are written (caches
+            in buffers), and `marks`, int32 [B, S], what the caller says of them.
+    """
+
+    gm: fx.GraphModule
+    bindings: tuple[Binding, ...]
+    outputs: int
+    shared: tuple[str, ...] = ()
+
+
+def lower(gm: fx.GraphModule, plan: Plan) -> Lowered:
+    """Rewrite the planned sites of a captured graph; all other nodes stay as they are."""
+    work = _Lowering(gm, plan)
+    bindings = tuple(work.site(site_plan) for site_plan in plan.sites)
+    shared = {"position": work.position, "marks": work.marks}
+    names = tuple(name for name, node in shared.items() if node is not None)
+    return Lowered(work.finish(bindings), bindings, len(work.outputs), names)
+
+
+class _Lowering:
+    def __init__(self, gm: fx.GraphModule, plan: Plan) -> None:
+        self.original = gm
+        self.graph = fx.Graph()
+        self.copy: dict[fx.Node, fx.Node] = {}
+        self.outputs = flat_outputs(next(iter(reversed(gm.graph.nodes))))
+        self.graph.graph_copy(gm.graph, self.copy)
+        self.inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
+        self.last_input = self.copy[self.inputs[-1]]
+        self.sizes = SizeReader(self.inputs)
+        self.states: dict[Any, list[Any]] = {}
+        self.values: dict[Any, Any] = {}
+        self.masks: dict[Any, fx.Node] = {}
+        self.angles: dict[Any, Angles] = {}
+        self.marks = self._marks_input(plan.sites[0].site) if any(one.rule.marked for one in plan.sites) else None
+        self.position = self._position_input() if any(_is_buffered(one.site) for one in plan.sites) else None
+
+    def site(self, planned: SitePlan) -> Binding:
+        """Replace one site by its ops."""
+        site = planned.site
+        state = self._state_inputs(planned)
+        core = self.copy[site.core.node]
+        with self.graph.inserting_before(core):
+            emit = Emitter(self, planned, core, state)
+            outs = emit.decode() if site.phase is Phase.DECODE else emit.multi()
+        cores = [self.copy[node] for one in site.cores for node in (*one.inner, one.node)]
+        for one, out in zip(site.cores, outs, strict=True):
+            self.copy[one.node].replace_all_uses_with(out)
+            self.copy[one.node] = out
+        self._retire(cores, site.key, site.value)
+        return self._binding(planned)
+
+    def finish(self, bindings: Sequence[Binding]) -> fx.GraphModule:
+        """Return what is no cache; compile to a module that shares the original's attributes."""
+        cached = {at for b in bindings for half in b.returned for at in half}
+        kept: list[Any] = [v for at, v in enumerate(self.outputs) if at not in cached]
+        self.graph.output(tuple(self.copy[v] if isinstance(v, fx.Node) else v for v in kept))
+        self.graph.lint()
+        with _use_lazy_graph_module(True):  # as Dynamo does: Inductor never needs the Python code
+            result = _make_graph_module(self.original, self.graph, class_name="KVPassGraph")
+        result.meta.update(self.original.meta)
+        return result
+
+    def _position_input(self) -> fx.Node:
+        """Where this call's tokens are written: the last input, a number that no graph is compiled for."""
+        fake_mode = next(example(n).fake_mode for n in self.inputs if isinstance(example(n), torch.Tensor))
+        with self.graph.inserting_after(self.last_input):
+            node = self.graph.placeholder("kvpass_position")
+        value = free_size(fake_mode.shape_env, "kvpass_position")
+        node.meta = {"example_value": value, "kvpass": {"state": "position"}}
+        return node
+
+    def _marks_input(self, site: Site) -> fx.Node:
+        """What the caller says of the call's tokens: the last input, int32 [B, S]."""
+        fake = example(site.core.q)
+        with self.graph.inserting_after(self.last_input):
+            node = self.graph.placeholder("kvpass_marks")
+        with fake.fake_mode:
+            value = torch.empty(site.dims["B"], site.dims["S"], dtype=torch.int32, device=fake.device)
+        node.meta = {"example_value": value, "kvpass": {"state": "marks"}}
+        return node
+
+    def _state_inputs(self, planned: SitePlan) -> list[fx.Node]:
+        nodes = []
+        for name, value in zip(STATE, self._state_examples(planned), strict=True):
+            with self.graph.inserting_after(self.last_input):
+                node = self.graph.placeholder(f"kvpass_{planned.site.layer}_{name}")
+            marks = {"site": planned.site.name, "layer": planned.site.layer, "state": name}
+            node.meta = {"example_value": value, "kvpass": marks}
+            self.last_input = node
+            nodes.append(node)
+        return nodes
+
+    def _state_examples(self, planned: SitePlan) -> list[Any]:
+        """Fake state of a site under the tracer's fake mode; one set for all sites of equal shape and rule, which grow
+        together unless data decides.
+        """
+        site, fake_q = planned.site, example(planned.site.core.q)
+        key = (planned.rule, str(site.dims), site.dtype, site.name if planned.rule.spread else "")
+        if key not in self.states:
+            b, hkv, d, dv = (site.dims[letter] for letter in ("B", "Hkv", "D", "Dv"))
+            with fake_q.fake_mode:
+                c = free_size(fake_q.fake_mode.shape_env, "kvpass_capacity")
+                int32: Any = {"dtype": torch.int32, "device": fake_q.device}
+                self.states[key] = [
+                    fake_q.new_empty((b, hkv, c, d)),
+                    fake_q.new_empty((b, hkv, c, dv)),
+                    torch.empty((b, hkv, c), **int32),
+                    torch.empty((len(planned.rule.stats), b, hkv, c), dtype=torch.float32, device=fake_q.device),
+                    torch.empty((b, hkv, planned.rule.columns), **int32),
+                ]
+        return self.states[key]
+
+    def _retire(self, core: list[fx.Node], *halves: Half) -> None:
+        """Erase the core, the views that fed it and the cache updates; metadata reads of a cache go to a shell of its
+        shape.
+        """
+        for node in reversed(core):
+            self._erase(node)
+        for half in halves:
+            update = half.update
+            for view in reversed(half.chain):
+                if not self.copy[view].users:
+                    self.graph.erase_node(self.copy[view])
+            if update.write is not None:
+                self._unwrite(update)
+            elif update.node is not update.new:
+                self._drop(self.copy[update.node], half)
+
+    def _drop(self, node: fx.Node, half: Half) -> None:
+        """Erase a cache; whoever reads its size gets a shell's."""
+        if node.users:
+            self._stand_in(node, half)
+        self.graph.erase_node(node)
+
+    def _unwrite(self, update: Update) -> None:
+        """Erase a write to a buffer, the slice that it went to, and a buffer that the graph allocated."""
+        assert update.write is not None
+        write = self.copy[update.write]
+        part = write.args[0]
+        self._erase(write)
+        others = taken_out(update.past, update.path) if update.past is not None else []
+        for node in (part, self.copy[update.node], *(self.copy[n] for n in others)):
+            while isinstance(node, fx.Node) and node.op != "placeholder" and not node._erased and not _is_read(node):
+                above = node.args[0] if node.args else None
+                self._erase(node)
+                node = above
+
+    def _erase(self, node: fx.Node) -> None:
+        """Erase a node that nobody reads any more, with the sizes that were read of it if nobody uses them."""
+        for reader in unused_sizes(node):
+            self.graph.erase_node(reader)
+        if not node.users and not node._erased:
+            self.graph.erase_node(node)
+
+    def _stand_in(self, node: fx.Node, half: Half) -> None:
+        assert all(is_metadata(user) for user in node.users)
+        new = self.copy[half.update.new]
+        with self.graph.inserting_before(node):
+            sizes = [self.graph.call_method("size", (new, axis)) for axis in range(4)]
+            if half.update.past is not None:
+                past = self.graph.call_method("size", (self.copy[half.update.past], half.layout.token_axis))
+                sizes[half.layout.token_axis] = self.graph.call_function(
+                    operator.add, (past, sizes[half.layout.token_axis])
+                )
+            one = self.graph.call_method("new_empty", (new, (1,)))
+            shell = self.graph.call_method("expand", (one, *sizes))
+        for created in (*sizes, one, shell):
+            created.meta = {"example_value": None, "kvpass": {"shell of": node.name}}
+        shell.meta["example_value"] = example(node)
+        node.replace_all_uses_with(shell)
+
+    def _binding(self, planned: SitePlan) -> Binding:
+        site = planned.site
+        fake = example(site.core.q)
+        dims, update = dict(site.dims), site.key.update
+        if update.axis is not None and update.form is CacheForm.BUFFER:
+            dims["L"] = shape_of(update.node)[update.axis]
+        return Binding(
+            name=site.name,
+            layer=site.layer,
+            phase=site.phase,
+            rule=planned.rule,
+            layouts=(site.key.layout, site.value.layout),
+            past=None if site.key.update.past is None else (self._place(site.key), self._place(site.value)),
+            returned=(site.key.places, site.value.places),
+            sizes={letter: self.sizes.read(size) for letter, size in dims.items()},
+            dtype=site.dtype,
+            device=fake.device,
+            where=f"{site.name}, {site.source}",
+            start=self._start(update.start) if "L" in dims else None,
+            paths=(update.path, site.value.update.path),
+            host=self._host(site),
+            angles=self._angles(planned),
+        )
+
+    def _host(self, site: Site) -> tuple[tuple[int, int], tuple[int, int]] | None:
+        """Heads and entries of the host's keys and values, where the slots hold them otherwise."""
+        if site.core.latent is None and site.mixed is None:
+            return None
+        return _heads_and_entries(site.key), _heads_and_entries(site.value)
+
+    def _angles(self, planned: SitePlan) -> Angles | None:
+        """Cosines and sines of a call as functions of the graph's inputs, and of other positions."""
+        found = planned.key_rotation
+        if found is None or planned.key_positions is None:
+            return None
+        key = found.cos, found.sin
+        if key not in self.angles:  # layers share them
+            gm, nodes, (candidates, table) = self.original, angle_nodes(found), planned.key_positions
+            if planned.site.phase is Phase.DECODE and planned.site.key.update.form is not CacheForm.BUFFER:
+                candidates = []  # a first call has shown the step; into a buffer, this may be it
+            positions = [Positions(function_of(gm, n), functions_of(gm, nodes, n), table) for n in candidates]
+            self.angles[key] = Angles(functions_of(gm, nodes), found.halved, tuple(positions))
+        return self.angles[key]
+
+    def _start(self, start: Any) -> Callable[[Sequence[Any]], Any]:
+        """Where a buffer is written, as a function of the graph's inputs."""
+        value = example(start) if isinstance(start, fx.Node) else start
+        return function_of(self.original, start) if isinstance(value, torch.Tensor) else self.sizes.read(value)
+
+    def _place(self, half: Half) -> int:
+        assert half.update.past is not None
+        return self.inputs.index(half.update.past)
+
+
+def _is_buffered(site: Site) -> bool:
+    """Does the site write into a buffer that an earlier call has written to?"""
+    return site.key.update.form is CacheForm.BUFFER and site.phase is not Phase.PREFILL
+
+
+def _is_read(node: fx.Node) -> bool:
+    """Does anyone read more of a node than its size?"""
+    return bool(set(node.users) - set(unused_sizes(node)))
+
+
+def _heads_and_entries(half: Half) -> tuple[int, int]:
+    sizes = shape_of(half.update.new)
+    return sizes[half.layout.head_axis], sizes[3]

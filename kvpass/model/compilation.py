@@ -1,0 +1,123 @@
+"""One compiled model: its facades, the graphs behind them, and what must hold when a call ends."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from kvpass.errors import CacheError, NothingRewritten
+from kvpass.model.dynamo import isolated, limits
+from kvpass.model.facade import Facade, facade_of
+from kvpass.pipeline.compose import Backend
+from kvpass.runtime.active import current
+from kvpass.runtime.host_state import HostState
+from kvpass.runtime.watch import Call, tensors
+
+
+class Compilation:
+    """Runs calls of a model's modules under a backend.
+
+    Attributes:
+        model: the module that was compiled; shared with whoever has it.
+        root: its facade: what `kvpass.compile` returns.
+        state: attributes that calls change, where the compiled model has values of its own.
+    """
+
+    def __init__(self, model: torch.nn.Module, backend: Backend) -> None:
+        self.model, self.backend = model, backend
+        self.state = HostState(model)
+        self.compiled = isolated(backend)
+        self._facades: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        self._hosted: list[weakref.ref[torch.Tensor]] = []
+        self._said = False
+
+    @property
+    def root(self) -> Any:
+        return self.facade(self.model)
+
+    def facade(self, real: torch.nn.Module) -> Any:
+        """The facade of a module, always the same one while somebody holds it."""
+        if issubclass(type(real), Facade):
+            return real
+        result = self._facades.get(id(real))
+        if result is None:
+            result = self._facades[id(real)] = facade_of(real, self)
+        return result
+
+    def again(self, model: torch.nn.Module) -> Any:
+        """A copy of the model, compiled likewise."""
+        return Compilation(model, replace(self.backend, graphs=type(self.backend.graphs)())).root
+
+    def run(self, module: torch.nn.Module, function: tuple[Any, ...], args: Any, kwargs: Any) -> Any:
+        """Call a module compiled, and check what became of the caches.
+
+        Args:
+            function: what to call, and its first arguments: a method of the module, and the module.
+
+        Raises:
+            KVPassError: what `Call.settle` and Dynamo's limit say, and whatever the graphs raise.
+        """
+        outer = current()
+        if outer is not None and outer.owner is self:
+            return self.compiled(*function, *args, **kwargs)
+        call = Call(self, module is self.model, self._hosted)
+        result, error, first = None, None, self.state.first is not None
+        with self.state.swapped():
+            try:
+                result = self._watched(call, function, args, kwargs)
+            except Exception as raised:
+                error = raised
+        alien = self.state.disown() if error is not None and first else []
+        alien += self.state.learn(call.before) if call.before is not None else []
+        if alien:  # calls of the model itself had left their state where this one began
+            _refuse_objects(args, kwargs, alien)
+            return self.run(module, function, args, kwargs)
+        if error is not None:
+            raise error
+        return result
+
+    def __str__(self) -> str:
+        return f"{type(self.model).__name__} compiled with {self.backend.policy.name} {self.backend.policy.budget}"
+
+    def _watched(self, call: Call, function: tuple[Any, ...], args: Any, kwargs: Any) -> Any:
+        call.begin(args, kwargs)
+        try:
+            with limits():
+                result = self.compiled(*function, *args, **kwargs)
+            after = call.settle(args, kwargs, result)
+        finally:
+            call.end()
+        reachable = {id(one.tensor) for one in after}
+        self._hosted = [weakref.ref(t) for t in call.made if id(t) not in reachable]
+        if not self._said and (call.whole or any(one.pair for one in after)):
+            self._said = True
+            self._say_if_idle()
+        return result
+
+    def _say_if_idle(self) -> None:
+        """Once: this model has run, and nothing of it is rewritten."""
+        tables = [record.table for record in self.backend.graphs]
+        if any(table.sites for table in tables):
+            return
+        declined = {d.site: d for table in tables for d in table.declined}
+        kinds = dict.fromkeys(d.reason.hint for d in declined.values())
+        why = (
+            "; ".join(kinds) if kinds else "no attention in it has a KV cache (with use_cache=True, where there is one)"
+        )
+        warnings.warn(
+            f"kvpass rewrites nothing in this {type(self.model).__name__}: {why}", NothingRewritten, stacklevel=8
+        )
+
+
+def _refuse_objects(args: Any, kwargs: Any, alien: list[tuple[int, str]]) -> None:
+    """A call can be made again only if it did not change what it was given."""
+    if any(len(one.path) > 2 for one in tensors((args, kwargs))):
+        names = ", ".join(sorted({name for _, name in alien}))
+        raise CacheError(
+            f"the model keeps state in its attributes ({names}), which was changed after kvpass.compile",
+            hint="call kvpass.compile again, or reset the model's state before the first call",
+        )

@@ -1,0 +1,1 @@
+"""One captured graph through all stages to compiled code, and the inner compilers."""

@@ -1,0 +1,230 @@
+"""Composition root: scan -> plan -> lower -> verify -> inner compiler -> bind. The only importer of
+`patterns.DEFAULT`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from kvpass.debug.graphs import GraphRecord, Graphs, capture_seconds
+from kvpass.errors import DeclinedError, KVPassError, TrainingError
+from kvpass.graph.calls import example
+from kvpass.pipeline.arguments import check_options, checked_patterns
+from kvpass.pipeline.inner import compile_inner
+from kvpass.policy.spec import Policy
+from kvpass.runtime.active import current
+from kvpass.sites.table import SiteTable
+
+if TYPE_CHECKING:
+    from kvpass.runtime.store import Origin
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A `torch.compile` backend with a policy baked in. Equal options give equal, hash-equal backends, so Dynamo does
+    not recompile.
+
+    Attributes:
+        policy: checked, with its budget.
+        inner: `inductor`, `aot_eager` or `eager`: who compiles the rewritten graph.
+        strict: a declined site is an error; else it stays dense, correct and reported.
+        debug: folder for the debug report, or None.
+        verify: check each site at full budget against the unmodified subgraph on the first real inputs.
+        patterns: recognisers; None for `kvpass.patterns.DEFAULT`.
+        graphs: records of the graphs compiled so far (not part of equality); printed, a table.
+    """
+
+    policy: Policy
+    inner: str = "inductor"
+    strict: bool = True
+    debug: str | None = None
+    verify: bool = False
+    patterns: Any = None
+    graphs: Graphs = field(default_factory=Graphs, compare=False, repr=False)
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        """Compile one captured graph. Errors of kvpass are raised, unwrapped, when the result is called."""
+        call = current()
+        if call is not None:
+            call.compiling()
+        try:
+            return self._compile(gm, example_inputs)
+        except KVPassError as error:
+            log.info("refused: %s", error)
+            return _Refusal(error)
+
+    def _compile(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        from kvpass.debug import stages
+        from kvpass.graph.dataflow import data_inputs
+        from kvpass.patterns import DEFAULT
+        from kvpass.runtime.untouched import Untouched
+        from kvpass.sites.dense import dense_by_choice
+        from kvpass.sites.scan import scan
+
+        start = time.perf_counter()
+        table = scan(gm, self.patterns or DEFAULT)
+        record = GraphRecord(table, seconds={"scan": time.perf_counter() - start})
+        self.graphs.append(record)
+        log.info("graph %d: %s", len(self.graphs), table)
+        if self.strict and table.failed:
+            with stages(self.debug, len(self.graphs), gm, record, None):
+                raise _strict_error(table)
+        if not table.sites:
+            call = current()
+            chosen = self.inner if call is None or call.whole else "eager"  # an encoder or a head, called alone
+            with stages(self.debug, len(self.graphs), gm, record, None), record.timed("inner"):
+                inner = compile_inner(chosen, gm, example_inputs)
+            left = self._origin(table) if table.declined else None
+            return Untouched(inner, data_inputs(gm.graph), dense_by_choice(gm.graph, table.declined), left)
+        _refuse_training(table)
+        return self._rewrite(gm, example_inputs, record)
+
+    def _rewrite(self, gm: fx.GraphModule, example_inputs: list[Any], record: GraphRecord) -> Callable[..., Any]:
+        from kvpass.debug import stages
+        from kvpass.graph.dataflow import data_inputs
+        from kvpass.lowering.lower import lower
+        from kvpass.plan.plan import plan
+        from kvpass.proof.verify import verify
+        from kvpass.runtime.bind import Bound
+        from kvpass.sites.dense import dense_by_choice
+
+        with record.timed("plan"):
+            record.plan = plan(self.policy, record.table)
+        with record.timed("lower"):
+            lowered = lower(gm, record.plan)
+        log.info("graph %d: %s", len(self.graphs), record.plan)
+        inputs = [example(n) for n in lowered.gm.graph.nodes if n.op == "placeholder"]
+        with stages(self.debug, len(self.graphs), gm, record, lowered):
+            with record.timed("verify"):
+                verify(gm, lowered, record.plan)
+            with record.timed("inner"):
+                inner = compile_inner(self.inner, lowered.gm, inputs, _title(len(self.graphs), record.table))
+        if self.verify:
+            from kvpass.proof.check_sites import checked_once
+
+            inner = checked_once(inner, gm, lowered, record.plan)
+        watched, origin = data_inputs(gm.graph), self._origin(record.table)
+        names = [str(n.target) for n in gm.graph.find_nodes(op="placeholder")]
+        dense = dense_by_choice(gm.graph, record.table.declined)
+        marks = self.policy.marks
+        return Bound(inner, lowered.bindings, lowered.outputs, origin, watched, lowered.shared, names, dense, marks)
+
+    def __reduce__(self) -> Any:
+        """Graphs are not pickled: whoever loads it compiles anew."""
+        return Backend, (self.policy, self.inner, self.strict, self.debug, self.verify, self.patterns)
+
+    def _origin(self, table: SiteTable) -> Origin:
+        """What the caches of a graph remember of who made them."""
+        from kvpass.runtime.store import Origin
+
+        declined = tuple(d.to_dict() for d in table.declined)
+        return Origin(self.policy.name, self.policy.budget, declined, self.policy.fingerprint)
+
+    @property
+    def timings(self) -> dict[str, float]:
+        """Seconds spent, by stage, over all graphs; `capture` is Dynamo's own time for the same graphs."""
+        total: dict[str, float] = {"capture": capture_seconds(self.graphs)}
+        for record in self.graphs:
+            for stage, seconds in record.seconds.items():
+                total[stage] = total.get(stage, 0.0) + seconds
+        return total
+
+
+def _title(number: int, table: SiteTable) -> str:
+    """What is told of a graph while it is compiled."""
+    phases = sorted({site.phase.value for site in table})
+    return f"graph {number} ({' and '.join(phases)}, {len(table.sites)} layers)"
+
+
+class _Refusal:
+    """Stands in for a compiled graph and raises the reason: Dynamo would wrap an exception of a backend."""
+
+    def __init__(self, error: KVPassError) -> None:
+        self.error = error
+
+    def __call__(self, *args: Any) -> Any:
+        raise self.error
+
+
+def _strict_error(table: SiteTable) -> DeclinedError:
+    first = table.failed[0]
+    listed = "\n".join(f"  {d}" for d in table.failed[:8])
+    more = f"\n  ... and {len(table.failed) - 8} more" if len(table.failed) > 8 else ""
+    return DeclinedError(
+        f"{len(table.failed)} attention site(s) with a KV cache cannot be rewritten:\n{listed}{more}",
+        where=f"{first.site}, {first.source}",
+        hint=f"{first.hint}; or pass strict=False to leave such sites dense",
+    )
+
+
+def _refuse_training(table: SiteTable) -> None:
+    for site in table:
+        halves = (site.key.update.new, site.value.update.new)
+        if torch.is_grad_enabled() and any(example(node).requires_grad for node in halves):
+            raise TrainingError(
+                "K and V require grad: an evicting cache has no gradients",
+                where=f"{site.name}, {site.source}",
+                hint="call the model under torch.no_grad() or torch.inference_mode(), as generate() does",
+            )
+
+
+def backend(
+    policy: str | Policy | dict[str, Any] = "h2o",
+    budget: int | float | None = None,
+    *,
+    inner: str = "inductor",
+    strict: bool = True,
+    debug: bool | str | PathLike[str] | None = None,
+    verify: bool = False,
+    patterns: Any = None,
+) -> Backend:
+    """A backend object for `torch.compile(model, backend=kvpass.backend("h2o", 0.2))`. Arguments as for
+    `kvpass.compile`.
+
+    Raises:
+        PolicyError: bad policy, budget or option.
+    """
+    from kvpass.debug import debug_folder
+
+    check_options(inner=inner, strict=strict, debug=debug, verify=verify)
+    patterns = checked_patterns(patterns)
+    return Backend(Policy.load(policy).with_budget(budget), inner, strict, debug_folder(debug), verify, patterns)
+
+
+_FROM_OPTIONS: dict[str, Backend] = {}
+
+
+def from_options(
+    gm: fx.GraphModule, example_inputs: list[Any], *, mode: str | None = None, options: dict[str, Any] | None = None
+) -> Any:
+    """Entry point of `torch.compile(model, backend="kvpass", options={"policy": ..., "budget": ...})`.
+
+    Raises:
+        PolicyError: unknown option, with the valid ones (when the compiled model is called).
+    """
+    from kvpass.errors import PolicyError
+
+    given = options or {}
+    valid = ("policy", "budget", "inner", "strict", "debug", "verify")
+    try:
+        if mode is not None:
+            raise PolicyError("the backend 'kvpass' knows no mode", hint='use options={"policy": "h2o", "budget": 0.2}')
+        unknown = sorted(set(given) - set(valid))
+        if unknown:
+            raise PolicyError(f"unknown option {unknown[0]!r}", hint=f"options are {', '.join(valid)}")
+        key = repr(sorted(given.items()))
+        if key not in _FROM_OPTIONS:
+            _FROM_OPTIONS[key] = backend(**given)
+        return _FROM_OPTIONS[key](gm, example_inputs)
+    except KVPassError as error:
+        return _Refusal(error)

@@ -1,0 +1,157 @@
+"""The catalogue of built-in policies: what each reads, what that costs, where it comes from. Data for people."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from dataclasses import dataclass, replace
+
+from kvpass.kernels.rule import ASIDE, MARK, Rule
+from kvpass.kernels.scorers.registry import Scorer
+from kvpass.plan.plan.rule import rule_of
+from kvpass.policy.layers import variants
+from kvpass.policy.load import load, names
+from kvpass.policy.spec import Policy
+
+HEADINGS = ("policy", "reads", "extra at prefill", "bytes a slot", "paper")
+EXAMPLE_BUDGET = 0.2
+"""Rules hold a budget; this one is shown for policies that bring none."""
+
+_ALSO = {"r_kv": "T*T cosines", "compactor": "256*T"}
+"""Work of scorers that grows faster than what they read."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a policy costs.
+
+    Attributes:
+        reads: what ranks its slots, in words.
+        extra: work of a prefill of T tokens beside attention's own: `none`, `T` (each key, value or hidden state once),
+            `w*T` (the last w queries' attention again), `T*T` (all attention again).
+        bytes: of position and statistics, for each slot of each KV head, beside K and V.
+        notes: where it differs from what it is taken from.
+    """
+
+    name: str
+    reads: str
+    extra: str
+    bytes: int
+    paper: str
+    source: str
+    notes: str
+
+
+def catalogue() -> list[Row]:
+    """The built-in policies by name."""
+    return [row_of(load(name)) for name in names()]
+
+
+def row_of(policy: Policy) -> Row:
+    """What a checked policy costs."""
+    rule = example_rule(policy)
+    size = 4 + 4 * len(rule.stats)
+    extra = " + ".join(_extra(rule)) or "none"
+    return Row(policy.name, ", ".join(_reads(rule)), extra, size, policy.paper, policy.source, policy.notes)
+
+
+def example_rule(policy: Policy) -> Rule:
+    """The rule that the ops get at the policy's own budget, or else at `EXAMPLE_BUDGET`."""
+    alike = replace(policy, layers={})
+    return rule_of(alike if policy.budget is not None else replace(alike, budget=EXAMPLE_BUDGET))
+
+
+def _attended(rule: Rule) -> bool:
+    """Whether rows of attention are looked at after the attention itself."""
+    return rule.queries != 0 and bool(rule.emitted or {"rows", "logits"} & set(rule.reads))
+
+
+def _reads(rule: Rule) -> list[str]:
+    found = []
+    if _attended(rule):
+        kind = "logits" if "logits" in rule.reads else "attention"
+        whose = {-1: "all queries", 1: "the last query"}.get(rule.queries, f"the last {rule.queries} queries")
+        decode = " and of generated tokens" if rule.decode != "none" and rule.queries > 0 else ""
+        found.append(f"{kind} of {whose}{decode}")
+    words = {"hidden": "hidden states", "queries": "unrotated queries"}
+    found += [words.get(what, what) for what in rule.reads if what not in ASIDE | {"rows", "logits"}]
+    if rule.weight != "none" and "values" not in found:
+        found.append("values")
+    found += ["output projection"] if rule.weight.startswith("vo") else []
+    found += ["marks"] if MARK in rule.stats else []
+    found += ["chance"] if rule.sample_num or rule.scorer == "random" else []
+    return found or (["positions"] if rule.evicts else ["nothing"])
+
+
+def _extra(rule: Rule) -> list[str]:
+    found = []
+    if _attended(rule):
+        found.append("T*T" if rule.queries < 0 else f"{rule.queries}*T")
+    if rule.scorer in _ALSO:
+        found.append(_ALSO[rule.scorer])
+    if rule.weight.startswith("vo"):
+        found.append("T*(v W_O)")
+    if not found and (rule.scorer or rule.weight != "none"):
+        found.append("T")
+    return found
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """A row of the table."""
+    paper = row.paper.removeprefix("https://arxiv.org/abs/") or "-"
+    return row.name, row.reads, row.extra, str(row.bytes), paper
+
+
+def brief(reads: str) -> str:
+    """What a policy reads in few characters: `attention (32, steps)` for the last 32 queries and generated tokens."""
+    short = reads.replace(" and of generated tokens", ", steps").replace("the last query", "1 queries")
+    short = short.replace("values, output projection", "v W_O").replace("unrotated queries", "queries")
+    return re.sub(r"of (?:the last )?(\w+) queries((?:, steps)?)", r"(\1\2)", short)
+
+
+def as_text(rows: list[Row]) -> str:
+    """The table in columns, for a terminal or a pipe: at most 100 characters wide."""
+    lines = [HEADINGS, *((row.name, brief(row.reads), *cells(row)[2:]) for row in rows)]
+    sizes = [max(len(line[at]) for line in lines) for at in range(len(HEADINGS))]
+    return "\n".join("  ".join(map(str.ljust, line, sizes)).rstrip() for line in lines)
+
+
+def as_markdown(rows: list[Row]) -> str:
+    """The table and a paragraph for each policy, as docs/policies.md holds them."""
+    out = [f"| {' | '.join(HEADINGS)} |", "| --- | --- | --- | --- | --- |"]
+    for row in rows:
+        name, reads, extra, size, paper = cells(row)
+        link = f"[{paper}]({row.paper})" if row.paper else ""
+        out.append(f"| [`{name}`](#{name}) | {reads} | {extra} | {size} | {link} |")
+    for row in rows:
+        spec = f"[spec](../kvpass/policy/presets/{row.name}.yaml)"
+        out += ["", f"### {row.name}", f"* Taken from: {row.source} ({spec})"]
+        out += [f"* Differs: {row.notes}"] if row.notes else []
+    return "\n".join(out)
+
+
+def emission(policy: Policy) -> list[str]:
+    """What the ops of a policy compute and keep, in lines of words; the last are the rule itself, and those of layers
+    that differ.
+    """
+    rule = example_rule(policy)
+    own = policy.budget is not None
+    whose = {-1: "all queries", 0: "no query"}.get(rule.queries, f"the last {rule.queries} queries")
+    emitted = f"{', '.join(rule.emitted)}, of {whose}" if rule.emitted and rule.queries else "nothing"
+    kept = " + ".join(["position", *rule.stats])
+    return [
+        f"a multi-token call emits: {emitted}",
+        f"a one-token call does with its row: {rule.decode}",
+        f"each slot keeps: {kept}, {4 + 4 * len(rule.stats)} bytes beside K and V",
+        f"rule at budget {policy.budget if own else EXAMPLE_BUDGET}: {rule.encode()}",
+        *(f"rule of layers {key}: {example_rule(other).encode()}" for key, other in variants(policy).items()),
+    ]
+
+
+def scorer_text(scorer: Scorer) -> str:
+    """A scorer with its options, what it reads and what it says of itself."""
+    options = ", ".join(f"{name}={value!r}" for name, value in scorer.options.items())
+    reads = ", ".join(scorer.reads) or "positions"
+    later = "a generated token gets its own score" if scorer.pointwise else "generated tokens stay longest"
+    said = textwrap.fill(scorer.about, 100, initial_indent="    ", subsequent_indent="    ")
+    return f"{scorer.name}({options})\n    reads {reads}; {later}\n{said}"

@@ -1,0 +1,206 @@
+"""Policy x SiteTable -> Plan: the committed decision about one graph, as data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import fx
+
+from kvpass.errors import PolicyError
+from kvpass.graph.angles import positions_of
+from kvpass.graph.calls import call_name, example, operand
+from kvpass.graph.miss import Miss
+from kvpass.graph.output_projection import OutputProjection, output_projection
+from kvpass.graph.projections import block_input
+from kvpass.graph.rope import Rotation, rotation, unrounded
+from kvpass.kernels.rule import ASIDE, HELD, MARK, NUMBER, PLACE, WEIGHT, Rule
+from kvpass.plan.plan.rule import rule_of
+from kvpass.policy.files import check_fit
+from kvpass.policy.spec import Policy
+from kvpass.sites.site import Site
+from kvpass.sites.table import Decline, SiteTable
+from kvpass.terms import Layout, Phase
+
+OPS = {
+    Phase.PREFILL: ("prefill_attend", "score_slots", "select_slots", "compact_slots"),
+    Phase.EXTEND: ("join_slots", "prefill_attend", "score_slots", "select_slots", "compact_slots"),
+    Phase.DECODE: ("decode_attend",),
+}
+"""The ops that replace a site, in order."""
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """What happens to one site: `rule` says what its ops observe and how they choose."""
+
+    site: Site
+    rule: Rule
+
+    @property
+    def ops(self) -> tuple[str, ...]:
+        """Names of the ops that replace the site, in order."""
+        ops = list(OPS[self.site.phase])
+        if self.windowed and self.site.phase is not Phase.DECODE:
+            ops.insert(ops.index("score_slots"), "window_rows")
+        return ("arrivals", *ops) if self.arrives and self.site.phase is Phase.DECODE else tuple(ops)
+
+    @cached_property
+    def projection(self) -> OutputProjection | None:
+        """Where the rule's value weight finds the output projection; None if it reads none."""
+        core, dims = self.site.core, self.site.dims
+        if not self.rule.weight.startswith("vo_") or core.tiled:
+            return None
+        return output_projection(core.node, int(dims["Hq"]), int(dims["Dv"]))
+
+    @cached_property
+    def hidden(self) -> fx.Node | None:
+        """The hidden states that the rule's scorer reads; None if it reads none."""
+        return block_input(self.site.value.update.new) if "hidden" in self.rule.reads else None
+
+    @cached_property
+    def rotation(self) -> Rotation | None:
+        """The rotation of the queries, for a scorer that reads them before it; None if it reads none."""
+        core = self.site.core
+        plain = core.axes.q == "BHSD" and not core.tiled
+        return rotation(core.q) if "queries" in self.rule.reads and plain else None
+
+    @cached_property
+    def key_rotation(self) -> Rotation | None:
+        """The rotation of the new keys, for a rule that turns them again; None if it does not."""
+        half = self.site.key
+        new: Any = half.update.new
+        if half.layout is Layout.BTHD:
+            new = operand(new) if call_name(new) == "transpose" else None
+        found = rotation(new) if self.rule.reindex and isinstance(new, fx.Node) else None
+        # angles of half precision are too coarse to tell one position from the next
+        return found if found is None or example(unrounded(found.cos)).dtype is torch.float32 else None
+
+    @cached_property
+    def key_positions(self) -> tuple[list[fx.Node], bool] | None:
+        """Nodes that may be the positions that new keys are rotated by, and whether they are looked up in a table; None
+        if the angles cannot be computed from the graph's inputs: they depend on what the graph itself changes.
+        """
+        if self.key_rotation is None:
+            return None
+        try:
+            return positions_of(self.key_rotation, self.site.dims["S"])
+        except Miss:
+            return None
+
+    @property
+    def windowed(self) -> bool:
+        """Whether the scorer reads the rows of the observation window."""
+        return bool({"rows", "logits"} & set(self.rule.reads))
+
+    @property
+    def arrives(self) -> bool:
+        """Whether a generated token's slot starts with more than zeros."""
+        return bool({HELD, WEIGHT, MARK, PLACE, NUMBER} & set(self.rule.stats))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What happens to one graph: planned sites, and sites left dense with their reasons."""
+
+    policy: Policy
+    sites: tuple[SitePlan, ...]
+    dense: tuple[Decline, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "policy": self.policy.to_dict(),
+            "policy_fingerprint": self.policy.fingerprint,
+            "sites": [{**p.site.to_dict(), "ops": list(p.ops), "rule": p.rule.encode()} for p in self.sites],
+            "dense": [d.to_dict() for d in self.dense],
+        }
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    @property
+    def fingerprint(self) -> str:
+        """Short hash of the whole decision."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
+
+    def __str__(self) -> str:
+        budget = f"policy {self.policy.name}, budget {self.policy.budget}"
+        lines = [f"plan {self.fingerprint}: {budget}, {len(self.sites)} site(s)"]
+        lines += [
+            f"  {p.site.name}: {p.site.phase.value} -> {' > '.join(p.ops)}  [{p.rule.encode()}]" for p in self.sites
+        ]
+        lines += [f"  dense {d.site}: {d.reason.value}" for d in self.dense]
+        return "\n".join(lines)
+
+
+def plan(policy: Policy, table: SiteTable) -> Plan:
+    """Decide for every site; pure, touches no graph.
+
+    Args:
+        policy: checked, with its budget.
+        table: of one graph.
+    """
+    sites = tuple(table)
+    rules = [rule_of(policy, at, len(sites)) for at in range(len(sites))]
+    planned = tuple(SitePlan(site, rule) for site, rule in zip(sites, rules, strict=True))
+    for one in planned:
+        _check(policy, one)
+        _check_files(policy, one, len(sites))
+    return Plan(policy, planned, table.declined)
+
+
+def _check(policy: Policy, planned: SitePlan) -> None:
+    """What a policy asks of a site and the site cannot give.
+
+    Raises:
+        PolicyError: naming the site.
+    """
+    for broken, asked, fix in _unmet(planned):
+        if broken:
+            where = f"{planned.site.name}, {planned.site.source}"
+            raise PolicyError(f"policy {policy.name!r} {asked}", where=where, hint=fix)
+
+
+def _check_files(policy: Policy, planned: SitePlan, layers: int) -> None:
+    """Raises PolicyError if the policy's weights or shares are for another model."""
+    site, hidden = planned.site, planned.hidden
+    sizes = {letter: int(site.dims[letter]) for letter in ("Hkv", "D", "Dv") if isinstance(site.dims[letter], int)}
+    if hidden is not None:
+        sizes["size"] = int(example(hidden).shape[-1])
+    check_fit(policy.name, planned.rule, {**sizes, "layers": layers}, f"{site.name}, {site.source}")
+
+
+def _unmet(planned: SitePlan) -> Iterator[tuple[bool, str, str]]:
+    """Whether something is missing, what was asked, and the fix."""
+    site, rule = planned.site, planned.rule
+    reads = [word for word in rule.reads if word not in ASIDE]
+    reads += ["weight"] if rule.weight != "none" else []
+    shared = site.core.latent is not None or site.mixed is not None
+    what = "keeps latents instead of keys and values" if site.core.latent else "keeps all heads side by side"
+    asked = "turns keys to new positions" if rule.reindex else "gives heads budgets of their own"
+    asked = f"reads {' and '.join(reads)}" if reads else asked
+    fix = "choose a policy of attention's statistics, e.g. h2o or snapkv"
+    yield shared and (bool(reads) or rule.ragged or rule.reindex), f"{asked}, but this attention {what}", fix
+    asked = "weighs values by the output projection, which was not found behind the attention"
+    fix = "set weight.by: l1, which needs no projection; gates and norms in between cannot be read through"
+    yield rule.weight.startswith("vo_") and planned.projection is None, asked, fix
+    asked = "reads the block's hidden states, which were not found above its values"
+    fix = "choose a policy that reads keys or attention; projections of several tensors cannot be read"
+    yield "hidden" in rule.reads and planned.hidden is None, asked, fix
+    asked = "reads queries before their rotation, and none of the usual form was found (RoPE over whole heads, entry i "
+    fix = "choose a policy that reads keys or attention, e.g. keydiff or snapkv"
+    yield "queries" in rule.reads and planned.rotation is None, f"{asked}with entry i + D / 2)", fix
+    unfound = rule.reindex and site.phase is not Phase.DECODE and planned.key_rotation is None
+    asked = "turns keys to new positions, and none of the usual rotation was found (float32, RoPE over whole heads, "
+    fix = "choose a policy with positions: kept, e.g. streaming_llm"
+    yield unfound, f"{asked}entry i with entry i + D / 2)", fix
+    changing = rule.reindex and site.phase is not Phase.DECODE and planned.key_positions is None
+    yield changing, "turns keys to new positions, but this model changes its rotary frequencies with the length", fix
+    asked, fix = "shares the budget out over layers, but this graph holds one", "set allocate.layers: uniform"
+    over_layers = bool(rule.taper) or rule.spread in ("model", "preference")
+    yield over_layers and rule.layers < 2, asked, f"avoid graph breaks between layers, or {fix}"

@@ -1,0 +1,1 @@
+"""What a rewritten graph must satisfy, and each site against the unmodified attention."""

@@ -1,0 +1,276 @@
+"""`verify=True`: each site at full budget against the unmodified subgraph, on the first real inputs of its graph.
+
+The rewritten graph is interpreted once on copies of the state, to see each site's real q, new K, new V and mask. The
+site's own nodes of the captured graph then run on a dense past: the live keys at their positions, normal noise where
+tokens were evicted (their keys are gone, and any keys serve to compare). The ops run on the same past as slots, all
+positions in a random slot order, with a rule that evicts nothing. Both outputs must agree; afterwards the state must
+hold exactly the keys and values that came in.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, fx
+
+from kvpass.errors import VerificationError
+from kvpass.kernels.masks import arrivals, visible
+from kvpass.kernels.ragged import even
+from kvpass.kernels.rule import FREE, LIVE, Rule
+from kvpass.plan.plan import Plan, SitePlan
+from kvpass.proof.isolate import Isolated
+from kvpass.runtime.shell import find
+from kvpass.sites.site import Site
+from kvpass.terms import Phase
+
+log = logging.getLogger(__name__)
+
+STATES = 5
+"""State tensors of one site."""
+
+ROUNDING = {torch.float32: 2.0**-15, torch.float16: 2.0**-8, torch.bfloat16: 2.0**-5}
+"""Allowed difference per unit of max|v|, an output being a mean of values. float16 and bfloat16: probabilities and
+output are rounded once on each side, 4 x 2^-11 and 4 x 2^-8, doubled. float32: the fast exp of torch's CPU kernel has
+20 good bits; 5 bits of room for sums in another order."""
+
+LOGIT_ROUNDING = 4 * torch.finfo(torch.float32).eps
+"""And per unit of the largest possible logit |q| |k| scale: logits are float32 sums on both sides, and an error e in a
+logit moves its probability by a factor 1 + e."""
+
+
+def checked_once(inner: Callable[..., Any], original: fx.GraphModule, lowered: Any, plan: Plan) -> Callable[..., Any]:
+    """Wrap a compiled rewritten graph so that its first call checks every site first.
+
+    Args:
+        inner: takes the original inputs, then five state tensors for each site.
+        original: the captured graph, unmodified.
+        lowered: the `Lowered` graph that `inner` was compiled from.
+        plan: of the same graph.
+
+    Raises:
+        VerificationError: from the first call; a site disagrees.
+    """
+    pending = [(original, lowered, plan)]
+
+    def call(*args: Any) -> Any:
+        if pending:
+            check(*pending[0], args)
+            pending.clear()  # lets go of the graphs
+        return inner(*args)
+
+    return call
+
+
+def check(original: fx.GraphModule, lowered: Any, plan: Plan, args: Sequence[Any]) -> None:
+    """Check all sites of a graph on the inputs of one call; the inputs stay as they are.
+
+    Raises:
+        VerificationError: naming the site, its source line, the largest error, and what to do.
+    """
+    copies = [_private(a) for a in args]
+    with torch.no_grad(), _quiet_random(args):
+        checks = [_Check(original, planned, args) for planned in plan.sites]
+        states = copies[: len(copies) - len(lowered.shared)][-STATES * len(checks) :]
+        watcher = _Watcher(lowered.gm, checks, states)
+        watcher.run(*copies)
+    log.info("verify: %d site(s) agree with the unmodified graph at full budget", len(plan.sites))
+
+
+class _Watcher(fx.Interpreter):
+    """Runs the rewritten graph; hands each site's inputs to its check before the ops change the state."""
+
+    def __init__(self, gm: fx.GraphModule, checks: list[_Check], state: list[Any]) -> None:
+        super().__init__(gm)
+        self.extra_traceback = False
+        self.states = [state[at : at + STATES] for at in range(0, len(state), STATES)]
+        self.checks = checks
+        self.borders: dict[str, Any] = dict.fromkeys(n.name for c in checks for n in c.dense.wanted.values())
+        self.at = 0
+        self.joined: tuple[Any, ...] | None = None
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.name in self.borders:
+            self.borders[n.name] = value
+        return value
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = str(target)
+        if name == "kvpass.join_slots.default":
+            self.joined = args
+        elif name == "kvpass.prefill_attend.default":
+            k, v, position = (args[1], args[2], 0) if self.joined is None else self.joined[5:8]
+            self._check(args[0], k, v, args[4], position, args[8:])
+        elif name == "kvpass.decode_attend.default":
+            self._check(args[0], args[1], args[2], args[3], args[9], args[12:])
+        return super().call_function(target, args, kwargs)
+
+    def _check(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, position: int, extras: Any) -> None:
+        self.checks[self.at].run(_Call(q, k, v, mask, int(position), extras, self.states[self.at]), self.borders)
+        self.at, self.joined = self.at + 1, None
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What one site is given: q `[B, Hq, S, D]`, new k and v `[B, Hkv, S, D]`, 4-d mask, tokens and state before;
+    `extras` are sinks and softcap, if the site has any.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    mask: torch.Tensor | None
+    position: int
+    extras: tuple[Any, ...]
+    state: list[torch.Tensor]
+
+
+class _Check:
+    """One site: its unmodified nodes as a small graph, and the comparison."""
+
+    def __init__(self, original: fx.GraphModule, planned: SitePlan, args: Sequence[Any]) -> None:
+        self.site: Site = planned.site
+        self.rule = replace(planned.rule, slots=0, num=1, den=1) if planned.rule.plain else Rule()
+        self.dense = Isolated(original, planned.site, args)
+
+    def run(self, call: _Call, values: dict[str, Any]) -> None:
+        if self.site.core.latent is not None or self.site.mixed is not None:
+            log.warning("verify: %s holds keys and values in another form than the model; not checked", self.site.name)
+            return
+        call = replace(call, state=even(call.state))
+        k, v = (_dense_past(call, half) for half in (0, 1))
+        state = _all_slots(k, v, len(self.rule.stats), room=call.q.shape[2] + 1)
+        try:
+            actual = _run_ops(self.site, call, state, self.rule.encode())
+        except ValueError as error:
+            self._fail(f"is refused by its own ops: {error}")
+        expected = self.dense(values, (k, v))
+        self._compare_outputs(call, actual, expected, k, v)
+        self._compare_state(call, state, k, v)
+
+    def _compare_outputs(
+        self, call: _Call, actual: torch.Tensor, expected: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> None:
+        error = (actual.double() - expected.double()).abs().nan_to_num(nan=float("inf"))
+        error = error.masked_fill(actual.isnan() & expected.isnan(), 0.0)
+        error = error.masked_fill(~_sees_a_key(call)[..., None], 0.0)
+        worst, allowed = float(error.max()), _allowed(call, k, v, self.site.core.scale)
+        log.debug("verify %s: error %.2e, allowed %.2e", self.site.name, worst, allowed)
+        if worst > allowed:
+            b, h, i, _ = (int(at) for at in torch.unravel_index(error.argmax(), error.shape))
+            share = float((error.amax(-1) > allowed).double().mean())
+            self._fail(
+                f"differs by {worst:.3g} (allowed {allowed:.3g}) in {share:.0%} of the output rows, "
+                f"most at batch {b}, query head {h}, query {i}"
+            )
+
+    def _compare_state(self, call: _Call, state: list[torch.Tensor], k: torch.Tensor, v: torch.Tensor) -> None:
+        """After a call that evicts nothing every valid token is in one slot, its key and value bit for bit."""
+        used, pos = _used(state), state[2]
+        valid = arrivals(call.mask, len(pos), call.q.shape[2], call.position, pos.device)
+        wanted = torch.cat([valid.new_ones(len(valid), call.position), valid], 1)[:, None].long()
+        places = torch.where(used & (pos >= 0), pos, wanted.shape[2]).long()
+        held = torch.zeros(*pos.shape[:2], wanted.shape[2] + 1, dtype=torch.long, device=pos.device)
+        held.scatter_add_(2, places, used.long())
+        wrong = int((held[..., :-1] != wanted).sum())
+        if wrong:
+            self._fail(f"keeps the wrong positions: {wrong} tokens are missing from the slots, or are there twice")
+        for name, slots, past, new in (("keys", state[0], k, call.k), ("values", state[1], v, call.v)):
+            index = pos.clamp(min=0).long()[..., None].expand(*pos.shape, slots.shape[3])
+            changed = used & (slots != torch.cat([past, new], 2).gather(2, index)).any(-1)
+            if bool(changed.any()):
+                self._fail(f"keeps wrong {name}: {int(changed.sum())} slots differ from what was cached")
+
+    def _fail(self, what: str) -> NoReturn:
+        raise VerificationError(
+            f"verify=True: the {self.site.phase.value} of a site, run at full budget, {what}",
+            where=f"{self.site.name}, {self.site.source}",
+            hint="a bug in kvpass, not in the model: please report it with the folder of debug=True; until it is fixed "
+            "run the model without kvpass",
+        )
+
+
+def _run_ops(site: Site, call: _Call, state: list[torch.Tensor], rule: str) -> torch.Tensor:
+    """The ops that replace the site, as `lower` emits them."""
+    ops, core = torch.ops.kvpass, site.core
+    k, v, pos, past = call.k, call.v, None, None
+    out: torch.Tensor
+    if site.phase is Phase.DECODE:
+        out = ops.decode_attend(call.q, k, v, call.mask, *state, call.position, core.scale, rule, *call.extras)
+        return out
+    if site.phase is Phase.EXTEND:
+        k, v, pos, past = ops.join_slots(*state, k, v, call.position)
+    out, stats, valid = ops.prefill_attend(call.q, k, v, pos, call.mask, core.scale, core.causal, rule, *call.extras)
+    score, stats, cursor = ops.score_slots(stats, past, pos, valid, state[4], call.position, rule)
+    chosen = ops.select_slots(score, cursor, state[0].shape[2])
+    ops.compact_slots(k, v, pos, stats, chosen, cursor, *state)
+    return out
+
+
+def _dense_past(call: _Call, half: int) -> torch.Tensor:
+    """Keys (half 0) or values of all earlier positions, `[B, Hkv, P, D]`: live ones, noise of the new ones' size."""
+    slots, pos, used = call.state[half], call.state[2], _used(call.state)
+    size = (call.k, call.v)[half].float().square().mean().sqrt().nan_to_num(1.0)
+    noise = torch.randn(
+        *pos.shape[:2], call.position + 1, slots.shape[3], generator=torch.Generator().manual_seed(half)
+    )
+    past = (noise.to(slots.device) * size).to(slots.dtype)
+    index = torch.where(used, pos, call.position).long()[..., None].expand_as(slots)
+    return past.scatter(2, index, torch.where(used[..., None], slots, 0.0))[:, :, :-1]
+
+
+def _all_slots(k: torch.Tensor, v: torch.Tensor, stats: int, room: int) -> list[torch.Tensor]:
+    """A state with all positions of a dense past in random slots, the hole anywhere, and room; empties are NaN."""
+    batch, heads, past, _ = k.shape
+    slots = past + 1 + room
+    order = torch.rand(batch, heads, past + 1, generator=torch.Generator().manual_seed(7)).argsort(-1).to(k.device)
+    order, free = order[..., :-1], order[..., -1]
+    pos = torch.full((batch, heads, slots), -1, dtype=torch.int32, device=k.device)
+    pos.scatter_(2, order, torch.arange(past, dtype=torch.int32, device=k.device).expand(batch, heads, past))
+    cursor = torch.stack(
+        [torch.full_like(free, past), free, torch.full_like(free, past), torch.full_like(free, 0 if past else -1)], -1
+    )
+    held = [_in_slots(dense, order, slots) for dense in (k, v)]
+    return [*held, pos, torch.zeros(stats, batch, heads, slots, device=k.device), cursor.int()]
+
+
+def _in_slots(dense: torch.Tensor, order: torch.Tensor, slots: int) -> torch.Tensor:
+    held = dense.new_full((*dense.shape[:2], slots, dense.shape[3]), float("nan"))
+    return held.scatter_(2, order[..., None].expand_as(dense), dense)
+
+
+def _used(state: list[torch.Tensor]) -> torch.Tensor:
+    """Slots in use, bool `[B, Hkv, C]`: 0 .. LIVE without FREE."""
+    slot = torch.arange(state[2].shape[2], device=state[2].device)
+    return (slot <= state[4][..., LIVE, None]) & (slot != state[4][..., FREE, None])
+
+
+def _sees_a_key(call: _Call) -> torch.Tensor:
+    """Query rows that see some key, bool `[B, Hq, S]`. The others are padding: what they give is nobody's business."""
+    everyone = torch.ones(call.q.shape[:3], dtype=torch.bool, device=call.q.device)
+    return everyone if call.mask is None else everyone & visible(call.mask).any(-1)
+
+
+def _allowed(call: _Call, k: torch.Tensor, v: torch.Tensor, scale: float) -> float:
+    """Largest difference that rounding explains: see ROUNDING and LOGIT_ROUNDING."""
+    longest = max(float(t.float().norm(dim=-1).max()) for t in (k, call.k) if t.numel())
+    logit = abs(scale) * longest * float(call.q.float().norm(dim=-1).max())
+    largest = max(float(t.abs().max()) for t in (v, call.v) if t.numel())
+    return largest * (ROUNDING[call.q.dtype] + LOGIT_ROUNDING * logit)
+
+
+def _private(value: Any) -> Any:
+    """A copy of what a graph may change: states, buffers; not parameters, nor shells, whose copy would be dense."""
+    keep = not isinstance(value, torch.Tensor) or isinstance(value, torch.nn.Parameter) or find(value) is not None
+    return value if keep else value.clone()
+
+
+def _quiet_random(args: Sequence[Any]) -> AbstractContextManager[Any]:
+    """Leaves the random state as it was, for models that draw numbers."""
+    devices = {a.device.index or 0 for a in args if isinstance(a, torch.Tensor) and a.device.type == "cuda"}
+    return torch.random.fork_rng(devices=sorted(devices))

@@ -1,0 +1,62 @@
+"""Executable rules that every rewritten graph must satisfy before it is compiled."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from torch import fx
+
+from kvpass.errors import VerificationError
+from kvpass.graph.calls import example, is_metadata
+from kvpass.lowering.lower import Lowered
+from kvpass.plan.plan import Plan
+
+
+def verify(original: fx.GraphModule, lowered: Lowered, plan: Plan) -> None:
+    """Check a rewritten graph against its plan.
+
+    Raises:
+        VerificationError: the first broken rule; a bug in kvpass, never the user's fault.
+    """
+    nodes = list(lowered.gm.graph.nodes)
+    _rule(_op_counts(nodes) == _planned_counts(plan), "the ops in the graph are those of the plan")
+    _rule(_untouched(original, nodes, plan), "nodes outside the sites are untouched")
+    _rule(not _readers_of_past(original, lowered), "nothing reads a past cache as data")
+    _rule(all("example_value" in n.meta for n in nodes if "kvpass" in n.meta), "new nodes carry their fake value")
+    cached = sum(len(half) for b in lowered.bindings for half in b.returned)
+    _rule(len(nodes[-1].args[0]) + cached == lowered.outputs, "every output is either kept or a cache")
+    _rule(
+        len({at for b in lowered.bindings for half in b.returned for at in half}) == cached,
+        "no output belongs to two caches",
+    )
+
+
+def _rule(holds: bool, what: str) -> None:
+    if not holds:
+        raise VerificationError(
+            f"rewritten graph breaks a rule: {what}",
+            hint="please report this with debug=True output; strict=False does not help",
+        )
+
+
+def _op_counts(nodes: list[fx.Node]) -> Counter[str]:
+    targets = (str(n.target) for n in nodes if n.op == "call_function")
+    return Counter(t.split(".")[1] for t in targets if t.startswith("kvpass.") and not t.startswith("kvpass.written"))
+
+
+def _planned_counts(plan: Plan) -> Counter[str]:
+    return Counter(op for planned in plan.sites for op in planned.ops)
+
+
+def _untouched(original: fx.GraphModule, nodes: list[fx.Node], plan: Plan) -> bool:
+    """All nodes that belong to no site are still there, in order, with the same target."""
+    gone = {node for planned in plan.sites for node in planned.site.nodes}
+    before = [(n.op, str(n.target)) for n in original.graph.nodes if n not in gone and n.op != "output"]
+    after = iter([(n.op, str(n.target)) for n in nodes])
+    return all(pair in after for pair in before)
+
+
+def _readers_of_past(original: fx.GraphModule, lowered: Lowered) -> list[fx.Node]:
+    inputs = [n for n in lowered.gm.graph.nodes if n.op == "placeholder"]
+    pasts = [inputs[at] for b in lowered.bindings if b.past is not None for at in b.past]
+    return [user for past in pasts if example(past) is not None for user in past.users if not is_metadata(user)]

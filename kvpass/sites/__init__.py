@@ -1,0 +1,1 @@
+"""Attentions and the caches that feed them, found in a graph, and why others were declined."""

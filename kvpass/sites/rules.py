@@ -1,0 +1,148 @@
+"""What must hold for a core and its two updates to be a site."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from kvpass.errors import Reason
+from kvpass.graph.autocast import autocast_of
+from kvpass.graph.calls import example, is_input, is_metadata, operand, source_line
+from kvpass.graph.dataflow import Flow
+from kvpass.graph.miss import Miss
+from kvpass.graph.nearby import home_of, taken_out
+from kvpass.graph.projections import foreign
+from kvpass.graph.shapes import is_one, quotient, same, shape_of
+from kvpass.graph.views import is_front
+from kvpass.sites.site import Core, Half, Mixed, Site, Update
+from kvpass.terms import CacheForm, Phase
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def make_site(name: str, core: Core, key: Half, value: Half, layer: int, mixed: Mixed | None = None) -> Site:
+    k, v = shape_of(key.update.new), shape_of(value.update.new)
+    dims = {**_query_dims(core, k[0]), "Hkv": k[key.layout.head_axis], "Dv": v[3]}
+    with_past = Phase.DECODE if is_one(dims["S"]) else Phase.EXTEND
+    if core.latent is not None:
+        dims |= {"D": core.latent.rank + v[3], "Dv": 0}  # latent and rotated key in one slot; values are a part of it
+    if mixed is not None:
+        dims |= {"Hkv": 1} | {d: mixed.heads * width for d, width in zip(("D", "Dv"), mixed.widths, strict=True)}
+    fresh = key.update.past is None or any(reads_only_new(half) for half in (key, value))
+    phase = Phase.PREFILL if fresh else with_past
+    dims = {letter: dims[letter] for letter in ("B", "Hq", "Hkv", "S", "D", "Dv")}
+    dtype = example(key.update.new).dtype
+    return Site(name, layer, phase, core, key, value, dims, dtype, source_line(core.node), mixed)
+
+
+def check_site(site: Site) -> None:
+    """Raises:
+    Miss: core and updates do not belong together, or ask for something that the ops do not do.
+    """
+    core, dims = site.core, site.dims
+    cast = autocast_of(core.node)
+    if cast is not None:
+        raise Miss(Reason.AUTOCAST, core.node, cast)
+    if site.mixed is None:
+        _check_heads(site)
+    dtypes = {example(half.update.new).dtype for half in (site.key, site.value)}
+    if len(dtypes) != 1 or not dtypes <= set(FLOATS):
+        raise Miss(Reason.DTYPE, core.node, f"keys and values are {sorted(map(str, dtypes))}")
+    keys, values = (shape_of(half.update.new)[half.layout.token_axis] for half in (site.key, site.value))
+    if not same(keys, values):
+        raise Miss(Reason.KEY_VALUE_MISMATCH, core.node, f"{keys} new keys, {values} new values")
+    if not same(dims["S"], keys):
+        raise Miss(Reason.CROSS_ATTENTION, core.node, f"{dims['S']} queries but {keys} new keys")
+    if foreign(core.q, site.key.update.new):
+        raise Miss(Reason.CROSS_ATTENTION, core.node, "queries and keys are projected from different inputs")
+    for term in core.terms:
+        if not 1 <= len(shape_of(term.node)) <= len(term.axes):
+            raise Miss(Reason.MASK_SHAPE, term.node, f"mask of shape {shape_of(term.node)}")
+    if core.causal and site.phase is Phase.DECODE:
+        raise Miss(Reason.CAUSAL_WITH_PAST, core.node, "is_causal=True with one query")
+
+
+def buffer_readers(flow: Flow, update: Update, chain: tuple[fx.Node, ...], core: list[fx.Node]) -> list[fx.Node]:
+    """Whoever else reads a buffer as data: neither the write, nor the views down to the core, nor the core."""
+    write = update.write
+    assert write is not None
+    region = {update.node, write, *chain, *(taken_out(update.past, update.path) if update.past else ())}
+    part = operand(write)
+    if isinstance(part, fx.Node) and part is not update.node and not is_input(part):
+        region.add(part)  # the slice that copy_ writes into
+    found = flow.escapes(region, core)
+    if update.past is not None and update.past is not update.node:
+        parts = [user for user in update.past.users if user not in region and not is_metadata(user)]
+        found += [user for user in parts if not update.path or home_of(user)[1] in ((), update.path)]
+    return found
+
+
+def check_buffer(flow: Flow, core: Core, update: Update, chain: tuple[fx.Node, ...]) -> None:
+    """An attention over a buffer sees what was written, and nothing beyond.
+
+    Raises:
+        Miss: UNSUPPORTED_UPDATE if it reads before the write, MASK_UNKNOWN if nothing hides the rest of the buffer.
+    """
+    assert update.write is not None
+    assert update.axis is not None
+    early = [node for node in (*chain, core.node) if flow.order[node] < flow.order[update.write]]
+    if early:
+        raise Miss(Reason.UNSUPPORTED_UPDATE, early[0], f"{early[0].name} reads the buffer before it is written")
+    if is_input(update.node) and not same(shape_of(update.node)[0], shape_of(update.new)[0]):
+        raise Miss(Reason.LAYOUT, update.write, "the buffer has room for more sequences than there are")
+    front = next((node for node in chain if is_front(node)), None)
+    if front is not None:
+        _check_front(update, front)
+        return
+    whole = shape_of(update.node)[update.axis]
+    covering = [term for term in core.terms if same(shape_of(term.node)[-1], whole)]
+    if not covering and not (core.causal and (update.past is None or update.start == 0)):
+        raise Miss(Reason.MASK_UNKNOWN, core.node, "the attention reads the whole buffer, and no mask spans it")
+
+
+def _check_front(update: Update, front: fx.Node) -> None:
+    """A part of the buffer is read: it must end where the new tokens end."""
+    assert update.axis is not None
+    start = example(update.start) if isinstance(update.start, fx.Node) else update.start
+    new, end = shape_of(update.new)[update.axis], shape_of(front)[update.axis]
+    if same(end, new):
+        return  # right where the tokens are the first ones: `reads_only_new`
+    if isinstance(start, torch.Tensor) or not same(end, start + new):
+        raise Miss(Reason.UNSUPPORTED_ATTENTION, front, "the part of the buffer that is read does not end with the new")
+
+
+def reads_only_new(half: Half) -> bool:
+    """Does the attention read as much of a buffer as is new? Then the graph is a prefill; the runtime checks that the
+    tokens are written at 0.
+    """
+    update = half.update
+    if update.form is not CacheForm.BUFFER or update.start == 0:
+        return update.start == 0 and update.past is not None
+    axis = half.layout.token_axis
+    return any(is_front(node) and same(shape_of(node)[axis], shape_of(update.new)[axis]) for node in half.chain)
+
+
+def _check_heads(site: Site) -> None:
+    """Every KV head belongs to the same number of query heads, every sequence of keys to one sequence of queries."""
+    batch, heads, kv_heads = (site.dims[letter] for letter in ("B", "Hq", "Hkv"))
+    node = site.core.node
+    for half in (site.key, site.value):
+        sizes = shape_of(half.update.new)
+        shared = sizes[half.layout.head_axis]
+        if not same(sizes[0], batch):
+            raise Miss(Reason.LAYOUT, node, f"{batch} sequences of queries, {sizes[0]} of keys or values")
+        if not same(shared, kv_heads):
+            raise Miss(Reason.KEY_VALUE_MISMATCH, node, f"{kv_heads} heads of keys, {shared} of values")
+    if not isinstance(heads, int) or not isinstance(kv_heads, int) or heads % kv_heads:
+        raise Miss(Reason.LAYOUT, node, f"{heads} query heads do not share {kv_heads} KV heads evenly")
+
+
+def _query_dims(core: Core, batch: Any) -> dict[str, Any]:
+    """B, Hq, S, D of a core's queries; `batch` is that of its keys."""
+    sizes = dict(zip(core.axes.q, shape_of(core.q), strict=True))
+    if "N" in sizes:
+        return {"B": batch, "Hq": quotient(sizes["N"], batch), "S": sizes["S"], "D": sizes["D"]}
+    heads = sizes["H"] * sizes["G"] if "G" in sizes else sizes["H"]
+    return {"B": sizes["B"], "Hq": heads, "S": sizes["S"], "D": sizes["D"]}

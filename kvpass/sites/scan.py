@@ -1,0 +1,271 @@
+"""patterns x graph -> SiteTable: find cores and updates, join them, or say why not. Edits nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import fx
+
+from kvpass.errors import Reason
+from kvpass.graph.aliases import changed
+from kvpass.graph.attended import PARTS
+from kvpass.graph.calls import argument, call_name, is_metadata, operand
+from kvpass.graph.dataflow import Flow
+from kvpass.graph.miss import Miss
+from kvpass.graph.module_names import module_path
+from kvpass.graph.nearby import home_of
+from kvpass.graph.views import chain_scale, is_front, is_tiled, read_layout, walk_up
+from kvpass.sites.mixed import Mixing, find_mixing, join_mixed
+from kvpass.sites.rules import buffer_readers, check_buffer, check_site, make_site
+from kvpass.sites.site import Core, Half, Site, Update
+from kvpass.sites.table import Decline, SiteTable
+from kvpass.sites.unclaimed import changes_of, decline, unclaimed
+from kvpass.terms import CacheForm
+
+
+def scan(gm: fx.GraphModule, patterns: Any) -> SiteTable:
+    """Find every attention with a KV cache in a traced graph.
+
+    Args:
+        gm: graph as Dynamo captured it (fake tensors in `meta["example_value"]`). Not modified.
+        patterns: a `kvpass.patterns.PatternSet`.
+    """
+    flow = Flow(gm.graph)
+    found = _Found(flow, patterns)
+    sites: list[Site] = []
+    declined = list(found.missed_cores)
+    groups = found.mixed()
+    for core in found.cores:
+        try:
+            group = groups.get(core.node)
+            if group is not None and group[0].core is not core:
+                continue  # joined with the first of them
+            site = found.join(core, len(sites)) if group is None else found.join_mixed(group, len(sites))
+            if site is not None:
+                sites.append(site)
+        except Miss as miss:
+            declined.append(decline(core.node, miss))
+    declined += unclaimed(found, sites, declined)
+    return SiteTable(tuple(sites), tuple(declined))
+
+
+class _Found:
+    """Cores and updates of one graph, and the joining of the two."""
+
+    def __init__(self, flow: Flow, patterns: Any) -> None:
+        self.flow, self.patterns = flow, patterns
+        self.cores: list[Core] = []
+        self.missed_cores: list[Decline] = []
+        self.refused_cores: list[fx.Node] = []
+        self.updates: dict[fx.Node, Update] = {}
+        self.missed_updates: dict[fx.Node, Miss] = {}
+        self.stacked: dict[tuple[fx.Node, tuple[int, ...]], fx.Node] = {}
+        self.blamed: set[fx.Node] = set()
+        for node in flow.nodes:
+            self._try_cores(node)
+            self._try_updates(node)
+        self.readers: dict[fx.Node, int] = {}
+        for core in self.cores:
+            bases = (self._walk(node)[0] for node in (core.k, core.v))
+            for base in {self.updates[base].node if base in self.updates else base for base in bases}:
+                self.readers[base] = self.readers.get(base, 0) + 1
+
+    def _try_cores(self, node: fx.Node) -> None:
+        for pattern in self.patterns.cores:
+            try:
+                core = pattern.match(node)
+            except Miss as miss:
+                caches = [base for base in self.operands(node, miss) if self._is_cache(base)]
+                if caches:
+                    self.refused_cores.append(node)
+                    self.missed_cores.append(decline(node, miss.by(pattern.name)))
+                    self.blamed.update(caches)
+                continue
+            if core is not None:
+                self.cores.append(next(filter(None, (p.match(core) for p in self.patterns.expanded)), core))
+                return
+
+    def _try_updates(self, node: fx.Node) -> None:
+        for pattern in self.patterns.updates:
+            try:
+                update = pattern.match(node, self.flow)
+            except Miss as miss:
+                self.missed_updates[node] = self.missed_updates[miss.node] = miss.by(pattern.name)
+                return
+            if update is not None:
+                self._take(update)
+                return
+
+    def _take(self, update: Update) -> None:
+        """Known by the value that becomes the cache, and by what the write gives back. A buffer is written once."""
+        if update.path and update.past is not None:
+            self.stacked[update.past, update.path] = update.node
+        for node in {update.node, update.write or update.node}:
+            if node in self.updates:
+                assert update.write is not None
+                miss = Miss(Reason.UNSUPPORTED_UPDATE, update.write, f"{update.node.name} is written twice")
+                self.missed_updates[node] = miss
+            self.updates[node] = update
+
+    def operands(self, core: fx.Node, miss: Miss | None = None) -> list[fx.Node]:
+        """What the keys and values of a refused core are views of."""
+        found: Sequence[Any] = miss.reads if miss is not None else ()
+        if not found and call_name(core) in PARTS:
+            found = argument(core, 1, "key"), argument(core, 2, "value")
+        return [self._walk(arg)[0] for arg in found if isinstance(arg, fx.Node)]
+
+    def _is_cache(self, base: fx.Node) -> bool:
+        try:
+            return self._update_of(base) is not None
+        except Miss:
+            return True
+
+    def _walk(self, node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:
+        """What an operand is a view of; the written part of a buffer counts as a view of it."""
+        base, chain = walk_up(node, self._stops)
+        above = operand(base) if is_front(base) else None
+        if not self._stops(base) and isinstance(above, fx.Node):
+            top, upper = walk_up(above, self._stops)
+            top = self._same_buffer(top)
+            if top in self.updates and self.updates[top].form is CacheForm.BUFFER:
+                return top, (*upper, base, *chain)
+        return self._same_buffer(base), chain
+
+    def _same_buffer(self, node: fx.Node) -> fx.Node:
+        """The node by which a buffer in a stack was written, if `node` takes the same one out of the stack."""
+        home, path = home_of(node)
+        return self.stacked.get((home, path), node) if path else node
+
+    def _stops(self, node: fx.Node) -> bool:
+        return node in self.updates or node in self.missed_updates or node in self.flow.outputs
+
+    def join(self, core: Core, layer: int) -> Site | None:
+        """The site of a core; None if its K and V are no cache.
+
+        Raises:
+            Miss: they are a cache, but one of the rules of a site is broken.
+        """
+        base_k, chain_k = self._walk(core.k)
+        base_v, chain_v = self._walk(core.v)
+        of_k, of_v = self._update_of(base_k), self._update_of(base_v)
+        if of_k is None and of_v is None:
+            return None
+        if of_k is of_v:
+            raise Miss(Reason.KEY_VALUE_MISMATCH, base_k, "keys and values are one tensor")
+        if of_k is None or of_v is None or of_k.form != of_v.form:
+            raise self._mismatch(core, of_k, of_v)
+        if of_k.start is not of_v.start and of_k.start != of_v.start:
+            raise Miss(Reason.KEY_VALUE_MISMATCH, core.node, "keys and values are written at different places")
+        core = replace(core, tiled=_tiled(core, (of_k, of_v), (chain_k, chain_v)))
+        key = self._half(core, of_k, chain_k, core.axes.k, Reason.KEY_ESCAPES)
+        value = self._half(core, of_v, chain_v, core.axes.v, Reason.VALUE_ESCAPES)
+        if chain_scale(chain_v) != 1.0:
+            raise Miss(Reason.UNSUPPORTED_ATTENTION, chain_v[-1], "the cached values are scaled")
+        self._check_inner(core)
+        name = module_path(core.node) or f"site{layer}"
+        site = make_site(name, replace(core, scale=core.scale * chain_scale(chain_k)), key, value, layer)
+        check_site(site)
+        return site
+
+    def mixed(self) -> dict[fx.Node, list[Mixing]]:
+        """Cores that read heads of a cache in an order of their own, by their node, with all others of that cache."""
+        groups: dict[tuple[fx.Node, fx.Node], list[Mixing]] = {}
+        for core in self.cores:
+            bases = [self._walk(node)[0] for node in (core.k, core.v)]
+            if all(base in self.updates or base in self.missed_updates for base in bases):
+                continue
+            mixing = find_mixing(core, self.updates, self._stops)
+            if mixing is not None:
+                groups.setdefault((mixing.key.node, mixing.value.node), []).append(mixing)
+        return {mixing.core.node: group for group in groups.values() for mixing in group}
+
+    def join_mixed(self, group: list[Mixing], layer: int) -> Site:
+        """The site of several cores over one cache. Raises Miss."""
+        for mixing in group:
+            self._check_inner(mixing.core)
+            for update in (mixing.key, mixing.value):
+                self._check_unchanged(mixing.core, update)
+        name = module_path(group[0].core.node) or f"site{layer}"
+        return join_mixed(name, layer, group, self.flow)
+
+    def _mismatch(self, core: Core, key: Update | None, value: Update | None) -> Miss:
+        bases = [self._walk(node)[0] for node in (core.k, core.v)]
+        caches = self.updates if key is None or value is None else ()
+        between = (changes_of(self.flow, cache, bases) for cache in caches)
+        miss = next((miss for miss in between if miss is not None), None)
+        if miss is None:
+            return Miss(Reason.KEY_VALUE_MISMATCH, core.node, f"keys: {_form(key)}, values: {_form(value)}")
+        self.blamed.update(cache for cache in self.updates if self.flow.between(cache, miss.node))
+        return miss
+
+    def _update_of(self, base: fx.Node) -> Update | None:
+        if base in self.missed_updates:
+            raise self.missed_updates[base]
+        if base in self.updates:
+            return self.updates[base]
+        for pattern in self.patterns.refused:
+            try:
+                pattern.match(base, self.flow)
+            except Miss as miss:
+                raise miss.by(pattern.name) from None
+        returned: Update | None = self.patterns.returned.match(base, self.flow)
+        return returned
+
+    def _check_inner(self, core: Core) -> None:
+        escaped = self.flow.escapes(core.inner, [core.node])
+        if escaped or any(node in self.flow.outputs for node in core.inner):
+            where = escaped[0].name if escaped else "the output"
+            raise Miss(Reason.UNSUPPORTED_ATTENTION, core.node, f"logits or probabilities also feed {where}")
+
+    def _half(self, core: Core, update: Update, chain: tuple[fx.Node, ...], roles: str, reason: Reason) -> Half:
+        layout = read_layout(update.node, chain, update.axis, roles, core.tiled)
+        if update.axis is not None and update.axis != layout.token_axis:
+            raise Miss(Reason.CAT_AXIS, update.node, f"cat along axis {update.axis} of {layout.value}")
+        if self.readers[update.node] > 1:
+            raise Miss(Reason.SHARED_CACHE, update.node, f"{self.readers[update.node]} attentions read it")
+        readers = [core.node, *core.inner]
+        if update.form is CacheForm.BUFFER:
+            escaped = buffer_readers(self.flow, update, chain, readers)
+            check_buffer(self.flow, core, update, chain)
+        else:
+            region = set(chain) if update.form is CacheForm.RETURNED else {update.node, *chain}
+            escaped = self.flow.escapes(region, readers)
+            if update.past is not None:
+                escaped += self.flow.escapes([update.past], [update.node])
+        if escaped:
+            raise Miss(reason, escaped[0], f"{update.node.name} also feeds {escaped[0].name}")
+        self._check_unchanged(core, update)
+        for view in chain:
+            sizes = [user for user in view.users if is_metadata(user) and user.users]
+            if sizes and view not in self.flow.outputs:
+                raise Miss(reason, sizes[0], f"the size of {view.name}, a view of the cache, is read")
+        places = {at for node in (update.node, update.write) if node for at in self.flow.outputs.get(node, [])}
+        return Half(update, layout, chain, tuple(sorted(places)))
+
+    def _check_unchanged(self, core: Core, update: Update) -> None:
+        """The op reads everything where the attention stands; it must still be what was read or cached before."""
+        order, end = self.flow.order, self.flow.order[core.node]
+        written = update.write if update.write is not None else update.node
+        taken = order[written] if update.form is not CacheForm.RETURNED else end
+        change = changed(update.new, taken, len(order), order)
+        if change is not None:
+            raise Miss(Reason.UNSUPPORTED_UPDATE, change, f"{update.new.name} is changed after it was cached")
+        begins = min((order[node] for node in core.inner), default=end)
+        for node in (core.q, *(term.node for term in core.terms), *([core.sinks] if core.sinks is not None else [])):
+            change = changed(node, begins, end, order)
+            if change is not None:
+                raise Miss(Reason.UNSUPPORTED_ATTENTION, change, f"{node.name} is changed inside the attention")
+
+
+def _tiled(core: Core, updates: tuple[Update, Update], chains: tuple[tuple[fx.Node, ...], tuple[fx.Node, ...]]) -> bool:
+    """Are the KV heads of keys and values both tiled?"""
+    if "G" in core.axes.q or "G" in core.axes.out:
+        return False
+    roles = core.axes.k, core.axes.v
+    return all(is_tiled(u.node, chain, u.axis, r) for u, chain, r in zip(updates, chains, roles, strict=True))
+
+
+def _form(update: Update | None) -> str:
+    return update.form.value if update is not None else "not cached"
