@@ -27,7 +27,7 @@ from .decode_attend.triton import decode_attend_triton
 from .prefill_attend.triton import prefill_attend_triton
 from .rule import Rule
 from .select_slots.triton import select_slots_triton
-from .triton_launch import Launch, Target, record
+from .triton_shared.triton_launch import Launch, Target, record
 
 TARGETS = {
     "sm_80": (Target("cuda", 80, 108), GPUTarget("cuda", 80, 32)),

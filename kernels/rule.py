@@ -32,16 +32,16 @@ MARK = "mark"
 
 PLACE = "place"
 """A slot's statistic: which of its row's valid tokens it is, or where its key was turned to since
-(`kvpass.kernels.reindex`).
+(`kvpass.kernels.after_call.reindex`).
 """
 
 NUMBER = "number"
 """A slot's statistic: which of its row's valid tokens it is, from 0, where more than the newest ones' order decides
-(`kvpass.kernels.places`).
+(`kvpass.kernels.rank.places`).
 """
 
 RING = "ring"
-"""A slot's statistic: the ring that it is in (`kvpass.kernels.rings`)."""
+"""A slot's statistic: the ring that it is in (`kvpass.kernels.rank.rings`)."""
 
 KEEP, DROP = 1 << 20, 1 << 21
 """Added to the mark of a token that must stay, or that must go when its call is over. Above every span's number; sums

@@ -15,7 +15,7 @@ _HOMES = {
     "KVPassError": "errors",
     "Policy": "policy.spec",
     "Reason": "errors",
-    "Seen": "kernels.scorers.seen",
+    "Seen": "kernels.rank.scorers.seen",
     "backend": "pipeline.compose",
     "compile": "api.compile",
     "explain": "api.explain",
@@ -24,7 +24,7 @@ _HOMES = {
     "marked": "runtime.marks",
     "report": "api.report",
     "rewrite": "api.rewrite",
-    "scorer": "kernels.scorers.registry",
+    "scorer": "kernels.rank.scorers.registry",
 }
 
 __all__ = [
@@ -51,8 +51,8 @@ if TYPE_CHECKING:
     from kvpass.api.report import inspect, report
     from kvpass.api.rewrite import rewrite
     from kvpass.errors import KVPassError, Reason
-    from kvpass.kernels.scorers.registry import scorer
-    from kvpass.kernels.scorers.seen import Seen
+    from kvpass.kernels.rank.scorers.registry import scorer
+    from kvpass.kernels.rank.scorers.seen import Seen
     from kvpass.pipeline.compose import backend
     from kvpass.policy.spec import Policy
     from kvpass.runtime.marks import marked

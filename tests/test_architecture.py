@@ -83,7 +83,7 @@ ARROWS = {
     "mlir": {"rewriting", "exported", "pure"} | WORDS,
 }
 ROOTS = {"compiler", "rewriting"}  # composes all the others
-ENVIRONMENT_READERS = {"kvpass/debug", "kernels/choose.py", "kernels/triton_launch.py"}
+ENVIRONMENT_READERS = {"kvpass/debug", "kernels/choose.py", "kernels/triton_shared/triton_launch.py"}
 
 
 def name_of(file: Path) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 from kvpass.kernels.choose import WIDEST, kernel
-from kvpass.kernels.ragged import is_ragged
+from kvpass.kernels.slots.ragged import is_ragged
 from torch import Tensor
 
 

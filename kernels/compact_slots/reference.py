@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from kvpass.kernels.ragged import starts
 from kvpass.kernels.rule import LIVE
+from kvpass.kernels.slots.ragged import starts
 from torch import Tensor
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvpass.kernels.triton_launch import blocks, launch, power_of_two, rows_last
+from kvpass.kernels.triton_shared.triton_launch import blocks, launch, power_of_two, rows_last
 from torch import Tensor
 
 from .triton_kernel import compact_kernel

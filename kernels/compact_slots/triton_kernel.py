@@ -4,7 +4,7 @@
 
 import triton
 import triton.language as tl
-from kvpass.kernels.triton_common import rows
+from kvpass.kernels.triton_shared.triton_common import rows
 
 
 @triton.jit

@@ -6,9 +6,9 @@ The reference is the meaning; triton runs on CUDA and ROCm.
 from __future__ import annotations
 
 import torch
+from kvpass.kernels.attention.softmax import check_softmax
 from kvpass.kernels.choose import WIDEST, kernel
 from kvpass.kernels.rule import Rule
-from kvpass.kernels.softmax import check_softmax
 from torch import Tensor
 
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from kvpass.kernels.masks import by_kv_head, visible
+from kvpass.kernels.attention.masks import by_kv_head, visible
+from kvpass.kernels.rank.scores import deviations, slot_scores
 from kvpass.kernels.rule import FIRST, FREE, LIVE, SEEN, UNTOUCHABLE, Rule
-from kvpass.kernels.scores import deviations, slot_scores
 from torch import Tensor
 
 INF = float("inf")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from kvpass.kernels.masks import additive, at_positions, by_kv_head, visible
-from kvpass.kernels.ragged import is_ragged, padded, padded_rows, used_slots
+from kvpass.kernels.attention.masks import additive, at_positions, by_kv_head, visible
+from kvpass.kernels.attention.softmax import Softmax
 from kvpass.kernels.rule import FREE, LIVE
-from kvpass.kernels.softmax import Softmax
+from kvpass.kernels.slots.ragged import is_ragged, padded, padded_rows, used_slots
 from torch import Tensor
 
 

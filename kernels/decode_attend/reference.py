@@ -7,13 +7,13 @@ masks that hide no live slot are dropped, and rare cases (ties, padding, hidden 
 from __future__ import annotations
 
 import torch
+from kvpass.kernels.attention.masks import additive, at_positions, by_kv_head, check_shown, shows_padding, visible
+from kvpass.kernels.attention.softmax import Softmax
 from kvpass.kernels.decode_attend.look import look
 from kvpass.kernels.decode_attend.step import Step, read_step
 from kvpass.kernels.decode_attend.victim import settle, used_positions
-from kvpass.kernels.masks import additive, at_positions, by_kv_head, check_shown, shows_padding, visible
-from kvpass.kernels.ragged import put_row, row_of
 from kvpass.kernels.rule import FIRST, SEEN, Rule
-from kvpass.kernels.softmax import Softmax
+from kvpass.kernels.slots.ragged import put_row, row_of
 from torch import Tensor
 
 INF = float("inf")

@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from kvpass.kernels.attention.softmax import Softmax
 from kvpass.kernels.rule import Rule
-from kvpass.kernels.softmax import Softmax
-from kvpass.kernels.triton_launch import (
+from kvpass.kernels.triton_shared.triton_launch import (
     Target,
     blocks,
     check_head_dims,

@@ -8,7 +8,7 @@ FREE, which no program of that launch reads.
 
 import triton
 import triton.language as tl
-from kvpass.kernels.triton_common import LOG2E, arrives, capped, finite, masked, rows, softmax_step
+from kvpass.kernels.triton_shared.triton_common import LOG2E, arrives, capped, finite, masked, rows, softmax_step
 
 
 @triton.jit

@@ -4,7 +4,7 @@
 
 import triton
 import triton.language as tl
-from kvpass.kernels.triton_common import arrives, count_from, kth_key, rising, rows
+from kvpass.kernels.triton_shared.triton_common import arrives, count_from, kth_key, rising, rows
 
 POSITION = tl.constexpr(0)
 SUM_SCORE = tl.constexpr(1)

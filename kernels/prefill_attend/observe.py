@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from kvpass.kernels.attention.softmax import Softmax
 from kvpass.kernels.rule import Rule
-from kvpass.kernels.softmax import Softmax
 from torch import Tensor
 
 if TYPE_CHECKING:

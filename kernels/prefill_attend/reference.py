@@ -12,10 +12,18 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from kvpass.kernels.masks import additive, arrivals, at_positions, by_kv_head, causal_span, simplified, visible
+from kvpass.kernels.attention.masks import (
+    additive,
+    arrivals,
+    at_positions,
+    by_kv_head,
+    causal_span,
+    simplified,
+    visible,
+)
+from kvpass.kernels.attention.softmax import Softmax
 from kvpass.kernels.prefill_attend.observe import NEVER, observe
 from kvpass.kernels.rule import Rule
-from kvpass.kernels.softmax import Softmax
 from torch import Tensor
 
 BLOCK = 256

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from kvpass.kernels.rule import Rule
-from kvpass.kernels.triton_launch import (
+from kvpass.kernels.triton_shared.triton_launch import (
     Target,
     blocks,
     check_head_dims,

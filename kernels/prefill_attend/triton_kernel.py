@@ -4,7 +4,7 @@
 
 import triton
 import triton.language as tl
-from kvpass.kernels.triton_common import LOG2E, capped, finite, masked, rows, softmax_step
+from kvpass.kernels.triton_shared.triton_common import LOG2E, capped, finite, masked, rows, softmax_step
 
 from .triton_survey import covered
 

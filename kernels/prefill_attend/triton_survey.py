@@ -9,7 +9,7 @@ can see. Attention and statistics then loop over spans, without branches.
 
 import triton
 import triton.language as tl
-from kvpass.kernels.triton_common import masked, rows
+from kvpass.kernels.triton_shared.triton_common import masked, rows
 
 TILE = tl.constexpr(64)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvpass.kernels.triton_launch import launch, power_of_two
+from kvpass.kernels.triton_shared.triton_launch import launch, power_of_two
 from torch import Tensor
 
 from .triton_kernel import select_kernel

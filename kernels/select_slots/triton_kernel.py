@@ -4,7 +4,7 @@
 
 import triton
 import triton.language as tl
-from kvpass.kernels.triton_common import kth_key, rising, rows
+from kvpass.kernels.triton_shared.triton_common import kth_key, rising, rows
 
 
 @triton.jit(do_not_specialize=["L", "capacity"])

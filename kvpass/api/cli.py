@@ -157,8 +157,8 @@ def _trial(policy: Policy) -> str:
         PolicyError: it gives no scores.
     """
     from kvpass.kernels.errors import ScorerError
-    from kvpass.kernels.scorers.registry import scorers
-    from kvpass.kernels.scorers.trial import tried
+    from kvpass.kernels.rank.scorers.registry import scorers
+    from kvpass.kernels.rank.scorers.trial import tried
 
     scorer = scorers().get(policy.score)
     if scorer is None or scorer.run.__module__.startswith("kvpass."):
@@ -178,7 +178,7 @@ def _schema(args: argparse.Namespace) -> int:
 
 
 def _scorers(args: argparse.Namespace) -> int:
-    from kvpass.kernels.scorers.registry import scorers
+    from kvpass.kernels.rank.scorers.registry import scorers
     from kvpass.plan.plan.listing import scorer_text
 
     print("\n\n".join(scorer_text(scorer) for scorer in scorers().values()))

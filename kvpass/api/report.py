@@ -11,8 +11,8 @@ import torch
 from kvpass.api.holdings import Holdings, Part, holdings, stores
 from kvpass.api.report_text import report_text
 from kvpass.errors import CacheError
-from kvpass.kernels.ragged import even
 from kvpass.kernels.rule import SEEN
+from kvpass.kernels.slots.ragged import even
 from kvpass.runtime.shell import attached
 from kvpass.runtime.store import SlotStore
 
@@ -205,7 +205,7 @@ def inspect(cache: Any) -> Inspection:
 
 
 def _layer_view(store: SlotStore) -> LayerView:
-    from kvpass.kernels.scores import newest, slot_scores
+    from kvpass.kernels.rank.scores import newest, slot_scores
 
     k, v, pos, stats = _as_host(store, *even(store.state)[:4])
     c = int(store.live().max())

@@ -6,8 +6,8 @@ import re
 import textwrap
 from dataclasses import dataclass, replace
 
+from kvpass.kernels.rank.scorers.registry import Scorer
 from kvpass.kernels.rule import ASIDE, MARK, Rule
-from kvpass.kernels.scorers.registry import Scorer
 from kvpass.plan.plan.rule import rule_of
 from kvpass.policy.layers import variants
 from kvpass.policy.load import load, names

@@ -10,8 +10,8 @@ from fractions import Fraction
 from math import isfinite
 
 from kvpass.errors import PolicyError
+from kvpass.kernels.rank.scorers.registry import Scorer, scorers
 from kvpass.kernels.rule import SCORES, STATISTICS, Rule
-from kvpass.kernels.scorers.registry import Scorer, scorers
 from kvpass.policy.limits import MOST, check_options, no_number, oversized
 from kvpass.policy.spec import Policy
 

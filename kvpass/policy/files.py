@@ -8,9 +8,9 @@ from urllib.parse import unquote
 
 from kvpass.errors import PolicyError
 from kvpass.kernels.errors import TableError
+from kvpass.kernels.rank.scorers.registry import decode_options, find_scorer
+from kvpass.kernels.rank.tables import HEADS, check_table
 from kvpass.kernels.rule import Rule
-from kvpass.kernels.scorers.registry import decode_options, find_scorer
-from kvpass.kernels.tables import HEADS, check_table
 from kvpass.policy.spec import Policy
 
 Wanted = tuple[str, str, Mapping[str, str], str]
@@ -37,7 +37,7 @@ def check_files(p: Policy) -> None:
 
 
 def _wanted(p: Policy) -> Iterator[Wanted]:
-    from kvpass.kernels.scorers.registry import scorers
+    from kvpass.kernels.rank.scorers.registry import scorers
 
     chosen = scorers().get(p.score)
     if chosen is not None and "file" in chosen.options:

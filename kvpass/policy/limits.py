@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from kvpass.errors import PolicyError
-from kvpass.kernels.scorers.registry import Scorer
+from kvpass.kernels.rank.scorers.registry import Scorer
 from kvpass.policy.spec import Policy
 
 MOST = 2**31 - 1

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, fx
 
 from kvpass.errors import VerificationError
-from kvpass.kernels.masks import arrivals, visible
-from kvpass.kernels.ragged import even
+from kvpass.kernels.attention.masks import arrivals, visible
 from kvpass.kernels.rule import FREE, LIVE, Rule
+from kvpass.kernels.slots.ragged import even
 from kvpass.plan.plan import Plan, SitePlan
 from kvpass.proof.isolate import Isolated
 from kvpass.runtime.shell import find

@@ -205,7 +205,7 @@ class Bound:
         sharing = [store for b, store in pairs if b.rule.spread and b.phase is not Phase.DECODE]
         if not sharing:
             return
-        from kvpass.kernels.layers import shared_out
+        from kvpass.kernels.after_call.layers import shared_out
 
         tokens = sharing[0].tokens + self.bindings[0].sizes["S"](args)
         spare = spare_slots(sharing[0].rule.kept(tokens))

@@ -10,8 +10,8 @@ from weakref import WeakValueDictionary
 import torch
 
 from kvpass.errors import CacheError
-from kvpass.kernels.ragged import evened, is_ragged, lengthened, with_spare
 from kvpass.kernels.rule import LIVE, SEEN, Rule
+from kvpass.kernels.slots.ragged import evened, is_ragged, lengthened, with_spare
 from kvpass.runtime.identity import Identity
 from kvpass.terms import Layout
 
@@ -44,7 +44,7 @@ class SlotStore:
     Attributes:
         state: k `[B, Hkv, C, D]`, v `[B, Hkv, C, Dv]`, pos `[B, Hkv, C]` int32, stats `[N, B, Hkv, C]` float32,
             cursor `[B, Hkv, 4 or 6]` int32. Heads with budgets of their own lie one behind the other in the same
-            memory (`kvpass.kernels.ragged`).
+            memory (`kvpass.kernels.slots.ragged`).
         tokens: logical length, padding included; what the host believes its cache holds.
         host: heads and entries of keys and of values in the host's cache, where the slots hold them otherwise: both as
             the key (latent attention), or all heads side by side (mixed heads).
@@ -171,7 +171,7 @@ class SlotStore:
 
     def evict_late(self) -> None:
         """Drop what steps, the last of which is not counted yet, left above the budget (`rule.every`)."""
-        from kvpass.kernels.late import thinned
+        from kvpass.kernels.after_call.late import thinned
 
         with torch.inference_mode(False), torch.no_grad():
             self.state = thinned(self.state, self.rule)

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from kvpass.kernels.after_call.reindex import FARTHEST, checked, new_places, reindex, step_at, step_between, turns_of
 from kvpass.kernels.errors import RotationError
-from kvpass.kernels.reindex import FARTHEST, checked, new_places, reindex, step_at, step_between, turns_of
 from kvpass.runtime.store import SlotStore
 
 

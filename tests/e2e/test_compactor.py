@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kvpass.kernels.scorers.chance import gaussian
+from kvpass.kernels.rank.scorers.chance import gaussian
 from models import tiny
 from oracle.rope import DIM, hidden_states, projected, turn
 from spelling import with_cache

@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from kvpass.kernels.allocate import head_counts
 from kvpass.kernels.prefill_attend import prefill_attend
+from kvpass.kernels.rank.allocate import head_counts
+from kvpass.kernels.rank.scorers.lag import lag
+from kvpass.kernels.rank.scorers.seen import Seen
+from kvpass.kernels.rank.scorers.window import cake, defensive, finch, window_mean
+from kvpass.kernels.rank.scores import score_slots, slot_scores
+from kvpass.kernels.rank.smooth import pooled, smoothed
+from kvpass.kernels.rank.weights import value_weights
 from kvpass.kernels.rule import FIRST, LIVE, Rule
-from kvpass.kernels.scorers.lag import lag
-from kvpass.kernels.scorers.seen import Seen
-from kvpass.kernels.scorers.window import cake, defensive, finch, window_mean
-from kvpass.kernels.scores import score_slots, slot_scores
 from kvpass.kernels.select_slots import select_slots
-from kvpass.kernels.smooth import pooled, smoothed
-from kvpass.kernels.weights import value_weights
 
 
 def close(ours: torch.Tensor, expected: list[float], digits: float = 1e-4) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from kvpass.kernels.layers import shared_out
-from kvpass.kernels.reindex import reindex
+from kvpass.kernels.after_call.layers import shared_out
+from kvpass.kernels.after_call.reindex import reindex
 from kvpass.plan.plan.rule import rule_of
 from models import tiny
 from oracle.ops import DIM, Site

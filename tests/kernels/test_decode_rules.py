@@ -6,11 +6,11 @@ import pytest
 import torch
 from kvpass.kernels.compact_slots import compact_slots
 from kvpass.kernels.decode_attend import decode_attend
-from kvpass.kernels.join_slots import join_slots
 from kvpass.kernels.prefill_attend import prefill_attend
+from kvpass.kernels.rank.scores import score_slots
 from kvpass.kernels.rule import FREE, LIVE, SEEN, Rule
-from kvpass.kernels.scores import score_slots
 from kvpass.kernels.select_slots import select_slots
+from kvpass.kernels.slots.join_slots import join_slots
 from kvpass.kernels.testing import assert_close, bits, empty_state, qkv
 
 BUDGET = {"num": 1, "den": 2, "floor": 4}

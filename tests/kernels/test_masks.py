@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from kvpass.kernels.errors import MaskError
-from kvpass.kernels.masks import (
+from kvpass.kernels.attention.masks import (
     arrivals,
     at_positions,
     by_kv_head,
@@ -13,6 +12,7 @@ from kvpass.kernels.masks import (
     visible,
     written,
 )
+from kvpass.kernels.errors import MaskError
 from kvpass.kernels.testing import causal_mask
 
 

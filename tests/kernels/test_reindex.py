@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kvpass.kernels.after_call.reindex import checked, new_places, reindex, step_at, step_between, turns_of
 from kvpass.kernels.errors import RotationError
-from kvpass.kernels.reindex import checked, new_places, reindex, step_at, step_between, turns_of
 from kvpass.kernels.rule import Rule
 
 RULE = Rule(stats=("place",), reindex=True, slots=4)

@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from kvpass.kernels.after_call.layers import shared_out
+from kvpass.kernels.attention.window_rows import window_rows
 from kvpass.kernels.compact_slots import compact_slots
 from kvpass.kernels.decode_attend import decode_attend
-from kvpass.kernels.held import arrivals
-from kvpass.kernels.join_slots import join_slots
-from kvpass.kernels.layers import shared_out
 from kvpass.kernels.prefill_attend import prefill_attend
-from kvpass.kernels.ragged import even, evened, with_spare
-from kvpass.kernels.scorers.registry import find_scorer, scorers
-from kvpass.kernels.scores import score_slots
+from kvpass.kernels.rank.held import arrivals
+from kvpass.kernels.rank.scorers.registry import find_scorer, scorers
+from kvpass.kernels.rank.scores import score_slots
 from kvpass.kernels.select_slots import select_slots
-from kvpass.kernels.window_rows import window_rows
+from kvpass.kernels.slots.join_slots import join_slots
+from kvpass.kernels.slots.ragged import even, evened, with_spare
 from kvpass.plan.plan.rule import rule_of
 
 from kvpass.policy.load import load, names

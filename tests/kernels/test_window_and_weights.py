@@ -6,15 +6,15 @@ import math
 
 import pytest
 import torch
-from kvpass.kernels.allocate import head_counts, ragged_columns, table_counts
+from kvpass.kernels.attention.window_rows import window_rows
+from kvpass.kernels.rank.allocate import head_counts, ragged_columns, table_counts
+from kvpass.kernels.rank.scorers.chance import gumbel_rows
+from kvpass.kernels.rank.scorers.seen import Seen
+from kvpass.kernels.rank.scorers.window import keyformer
+from kvpass.kernels.rank.smooth import by_granule, fair_shares
+from kvpass.kernels.rank.weights import value_weights
 from kvpass.kernels.rule import UNTOUCHABLE, Rule
-from kvpass.kernels.scorers.chance import gumbel_rows
-from kvpass.kernels.scorers.seen import Seen
-from kvpass.kernels.scorers.window import keyformer
-from kvpass.kernels.smooth import by_granule, fair_shares
 from kvpass.kernels.testing import assert_close, causal_mask, qkv
-from kvpass.kernels.weights import value_weights
-from kvpass.kernels.window_rows import window_rows
 
 INF = float("inf")
 

@@ -24,11 +24,11 @@ from kvpass.kernels.compact_slots.reference import compact_slots_reference
 from kvpass.kernels.decode_attend.reference import decode_attend_reference
 from kvpass.kernels.decode_attend.triton import _splits
 from kvpass.kernels.prefill_attend.reference import prefill_attend_reference
+from kvpass.kernels.rank.scores import score_slots
 from kvpass.kernels.rule import FREE, LIVE, SEEN, Rule
-from kvpass.kernels.scores import score_slots
 from kvpass.kernels.select_slots.reference import select_slots_reference
 from kvpass.kernels.testing import State, assert_close, bits, empty_state, qkv, random_state
-from kvpass.kernels.triton_launch import Target
+from kvpass.kernels.triton_shared.triton_launch import Target
 from naive_attention import naive_decode
 from torch import Tensor
 

@@ -18,10 +18,10 @@ from interpreted import (
     select_slots_triton,
 )
 from kvpass.kernels.compact_slots.reference import compact_slots_reference
-from kvpass.kernels.join_slots import join_slots
 from kvpass.kernels.prefill_attend.reference import prefill_attend_reference
 from kvpass.kernels.rule import LIVE
 from kvpass.kernels.select_slots.reference import select_slots_reference
+from kvpass.kernels.slots.join_slots import join_slots
 from kvpass.kernels.testing import assert_close, bits, qkv, random_state
 from naive_attention import naive_prefill, naive_select
 from torch import Tensor

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from kvpass.kernels.scorers.registry import scorers
-from kvpass.kernels.scorers.seen import READS
+from kvpass.kernels.rank.scorers.registry import scorers
+from kvpass.kernels.rank.scorers.seen import READS
 from kvpass.plan.plan.listing import catalogue, example_rule
 
 from kvpass.api.cli import main

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from kvpass.kernels.scorers.registry import _TABLE
+from kvpass.kernels.rank.scorers.registry import _TABLE
 from models import plain
 
 import kvpass

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from kvpass.kernels.scorers import registry
+from kvpass.kernels.rank.scorers import registry
 from spelling import with_cache
 from transformers import DynamicCache
 

@@ -80,7 +80,7 @@ def directions(keys: Array) -> Array:
 
 
 def uniform(sight: Sight, seed: int = 0, salt: int = 0, head: int | None = None, more: int = 0) -> Array:
-    """The numbers of kvpass.kernels.scorers.chance for all candidates, in Python's integers."""
+    """The numbers of kvpass.kernels.rank.scorers.chance for all candidates, in Python's integers."""
     numbers, head = [], sight.head if head is None else head
     for position in sight.candidates:
         x = int(position) - int(sight.row.first)

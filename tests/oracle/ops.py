@@ -6,18 +6,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from kvpass.kernels.after_call.layers import shared_out
+from kvpass.kernels.after_call.reindex import reindex
+from kvpass.kernels.attention.window_rows import window_rows
 from kvpass.kernels.compact_slots import compact_slots
 from kvpass.kernels.decode_attend import decode_attend
-from kvpass.kernels.held import arrivals
-from kvpass.kernels.join_slots import join_slots
-from kvpass.kernels.layers import shared_out
 from kvpass.kernels.prefill_attend import prefill_attend
-from kvpass.kernels.ragged import even, evened, with_spare
-from kvpass.kernels.reindex import reindex
+from kvpass.kernels.rank.held import arrivals
+from kvpass.kernels.rank.scores import score_slots
 from kvpass.kernels.rule import Rule
-from kvpass.kernels.scores import score_slots
 from kvpass.kernels.select_slots import select_slots
-from kvpass.kernels.window_rows import window_rows
+from kvpass.kernels.slots.join_slots import join_slots
+from kvpass.kernels.slots.ragged import even, evened, with_spare
 from kvpass.plan.plan.rule import rule_of
 from oracle.base import Policy
 from oracle.simulator import Simulator

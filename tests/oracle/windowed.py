@@ -195,7 +195,7 @@ class Keyformer(Held):
 
 
 def gumbel(sight: Sight, head: int, query: int) -> Array:
-    """The numbers of kvpass.kernels.scorers.chance for a query head and the query-th last query."""
+    """The numbers of kvpass.kernels.rank.scorers.chance for a query head and the query-th last query."""
     more = 0x9E3779B1 * (head + 1) + 0x27D4EB2F * query
     return -np.log(-np.log(uniform(sight, salt=13, head=0, more=more)))
 

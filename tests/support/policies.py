@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 import smollm2
 import torch
-from kvpass.kernels.scorers.registry import find_scorer, scorers
+from kvpass.kernels.rank.scorers.registry import find_scorer, scorers
 from kvpass.plan.plan.rule import rule_of
 from rich.progress import track
 from spelling import cache_of

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from kvpass.kernels.scorers.registry import scorer
-from kvpass.kernels.scorers.seen import Seen
+from kvpass.kernels.rank.scorers.registry import scorer
+from kvpass.kernels.rank.scorers.seen import Seen
 from torch import Tensor
 
 _MIX = ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1))

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from kvpass.kernels.allocate import budgets, ranks
-from kvpass.kernels.places import ordered_by, restored
+from kvpass.kernels.rank.allocate import budgets, ranks
+from kvpass.kernels.rank.places import ordered_by, restored
+from kvpass.kernels.rank.scorers.chance import gumbel
+from kvpass.kernels.rank.scorers.registry import find_scorer
+from kvpass.kernels.rank.scorers.seen import Seen
+from kvpass.kernels.rank.smooth import by_granule, fair_shares, pooled
+from kvpass.kernels.rank.weights import value_weights
 from kvpass.kernels.rule import HELD, KEEP, MARK, NUMBER, PLACE, SEEN, WEIGHT, Rule
-from kvpass.kernels.scorers.chance import gumbel
-from kvpass.kernels.scorers.registry import find_scorer
-from kvpass.kernels.scorers.seen import Seen
-from kvpass.kernels.smooth import by_granule, fair_shares, pooled
-from kvpass.kernels.weights import value_weights
 from torch import Tensor
 
 LATER = 0x7E000000

@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from kvpass.kernels.allocate import ranks
 from kvpass.kernels.errors import RotationError
-from kvpass.kernels.ragged import places, used_slots
+from kvpass.kernels.rank.allocate import ranks
 from kvpass.kernels.rule import PLACE, SEEN, Rule
+from kvpass.kernels.slots.ragged import places, used_slots
 from torch import Tensor
 
 LOOSE = 0.02

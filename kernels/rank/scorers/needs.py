@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from kvpass.kernels.allocate import ranks
-from kvpass.kernels.scorers.registry import scorer
-from kvpass.kernels.scorers.seen import Seen
-from kvpass.kernels.scorers.window import window_mean
+from kvpass.kernels.rank.allocate import ranks
+from kvpass.kernels.rank.scorers.registry import scorer
+from kvpass.kernels.rank.scorers.seen import Seen
+from kvpass.kernels.rank.scorers.window import window_mean
 from torch import Tensor
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from kvpass.kernels.allocate import ranks
-from kvpass.kernels.places import ordered_by, restored
+from kvpass.kernels.rank.allocate import ranks
+from kvpass.kernels.rank.places import ordered_by, restored
 from kvpass.kernels.rule import Rule
 from torch import Tensor
 
@@ -14,7 +14,7 @@ def pooled(
     value: Tensor, where: Tensor, candidate: Tensor, end: Tensor, rule: Rule, order: Tensor | None = None
 ) -> Tensor:
     """value [B, Hkv, L] smoothed over neighbours; keys outside the pool keep what they have (SnapKV). where, end:
-    places (`kvpass.kernels.places`); order [B, 1, L]: in which keys are neighbours, if not in theirs.
+    places (`kvpass.kernels.rank.places`); order [B, 1, L]: in which keys are neighbours, if not in theirs.
     """
     inside = candidate & (where < end - max(rule.queries, 0))
     lent = torch.where(inside, value, 0.0 if rule.pool == "avg" else -torch.inf)

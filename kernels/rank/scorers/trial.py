@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from kvpass.kernels.errors import DataError, ScorerError
-from kvpass.kernels.scorers.registry import Scorer, encode_options
-from kvpass.kernels.scorers.seen import Seen
+from kvpass.kernels.rank.scorers.registry import Scorer, encode_options
+from kvpass.kernels.rank.scorers.seen import Seen
 
 _DIMS = (64, 128, 16)
 """Head dims that are tried: a scorer with weights of its own fits one of them at most."""

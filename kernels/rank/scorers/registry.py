@@ -14,8 +14,8 @@ from urllib.parse import quote, unquote
 
 import torch
 from kvpass.kernels.errors import DataError, ScorerError
+from kvpass.kernels.rank.scorers.seen import READS, Seen
 from kvpass.kernels.rule import SCORES
-from kvpass.kernels.scorers.seen import READS, Seen
 from torch import Tensor
 
 BUILT_IN = ("geometry", "expected", "lag", "learned", "window", "redundancy", "chance", "needs", "leverage")
@@ -24,7 +24,7 @@ BUILT_IN = ("geometry", "expected", "lag", "learned", "window", "redundancy", "c
 _TABLE: dict[str, Scorer] = {}
 
 LARGEST = 1e37
-"""Scores are smaller than this: what stays for other reasons is ranked above (`kvpass.kernels.held`)."""
+"""Scores are smaller than this: what stays for other reasons is ranked above (`kvpass.kernels.rank.held`)."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def scorer(
 def scorers() -> dict[str, Scorer]:
     """All scorers by name."""
     for module in BUILT_IN:
-        import_module(f"kvpass.kernels.scorers.{module}")
+        import_module(f"kvpass.kernels.rank.scorers.{module}")
     return dict(sorted(_TABLE.items()))
 
 

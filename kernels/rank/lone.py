@@ -6,10 +6,10 @@ Alone they would not have been called, or for one step: the others' tokens must 
 from __future__ import annotations
 
 import torch
-from kvpass.kernels.allocate import budgets
-from kvpass.kernels.held import later
+from kvpass.kernels.rank.allocate import budgets
+from kvpass.kernels.rank.held import later
+from kvpass.kernels.rank.scorers.registry import find_scorer
 from kvpass.kernels.rule import EXTRA, FREE, HELD, LIVE, NUMBER, PLACE, RING, SEEN, SHIFT, Rule
-from kvpass.kernels.scorers.registry import find_scorer
 from torch import Tensor
 
 

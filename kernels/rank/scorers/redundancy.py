@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from kvpass.kernels.scorers.registry import scorer
-from kvpass.kernels.scorers.seen import Seen
-from kvpass.kernels.smooth import smoothed
+from kvpass.kernels.rank.scorers.registry import scorer
+from kvpass.kernels.rank.scorers.seen import Seen
+from kvpass.kernels.rank.smooth import smoothed
 from torch import Tensor
 
 

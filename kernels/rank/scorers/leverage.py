@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from kvpass.kernels.scorers.chance import gaussian
-from kvpass.kernels.scorers.registry import scorer
-from kvpass.kernels.scorers.seen import Seen
-from kvpass.kernels.smooth import smoothed
+from kvpass.kernels.rank.scorers.chance import gaussian
+from kvpass.kernels.rank.scorers.registry import scorer
+from kvpass.kernels.rank.scorers.seen import Seen
+from kvpass.kernels.rank.smooth import smoothed
 from torch import Tensor
 
 

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from kvpass.kernels.masks import threshold
+from kvpass.kernels.attention.masks import threshold
 from torch import Tensor
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from kvpass.kernels.scorers.registry import scorer
-from kvpass.kernels.scorers.seen import Seen
-from kvpass.kernels.tables import layer_of
+from kvpass.kernels.rank.scorers.registry import scorer
+from kvpass.kernels.rank.scorers.seen import Seen
+from kvpass.kernels.rank.tables import layer_of
 from torch import Tensor
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from kvpass.kernels.masks import additive, at_positions, by_kv_head, visible
+from kvpass.kernels.attention.masks import additive, at_positions, by_kv_head, visible
+from kvpass.kernels.attention.softmax import Softmax
 from kvpass.kernels.rule import Rule
-from kvpass.kernels.softmax import Softmax
 from torch import Tensor
 
 INF = float("inf")

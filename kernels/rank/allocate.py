@@ -6,8 +6,8 @@ from urllib.parse import unquote
 
 import torch
 from kvpass.kernels.errors import TableError
+from kvpass.kernels.rank.tables import layer_of
 from kvpass.kernels.rule import EXTRA, UNTOUCHABLE, Rule
-from kvpass.kernels.tables import layer_of
 from torch import Tensor
 
 INF = float("inf")
@@ -77,7 +77,7 @@ def ragged_columns(counts: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
 
 def with_preference(cursor: Tensor, preference: Tensor) -> Tensor:
     """The cursor of a layer that keeps all candidates, with its preference [B] as the bits of EXTRA, where
-    `kvpass.kernels.layers.shared_out` reads it.
+    `kvpass.kernels.after_call.layers.shared_out` reads it.
     """
     cursor = cursor.clone()
     cursor[..., EXTRA] = preference.float().view(torch.int32)[:, None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from kvpass.kernels.ragged import is_ragged, padded, padded_rows
+from kvpass.kernels.slots.ragged import is_ragged, padded, padded_rows
 from torch import Tensor
 
 
@@ -15,7 +15,7 @@ def join_slots(
     k [B, Hkv, C, D], v [B, Hkv, C, Dv], pos int32 [B, Hkv, C], stats float32 [N, B, Hkv, C], cursor int32
     [B, Hkv, 4]; k_new [B, Hkv, S, D], v_new [B, Hkv, S, Dv] at positions position .. position + S - 1.
 
-    Of a ragged state (`kvpass.kernels.ragged`) a head may hold up to `position` keys: C is `position` then.
+    Of a ragged state (`kvpass.kernels.slots.ragged`) a head may hold up to `position` keys: C is `position` then.
 
     Returns (k [B, Hkv, C+S, D], v, pos, stats): past slots by position, empties first (k, v, stats 0, pos -1), then
     the new tokens with zero statistics. Raises ValueError on shapes that do not fit.

@@ -7,13 +7,16 @@ inspection. Selects nothing.
 from __future__ import annotations
 
 import torch
-from kvpass.kernels.allocate import budgets, head_counts, ragged_columns, table_counts, with_preference
+from kvpass.kernels.attention.masks import check_shown
 from kvpass.kernels.errors import MarkError
-from kvpass.kernels.held import UNSCORED, Read, held_scores
-from kvpass.kernels.lone import as_in_steps, lone, stepped
-from kvpass.kernels.masks import check_shown
-from kvpass.kernels.places import key_places, new_places, protected_places, side_by_side, slot_places
-from kvpass.kernels.rings import ringed
+from kvpass.kernels.rank.allocate import budgets, head_counts, ragged_columns, table_counts, with_preference
+from kvpass.kernels.rank.held import UNSCORED, Read, held_scores
+from kvpass.kernels.rank.lone import as_in_steps, lone, stepped
+from kvpass.kernels.rank.places import key_places, new_places, protected_places, side_by_side, slot_places
+from kvpass.kernels.rank.rings import ringed
+from kvpass.kernels.rank.scorers.registry import find_scorer
+from kvpass.kernels.rank.smooth import pooled
+from kvpass.kernels.rank.weights import value_weights
 from kvpass.kernels.rule import (
     DROP,
     EXTRA,
@@ -32,9 +35,6 @@ from kvpass.kernels.rule import (
     WEIGHT,
     Rule,
 )
-from kvpass.kernels.scorers.registry import find_scorer
-from kvpass.kernels.smooth import pooled
-from kvpass.kernels.weights import value_weights
 from torch import Tensor
 
 INF = float("inf")
@@ -333,7 +333,7 @@ def ranked(
     rule: Rule,
     extra: Tensor | int = 0,
 ) -> Tensor:
-    """Scores with scope and protection: float32 [B, Hkv, L]. where: places of the keys (`kvpass.kernels.places`); end:
+    """Scores with scope and protection: float32 [B, Hkv, L]. where: places of the keys (rank/places.py); end:
     one past the last candidate's; extra: what heads may hold above the even budget, [B, Hkv].
     """
     score = slot_scores(stats, where, rule, end - 1)

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from kvpass.kernels.allocate import budgets, head_counts, preference_of
 from kvpass.kernels.compact_slots import compact_slots
-from kvpass.kernels.ragged import empty_like, laid_out
+from kvpass.kernels.rank.allocate import budgets, head_counts, preference_of
+from kvpass.kernels.rank.scores import INF, state_scores
 from kvpass.kernels.rule import EXTRA, FREE, LIVE, SEEN, Rule
-from kvpass.kernels.scores import INF, state_scores
 from kvpass.kernels.select_slots import select_slots
+from kvpass.kernels.slots.ragged import empty_like, laid_out
 from torch import Tensor
 
 State = list[Tensor]

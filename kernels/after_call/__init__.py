@@ -1,0 +1,1 @@
+"""What happens to slots when a call is over, outside its graph."""

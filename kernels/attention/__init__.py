@@ -1,0 +1,1 @@
+"""What the attention ops share: reading masks, softmax, the rows of the observation window."""
