@@ -23,10 +23,10 @@ LIMIT = 60 * 60
 """Seconds for the tests of a row. On two idle cores they take some 3 minutes."""
 
 TESTS = [
-    "tests/kvpass/test_mask_meaning.py",
-    "tests/kvpass/test_store.py",
-    "tests/kvpass/test_shell.py",
-    "tests/kvpass/test_module_names.py",
+    "tests/graph/test_mask_meaning.py",
+    "tests/runtime/test_store.py",
+    "tests/runtime/test_shell.py",
+    "tests/graph/test_module_names.py",
     "tests/e2e/test_identity.py",
     "tests/e2e/test_static_cache.py",
     "tests/e2e/test_refusals.py",
