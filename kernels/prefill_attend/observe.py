@@ -7,15 +7,13 @@ With a soft cap the log-sum-exp is subtracted after the tanh.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from kvpass.kernels.attention.softmax import Softmax
 from kvpass.kernels.rule import Rule
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from kvpass.kernels.prefill_attend.reference import Piece
 
 ROWS, KEYS = 384, 1024
 """Rows (queries times group) and keys of a tile: 1.5 MiB of float32, within a core's L2. Measured with D = 64."""
@@ -25,6 +23,17 @@ _SHARED = {"important", "last"}
 
 NEVER = 1e30
 """A log-sum-exp that makes every probability 0; finite, because a matmul may multiply it by zero."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Query rows rows[0]:rows[1] and key columns cols[0]:cols[1] of batch rows batch."""
+
+    batch: slice
+    rows: tuple[int, int]
+    cols: tuple[int, int]
+    kind: str
+    """causal: row i sees columns up to i (rows and cols are the same span). full: everything. bias: see the mask."""
 
 
 class _Head(NamedTuple):

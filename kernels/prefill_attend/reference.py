@@ -8,8 +8,6 @@ kernel: then blocks of rows are attended to plainly.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from kvpass.kernels.attention.masks import (
@@ -22,7 +20,7 @@ from kvpass.kernels.attention.masks import (
     visible,
 )
 from kvpass.kernels.attention.softmax import Softmax
-from kvpass.kernels.prefill_attend.observe import NEVER, observe
+from kvpass.kernels.prefill_attend.observe import NEVER, Piece, observe
 from kvpass.kernels.rule import Rule
 from torch import Tensor
 
@@ -32,17 +30,6 @@ BLOCK = 256
 INF = float("inf")
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Query rows rows[0]:rows[1] and key columns cols[0]:cols[1] of batch rows batch."""
-
-    batch: slice
-    rows: tuple[int, int]
-    cols: tuple[int, int]
-    kind: str
-    """causal: row i sees columns up to i (rows and cols are the same span). full: everything. bias: see the mask."""
 
 
 def prefill_attend_reference(

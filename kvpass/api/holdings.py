@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from kvpass.runtime.identity import Origin
 from kvpass.runtime.left import FEWEST_AXES, left_by
 from kvpass.runtime.shell import attached, find
-from kvpass.runtime.store import Origin, SlotStore
+from kvpass.runtime.store import SlotStore
 
 DEEPEST = 8
 """Steps from a cache to its tensors: attributes, entries."""

@@ -52,6 +52,10 @@ class Compilation:
         """A copy of the model, compiled likewise."""
         return Compilation(model, replace(self.backend, graphs=type(self.backend.graphs)())).root
 
+    def reduced(self, real: torch.nn.Module) -> tuple[Any, ...]:
+        """How pickle makes the facade of a module again: a compilation of its own."""
+        return _restored, (real, self.backend)
+
     def run(self, module: torch.nn.Module, function: tuple[Any, ...], args: Any, kwargs: Any) -> Any:
         """Call a module compiled, and check what became of the caches.
 
@@ -111,6 +115,10 @@ class Compilation:
         warnings.warn(
             f"kvpass rewrites nothing in this {type(self.model).__name__}: {why}", NothingRewritten, stacklevel=8
         )
+
+
+def _restored(real: torch.nn.Module, backend: Any) -> Any:
+    return Compilation(real, backend).root
 
 
 def _refuse_objects(args: Any, kwargs: Any, alien: list[tuple[int, str]]) -> None:

@@ -11,14 +11,11 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 
 from kvpass.errors import KVPassError
-
-if TYPE_CHECKING:
-    from kvpass.model.compilation import Compilation
 
 _get = object.__getattribute__
 _set = object.__setattr__
@@ -96,8 +93,7 @@ class Facade:
         return _get(self, "_kvpass_compilation").again(copy.deepcopy(_get(self, "_kvpass_real"), memo))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        compilation = _get(self, "_kvpass_compilation")
-        return _restored, (_get(self, "_kvpass_real"), compilation.backend)
+        return _get(self, "_kvpass_compilation").reduced(_get(self, "_kvpass_real"))
 
 
 class _Children(dict[str, Any]):
@@ -128,7 +124,7 @@ class _Children(dict[str, Any]):
         super().clear()
 
 
-def facade_of(real: torch.nn.Module, compilation: Compilation) -> Any:
+def facade_of(real: torch.nn.Module, compilation: Any) -> Any:
     """An object of the module's class around the module's own attributes."""
     cls: Any = type(real)
     result: Any = object.__new__(_facade_class(cls))
@@ -202,9 +198,3 @@ def _checked(facade: Any, generate: Callable[..., Any]) -> Callable[..., Any]:
         return generate(*args, **kwargs)
 
     return call
-
-
-def _restored(real: torch.nn.Module, backend: Any) -> Any:
-    from kvpass.model.compilation import Compilation
-
-    return Compilation(real, backend).root

@@ -24,7 +24,7 @@ from kvpass.runtime.active import current
 from kvpass.sites.table import SiteTable
 
 if TYPE_CHECKING:
-    from kvpass.runtime.store import Origin
+    from kvpass.runtime.identity import Origin
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ class Backend:
 
     def _origin(self, table: SiteTable) -> Origin:
         """What the caches of a graph remember of who made them."""
-        from kvpass.runtime.store import Origin
+        from kvpass.runtime.identity import Origin
 
         declined = tuple(d.to_dict() for d in table.declined)
         return Origin(self.policy.name, self.policy.budget, declined, self.policy.fingerprint)

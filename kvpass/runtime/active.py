@@ -1,24 +1,52 @@
-"""Which call of a compiled model is under way in this thread. Imports nothing, so that whoever asks costs nothing."""
+"""Which call of a compiled model is under way in this thread, and what its graphs say of themselves."""
 
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
+import weakref
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvpass.runtime.watch import Call
+    import torch
+
+    from kvpass.runtime.store import SlotStore
+
+
+@dataclass
+class Ledger:
+    """One outermost call, as far as the graphs that run in it write to it.
+
+    Attributes:
+        owner: whose call it is; `whole`: of the model itself, and not of a module in it.
+        before: attributes of the model when the first graph of this call was compiled; None if none was.
+        graphs: compiled graphs that ran in it.
+        opened: stores that they continued or began.
+        made: the tensors that stand for stores after it.
+        dense: caches that are left as they are by choice, which its graphs returned.
+        hosted: shells that only the model itself held after earlier calls.
+    """
+
+    owner: Any
+    whole: bool
+    hosted: list[weakref.ref[torch.Tensor]]
+    before: Any = None
+    graphs: int = 0
+    opened: list[SlotStore] = field(default_factory=list)
+    made: list[torch.Tensor] = field(default_factory=list)
+    dense: list[torch.Tensor] = field(default_factory=list)
 
 
 class Active(threading.local):
     """Calls under way, the innermost last."""
 
     def __init__(self) -> None:
-        self.calls: list[Call] = []
+        self.calls: list[Ledger] = []
 
 
 ACTIVE = Active()
 
 
-def current() -> Call | None:
+def current() -> Ledger | None:
     """The call of a compiled model that is under way in this thread."""
     return ACTIVE.calls[-1] if ACTIVE.calls else None

@@ -13,10 +13,10 @@ from kvpass.errors import CacheError, PolicyError, StaleCacheError
 from kvpass.kernels.errors import DataError, ScorerError, TableError
 from kvpass.kernels.rule import Rule
 from kvpass.runtime.active import current
-from kvpass.runtime.identity import Weights, require_same
+from kvpass.runtime.identity import Origin, Weights, require_same
 from kvpass.runtime.marks import check_read, marks_of
 from kvpass.runtime.shell import attach, make, of_buffer, refuse, unwrap
-from kvpass.runtime.store import Origin, SlotStore, spare_slots
+from kvpass.runtime.store import SlotStore, spare_slots
 from kvpass.runtime.turning import Angles, turn_keys
 from kvpass.terms import Layout, Phase
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import ref
 
 import torch
 
 from kvpass.errors import StaleCacheError
-
-if TYPE_CHECKING:
-    from kvpass.runtime.store import Origin
 
 SAMPLE = 32
 """Entries of a parameter that its digest looks at, evenly spread."""
@@ -20,6 +18,25 @@ MOST_LAYERS = 512
 """Layers that are remembered to share one graph."""
 
 _UNKNOWN = count()
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a store comes from: shared by all sites of a graph, and by all copies of a store.
+
+    Attributes:
+        fingerprint: of the policy with its budget.
+        model: whose keys and values they are; None where no parameters reach the graph.
+    """
+
+    policy: str
+    budget: int | float | None
+    declined: tuple[dict[str, str], ...] = ()
+    fingerprint: str = ""
+    model: Identity | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Origin:
+        return self
 
 
 class Identity:

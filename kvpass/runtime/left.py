@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from kvpass.runtime.store import Origin, version
+from kvpass.runtime.identity import Origin
+from kvpass.runtime.store import version
 
 _LEFT = "_kvpass_left"
 FEWEST_AXES = 3

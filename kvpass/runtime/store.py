@@ -12,29 +12,10 @@ import torch
 from kvpass.errors import CacheError
 from kvpass.kernels.rule import LIVE, SEEN, Rule
 from kvpass.kernels.slots.ragged import evened, is_ragged, lengthened, with_spare
-from kvpass.runtime.identity import Identity
+from kvpass.runtime.identity import Origin
 from kvpass.terms import Layout
 
 _BY_STORAGE: WeakValueDictionary[int, SlotStore] = WeakValueDictionary()
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a store comes from: shared by all sites of a graph, and by all copies of a store.
-
-    Attributes:
-        fingerprint: of the policy with its budget.
-        model: whose keys and values they are; None where no parameters reach the graph.
-    """
-
-    policy: str
-    budget: int | float | None
-    declined: tuple[dict[str, str], ...] = ()
-    fingerprint: str = ""
-    model: Identity | None = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Origin:
-        return self
 
 
 @dataclass(eq=False)

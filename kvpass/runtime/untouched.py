@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kvpass.runtime.active import current
+from kvpass.runtime.identity import Origin
 from kvpass.runtime.left import Left
 from kvpass.runtime.shell import refuse
-from kvpass.runtime.store import Origin
 
 
 class Untouched:

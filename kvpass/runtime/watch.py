@@ -7,7 +7,6 @@ objects, attributes.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 
 from kvpass.errors import DeclinedError, RecompileError, ShellDataError
-from kvpass.runtime.active import ACTIVE
+from kvpass.runtime.active import ACTIVE, Ledger
 from kvpass.runtime.host_state import Snapshot
 from kvpass.runtime.shell import find
 from kvpass.runtime.store import SlotStore
@@ -47,27 +46,9 @@ class Found:
 
 
 @dataclass
-class Call:
-    """One outermost call.
+class Call(Ledger):
+    """One outermost call, and the tensors that it was given."""
 
-    Attributes:
-        owner: whose call it is; `whole`: of the model itself, and not of a module in it.
-        before: attributes of the model when the first graph of this call was compiled; None if none was.
-        graphs: compiled graphs that ran in it.
-        opened: stores that they continued or began.
-        made: the tensors that stand for stores after it.
-        dense: caches that are left as they are by choice, which its graphs returned.
-        hosted: shells that only the model itself held after earlier calls.
-    """
-
-    owner: Any
-    whole: bool
-    hosted: list[weakref.ref[torch.Tensor]]
-    before: Any = None
-    graphs: int = 0
-    opened: list[SlotStore] = field(default_factory=list)
-    made: list[torch.Tensor] = field(default_factory=list)
-    dense: list[torch.Tensor] = field(default_factory=list)
     given: list[Found] = field(default_factory=list)
     shells: list[tuple[Path, torch.Tensor, SlotStore]] = field(default_factory=list)
 

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kvpass.kernels.rule import FIRST, LIVE, Rule
 
+from kvpass.runtime.identity import Origin
 from kvpass.runtime.shell import find, make, unwrap
-from kvpass.runtime.store import Origin, SlotStore, capacity
+from kvpass.runtime.store import SlotStore, capacity
 from kvpass.terms import Layout
 
 RULES = [Rule(stats=("sum",), num=1, den=5, floor=64), Rule(slots=100), Rule()]
