@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "KVPassError": "errors",
-    "Policy": "policy.spec",
+    "Policy": "policy.policy",
     "Reason": "errors",
     "Seen": "kernels.rank.scorers.seen",
     "backend": "pipeline.compose",
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from kvpass.kernels.rank.scorers.registry import scorer
     from kvpass.kernels.rank.scorers.seen import Seen
     from kvpass.pipeline.compose import backend
-    from kvpass.policy.spec import Policy
+    from kvpass.policy.policy import Policy
     from kvpass.runtime.marks import marked
 
 

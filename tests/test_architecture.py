@@ -15,8 +15,8 @@ ROOMS = {"kvpass": "kvpass", "kernels": "kvpass.kernels", "patterns": "kvpass.pa
 FILES = sorted(file for room in ROOMS for file in (ROOT / room).rglob("*.py"))
 
 LOOSE = {"__init__", "__main__", "errors", "terms", "ops"}
-"""Files of kvpass/ that are in no room: what Python asks for by name, the words of all rooms, and the ops' registration:
-what graphs and kernels share."""
+"""Files of kvpass/ that are in no room: what Python asks for by name, the words of all rooms, and the
+ops' registration: what graphs and kernels share."""
 
 ARROWS = {
     "graph": set(),

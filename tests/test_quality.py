@@ -17,7 +17,7 @@ from quality.reference import Reference
 from quality.store import Cell, Settings, Store
 from rich.console import Console
 
-from kvpass.policy.spec import Policy
+from kvpass.policy.policy import Policy
 
 CONTEXT = 700
 CELLS = [Cell("full", 1.0, CONTEXT), Cell("random", 0.2, CONTEXT)]

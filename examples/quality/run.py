@@ -32,7 +32,7 @@ from workers import wide_console
 from kvpass.errors import PolicyError
 from kvpass.policy.files import check_files
 from kvpass.policy.load import names
-from kvpass.policy.spec import Policy
+from kvpass.policy.policy import Policy
 from quality import render
 from quality.estimate import estimate, minutes
 from quality.measure import Lab

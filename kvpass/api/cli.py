@@ -14,7 +14,7 @@ from kvpass import __version__
 from kvpass.errors import KVPassError, PolicyError
 
 if TYPE_CHECKING:
-    from kvpass.policy.spec import Policy
+    from kvpass.policy.policy import Policy
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,7 +94,7 @@ def _complain(error: KVPassError) -> None:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from kvpass.plan.plan.listing import as_markdown, as_text, catalogue
+    from kvpass.plan.listing import as_markdown, as_text, catalogue
 
     print(as_markdown(catalogue()) if args.markdown else as_text(catalogue()))
     return 0
@@ -103,10 +103,10 @@ def _list(args: argparse.Namespace) -> int:
 def _show(args: argparse.Namespace) -> int:
     import yaml
 
-    from kvpass.plan.plan.listing import emission
-    from kvpass.policy.load import load
+    from kvpass.plan.listing import emission
+    from kvpass.policy.policy import Policy
 
-    policy = load(args.policy)
+    policy = Policy.load(args.policy)
     if args.budget is not None:
         policy = policy.with_budget(args.budget)
     data: dict[str, Any] = policy.to_dict()
@@ -137,9 +137,9 @@ def _verdict(file: str, budget: int | float | None) -> str:
     """
     from kvpass.policy.files import check_files
     from kvpass.policy.layers import variants
-    from kvpass.policy.load import load
+    from kvpass.policy.policy import Policy
 
-    policy = load(file)
+    policy = Policy.load(file)
     if budget is None and policy.budget is None:
         known = f"policy {policy.name!r} (with --budget, what it protects is checked too)"
         for one in (policy, *variants(policy).values()):
@@ -179,7 +179,7 @@ def _schema(args: argparse.Namespace) -> int:
 
 def _scorers(args: argparse.Namespace) -> int:
     from kvpass.kernels.rank.scorers.registry import scorers
-    from kvpass.plan.plan.listing import scorer_text
+    from kvpass.plan.listing import scorer_text
 
     print("\n\n".join(scorer_text(scorer) for scorer in scorers().values()))
     return 0

@@ -9,7 +9,7 @@ import torch
 
 from kvpass.pipeline.arguments import check_model, check_ready
 from kvpass.pipeline.compose import backend
-from kvpass.policy.spec import Policy
+from kvpass.policy.policy import Policy
 
 if TYPE_CHECKING:
     from kvpass.patterns import PatternSet

@@ -14,7 +14,7 @@ from kvpass.api.next_step import GIVE_A_STEP, NoStep, StepLike, next_call
 from kvpass.errors import KVPassError, PolicyError
 from kvpass.model.twin import twin
 from kvpass.pipeline.arguments import check_model, checked_patterns
-from kvpass.policy.spec import Policy
+from kvpass.policy.policy import Policy
 from kvpass.sites.table import SiteTable
 from kvpass.terms import Phase
 

@@ -12,7 +12,7 @@ from torch import fx
 
 from kvpass.errors import DeclinedError, PolicyError
 from kvpass.pipeline.arguments import check_options, check_program, checked_patterns
-from kvpass.policy.spec import Policy
+from kvpass.policy.policy import Policy
 from kvpass.sites.table import SiteTable
 from kvpass.terms import CacheForm, Phase
 

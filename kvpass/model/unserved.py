@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from kvpass.errors import CacheError
-from kvpass.policy.spec import Policy
+from kvpass.policy.spec import Spec
 
 _GREEDY = "generate with num_beams=1"
 _ONE_BY_ONE = "generate token by token, or compile with policy='full'"
@@ -26,7 +26,7 @@ _STORES = {
 """Names of `cache_implementation` that no compressed cache can stand in for."""
 
 
-def refuse_unserved(policy: Policy, model: Any, given: dict[str, Any]) -> None:
+def refuse_unserved(policy: Spec, model: Any, given: dict[str, Any]) -> None:
     """Refuse a `generate` call that would fail, or run dense, after the whole prompt.
 
     Args:
@@ -52,7 +52,7 @@ class _Asked:
         return next((value for c in self.configs if (value := getattr(c, name, None)) is not None), None)
 
 
-def _unserved(policy: Policy, asked: _Asked) -> Iterator[tuple[str, str, str]]:
+def _unserved(policy: Spec, asked: _Asked) -> Iterator[tuple[str, str, str]]:
     uneven = policy.allocate.heads != "uniform" or policy.allocate.layers in ("flat", "preference")
     if (asked("num_beams") or 1) > 1 and uneven and not policy.keeps_all:
         yield "beam search", "heads with budgets of their own lie one behind the other over all sequences", _GREEDY

@@ -19,7 +19,7 @@ from kvpass.errors import DeclinedError, KVPassError, TrainingError
 from kvpass.graph.calls import example
 from kvpass.pipeline.arguments import check_options, checked_patterns
 from kvpass.pipeline.inner import compile_inner
-from kvpass.policy.spec import Policy
+from kvpass.policy.policy import Policy
 from kvpass.runtime.active import current
 from kvpass.sites.table import SiteTable
 

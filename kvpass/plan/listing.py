@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 
 from kvpass.kernels.rank.scorers.registry import Scorer
 from kvpass.kernels.rule import ASIDE, MARK, Rule
-from kvpass.plan.plan.rule import rule_of
+from kvpass.plan.rule import rule_of
 from kvpass.policy.layers import variants
 from kvpass.policy.load import load, names
-from kvpass.policy.spec import Policy
+from kvpass.policy.spec import Spec
 
 HEADINGS = ("policy", "reads", "extra at prefill", "bytes a slot", "paper")
 EXAMPLE_BUDGET = 0.2
@@ -47,7 +47,7 @@ def catalogue() -> list[Row]:
     return [row_of(load(name)) for name in names()]
 
 
-def row_of(policy: Policy) -> Row:
+def row_of(policy: Spec) -> Row:
     """What a checked policy costs."""
     rule = example_rule(policy)
     size = 4 + 4 * len(rule.stats)
@@ -55,7 +55,7 @@ def row_of(policy: Policy) -> Row:
     return Row(policy.name, ", ".join(_reads(rule)), extra, size, policy.paper, policy.source, policy.notes)
 
 
-def example_rule(policy: Policy) -> Rule:
+def example_rule(policy: Spec) -> Rule:
     """The rule that the ops get at the policy's own budget, or else at `EXAMPLE_BUDGET`."""
     alike = replace(policy, layers={})
     return rule_of(alike if policy.budget is not None else replace(alike, budget=EXAMPLE_BUDGET))
@@ -130,7 +130,7 @@ def as_markdown(rows: list[Row]) -> str:
     return "\n".join(out)
 
 
-def emission(policy: Policy) -> list[str]:
+def emission(policy: Spec) -> list[str]:
     """What the ops of a policy compute and keep, in lines of words; the last are the rule itself, and those of layers
     that differ.
     """

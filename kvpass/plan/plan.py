@@ -20,9 +20,9 @@ from kvpass.graph.output_projection import OutputProjection, output_projection
 from kvpass.graph.projections import block_input
 from kvpass.graph.rope import Rotation, rotation, unrounded
 from kvpass.kernels.rule import ASIDE, HELD, MARK, NUMBER, PLACE, WEIGHT, Rule
-from kvpass.plan.plan.rule import rule_of
+from kvpass.plan.rule import rule_of
 from kvpass.policy.files import check_fit
-from kvpass.policy.spec import Policy
+from kvpass.policy.spec import Spec
 from kvpass.sites.site import Site
 from kvpass.sites.table import Decline, SiteTable
 from kvpass.terms import Layout, Phase
@@ -108,7 +108,7 @@ class SitePlan:
 class Plan:
     """What happens to one graph: planned sites, and sites left dense with their reasons."""
 
-    policy: Policy
+    policy: Spec
     sites: tuple[SitePlan, ...]
     dense: tuple[Decline, ...]
 
@@ -138,7 +138,7 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan(policy: Policy, table: SiteTable) -> Plan:
+def plan(policy: Spec, table: SiteTable) -> Plan:
     """Decide for every site; pure, touches no graph.
 
     Args:
@@ -154,7 +154,7 @@ def plan(policy: Policy, table: SiteTable) -> Plan:
     return Plan(policy, planned, table.declined)
 
 
-def _check(policy: Policy, planned: SitePlan) -> None:
+def _check(policy: Spec, planned: SitePlan) -> None:
     """What a policy asks of a site and the site cannot give.
 
     Raises:
@@ -166,7 +166,7 @@ def _check(policy: Policy, planned: SitePlan) -> None:
             raise PolicyError(f"policy {policy.name!r} {asked}", where=where, hint=fix)
 
 
-def _check_files(policy: Policy, planned: SitePlan, layers: int) -> None:
+def _check_files(policy: Spec, planned: SitePlan, layers: int) -> None:
     """Raises PolicyError if the policy's weights or shares are for another model."""
     site, hidden = planned.site, planned.hidden
     sizes = {letter: int(site.dims[letter]) for letter in ("Hkv", "D", "Dv") if isinstance(site.dims[letter], int)}

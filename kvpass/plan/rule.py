@@ -9,13 +9,13 @@ from kvpass.kernels.rank.scorers.registry import encode_options, find_scorer
 from kvpass.kernels.rule import INF, SCORES, Rule
 from kvpass.policy.check import fraction
 from kvpass.policy.layers import of_layer
-from kvpass.policy.spec import Policy
+from kvpass.policy.spec import Spec
 
 SPREAD = {"flat": "model", "preference": "preference"}
 """`Rule.spread` of `allocate.layers`."""
 
 
-def rule_of(policy: Policy, layer: int = 0, layers: int = 1) -> Rule:
+def rule_of(policy: Spec, layer: int = 0, layers: int = 1) -> Rule:
     """The rule of a policy with a checked budget, for one layer of a model that has so many."""
     policy = of_layer(policy, layer, layers)
     allocate = policy.allocate
@@ -52,7 +52,7 @@ def rule_of(policy: Policy, layer: int = 0, layers: int = 1) -> Rule:
     )
 
 
-def _ranking(policy: Policy) -> dict[str, Any]:
+def _ranking(policy: Spec) -> dict[str, Any]:
     """What slots keep, and what ranks them."""
     asked = {
         "weight": policy.weight is not None,
@@ -80,7 +80,7 @@ def _ranking(policy: Policy) -> dict[str, Any]:
     }
 
 
-def _numbered(policy: Policy) -> bool:
+def _numbered(policy: Spec) -> bool:
     """Whether slots must know which of their row's tokens they are: where old ones are told apart by it, or a protected
     window may reach back over what has gone (marked tokens that went, heads whose windows grow by turns).
     """
@@ -92,13 +92,13 @@ def _numbered(policy: Policy) -> bool:
     return apart or gone or (shared and isinstance(policy.protect.recent, float) and window)
 
 
-def _weighing(policy: Policy) -> dict[str, Any]:
+def _weighing(policy: Spec) -> dict[str, Any]:
     if policy.weight is None:
         return {}
     return {"weight": policy.weight.by, "weight_floor": policy.weight.floor}
 
 
-def _shares(policy: Policy) -> dict[str, Any]:
+def _shares(policy: Spec) -> dict[str, Any]:
     """Fractions, as ratios of integers; only those that are not 0."""
     given: dict[str, float] = {"scope": policy.scope, "sample": policy.sample}
     if policy.weight:

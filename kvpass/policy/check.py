@@ -13,13 +13,13 @@ from kvpass.errors import PolicyError
 from kvpass.kernels.rank.scorers.registry import Scorer, scorers
 from kvpass.kernels.rule import SCORES, STATISTICS, Rule
 from kvpass.policy.limits import MOST, check_options, no_number, oversized
-from kvpass.policy.spec import Policy
+from kvpass.policy.spec import Spec
 
 Broken = tuple[bool, str, str]
 """Whether a rule is broken, the field, and the fix."""
 
 
-def check_policy(p: Policy, where: str) -> None:
+def check_policy(p: Spec, where: str) -> None:
     """Values and combinations of fields that cannot work.
 
     Raises:
@@ -34,7 +34,7 @@ def check_policy(p: Policy, where: str) -> None:
         check_options(p, chosen, where)
 
 
-def _scorer(p: Policy, where: str) -> Scorer | None:
+def _scorer(p: Spec, where: str) -> Scorer | None:
     """The scorer that a policy names; None if it ranks by statistics."""
     if p.score in SCORES:
         return None
@@ -51,7 +51,7 @@ def _scorer(p: Policy, where: str) -> Scorer | None:
     return known[p.score]
 
 
-def _numbers(p: Policy) -> Iterator[Broken]:
+def _numbers(p: Spec) -> Iterator[Broken]:
     recent = p.protect.recent
     yield not p.name.strip() or not p.name.isprintable(), "name", "give a word or two, on one line"
     yield from ((True, path, f"give a number up to {MOST}") for path in oversized(p.to_dict()))
@@ -74,7 +74,7 @@ def _numbers(p: Policy) -> Iterator[Broken]:
     yield not 0 <= safe <= 1, "allocate.safeguard", "give a share of the even budget from 0 to 1"
 
 
-def _statistics(p: Policy, chosen: Scorer | None) -> Iterator[Broken]:
+def _statistics(p: Spec, chosen: Scorer | None) -> Iterator[Broken]:
     keep, watched = p.statistic.keep, p.observe.queries != 0
     for score, needs in (("sum", "sum"), ("mean", "sum"), ("important", "important"), ("last", "last")):
         fix = f"score {p.score!r} needs statistic.keep to hold {needs!r}"
@@ -101,7 +101,7 @@ def _statistics(p: Policy, chosen: Scorer | None) -> Iterator[Broken]:
     yield bool(keep) and not told, "statistic.keep", f"scorer {p.score!r} reads no statistics: leave it out"
 
 
-def _transforms(p: Policy, chosen: Scorer | None) -> Iterator[Broken]:
+def _transforms(p: Spec, chosen: Scorer | None) -> Iterator[Broken]:
     windowed = isinstance(p.observe.queries, int)
     pooled, held = p.pool is not None, chosen is not None
     fix = "pooling smooths 'sum': add it to statistic.keep"
@@ -129,7 +129,7 @@ def _transforms(p: Policy, chosen: Scorer | None) -> Iterator[Broken]:
     yield both, "weight.after", "a scope already says what is out of reach: leave one of them out"
 
 
-def _sharing(p: Policy, chosen: Scorer | None) -> Iterator[Broken]:
+def _sharing(p: Spec, chosen: Scorer | None) -> Iterator[Broken]:
     flat, table = (p.allocate.heads == kind for kind in ("flat", "table"))
     shared = p.observe.heads == "all"
     yield (flat or table) and shared, "allocate.heads", "heads that share one ranking hold equally many slots"
@@ -171,7 +171,7 @@ def _sharing(p: Policy, chosen: Scorer | None) -> Iterator[Broken]:
     yield p.weight is not None and p.observe.heads == "all" and p.score != "position", "weight", fix
 
 
-def _when(p: Policy) -> Iterator[Broken]:
+def _when(p: Spec) -> Iterator[Broken]:
     late, rings = p.every > 1, p.allocate.rings > 0
     by_data = p.allocate.layers in ("flat", "preference") or p.allocate.heads == "threshold"
     yield p.every < 1, "every", "give a number of generated tokens, 1 or more"
@@ -183,7 +183,7 @@ def _when(p: Policy) -> Iterator[Broken]:
     yield p.when == "first" and (by_data or p.allocate.heads != "uniform"), "when", fix
 
 
-def check_budget(p: Policy, *, given: bool, own: int | float | None) -> None:
+def check_budget(p: Spec, *, given: bool, own: int | float | None) -> None:
     """A budget that this policy cannot keep.
 
     Raises:
@@ -224,7 +224,7 @@ def check_budget(p: Policy, *, given: bool, own: int | float | None) -> None:
         )
 
 
-def smallest_budget(p: Policy) -> int:
+def smallest_budget(p: Spec) -> int:
     """The least that a layer gets under a checked budget: a pyramid's last layer, as `Rule.budget` tapers."""
     slots = p.budget if isinstance(p.budget, int) else p.min_slots
     if p.allocate.layers != "pyramid":
@@ -242,7 +242,7 @@ def fraction(value: float) -> Fraction:
     return Fraction(value).limit_denominator(65_536)
 
 
-def recent_of(p: Policy, n: int) -> int:
+def recent_of(p: Spec, n: int) -> int:
     """Protected recent slots of a budget of n slots."""
     if isinstance(p.protect.recent, int):
         return p.protect.recent

@@ -11,13 +11,13 @@ from kvpass.kernels.errors import TableError
 from kvpass.kernels.rank.scorers.registry import decode_options, find_scorer
 from kvpass.kernels.rank.tables import HEADS, check_table
 from kvpass.kernels.rule import Rule
-from kvpass.policy.spec import Policy
+from kvpass.policy.spec import Spec
 
 Wanted = tuple[str, str, Mapping[str, str], str]
 """A field, the path in it, the tensors of the file, and what it is in words."""
 
 
-def check_files(p: Policy) -> None:
+def check_files(p: Spec) -> None:
     """Everything about a policy's files that no model is needed for.
 
     Raises:
@@ -36,7 +36,7 @@ def check_files(p: Policy) -> None:
                 raise PolicyError(f"policy {p.name!r}: {error}", where=field, hint=error.hint) from None
 
 
-def _wanted(p: Policy) -> Iterator[Wanted]:
+def _wanted(p: Spec) -> Iterator[Wanted]:
     from kvpass.kernels.rank.scorers.registry import scorers
 
     chosen = scorers().get(p.score)

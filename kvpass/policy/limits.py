@@ -10,7 +10,7 @@ from typing import Any
 
 from kvpass.errors import PolicyError
 from kvpass.kernels.rank.scorers.registry import Scorer
-from kvpass.policy.spec import Policy
+from kvpass.policy.spec import Spec
 
 MOST = 2**31 - 1
 """Ops count in 32 bits."""
@@ -55,7 +55,7 @@ def no_number(budget: Any) -> str:
     return f"{hint}; budget.item() is the number in a tensor" if hasattr(budget, "item") else hint
 
 
-def check_options(p: Policy, chosen: Scorer, where: str) -> None:
+def check_options(p: Spec, chosen: Scorer, where: str) -> None:
     """Names, types and ranges of a scorer's options.
 
     Raises:

@@ -12,9 +12,9 @@ from typing import Any
 
 from kvpass.errors import PolicyError
 from kvpass.policy.check import check_policy
-from kvpass.policy.layers import variants
+from kvpass.policy.layer_keys import numbers_of
 from kvpass.policy.limits import plain_number
-from kvpass.policy.spec import Allocate, Granule, Observe, Policy, Pool, Protect, Statistic, Weight
+from kvpass.policy.spec import Allocate, Granule, Observe, Pool, Protect, Spec, Statistic, Weight
 from kvpass.policy.yaml_text import check_size, parts_of, read_yaml
 
 PRESETS = Path(__file__).parent / "presets"
@@ -38,9 +38,9 @@ def names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
-def load(policy: str | Path | Policy | dict[str, Any]) -> Policy:
+def load(policy: str | Path | Spec | dict[str, Any]) -> Spec:
     """See `Policy.load`."""
-    if isinstance(policy, Policy):
+    if isinstance(policy, Spec):
         check_size(vars(policy), parts_of, "Policy object")
         return _from_dict(policy.to_dict(), where="Policy object")
     if isinstance(policy, dict):
@@ -58,11 +58,11 @@ def load(policy: str | Path | Policy | dict[str, Any]) -> Policy:
 
 
 @lru_cache(maxsize=64)
-def _preset(name: str) -> Policy:
+def _preset(name: str) -> Spec:
     return _file(PRESETS / f"{_known(name, '')}.yaml")
 
 
-def _file(path: Path) -> Policy:
+def _file(path: Path) -> Spec:
     data = read(path)
     base = data.get("extends")
     where = f"{path}, which extends {base}" if isinstance(base, str) else str(path)
@@ -148,7 +148,7 @@ def _known(name: str, where: str, field: str = "") -> str:
     return name
 
 
-def _from_dict(data: dict[str, Any], where: str) -> Policy:
+def _from_dict(data: dict[str, Any], where: str) -> Spec:
     from pydantic import TypeAdapter, ValidationError
 
     if isinstance(data.get("layers"), dict):
@@ -160,7 +160,7 @@ def _from_dict(data: dict[str, Any], where: str) -> Policy:
     except TypeError:
         raise PolicyError("keys of a policy are words", where=where, hint=f"valid: {', '.join(_keys_at([]))}") from None
     try:
-        policy = TypeAdapter(Policy).validate_json(text, strict=True)
+        policy = TypeAdapter(Spec).validate_json(text, strict=True)
     except ValidationError as error:
         raise _readable(error.errors(), json.loads(text), where) from None
     check_policy(policy, where)
@@ -174,7 +174,30 @@ def _plain(value: Any) -> Any:
     return number if number is not value else str(value)
 
 
-def overridden(policy: Policy, own: dict[str, Any], where: str) -> Policy:
+@lru_cache(maxsize=64)
+def variants(policy: Spec, where: str = "") -> dict[str, Spec]:
+    """The policy of each entry of `layers`, checked.
+
+    Raises:
+        PolicyError: a key is no layer, or what it says is no policy.
+    """
+    out = {}
+    for key, own in policy.layers.items():
+        numbers_of(key, policy.name)
+        out[key] = overridden(policy, own, f"{where or f'policy {policy.name!r}'}, layers.{key}")
+        if out[key].allocate.layers != policy.allocate.layers:
+            hint = "layers share the budget in one way, or in none: say allocate.layers outside"
+            what = f"policy {policy.name!r}: bad value in layers.{key}.allocate.layers"
+            raise PolicyError(what, where=where, hint=hint)
+        if policy.allocate.layers in ("flat", "preference") and not out[key].keeps_all:
+            hint = (
+                f"layers that share by data ({policy.allocate.layers!r}) have one list: budget: 1.0 takes a layer out"
+            )
+            raise PolicyError(f"policy {policy.name!r}: bad value in layers.{key}", where=where, hint=hint)
+    return out
+
+
+def overridden(policy: Spec, own: dict[str, Any], where: str) -> Spec:
     """The policy of a layer: `own`, as a loaded policy holds it, laid over all that `policy` says, or over nothing; the
     budget is the policy's unless `own` says one.
 
@@ -243,5 +266,5 @@ def _is_number(text: str) -> bool:
 
 
 def _keys_at(path: list[str]) -> list[str]:
-    part = _PARTS.get(path[0], Policy) if path else Policy
-    return [f.name for f in fields(part)] + (["extends"] if part is Policy else [])
+    part = _PARTS.get(path[0], Spec) if path else Spec
+    return [f.name for f in fields(part)] + (["extends"] if part is Spec else [])

@@ -23,8 +23,8 @@ def json_schema() -> Schema:
     """Draft 2020-12. It knows names, types and choices; what depends on other fields only the loader knows."""
     from pydantic import TypeAdapter
 
-    whole: Schema = TypeAdapter(spec.Policy).json_schema()
-    _describe(whole, spec.Policy)
+    whole: Schema = TypeAdapter(spec.Spec).json_schema()
+    _describe(whole, spec.Spec)
     for name, part in whole["$defs"].items():
         _describe(part, getattr(spec, name))
         part["properties"] = {key: _or_null(value) for key, value in part["properties"].items()}

@@ -1,4 +1,4 @@
-"""Policy: one frozen, hashable spec of what an eviction policy observes, scores and protects.
+"""Spec: one frozen, hashable description of what an eviction policy observes, scores and protects.
 
 The YAML files in `presets/` and these dataclasses are two faces of the same thing; `load.py` turns one into the other.
 """
@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 _STRICT = {"extra": "forbid"}
@@ -137,7 +136,7 @@ class Allocate:
 
 
 @dataclass(frozen=True, eq=False)
-class Policy:
+class Spec:
     """An eviction policy.
 
     Attributes:
@@ -197,51 +196,6 @@ class Policy:
 
     __pydantic_config__ = _STRICT
 
-    @staticmethod
-    def load(policy: str | Path | Policy | dict[str, Any]) -> Policy:
-        """A built-in name, a path to a YAML file, a dict, or a Policy, checked.
-
-        Raises:
-            PolicyError: unknown name or key (with the nearest valid one), wrong type, impossible combination.
-        """
-        from kvpass.policy.load import load
-
-        return load(policy)
-
-    def with_budget(self, budget: int | float | None) -> Policy:
-        """The same policy with the caller's budget, checked; None keeps the policy's own.
-
-        Raises:
-            PolicyError: no budget at all, or one that is impossible for this policy.
-        """
-        from kvpass.policy.check import check_budget
-        from kvpass.policy.files import check_files
-        from kvpass.policy.layers import variants
-        from kvpass.policy.limits import plain_number
-
-        chosen = self if budget is None else replace(self, budget=plain_number(budget))
-        check_budget(chosen, given=budget is not None, own=self.budget)
-        check_files(chosen)
-        for key, variant in variants(chosen).items():
-            other = replace(variant, name=f"{self.name}, layers.{key}")
-            check_budget(other, given=False, own=other.budget)
-            check_files(other)
-        return chosen
-
-    @property
-    def marks(self) -> tuple[str, ...]:
-        """Which marks of the caller (`kvpass.marked`) it reads, in any layer: of `keep`, `spans` and `drop`."""
-        from kvpass.policy.layers import variants
-
-        all_of_them = [self, *variants(self).values()]
-        marked = [one for one in all_of_them if one.protect.tokens or one.fair]
-        asked = {
-            "keep": bool(marked),
-            "spans": any(one.fair for one in marked),
-            "drop": any(not one.keeps_all for one in marked),
-        }
-        return tuple(word for word, read in asked.items() if read)
-
     @property
     def keeps_all(self) -> bool:
         """Whether nothing is ever evicted: a budget of 1.0 (1 is one slot), and no threshold beside it."""
@@ -249,10 +203,10 @@ class Policy:
 
     def __eq__(self, other: object) -> bool:
         """As YAML would say it: a budget of 1 (slot) is not a budget of 1.0 (everything)."""
-        return isinstance(other, Policy) and repr(self) == repr(other)
+        return isinstance(other, Spec) and repr(self.to_dict()) == repr(other.to_dict())
 
     def __hash__(self) -> int:
-        return hash(repr(self))
+        return hash(repr(self.to_dict()))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as a YAML file would say it."""

@@ -17,14 +17,14 @@ import torch
 import yaml
 from kvpass.kernels.rank.scorers.registry import scorers
 from kvpass.kernels.rank.scorers.seen import READS
-from kvpass.plan.plan.listing import catalogue, example_rule
 
 from kvpass.api.cli import main
+from kvpass.plan.listing import catalogue, example_rule
 from kvpass.policy import spec
 from kvpass.policy.layers import of_layer
 from kvpass.policy.load import PRESETS, names
+from kvpass.policy.policy import Policy
 from kvpass.policy.schema import json_schema, schema_text
-from kvpass.policy.spec import Policy
 from kvpass.runtime.store import SlotStore
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -17,7 +17,7 @@ from models import plain
 
 import kvpass
 from kvpass.errors import CacheError, DeclinedError, KVPassError, ModelError, PolicyError, TrainingError
-from kvpass.policy.spec import Policy
+from kvpass.policy.policy import Policy
 
 MODEL = plain.make(plain.Decoder)
 E: dict[str, Any] = {"inner": "eager"}

@@ -16,7 +16,7 @@ from models import plain
 import kvpass
 from kvpass.api.cli import main
 from kvpass.errors import PolicyError
-from kvpass.policy.spec import Policy
+from kvpass.policy.policy import Policy
 
 MODEL = plain.make(plain.Decoder)
 

@@ -18,7 +18,7 @@ import kvpass
 from kvpass.api.cli import main
 from kvpass.errors import PolicyError
 from kvpass.policy.layers import of_layer
-from kvpass.policy.spec import Policy
+from kvpass.policy.policy import Policy
 
 FILE = """
 name: mixed

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 from kvpass.kernels.rule import Rule
-from kvpass.plan.plan.rule import rule_of
 from models import tiny
 from oracle.drive import Conversation
 from oracle.policies import PyramidKV
 from transformers import DynamicCache, LlamaModel
 
 import kvpass
-from kvpass.policy.load import load
+from kvpass.plan.rule import rule_of
+from kvpass.policy.policy import Policy
 
 LAYERS = 4
 PAST = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
@@ -74,7 +74,7 @@ def test_a_budget_holds_while_tokens_come(policy: str, budget: float | int) -> N
 @pytest.mark.parametrize("budget", [33, 52, 64, 1024, 0.05, 0.2, 0.5, 0.52, 0.6, 0.8, 0.95])
 def test_budgets_never_fall(budget: float | int, layers: int) -> None:
     """A step evicts one slot of a head at most, and a batch's slots are as many as its longest row's."""
-    rules = [rule_of(load("pyramidkv").with_budget(budget), at, layers) for at in range(layers)]
+    rules = [rule_of(Policy.load("pyramidkv").with_budget(budget), at, layers) for at in range(layers)]
     before = [0] * layers
     for seen in range(1, 1500):
         now = [rule.budget(seen) for rule in rules]

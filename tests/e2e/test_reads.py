@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 from kvpass.kernels.prefill_attend import reference
-from kvpass.plan.plan.rule import rule_of
 from models import tiny
 from spelling import with_cache
 from transformers import DynamicCache
 
 import kvpass
-from kvpass.policy.spec import Policy
+from kvpass.plan.rule import rule_of
+from kvpass.policy.policy import Policy
 
 LAYERS, TOKENS = 2, 150
 

@@ -12,12 +12,13 @@ import pytest
 import torch
 from kvpass.kernels.after_call.layers import shared_out
 from kvpass.kernels.after_call.reindex import reindex
-from kvpass.plan.plan.rule import rule_of
 from models import tiny
 from oracle.ops import DIM, Site
 
 import kvpass
-from kvpass.policy.load import load, names
+from kvpass.plan.rule import rule_of
+from kvpass.policy.load import names
+from kvpass.policy.policy import Policy
 
 HEADS, KV_HEADS, LAYERS = 4, 2, 2
 
@@ -48,7 +49,7 @@ class Batch:
     def __init__(self, streams: Streams, rows: list[int], policy: Any, budget: float | int) -> None:
         self.streams, self.rows, self.fed = streams, rows, [0] * len(rows)
         g = torch.Generator().manual_seed(1)
-        planned = load(policy).with_budget(budget)
+        planned = Policy.load(policy).with_budget(budget)
         projections = [torch.randn(24, HEADS * DIM, generator=g) for _ in range(LAYERS)]
         self.sites = [Site(rule_of(planned, at, LAYERS), w) for at, w in enumerate(projections)]
         self.shown = torch.zeros(len(rows), 0, dtype=torch.bool)
@@ -137,7 +138,7 @@ MIXED: dict[str, tuple[dict[str, Any], float | int]] = {
     "many sinks": ({"extends": "roco", "protect": {"sinks": 10, "recent": 12}}, 48),
 }
 
-LEARNED = {name for name in names() if "file" in str(load(name).options) or name in (
+LEARNED = {name for name in names() if "file" in str(Policy.load(name).options) or name in (
     "q_filters", "kvp", "trim_kv", "kvzap", "dms", "duo_attention", "razor_attention"
 )}  # fmt: skip
 NEEDS_MODEL = {"expected_attention", "compactor", "judge_q"}
@@ -147,7 +148,7 @@ PLAIN = sorted(set(names()) - LEARNED - NEEDS_MODEL - {"full"})
 
 def conversations(policy: Any) -> list[list[tuple[Call, str]]]:
     """Where layers share by data a row's single word is not a step: its layers are shared out anew."""
-    steady = rule_of(load(policy).with_budget(96), 0, LAYERS).spread == ""
+    steady = rule_of(Policy.load(policy).with_budget(96), 0, LAYERS).spread == ""
     return [calls for what, calls in CONVERSATIONS.items() if steady or what != "single words"]
 
 

@@ -18,12 +18,12 @@ from kvpass.kernels.prefill_attend import prefill_attend
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.select_slots import select_slots
 from kvpass.kernels.testing import State, causal_mask, empty_state
-from kvpass.plan.plan.rule import rule_of
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvpass.policy.load import load
+from kvpass.plan.rule import rule_of
+from kvpass.policy.policy import Policy
 
 HEADS, KV_HEADS, DIM = (32, 8, 128) if GPU else (2, 1, 16)
 DTYPE = torch.bfloat16 if GPU else torch.float32
@@ -60,7 +60,7 @@ def rates(ms: float, operations: float = 0, moved: float = 0) -> dict[str, Any]:
 
 
 def rule(policy: str, slots: int | float) -> str:
-    return Rule().encode() if policy == "full" else rule_of(load(policy).with_budget(slots)).encode()
+    return Rule().encode() if policy == "full" else rule_of(Policy.load(policy).with_budget(slots)).encode()
 
 
 def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

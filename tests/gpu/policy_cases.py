@@ -19,7 +19,7 @@ from torch import Tensor
 
 import kvpass
 from kvpass.policy.load import names
-from kvpass.policy.spec import Policy
+from kvpass.policy.policy import Policy
 
 POLICIES = names() if GPU else ["h2o"]
 """On a CPU Triton is forced upon every op, so only rules that are `Rule.plain` could run."""

@@ -18,9 +18,10 @@ from kvpass.kernels.rank.scores import score_slots
 from kvpass.kernels.select_slots import select_slots
 from kvpass.kernels.slots.join_slots import join_slots
 from kvpass.kernels.slots.ragged import even, evened, with_spare
-from kvpass.plan.plan.rule import rule_of
 
-from kvpass.policy.load import load, names
+from kvpass.plan.rule import rule_of
+from kvpass.policy.load import names
+from kvpass.policy.policy import Policy
 from kvpass.runtime.store import SlotStore, with_room
 
 HEADS, KV, DIM, LAYERS, MOST = 4, 2, 16, 2, 200
@@ -28,7 +29,7 @@ BUDGETS = {"vatp": 64, "nacl": 80, "criticalkv": 96, "critical_ada": 96, "pyrami
 
 
 def _without_files() -> list[str]:
-    policies = {name: load(name) for name in names()}
+    policies = {name: Policy.load(name) for name in names()}
     reads = {name: find_scorer(p.score).options if p.score in scorers() else {} for name, p in policies.items()}
     return [n for n, p in policies.items() if n != "full" and "file" not in reads[n] and p.allocate.heads != "table"]
 
@@ -55,7 +56,7 @@ class Host:
     """Two layers of a policy, fed column by column; True in a call's `valid` [B, S] is the row's next token."""
 
     def __init__(self, policy: str, rows: Rows) -> None:
-        planned = load(policy).with_budget(BUDGETS.get(policy, 48))
+        planned = Policy.load(policy).with_budget(BUDGETS.get(policy, 48))
         self.rules = [rule_of(planned, layer, LAYERS) for layer in range(LAYERS)]
         self.rows, self.states, self.spares = rows, [[] for _ in range(LAYERS)], [0] * LAYERS
         self.valid = torch.zeros(len(rows.q), 0, dtype=torch.bool)

@@ -20,7 +20,7 @@ from kvpass.errors import VerificationError
 from kvpass.graph.calls import example
 from kvpass.lowering.lower import STATE, Lowered, lower
 from kvpass.plan.plan import Plan, plan
-from kvpass.policy.spec import Policy
+from kvpass.policy.policy import Policy
 from kvpass.proof.verify import verify
 from kvpass.sites.scan import scan
 

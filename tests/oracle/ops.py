@@ -18,11 +18,11 @@ from kvpass.kernels.rule import Rule
 from kvpass.kernels.select_slots import select_slots
 from kvpass.kernels.slots.join_slots import join_slots
 from kvpass.kernels.slots.ragged import even, evened, with_spare
-from kvpass.plan.plan.rule import rule_of
 from oracle.base import Policy
 from oracle.simulator import Simulator
 
-from kvpass.policy.load import load
+from kvpass.plan.rule import rule_of
+from kvpass.policy.policy import Policy as RealPolicy
 from kvpass.runtime.store import SlotStore, with_room
 
 DIM = 16
@@ -88,7 +88,7 @@ class Layers:
         self.simulator = Simulator(policy if meaning is None else meaning, budget)
         self.simulator.depth = layers
         self.simulator.angles = 0.7 ** torch.arange(1, DIM // 2 + 1, dtype=torch.float64)
-        planned, self.sites = load(policy).with_budget(budget), []
+        planned, self.sites = RealPolicy.load(policy).with_budget(budget), []
         for index in range(layers):
             projection = self.random(24, shape[0] * DIM)
             self.simulator.outward[index] = projection.double().T.unflatten(0, (-1, DIM))

@@ -11,7 +11,7 @@ from models import plain
 from models.graphs import table
 
 from kvpass.plan.plan import OPS, plan
-from kvpass.policy.spec import Policy
+from kvpass.policy.policy import Policy
 from kvpass.sites.table import SiteTable
 from kvpass.terms import Phase
 

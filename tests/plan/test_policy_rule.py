@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvpass.kernels.rule import OPS_VERSION, Rule
-from kvpass.plan.plan.rule import rule_of
 
+from kvpass.plan.rule import rule_of
 from kvpass.policy.load import names
-from kvpass.policy.spec import Policy
+from kvpass.policy.policy import Policy
 
 SEEN = st.integers(0, 2_000_000)
 SHARES = st.integers(1, 9_999).map(lambda n: n / 10_000)

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from kvpass.plan.plan.rule import rule_of
 
 import kvpass
 from kvpass.errors import PolicyError
+from kvpass.plan.rule import rule_of
 from kvpass.policy.load import names
-from kvpass.policy.spec import Policy
+from kvpass.policy.policy import Policy
 
 WINDOW: dict[str, Any] = {"observe": {"queries": 32}}
 CAKE: dict[str, Any] = {**WINDOW, "score": "cake"}

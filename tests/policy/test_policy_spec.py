@@ -13,7 +13,8 @@ import yaml
 import kvpass
 from kvpass.errors import PolicyError
 from kvpass.policy.load import PRESETS, names
-from kvpass.policy.spec import Observe, Policy, Protect
+from kvpass.policy.policy import Policy
+from kvpass.policy.spec import Observe, Protect
 
 SUM = {"observe": {"queries": 4}, "statistic": {"keep": ["sum"]}, "score": "sum"}
 

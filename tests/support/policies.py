@@ -20,14 +20,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 import smollm2
 import torch
 from kvpass.kernels.rank.scorers.registry import find_scorer, scorers
-from kvpass.plan.plan.rule import rule_of
 from rich.progress import track
 from spelling import cache_of
 from transformers.utils import logging as transformers_logging
 
 import kvpass
-from kvpass.policy.load import load, names
-from kvpass.policy.spec import Policy
+from kvpass.plan.rule import rule_of
+from kvpass.policy.load import names
+from kvpass.policy.policy import Policy
 
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET, ROWS, MORE = 0.2, 4, 1.03
@@ -54,13 +54,13 @@ def weights(folder: Path, config: Any) -> Path:
 
 def with_weights(name: str, folder: Path) -> Policy:
     """The policy, with a file where it needs one."""
-    policy = load(name)
+    policy = Policy.load(name)
     spec: dict[str, Any] = {"name": name, "extends": name}
     if policy.score in scorers() and "file" in find_scorer(policy.score).options:
         spec["options"] = {"file": str(folder / f"{policy.score}.pt")}
     if policy.allocate.heads == "table":
         spec["allocate"] = {"file": str(folder / "heads.pt")}
-    return load(spec)
+    return Policy.load(spec)
 
 
 def allowed(policy: Policy, layers: int, tokens: int) -> float:
