@@ -14,7 +14,7 @@ from kvpass import __version__
 from kvpass.errors import KVPassError, PolicyError
 
 if TYPE_CHECKING:
-    from kvpass.policy.policy import Policy
+    from kvpass.policy.spec import Spec
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -136,7 +136,7 @@ def _verdict(file: str, budget: int | float | None) -> str:
         PolicyError: what is wrong.
     """
     from kvpass.policy.files import check_files
-    from kvpass.policy.layers import variants
+    from kvpass.policy.load import variants
     from kvpass.policy.policy import Policy
 
     policy = Policy.load(file)
@@ -150,7 +150,7 @@ def _verdict(file: str, budget: int | float | None) -> str:
     return "; ".join([known, *notes])
 
 
-def _trial(policy: Policy) -> str:
+def _trial(policy: Spec) -> str:
     """A user's own scorer is tried on made-up keys: what could not be tried, if anything.
 
     Raises:

@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 from kvpass.kernels.rank.scorers.registry import Scorer
 from kvpass.kernels.rule import ASIDE, MARK, Rule
 from kvpass.plan.rule import rule_of
-from kvpass.policy.layers import variants
-from kvpass.policy.load import load, names
+from kvpass.policy.load import load, names, variants
 from kvpass.policy.spec import Spec
 
 HEADINGS = ("policy", "reads", "extra at prefill", "bytes a slot", "paper")

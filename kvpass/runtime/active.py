@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from kvpass.runtime.host_state import Snapshot
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +38,18 @@ class Ledger:
     opened: list[SlotStore] = field(default_factory=list)
     made: list[torch.Tensor] = field(default_factory=list)
     dense: list[torch.Tensor] = field(default_factory=list)
+
+    def compiling(self) -> None:
+        """A graph of this call is about to be compiled: nothing of it has run yet."""
+        if self.before is None:
+            self.before = Snapshot(self.owner.model)
+
+    def ran(self, stores: Sequence[SlotStore] = (), shells: Sequence[torch.Tensor] = (), dense: Any = ()) -> None:
+        """A graph has run: the stores that it continued, what stands for them now, and caches dense by choice."""
+        self.graphs += 1
+        self.opened += stores
+        self.made += shells
+        self.dense += dense
 
 
 class Active(threading.local):

@@ -7,7 +7,7 @@ objects, attributes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,6 @@ import torch
 
 from kvpass.errors import DeclinedError, RecompileError, ShellDataError
 from kvpass.runtime.active import ACTIVE, Ledger
-from kvpass.runtime.host_state import Snapshot
 from kvpass.runtime.shell import find
 from kvpass.runtime.store import SlotStore
 from kvpass.runtime.veil import Shell, unveil, veil
@@ -66,18 +65,6 @@ class Call(Ledger):
         """Make shells speak again."""
         ACTIVE.calls.remove(self)
         veil(t for t in self.made if t.untyped_storage().nbytes() <= t.element_size())
-
-    def compiling(self) -> None:
-        """A graph of this call is about to be compiled: nothing of it has run yet."""
-        if self.before is None:
-            self.before = Snapshot(self.owner.model)
-
-    def ran(self, stores: Sequence[SlotStore] = (), shells: Sequence[torch.Tensor] = (), dense: Any = ()) -> None:
-        """A graph has run: the stores that it continued, what stands for them now, and caches dense by choice."""
-        self.graphs += 1
-        self.opened += stores
-        self.made += shells
-        self.dense += dense
 
     def settle(self, args: Any, kwargs: Any, result: Any) -> list[Found]:
         """Compare what the call left with what its graphs noted. Returns what it left.
