@@ -38,7 +38,12 @@ SCHEMAS = {
     "Tensor? hidden=None, Tensor? marks=None) -> Tensor",
 }
 
-HOMES = {"written": "masks", "join_slots": "join_slots", "score_slots": "scores", "arrivals": "held"}
+HOMES = {
+    "written": "attention.masks",
+    "join_slots": "slots.join_slots",
+    "score_slots": "rank.scores",
+    "arrivals": "rank.held",
+}
 """Modules of kvpass.kernels whose name is not the op's."""
 
 
