@@ -111,9 +111,7 @@ class Compilation:
             return
         declined = {d.site: d for table in tables for d in table.declined}
         kinds = dict.fromkeys(d.reason.hint for d in declined.values())
-        why = (
-            "; ".join(kinds) if kinds else "it sees no attention with a KV cache (with use_cache=True, where there is one)"
-        )
+        why = "; ".join(kinds) or "it sees no attention with a KV cache (with use_cache=True, where there is one)"
         warnings.warn(
             f"kvpass rewrites nothing in this {type(self.model).__name__}: {why}", NothingRewritten, stacklevel=8
         )
