@@ -5,7 +5,6 @@ The captured graph is copied first: Dynamo still needs its own.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,17 +14,17 @@ from torch import fx
 from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 
 from kvpass.graph.angles import angle_nodes
-from kvpass.graph.calls import example, is_metadata, unused_sizes
+from kvpass.graph.calls import example
 from kvpass.graph.dataflow import flat_outputs
 from kvpass.graph.extract import function_of, functions_of
-from kvpass.graph.nearby import taken_out
 from kvpass.graph.shapes import shape_of
 from kvpass.graph.symbols import SizeReader, free_size
 from kvpass.lowering.emit import Emitter
+from kvpass.lowering.retire import Retirement
 from kvpass.plan.plan import Plan, SitePlan
 from kvpass.runtime.bind import Binding
 from kvpass.runtime.turning import Angles, Positions
-from kvpass.sites.site import Half, Site, Update
+from kvpass.sites.site import Half, Site
 from kvpass.terms import CacheForm, Phase
 
 STATE = ("k", "v", "pos", "stats", "cursor")
@@ -87,7 +86,7 @@ class _Lowering:
         for one, out in zip(site.cores, outs, strict=True):
             self.copy[one.node].replace_all_uses_with(out)
             self.copy[one.node] = out
-        self._retire(cores, site.key, site.value)
+        Retirement(self.graph, self.copy, self.inputs, self.sizes).retire(cores, site.key, site.value)
         return self._binding(planned)
 
     def finish(self, bindings: Sequence[Binding]) -> fx.GraphModule:
@@ -151,65 +150,6 @@ class _Lowering:
                 ]
         return self.states[key]
 
-    def _retire(self, core: list[fx.Node], *halves: Half) -> None:
-        """Erase the core, the views that fed it and the cache updates; metadata reads of a cache go to a shell of its
-        shape.
-        """
-        for node in reversed(core):
-            self._erase(node)
-        for half in halves:
-            update = half.update
-            for view in reversed(half.chain):
-                if not self.copy[view].users:
-                    self.graph.erase_node(self.copy[view])
-            if update.write is not None:
-                self._unwrite(update)
-            elif update.node is not update.new:
-                self._drop(self.copy[update.node], half)
-
-    def _drop(self, node: fx.Node, half: Half) -> None:
-        """Erase a cache; whoever reads its size gets a shell's."""
-        if node.users:
-            self._stand_in(node, half)
-        self.graph.erase_node(node)
-
-    def _unwrite(self, update: Update) -> None:
-        """Erase a write to a buffer, the slice that it went to, and a buffer that the graph allocated."""
-        assert update.write is not None
-        write = self.copy[update.write]
-        part = write.args[0]
-        self._erase(write)
-        others = taken_out(update.past, update.path) if update.past is not None else []
-        for node in (part, self.copy[update.node], *(self.copy[n] for n in others)):
-            while isinstance(node, fx.Node) and node.op != "placeholder" and not node._erased and not _is_read(node):
-                above = node.args[0] if node.args else None
-                self._erase(node)
-                node = above
-
-    def _erase(self, node: fx.Node) -> None:
-        """Erase a node that nobody reads any more, with the sizes that were read of it if nobody uses them."""
-        for reader in unused_sizes(node):
-            self.graph.erase_node(reader)
-        if not node.users and not node._erased:
-            self.graph.erase_node(node)
-
-    def _stand_in(self, node: fx.Node, half: Half) -> None:
-        assert all(is_metadata(user) for user in node.users)
-        new = self.copy[half.update.new]
-        with self.graph.inserting_before(node):
-            sizes = [self.graph.call_method("size", (new, axis)) for axis in range(4)]
-            if half.update.past is not None:
-                past = self.graph.call_method("size", (self.copy[half.update.past], half.layout.token_axis))
-                sizes[half.layout.token_axis] = self.graph.call_function(
-                    operator.add, (past, sizes[half.layout.token_axis])
-                )
-            one = self.graph.call_method("new_empty", (new, (1,)))
-            shell = self.graph.call_method("expand", (one, *sizes))
-        for created in (*sizes, one, shell):
-            created.meta = {"example_value": None, "kvpass": {"shell of": node.name}}
-        shell.meta["example_value"] = example(node)
-        node.replace_all_uses_with(shell)
-
     def _binding(self, planned: SitePlan) -> Binding:
         site = planned.site
         fake = example(site.core.q)
@@ -267,11 +207,6 @@ class _Lowering:
 def _is_buffered(site: Site) -> bool:
     """Does the site write into a buffer that an earlier call has written to?"""
     return site.key.update.form is CacheForm.BUFFER and site.phase is not Phase.PREFILL
-
-
-def _is_read(node: fx.Node) -> bool:
-    """Does anyone read more of a node than its size?"""
-    return bool(set(node.users) - set(unused_sizes(node)))
 
 
 def _heads_and_entries(half: Half) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from kvpass.model.facade import Facade, facade_of
 from kvpass.pipeline.compose import Backend
 from kvpass.runtime.active import current
 from kvpass.runtime.host_state import HostState
-from kvpass.runtime.watch import Call, tensors
+from kvpass.runtime.watch import Call, Found, tensors
 
 
 class Compilation:
@@ -88,11 +89,11 @@ class Compilation:
         return f"{type(self.model).__name__} compiled with {self.backend.policy.name} {self.backend.policy.budget}"
 
     def _watched(self, call: Call, function: tuple[Any, ...], args: Any, kwargs: Any) -> Any:
-        call.begin(args, kwargs)
+        call.begin(args, kwargs, list(self._kept()))
         try:
             with limits():
                 result = self.compiled(*function, *args, **kwargs)
-            after = call.settle(args, kwargs, result)
+            after = call.settle(args, kwargs, result, list(self._kept(new=not call.graphs)))
         finally:
             call.end()
         reachable = {id(one.tensor) for one in after}
@@ -102,6 +103,11 @@ class Compilation:
             self._say_if_idle()
         return result
 
+    def _kept(self, new: bool = False) -> Iterator[Found]:
+        """Tensors in the attributes that calls change; with `new`, in others too that have changed since compile."""
+        for name, value in self.state.changing(new):
+            yield from tensors(value, (name,))
+
     def _say_if_idle(self) -> None:
         """Once: this model has run, and nothing of it is rewritten."""
         tables = [record.table for record in self.backend.graphs]
@@ -109,9 +115,7 @@ class Compilation:
             return
         declined = {d.site: d for table in tables for d in table.declined}
         kinds = dict.fromkeys(d.reason.hint for d in declined.values())
-        why = (
-            "; ".join(kinds) if kinds else "no attention in it has a KV cache (with use_cache=True, where there is one)"
-        )
+        why = "; ".join(kinds) or "it sees no attention with a KV cache (with use_cache=True, where there is one)"
         warnings.warn(
             f"kvpass rewrites nothing in this {type(self.model).__name__}: {why}", NothingRewritten, stacklevel=8
         )

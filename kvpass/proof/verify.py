@@ -8,6 +8,7 @@ from torch import fx
 
 from kvpass.errors import VerificationError
 from kvpass.graph.calls import example, is_metadata
+from kvpass.graph.remains import is_number
 from kvpass.lowering.lower import Lowered
 from kvpass.plan.plan import Plan
 
@@ -49,8 +50,12 @@ def _planned_counts(plan: Plan) -> Counter[str]:
 
 
 def _untouched(original: fx.GraphModule, nodes: list[fx.Node], plan: Plan) -> bool:
-    """All nodes that belong to no site are still there, in order, with the same target."""
+    """All nodes that belong to no site are still there, in order, with the same target; sizes that were read of a
+    site's nodes may be read elsewhere.
+    """
     gone = {node for planned in plan.sites for node in planned.site.nodes}
+    sizes = {user for node in gone for user in node.users if is_metadata(user)}
+    gone |= sizes | {user for node in sizes for user in node.users if is_number(user)}
     before = [(n.op, str(n.target)) for n in original.graph.nodes if n not in gone and n.op != "output"]
     after = iter([(n.op, str(n.target)) for n in nodes])
     return all(pair in after for pair in before)

@@ -93,6 +93,17 @@ class HostState:
         if self.first is not None:
             self.first.note(holder, name)
 
+    def changing(self, new: bool) -> Iterator[tuple[str, Any]]:
+        """Name and value of the attributes that calls change. With `new`, also of those that no call has been seen to
+        change, but which are not what they were at compile.
+        """
+        for holder, name, _ in self.own.values():
+            if name in holder:
+                yield name, holder[name]
+        if new and self.first is not None:
+            now = _attributes(self.root)
+            yield from (now[key][1:] for key in self.first.changed() if key in now and key not in self.own)
+
     @contextmanager
     def swapped(self) -> Iterator[None]:
         """The compiled model's values in place of the model's."""

@@ -19,8 +19,11 @@ from kvpass.runtime.shell import find
 from kvpass.runtime.store import SlotStore
 from kvpass.runtime.veil import Shell, unveil, veil
 
-DEEPEST = 6
+DEEPEST = 12
 """Steps from an argument or a result to a tensor."""
+
+FEW = 16
+"""New entries of a cache, up to which some may lie before the old ones and some behind."""
 
 _NO_CACHES = frozenset({"logits", "hidden_states", "attentions", "last_hidden_state", "decoder_hidden_states",
                         "decoder_attentions", "cross_attentions", "encoder_hidden_states", "encoder_attentions",
@@ -41,19 +44,24 @@ class Found:
     @property
     def name(self) -> str:
         parts = [f"[{at}]" if isinstance(at, int) else f".{at}" for at in self.path]
-        return "".join(parts).lstrip(".")
+        return "".join(parts).lstrip(".") or "the result"
 
 
 @dataclass
 class Call(Ledger):
-    """One outermost call, and the tensors that it was given."""
+    """One outermost call, and the tensors that it was given.
+
+    Attributes:
+        kept: tensors in the model's attributes before the call, of those attributes that calls change.
+    """
 
     given: list[Found] = field(default_factory=list)
+    kept: list[Found] = field(default_factory=list)
     shells: list[tuple[Path, torch.Tensor, SlotStore]] = field(default_factory=list)
 
-    def begin(self, args: Any, kwargs: Any) -> None:
+    def begin(self, args: Any, kwargs: Any, kept: list[Found]) -> None:
         """Take stock of the arguments; shells among them become plain tensors."""
-        self.given = list(tensors((args, kwargs)))
+        self.given, self.kept = list(tensors((args, kwargs))), kept
         shells = [one for one in self.given if type(one.tensor) is Shell]
         hosted = [t for t in (ref() for ref in self.hosted) if t is not None]
         unveil([one.tensor for one in shells] + hosted)
@@ -66,8 +74,9 @@ class Call(Ledger):
         ACTIVE.calls.remove(self)
         veil(t for t in self.made if t.untyped_storage().nbytes() <= t.element_size())
 
-    def settle(self, args: Any, kwargs: Any, result: Any) -> list[Found]:
-        """Compare what the call left with what its graphs noted. Returns what it left.
+    def settle(self, args: Any, kwargs: Any, result: Any, kept: list[Found]) -> list[Found]:
+        """Compare what the call left with what its graphs noted. Returns what it left, beside `kept`: what is in the
+        model's attributes now.
 
         Raises:
             RecompileError: Dynamo ran no graph, and a compressed cache was given.
@@ -77,7 +86,7 @@ class Call(Ledger):
         after = [*tensors(result), *tensors((args, kwargs))]
         self._check_shells(after)
         if self.owner.backend.strict:
-            grown = [one for one in after if self._grew(one)]
+            grown = [one for one in after if self._grew(one)] + [one for one in kept if self._grew_inside(one)]
             if grown:
                 raise self._dense(grown)
         return after
@@ -103,15 +112,25 @@ class Call(Ledger):
 
     def _grew(self, one: Found) -> bool:
         """Is this a cache that is longer than before, or was not there?"""
+        if _NO_CACHES & set(one.path[:2]) or not self._may_be_dense(one, self.given):
+            return False
+        return one.pair or any(_longer(old.tensor, one.tensor) for old in self.given)
+
+    def _grew_inside(self, one: Found) -> bool:
+        """Of a tensor in the model's attributes: a model may keep there what it likes, so only what continues an older
+        tensor is a cache, or anything where nothing at all was compiled.
+        """
+        if not self._may_be_dense(one, self.kept):
+            return False
+        return not self.graphs or any(_longer(old.tensor, one.tensor) for old in self.kept)
+
+    def _may_be_dense(self, one: Found, before: list[Found]) -> bool:
         t = one.tensor
-        if t.dim() < 3 or not t.is_floating_point() or not t.numel() or _NO_CACHES & set(one.path[:2]):
+        if t.dim() < 3 or not t.is_floating_point() or not t.numel():
             return False
         if any(t is other for other in (*self.made, *self.dense)) or find(t) is not None:
             return False
-        before = [old for old in self.given if old.tensor is t]
-        if before:
-            return False
-        return one.pair or any(_longer(old.tensor, t) for old in self.given)
+        return not any(old.tensor is t for old in before)
 
     def _dense(self, grown: list[Found]) -> DeclinedError:
         names = ", ".join(dict.fromkeys(one.name for one in grown[:4]))
@@ -128,11 +147,24 @@ class Call(Ledger):
 
 
 def _longer(old: torch.Tensor, new: torch.Tensor) -> bool:
-    """The same sizes but for one axis, along which it grew from two entries or more."""
-    if old.dim() != new.dim() or old.dtype != new.dtype:
+    """The same sizes but for one axis, along which it grew from two entries or more, and the old entries are in it: a
+    layer that widens its input gives the same sizes.
+    """
+    if old.dim() != new.dim() or old.dtype != new.dtype or old.device != new.device:
         return False
-    other = [(a, b) for a, b in zip(old.shape, new.shape, strict=True) if a != b]
-    return len(other) == 1 and 1 < other[0][0] < other[0][1]
+    axes = [axis for axis in range(old.dim()) if old.shape[axis] != new.shape[axis]]
+    if len(axes) != 1 or not 1 < old.shape[axes[0]] < new.shape[axes[0]]:
+        return False
+    if find(old) is not None:
+        return True
+    size, more = old.shape[axes[0]], new.shape[axes[0]] - old.shape[axes[0]]
+    starts = range(more + 1) if more <= FEW else (0, more)
+    return any(_equal(old, new.narrow(axes[0], start, size)) for start in starts)
+
+
+def _equal(old: torch.Tensor, part: torch.Tensor) -> bool:
+    with torch.no_grad():
+        return bool(((old == part) | (old.isnan() & part.isnan())).all())
 
 
 def tensors(value: Any, path: Path = (), seen: set[int] | None = None) -> Iterator[Found]:
@@ -147,7 +179,9 @@ def tensors(value: Any, path: Path = (), seen: set[int] | None = None) -> Iterat
     if isinstance(value, (dict, list, tuple)):
         items = value.items() if isinstance(value, dict) else enumerate(value)
     else:
-        items = getattr(value, "__dict__", {}).items()
+        slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
+        own = {name: getattr(value, name) for name in slots if hasattr(value, name)} if slots else {}
+        items = (own | getattr(value, "__dict__", {})).items()
     if id(value) in seen:
         return
     seen.add(id(value))

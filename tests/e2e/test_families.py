@@ -30,6 +30,7 @@ FAMILIES = [
     ("granite_swa", "eager"),  # sinks by logsumexp, after the attention
     ("gpt_oss", "eager"),  # sinks, sliding layers
     ("deepseek_v3", "sdpa"),  # latent attention: values narrower than keys
+    ("deepseek_v32", "sdpa"),  # a mask by an indexer, as wide as the expanded keys
     ("qwen3_next", "sdpa"),  # linear attention beside
     ("bamba", "sdpa"),  # state-space layers beside
     ("diffllama", "eager"),  # two attentions read one cache

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from models import nest, plain, tiny
 from spelling import cache_of, with_cache
 from torch import nn
+from transformers import DynamicCache
 
 import kvpass
 from kvpass.errors import DeclinedError, KVPassError, NothingRewritten, RecompileError, ShellDataError
@@ -134,6 +135,87 @@ def test_nothing_is_compiled() -> None:
             compiled(ids, use_cache=True)
         with pytest.raises(RecompileError, match="uncompiled"):
             compiled(ids[:, :1], **with_cache(model, cache))
+
+
+class Slotted:
+    """A cache object without a `__dict__`."""
+
+    __slots__ = ("cache",)
+
+    def __init__(self) -> None:
+        self.cache: Any = None
+
+
+class SlottedDecoder(plain.Decoder):
+    def forward(self, ids: torch.Tensor, kept: Slotted) -> torch.Tensor:  # type: ignore[override]
+        x, kept.cache = super().forward(ids, kept.cache)
+        return x
+
+
+class NestedDecoder(plain.Decoder):
+    """The cache lies six dicts deep."""
+
+    def forward(self, ids: torch.Tensor, kept: Any = None) -> Any:
+        inner = kept
+        for _ in range(6 if kept is not None else 0):
+            inner = inner["x"]
+        x, inner = super().forward(ids, inner)
+        for _ in range(6):
+            inner = {"x": inner}
+        return x, inner
+
+
+@pytest.mark.parametrize("faulty", [True, False])
+@pytest.mark.parametrize("kind", [plain.AttributeDecoder, SlottedDecoder, NestedDecoder])
+def test_a_cache_wherever_it_is(kind: Any, faulty: bool) -> None:
+    """In attributes of the model, in slots of an object, deep in containers: where a layer is not seen, that is said by
+    the second call.
+    """
+    model = plain.make(kind)
+    if faulty:
+        model.blocks[1].forward = torch._dynamo.disable(model.blocks[1].forward)  # type: ignore[method-assign]
+    compiled, kept, ids = kvpass.compile(model, **EAGER), Slotted(), plain.tokens(1, 40)
+
+    def run() -> Any:
+        made: Any = None
+        with torch.no_grad():
+            for part in (ids, ids[:, :1], ids[:, 1:2]):
+                given = {plain.AttributeDecoder: (), SlottedDecoder: (kept,), NestedDecoder: (made,)}[kind]
+                result = compiled(part, *given)
+                made = result[1] if kind is NestedDecoder else None
+        return {SlottedDecoder: kept, NestedDecoder: made}.get(kind, compiled)
+
+    if faulty:
+        with pytest.raises(DeclinedError, match="a cache grew that kvpass did not compress"):
+            run()
+    else:
+        assert len(kvpass.inspect(run()).layers) == 2
+
+
+def test_nothing_is_compiled_of_a_model_that_keeps_its_cache() -> None:
+    compiled = kvpass.compile(plain.make(plain.AttributeDecoder), **EAGER)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        for _ in range(2):
+            with pytest.raises(DeclinedError, match="compiled no part"):
+                compiled(plain.tokens(1, 40))
+
+
+def test_what_only_looks_like_a_cache_that_grew() -> None:
+    """Parts of a model, called alone, whose results are wider or longer than what they are given."""
+    model = tiny.llama()
+    compiled, ids = kvpass.compile(model, **EAGER), tiny.tokens(1, 60)
+    with torch.no_grad():
+        hidden = compiled.model(ids, use_cache=True)
+        wide = compiled.lm_head(hidden.last_hidden_state)
+        torch.testing.assert_close(wide, model.lm_head(hidden.last_hidden_state))
+        assert held(cache_of(hidden)) == BUDGET
+        cache = DynamicCache(config=model.config)
+        x, angles = model.model.embed_tokens(ids), model.model.rotary_emb(hidden.last_hidden_state, ids[:, :1] * 0)
+        for layer in compiled.model.layers:
+            x = layer(x, position_embeddings=[t.expand(1, 60, -1) for t in angles], **with_cache(model, cache))
+        assert held(cache) == BUDGET
+        evicting = type(model).forward(compiled, ids, use_cache=True)
+        assert held(cache_of(evicting)) == BUDGET
 
 
 def test_the_model_itself_cannot_read_a_compressed_cache() -> None:

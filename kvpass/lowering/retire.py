@@ -1,0 +1,126 @@
+"""What a site's attention leaves behind in a rewritten graph is taken out: views, cache updates, reads of sizes."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx
+
+from kvpass.graph.calls import example, is_metadata, unused_sizes
+from kvpass.graph.nearby import taken_out
+from kvpass.graph.remains import remains
+from kvpass.graph.symbols import SizeReader
+from kvpass.sites.site import Half, Update
+
+
+class Retirement:
+    """Takes nodes out of the copy of a graph.
+
+    Attributes:
+        copy: the original's nodes -> the copy's.
+        inputs: of the original.
+        sizes: which inputs have which sizes.
+    """
+
+    def __init__(
+        self, graph: fx.Graph, copy: dict[fx.Node, fx.Node], inputs: Sequence[fx.Node], sizes: SizeReader
+    ) -> None:
+        self.graph, self.copy, self.inputs, self.sizes = graph, copy, inputs, sizes
+
+    def retire(self, core: list[fx.Node], *halves: Half) -> None:
+        """Erase the core, the views that fed it and the cache updates; metadata reads of a cache go to a shell of its
+        shape.
+        """
+        for node in reversed(core):
+            self._erase(node)
+        for half in halves:
+            update = half.update
+            for view in reversed(half.chain):
+                if not self.copy[view].users:
+                    self.graph.erase_node(self.copy[view])
+            if update.write is not None:
+                self._unwrite(update)
+            elif update.node is not update.new:
+                self._drop(self.copy[update.node], half)
+
+    def _drop(self, node: fx.Node, half: Half) -> None:
+        """Erase a cache; whoever reads its size gets a shell's."""
+        self._read_sizes_of(node)
+        if node.users:
+            self._stand_in(node, half)
+        self.graph.erase_node(node)
+
+    def _read_sizes_of(self, node: fx.Node) -> None:
+        """Erase what is made of a cache for its size alone, and read the size of the cache or of an input instead."""
+        found = remains(node)
+        if found is None:
+            return
+        made, numbers = found
+        for number in numbers:
+            if number.users:
+                with self.graph.inserting_before(number):
+                    number.replace_all_uses_with(self._number(example(number), node))
+        for one in sorted({*made, *numbers}, reverse=True):
+            self.graph.erase_node(one)
+
+    def _number(self, value: Any, node: fx.Node) -> Any:
+        """A size as a node: one of the cache's, if it is one of those."""
+        if isinstance(value, int):
+            return value
+        expr = value.node.expr
+        own = [
+            axis
+            for axis, size in enumerate(example(node).shape)
+            if getattr(size, "node", None) and size.node.expr == expr
+        ]
+        at, axis = self.sizes.known[expr] if not own else (None, own[0])
+        source = node if at is None else self.copy[self.inputs[at]]
+        if axis is None:
+            return source
+        created = self.graph.call_method("size", (source, axis))
+        created.meta = {"example_value": value}
+        return created
+
+    def _unwrite(self, update: Update) -> None:
+        """Erase a write to a buffer, the slice that it went to, and a buffer that the graph allocated."""
+        assert update.write is not None
+        write = self.copy[update.write]
+        part = write.args[0]
+        self._erase(write)
+        others = taken_out(update.past, update.path) if update.past is not None else []
+        for node in (part, self.copy[update.node], *(self.copy[n] for n in others)):
+            while isinstance(node, fx.Node) and node.op != "placeholder" and not node._erased and not _is_read(node):
+                above = node.args[0] if node.args else None
+                self._erase(node)
+                node = above
+
+    def _erase(self, node: fx.Node) -> None:
+        """Erase a node that nobody reads any more, with the sizes that were read of it if nobody uses them."""
+        for reader in unused_sizes(node):
+            self.graph.erase_node(reader)
+        if not node.users and not node._erased:
+            self.graph.erase_node(node)
+
+    def _stand_in(self, node: fx.Node, half: Half) -> None:
+        assert all(is_metadata(user) for user in node.users)
+        new = self.copy[half.update.new]
+        with self.graph.inserting_before(node):
+            sizes = [self.graph.call_method("size", (new, axis)) for axis in range(4)]
+            if half.update.past is not None:
+                past = self.graph.call_method("size", (self.copy[half.update.past], half.layout.token_axis))
+                sizes[half.layout.token_axis] = self.graph.call_function(
+                    operator.add, (past, sizes[half.layout.token_axis])
+                )
+            one = self.graph.call_method("new_empty", (new, (1,)))
+            shell = self.graph.call_method("expand", (one, *sizes))
+        for created in (*sizes, one, shell):
+            created.meta = {"example_value": None, "kvpass": {"shell of": node.name}}
+        shell.meta["example_value"] = example(node)
+        node.replace_all_uses_with(shell)
+
+
+def _is_read(node: fx.Node) -> bool:
+    """Does anyone read more of a node than its size?"""
+    return bool(set(node.users) - set(unused_sizes(node)))
