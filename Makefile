@@ -63,6 +63,7 @@ lock:
 api: $(STAMP)
 	@$(BIN)/python -P tests/support/api_page.py
 	@$(BIN)/python -P tests/support/snippets.py --write
+	@$(BIN)/python -P tests/support/rooms_page.py
 
 # mypy looks for kvpass.kernels inside kvpass/: give it the packages as they install, by links.
 TYPES := .cache/typecheck
