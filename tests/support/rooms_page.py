@@ -23,7 +23,7 @@ def module_of(file: Path) -> str:
 
 def room_of(module: str) -> str:
     """`graph`, `kernels`, `patterns`; a file in no room is one of its own."""
-    return (module.split(".") + ["__init__"])[1]
+    return [*module.split("."), "__init__"][1]
 
 
 def rooms() -> nx.DiGraph:
