@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx
 
+from kvpass.errors import VerificationError
 from kvpass.match.calls import example, is_metadata, unused_sizes
 from kvpass.match.nearby import taken_out
 from kvpass.match.remains import remains
@@ -75,6 +76,11 @@ class Retirement:
             for axis, size in enumerate(example(node).shape)
             if getattr(size, "node", None) and size.node.expr == expr
         ]
+        if not own and expr not in self.sizes.known:
+            raise VerificationError(
+                f"the size {expr} is read of what is made of {node.name}, and of no input",
+                hint="please report this with debug=True output; strict=False does not help",
+            )
         at, axis = self.sizes.known[expr] if not own else (None, own[0])
         source = node if at is None else self.copy[self.inputs[at]]
         if axis is None:
