@@ -6,6 +6,7 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from kvpass.errors import VerificationError
@@ -74,7 +75,7 @@ class Retirement:
         own = [
             axis
             for axis, size in enumerate(example(node).shape)
-            if getattr(size, "node", None) and size.node.expr == expr
+            if isinstance(size, torch.SymInt) and size.node.expr == expr
         ]
         if not own and expr not in self.sizes.known:
             raise VerificationError(
