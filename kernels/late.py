@@ -8,9 +8,9 @@ from kvpass.kernels.compact_slots import compact_slots
 from kvpass.kernels.held import Read, held_scores
 from kvpass.kernels.places import slot_places
 from kvpass.kernels.ragged import empty_like, even
+from kvpass.kernels.ranking import shared_by_heads, state_scores
 from kvpass.kernels.rule import EXTRA, FREE, HELD, LIVE, MARK, SEEN, Rule
 from kvpass.kernels.scorers.registry import find_scorer
-from kvpass.kernels.scores import shared_by_heads, state_scores
 from kvpass.kernels.select_slots import select_slots
 from torch import Tensor
 

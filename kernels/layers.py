@@ -13,8 +13,8 @@ import torch
 from kvpass.kernels.allocate import budgets, head_counts, preference_of
 from kvpass.kernels.compact_slots import compact_slots
 from kvpass.kernels.ragged import empty_like, laid_out
+from kvpass.kernels.ranking import INF, state_scores
 from kvpass.kernels.rule import EXTRA, FREE, LIVE, SEEN, Rule
-from kvpass.kernels.scores import INF, state_scores
 from kvpass.kernels.select_slots import select_slots
 from torch import Tensor
 

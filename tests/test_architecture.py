@@ -64,7 +64,7 @@ ARROWS = {
     "arguments": {"inner", "patterns"} | WORDS,
     "graphs": {"plan", "site", "table"} | WORDS,
     "debug": {"debug", "plan", "site", "lower", "match"} | WORDS,
-    "reporting": {"holdings", "report_text", "runtime", "kernels.scores", "kernels.ragged", "kernels.rule"} | WORDS,
+    "reporting": {"holdings", "report_text", "runtime", "kernels.ranking", "kernels.ragged", "kernels.rule"} | WORDS,
     "holdings": {"runtime"} | WORDS,
     "report_text": set(),
     "next_step": set(),

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 from kvpass.kernels.masks import by_kv_head, visible
+from kvpass.kernels.ranking import deviations, slot_scores
 from kvpass.kernels.rule import FIRST, FREE, LIVE, SEEN, UNTOUCHABLE, Rule
-from kvpass.kernels.scores import deviations, slot_scores
 from torch import Tensor
 
 INF = float("inf")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from kvpass.kernels.decode_attend.step import Step
 from kvpass.kernels.ragged import padded, starts
+from kvpass.kernels.ranking import INF, must_stay, preference, slot_scores, untouchable
 from kvpass.kernels.rings import enter
 from kvpass.kernels.rule import FIRST, FREE, LIVE, NUMBER, RING, SEEN, UNTOUCHABLE, Rule
-from kvpass.kernels.scores import INF, must_stay, preference, slot_scores, untouchable
 from torch import Tensor
 
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 from kvpass.kernels.allocate import head_counts
 from kvpass.kernels.prefill_attend import prefill_attend
+from kvpass.kernels.ranking import slot_scores
 from kvpass.kernels.rule import FIRST, LIVE, Rule
 from kvpass.kernels.scorers.lag import lag
 from kvpass.kernels.scorers.seen import Seen
 from kvpass.kernels.scorers.window import cake, defensive, finch, window_mean
-from kvpass.kernels.scores import score_slots, slot_scores
+from kvpass.kernels.scores import score_slots
 from kvpass.kernels.select_slots import select_slots
 from kvpass.kernels.smooth import pooled, smoothed
 from kvpass.kernels.weights import value_weights

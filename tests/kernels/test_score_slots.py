@@ -8,8 +8,9 @@ import torch
 from kvpass.kernels.choose import implementation, use
 from kvpass.kernels.compact_slots import compact_slots
 from kvpass.kernels.join_slots import join_slots
+from kvpass.kernels.ranking import ordered, slot_scores, untouchable
 from kvpass.kernels.rule import FIRST, FREE, LIVE, SEEN, UNTOUCHABLE, Rule
-from kvpass.kernels.scores import ordered, score_slots, slot_scores, untouchable
+from kvpass.kernels.scores import score_slots
 from kvpass.kernels.select_slots import select_slots
 from kvpass.kernels.testing import assert_close, bits, empty_state, qkv, random_state
 
