@@ -30,6 +30,11 @@ class Retirement:
         self, graph: fx.Graph, copy: dict[fx.Node, fx.Node], inputs: Sequence[fx.Node], sizes: SizeReader
     ) -> None:
         self.graph, self.copy, self.inputs, self.sizes = graph, copy, inputs, sizes
+        self._moved: set[fx.Node] = set()
+
+    def sizes_moved(self) -> frozenset[fx.Node]:
+        """Nodes of the original that read a size of what is gone, which is read elsewhere now."""
+        return frozenset(node for node, ours in self.copy.items() if ours in self._moved)
 
     def retire(self, core: list[fx.Node], *halves: Half) -> None:
         """Erase the core, the views that fed it and the cache updates; metadata reads of a cache go to a shell of its
@@ -66,6 +71,7 @@ class Retirement:
                     number.replace_all_uses_with(self._number(example(number), node))
         for one in sorted({*made, *numbers}, reverse=True):
             self.graph.erase_node(one)
+        self._moved.update(numbers, (one for one in made if is_metadata(one)))
 
     def _number(self, value: Any, node: fx.Node) -> Any:
         """A size as a node: one of the cache's, if it is one of those."""
