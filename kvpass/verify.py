@@ -51,7 +51,7 @@ def _planned_counts(plan: Plan) -> Counter[str]:
 
 
 def _untouched(original: fx.GraphModule, nodes: list[fx.Node], plan: Plan, moved: Set[fx.Node]) -> bool:
-    """All nodes that belong to no site are still there, in order, with the same target; but sizes may be read elsewhere."""
+    """All nodes of no site are still there, in order, with the same target; but sizes may be read elsewhere."""
     if not all(is_metadata(node) or is_number(node) for node in moved):
         return False
     gone = moved | {node for planned in plan.sites for node in planned.site.nodes}
