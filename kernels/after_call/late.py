@@ -7,8 +7,8 @@ from kvpass.kernels.compact_slots import compact_slots
 from kvpass.kernels.rank.allocate import budgets
 from kvpass.kernels.rank.held import Read, held_scores
 from kvpass.kernels.rank.places import slot_places
+from kvpass.kernels.rank.ranking import shared_by_heads, state_scores
 from kvpass.kernels.rank.scorers.registry import find_scorer
-from kvpass.kernels.rank.scores import shared_by_heads, state_scores
 from kvpass.kernels.rule import EXTRA, FREE, HELD, LIVE, MARK, SEEN, Rule
 from kvpass.kernels.select_slots import select_slots
 from kvpass.kernels.slots.ragged import empty_like, even

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from kvpass.kernels.compact_slots import compact_slots
 from kvpass.kernels.rank.allocate import budgets, head_counts, preference_of
-from kvpass.kernels.rank.scores import INF, state_scores
+from kvpass.kernels.rank.ranking import INF, state_scores
 from kvpass.kernels.rule import EXTRA, FREE, LIVE, SEEN, Rule
 from kvpass.kernels.select_slots import select_slots
 from kvpass.kernels.slots.ragged import empty_like, laid_out

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 from kvpass.kernels.attention.masks import by_kv_head, visible
-from kvpass.kernels.rank.scores import deviations, slot_scores
+from kvpass.kernels.rank.ranking import deviations, slot_scores
 from kvpass.kernels.rule import FIRST, FREE, LIVE, SEEN, UNTOUCHABLE, Rule
 from torch import Tensor
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from kvpass.kernels.decode_attend.step import Step
+from kvpass.kernels.rank.ranking import INF, must_stay, preference, slot_scores, untouchable
 from kvpass.kernels.rank.rings import enter
-from kvpass.kernels.rank.scores import INF, must_stay, preference, slot_scores, untouchable
 from kvpass.kernels.rule import FIRST, FREE, LIVE, NUMBER, RING, SEEN, UNTOUCHABLE, Rule
 from kvpass.kernels.slots.ragged import padded, starts
 from torch import Tensor

@@ -8,13 +8,11 @@ from typing import Any
 
 import torch
 
+from kvpass.runtime.attributes import DEEPEST, attributes
 from kvpass.runtime.identity import Origin
 from kvpass.runtime.left import FEWEST_AXES, left_by
 from kvpass.runtime.shell import attached, find
 from kvpass.runtime.store import SlotStore
-
-DEEPEST = 8
-"""Steps from a cache to its tensors: attributes, entries."""
 
 NO_CACHES = {*vars(torch.nn.Module()), "kvpass", "_compiled_call_impl"}
 """Attributes of a module that hold weights, hooks, and the records of compiled graphs."""
@@ -175,9 +173,7 @@ def _entries(value: Any) -> list[tuple[str, Any]]:
         return [(f"[{key!r}]", one) for key, one in value.items()]
     if isinstance(value, (list, tuple, set, frozenset)):
         return [(f"[{at}]", one) for at, one in enumerate(value)]
-    slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
-    own = {name: getattr(value, name) for name in slots if hasattr(value, name)} | getattr(value, "__dict__", {})
-    return [(f".{name}", one) for name, one in own.items()]
+    return [(f".{name}", one) for name, one in attributes(value).items()]
 
 
 def _of_module(module: torch.nn.Module) -> list[tuple[str, Any]]:

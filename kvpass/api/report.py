@@ -205,7 +205,7 @@ def inspect(cache: Any) -> Inspection:
 
 
 def _layer_view(store: SlotStore) -> LayerView:
-    from kvpass.kernels.rank.scores import newest, slot_scores
+    from kvpass.kernels.rank.ranking import newest, slot_scores
 
     k, v, pos, stats = _as_host(store, *even(store.state)[:4])
     c = int(store.live().max())

@@ -156,7 +156,8 @@ def _scaled(node: fx.Node, depth: int) -> Words:
         return _truth(other, False, node, depth + 1)
     if value is not None:
         return _added(other, node, depth + 1)
-    if example(right) is not None and example(right).dtype == torch.bool:
+    factor = example(right) if isinstance(right, fx.Node) else None
+    if isinstance(factor, torch.Tensor) and factor.dtype == torch.bool:
         return _added(left, node, depth + 1) | _truth(right, False, node, depth + 1)
     return frozenset({"bias"}) if _numeric(node) else UNKNOWN
 

@@ -40,12 +40,14 @@ class Lowered:
         outputs: number of outputs of the original graph.
         shared: names of the last inputs, which all sites share: `position`, where the call's tokens are written (caches
             in buffers), and `marks`, int32 [B, S], what the caller says of them.
+        sizes_moved: nodes of the original that read sizes of what is gone; they are read elsewhere.
     """
 
     gm: fx.GraphModule
     bindings: tuple[Binding, ...]
     outputs: int
     shared: tuple[str, ...] = ()
+    sizes_moved: frozenset[fx.Node] = frozenset()
 
 
 def lower(gm: fx.GraphModule, plan: Plan) -> Lowered:
@@ -54,7 +56,7 @@ def lower(gm: fx.GraphModule, plan: Plan) -> Lowered:
     bindings = tuple(work.site(site_plan) for site_plan in plan.sites)
     shared = {"position": work.position, "marks": work.marks}
     names = tuple(name for name, node in shared.items() if node is not None)
-    return Lowered(work.finish(bindings), bindings, len(work.outputs), names)
+    return Lowered(work.finish(bindings), bindings, len(work.outputs), names, work.retirement.sizes_moved())
 
 
 class _Lowering:
@@ -67,6 +69,7 @@ class _Lowering:
         self.inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
         self.last_input = self.copy[self.inputs[-1]]
         self.sizes = SizeReader(self.inputs)
+        self.retirement = Retirement(self.graph, self.copy, self.inputs, self.sizes)
         self.states: dict[Any, list[Any]] = {}
         self.values: dict[Any, Any] = {}
         self.masks: dict[Any, fx.Node] = {}
@@ -86,7 +89,7 @@ class _Lowering:
         for one, out in zip(site.cores, outs, strict=True):
             self.copy[one.node].replace_all_uses_with(out)
             self.copy[one.node] = out
-        Retirement(self.graph, self.copy, self.inputs, self.sizes).retire(cores, site.key, site.value)
+        self.retirement.retire(cores, site.key, site.value)
         return self._binding(planned)
 
     def finish(self, bindings: Sequence[Binding]) -> fx.GraphModule:

@@ -6,8 +6,10 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
+from kvpass.errors import VerificationError
 from kvpass.graph.calls import example, is_metadata, unused_sizes
 from kvpass.graph.nearby import taken_out
 from kvpass.graph.remains import remains
@@ -28,6 +30,11 @@ class Retirement:
         self, graph: fx.Graph, copy: dict[fx.Node, fx.Node], inputs: Sequence[fx.Node], sizes: SizeReader
     ) -> None:
         self.graph, self.copy, self.inputs, self.sizes = graph, copy, inputs, sizes
+        self._moved: set[fx.Node] = set()
+
+    def sizes_moved(self) -> frozenset[fx.Node]:
+        """Nodes of the original that read a size of what is gone, which is read elsewhere now."""
+        return frozenset(node for node, ours in self.copy.items() if ours in self._moved)
 
     def retire(self, core: list[fx.Node], *halves: Half) -> None:
         """Erase the core, the views that fed it and the cache updates; metadata reads of a cache go to a shell of its
@@ -64,6 +71,7 @@ class Retirement:
                     number.replace_all_uses_with(self._number(example(number), node))
         for one in sorted({*made, *numbers}, reverse=True):
             self.graph.erase_node(one)
+        self._moved.update(numbers, (one for one in made if is_metadata(one)))
 
     def _number(self, value: Any, node: fx.Node) -> Any:
         """A size as a node: one of the cache's, if it is one of those."""
@@ -73,8 +81,13 @@ class Retirement:
         own = [
             axis
             for axis, size in enumerate(example(node).shape)
-            if getattr(size, "node", None) and size.node.expr == expr
+            if isinstance(size, torch.SymInt) and size.node.expr == expr
         ]
+        if not own and expr not in self.sizes.known:
+            raise VerificationError(
+                f"the size {expr} is read of what is made of {node.name}, and of no input",
+                hint="please report this with debug=True output; strict=False does not help",
+            )
         at, axis = self.sizes.known[expr] if not own else (None, own[0])
         source = node if at is None else self.copy[self.inputs[at]]
         if axis is None:

@@ -89,11 +89,12 @@ class Compilation:
         return f"{type(self.model).__name__} compiled with {self.backend.policy.name} {self.backend.policy.budget}"
 
     def _watched(self, call: Call, function: tuple[Any, ...], args: Any, kwargs: Any) -> Any:
-        call.begin(args, kwargs, list(self._kept()))
+        strict = self.backend.strict
+        call.begin(args, kwargs, list(self._kept()) if strict else [])
         try:
             with limits():
                 result = self.compiled(*function, *args, **kwargs)
-            after = call.settle(args, kwargs, result, list(self._kept(new=not call.graphs)))
+            after = call.settle(args, kwargs, result, list(self._kept(new=not call.graphs)) if strict else [])
         finally:
             call.end()
         reachable = {id(one.tensor) for one in after}
@@ -104,7 +105,9 @@ class Compilation:
         return result
 
     def _kept(self, new: bool = False) -> Iterator[Found]:
-        """Tensors in the attributes that calls change; with `new`, in others too that have changed since compile."""
+        """Tensors in the attributes that calls change; with `new`, in others too that have changed since compile. Only
+        a strict compilation asks.
+        """
         for name, value in self.state.changing(new):
             yield from tensors(value, (name,))
 

@@ -7,7 +7,6 @@ objects, attributes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,12 +14,10 @@ import torch
 
 from kvpass.errors import DeclinedError, RecompileError, ShellDataError
 from kvpass.runtime.active import ACTIVE, Ledger
+from kvpass.runtime.attributes import DEEPEST, attributes
 from kvpass.runtime.shell import find
 from kvpass.runtime.store import SlotStore
 from kvpass.runtime.veil import Shell, unveil, veil
-
-DEEPEST = 12
-"""Steps from an argument or a result to a tensor."""
 
 FEW = 16
 """New entries of a cache, up to which some may lie before the old ones and some behind."""
@@ -29,6 +26,9 @@ _NO_CACHES = frozenset({"logits", "hidden_states", "attentions", "last_hidden_st
                         "decoder_attentions", "cross_attentions", "encoder_hidden_states", "encoder_attentions",
                         "encoder_last_hidden_state", "image_hidden_states", "loss"})  # fmt: skip
 """Fields of a result that are no caches, however long they are."""
+
+_LEAVES = (str, bytes, int, float, type, type(None), torch.dtype, torch.device, torch.nn.Module)
+"""Nothing in them is a cache. Half of what a walk meets: asked before it goes on."""
 
 Path = tuple[Any, ...]
 
@@ -61,7 +61,7 @@ class Call(Ledger):
 
     def begin(self, args: Any, kwargs: Any, kept: list[Found]) -> None:
         """Take stock of the arguments; shells among them become plain tensors."""
-        self.given, self.kept = list(tensors((args, kwargs))), kept
+        self.given, self.kept = tensors((args, kwargs)), kept
         shells = [one for one in self.given if type(one.tensor) is Shell]
         hosted = [t for t in (ref() for ref in self.hosted) if t is not None]
         unveil([one.tensor for one in shells] + hosted)
@@ -83,7 +83,9 @@ class Call(Ledger):
             ShellDataError: a part of the model that ran uncompiled took a compressed cache as data.
             DeclinedError: strict, and a cache grew that is not kvpass' own.
         """
-        after = [*tensors(result), *tensors((args, kwargs))]
+        # a cache that was given and returned is looked through once, by the name under which it was given
+        seen: set[int] = set()
+        after = [*tensors((args, kwargs), seen=seen), *tensors(result, seen=seen)]
         self._check_shells(after)
         if self.owner.backend.strict:
             grown = [one for one in after if self._grew(one)] + [one for one in kept if self._grew_inside(one)]
@@ -167,32 +169,33 @@ def _equal(old: torch.Tensor, part: torch.Tensor) -> bool:
         return bool(((old == part) | (old.isnan() & part.isnan())).all())
 
 
-def tensors(value: Any, path: Path = (), seen: set[int] | None = None) -> Iterator[Found]:
+def tensors(value: Any, path: Path = (), seen: set[int] | None = None) -> list[Found]:
     """Tensors in arguments or results: in containers and objects, but not in modules."""
-    seen = set() if seen is None else seen
+    found: list[Found] = []
+    _collect(value, path, set() if seen is None else seen, found)
+    return found
+
+
+def _collect(value: Any, path: Path, seen: set[int], found: list[Found]) -> None:
+    """`tensors`, of which each call of a compiled model makes two: no generators, and leaves are not entered."""
     if isinstance(value, torch.Tensor):
         if not isinstance(value, torch.nn.Parameter):
-            yield Found(path, value)
+            found.append(Found(path, value))
         return
-    if len(path) > DEEPEST or isinstance(value, (str, bytes, int, float, type, type(None), torch.nn.Module)):
-        return
-    if isinstance(value, (dict, list, tuple)):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-    else:
-        slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
-        own = {name: getattr(value, name) for name in slots if hasattr(value, name)} if slots else {}
-        items = (own | getattr(value, "__dict__", {})).items()
-    if id(value) in seen:
+    if len(path) > DEEPEST or isinstance(value, _LEAVES) or id(value) in seen:
         return
     seen.add(id(value))
-    names = dict(items)
-    keys, values = names.get("keys"), names.get("values")
+    if isinstance(value, (list, tuple)):
+        parts: dict[Any, Any] = dict(enumerate(value))
+    else:
+        parts = value if isinstance(value, dict) else attributes(value)
+    keys, values = parts.get("keys"), parts.get("values")
     paired = (
         isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor) and keys.shape[:-1] == values.shape[:-1]
     )
-    paired = paired and not names.get("is_sliding", getattr(value, "is_sliding", False))
-    for key, part in names.items():
+    paired = paired and not parts.get("is_sliding", getattr(value, "is_sliding", False))
+    for key, part in parts.items():
         if paired and key in ("keys", "values"):
-            yield Found((*path, key), part, pair=True)
-        else:
-            yield from tensors(part, (*path, key), seen)
+            found.append(Found((*path, key), part, pair=True))
+        elif not isinstance(part, _LEAVES):
+            _collect(part, (*path, key), seen, found)

@@ -53,6 +53,13 @@ KINDS = [
 SOME = [nanogpt.GPT, gpt_fast.Transformer, llama_reference.MovingLlama, rebinding.Rebinding, stacked.Stacked]
 """For each way to keep a cache."""
 INDUCTOR = [gpt_fast.Transformer, llama_reference.Llama, alibi.Bloom, sinks.Sinks]
+
+
+def _wide(kind: Any) -> tuple[Any, ...]:
+    """One style through Inductor shows that graphs of styles reach it; the others are in `make wide`."""
+    return () if kind is llama_reference.Llama else (pytest.mark.wide,)
+
+
 """Both ways to write into buffers, and the cores with most to them."""
 BUFFERED = [
     gpt_fast.Transformer,
@@ -146,7 +153,7 @@ def test_every_attention_is_matched(kind: Any) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "inner"),
-    [(kind, "eager") for kind in KINDS] + [(kind, "inductor") for kind in INDUCTOR],
+    [(kind, "eager") for kind in KINDS] + [pytest.param(kind, "inductor", marks=_wide(kind)) for kind in INDUCTOR],
     ids=lambda value: value if isinstance(value, str) else name(value),
 )
 def test_full_budget_is_the_model(kind: Any, inner: str) -> None:

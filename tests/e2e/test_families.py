@@ -22,7 +22,7 @@ FAMILIES = [
     pytest.param("llama", "eager", marks=pytest.mark.wide),
     ("gpt2", "eager"),
     ("bloom", "eager"),  # ALiBi by baddbmm, heads and sequences in one axis
-    ("mpt", "eager"),  # ALiBi added to the logits
+    pytest.param("mpt", "eager", marks=pytest.mark.wide),  # ALiBi added to the logits
     pytest.param("falcon", "eager", marks=pytest.mark.wide),  # one KV head
     pytest.param("gptj", "eager", marks=pytest.mark.wide),
     pytest.param("gpt_neox", "eager", marks=pytest.mark.wide),
@@ -32,8 +32,8 @@ FAMILIES = [
     ("deepseek_v3", "sdpa"),  # latent attention: values narrower than keys
     ("deepseek_v32", "sdpa"),  # a mask by an indexer, as wide as the expanded keys
     ("qwen3_next", "sdpa"),  # linear attention beside
-    ("bamba", "sdpa"),  # state-space layers beside
-    ("diffllama", "eager"),  # two attentions read one cache
+    pytest.param("bamba", "sdpa", marks=pytest.mark.wide),  # state-space layers beside
+    pytest.param("diffllama", "eager", marks=pytest.mark.wide),  # two attentions read one cache
     pytest.param("phi3", "eager", marks=pytest.mark.wide),
 ]
 

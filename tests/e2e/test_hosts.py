@@ -147,7 +147,7 @@ class Slotted:
 
 
 class SlottedDecoder(plain.Decoder):
-    def forward(self, ids: torch.Tensor, kept: Slotted) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, ids: torch.Tensor, kept: Slotted) -> torch.Tensor:  # type: ignore[override]  # it fills the cache
         x, kept.cache = super().forward(ids, kept.cache)
         return x
 
@@ -173,7 +173,8 @@ def test_a_cache_wherever_it_is(kind: Any, faulty: bool) -> None:
     """
     model = plain.make(kind)
     if faulty:
-        model.blocks[1].forward = torch._dynamo.disable(model.blocks[1].forward)  # type: ignore[method-assign]
+        hidden = torch._dynamo.disable(model.blocks[1].forward)
+        model.blocks[1].forward = hidden  # type: ignore[method-assign]  # as a user hides one layer
     compiled, kept, ids = kvpass.compile(model, **EAGER), Slotted(), plain.tokens(1, 40)
 
     def run() -> Any:

@@ -70,8 +70,19 @@ def test_smollm2_left_padded_batch(some_layers: Any) -> None:
     same_tokens(*(m.generate(ids, attention_mask=mask, max_new_tokens=24, **GREEDY) for m in (compiled, model)))
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
-@pytest.mark.parametrize("policy", FULL)
+@pytest.mark.parametrize(
+    ("policy", "inner"),
+    [
+        *((policy, "eager") for policy in FULL),
+        (FULL[1], "aot_eager"),
+        (FULL[1], "inductor"),
+        *(
+            pytest.param(p, inner, marks=pytest.mark.wide)
+            for p in (FULL[0], FULL[2])
+            for inner in ("aot_eager", "inductor")
+        ),
+    ],
+)
 def test_tiny_left_padded_batch(policy: Any, inner: str) -> None:
     model = tiny.llama(6, 2)
     compiled = kvpass.compile(model, policy[0], policy[1], inner=inner)

@@ -9,10 +9,11 @@ import pytest
 import torch
 from kvpass.kernels.prefill_attend import prefill_attend
 from kvpass.kernels.rank.allocate import head_counts
+from kvpass.kernels.rank.ranking import slot_scores
 from kvpass.kernels.rank.scorers.lag import lag
 from kvpass.kernels.rank.scorers.seen import Seen
 from kvpass.kernels.rank.scorers.window import cake, defensive, finch, window_mean
-from kvpass.kernels.rank.scores import score_slots, slot_scores
+from kvpass.kernels.rank.scores import score_slots
 from kvpass.kernels.rank.smooth import pooled, smoothed
 from kvpass.kernels.rank.weights import value_weights
 from kvpass.kernels.rule import FIRST, LIVE, Rule

@@ -29,10 +29,12 @@ def output_of(*command: str) -> str | None:
 
 
 def commit() -> str:
-    """From git; in a copy without history, from what prepare.sh noted."""
+    """From git; in a copy without history, or with an older one, from what prepare.sh noted."""
     noted = ROOT / ".gpu" / "wheels" / "commit"
     known = output_of("git", "describe", "--always", "--abbrev=40", "--dirty")
-    return known or (noted.read_text().strip() if noted.exists() else "unknown")
+    if known and not known.endswith("-dirty"):
+        return known
+    return noted.read_text().strip() if noted.exists() else known or "unknown"
 
 
 def hardware() -> dict[str, Any]:

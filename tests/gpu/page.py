@@ -93,6 +93,7 @@ def whole_models(stage: Row) -> list[str]:
     lines = ["## Whole models", "", f"`{json.dumps(stage['model'])}`, random weights, bfloat16.", ""]
     for batch, tokens in dict.fromkeys((row["batch"], row["tokens"]) for row in stage["rows"]):
         rows = [row for row in stage["rows"] if (row["batch"], row["tokens"]) == (batch, tokens)]
+        rows.sort(key=lambda row: "left_out" in row)
         lines += [f"### {batch} x {tokens:,} tokens", "", *table(columns, map(contender, rows))]
     return lines
 
@@ -142,6 +143,8 @@ On a machine with a GPU, torch, triton, transformers and pytest; nothing is inst
     tests/gpu/prepare.sh                  # where a package index is: pydantic's wheels into .gpu/wheels
     OUT=figures tests/gpu/run.sh          # on the GPU's machine, with .gpu/wheels taken along: JSON of each stage
     python3 tests/gpu/page.py figures     # this page
+
+An earlier run, with what a profiler said: [gpu-2026-11-26.md](gpu-2026-11-26.md).
 """
 
 

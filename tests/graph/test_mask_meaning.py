@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import pytest
@@ -12,9 +13,14 @@ from models import tiny
 from models.attention import HEADS, attend, hidden, layer, past
 from models.graphs import capture_all, table
 from spelling import with_cache
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM, StaticCache
 
+from kvpass.graph.mask_meaning import mask_kind
+from kvpass.graph.symbols import free_size
 from kvpass.sites.scan import scan
+from kvpass.terms import MaskKind
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "pad_token_id": 0}
 
@@ -166,3 +172,13 @@ def test_a_learned_bias() -> None:
     made = layer(forward, table=torch.nn.Embedding(2 * T, HEADS))
     (site,) = table(made, hidden(S), past(T - S)).sites
     assert site.to_dict()["mask_kind"] == "bias"
+
+
+def test_a_product_with_a_size() -> None:
+    """A symbolic size has no dtype."""
+    graph = fx.Graph()
+    mask, size = graph.placeholder("mask"), graph.placeholder("size")
+    mask.meta["example_value"], size.meta["example_value"] = torch.ones(1, 1, S, T), free_size(ShapeEnv(), "size")
+    product = graph.call_function(operator.mul, (mask, size))
+    product.meta["example_value"] = torch.ones(1, 1, S, T)
+    assert mask_kind([(product, MaskKind.ADD)], causal=True) == "causal + unknown"

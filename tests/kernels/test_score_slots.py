@@ -7,7 +7,8 @@ import pytest
 import torch
 from kvpass.kernels.choose import implementation, use
 from kvpass.kernels.compact_slots import compact_slots
-from kvpass.kernels.rank.scores import ordered, score_slots, slot_scores, untouchable
+from kvpass.kernels.rank.ranking import ordered, slot_scores, untouchable
+from kvpass.kernels.rank.scores import score_slots
 from kvpass.kernels.rule import FIRST, FREE, LIVE, SEEN, UNTOUCHABLE, Rule
 from kvpass.kernels.select_slots import select_slots
 from kvpass.kernels.slots.join_slots import join_slots
