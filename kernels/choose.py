@@ -20,7 +20,7 @@ OPS = ("prefill_attend", "decode_attend", "select_slots", "compact_slots")
 IMPLEMENTATIONS = ("reference", "triton")
 
 _forced: ContextVar[str | None] = ContextVar("kvpass_implementation", default=None)
-_loaded: dict[tuple[str, str], Callable[..., Any]] = {}
+_loaded: dict[tuple[str, str], tuple[Callable[..., Any], Callable[..., bool]]] = {}
 
 
 WIDEST = 256
@@ -62,14 +62,24 @@ def implementation(op: str, device: torch.device) -> str:
     return forced
 
 
-def kernel(op: str, device: torch.device, wide: bool = False) -> Callable[..., Any]:
-    """The function that runs `op` on `device`; imported on first use, then cached. `wide`: heads that no triton kernel
-    takes, so the reference runs unless triton is forced.
+def kernel(op: str, device: torch.device, *facts: Any) -> Callable[..., Any]:
+    """The function that runs `op` on `device`; imported on first use, then cached. facts: what the op is given;
+    triton's implementation says by its `supports(*facts)` whether it can run that. If it cannot, the reference runs,
+    unless triton is forced.
     """
-    forced = _forced.get()
-    key = (op, "reference" if wide and forced is None else implementation(op, device))
-    found = _loaded.get(key)
-    if found is None:
-        module = import_module(f"kvpass.kernels.{op}.{key[1]}")
-        found = _loaded[key] = getattr(module, f"{op}_{key[1]}")
+    chosen = implementation(op, device)
+    found, supports = _loaded.get((op, chosen)) or _load(op, chosen)
+    if _forced.get() is None and not supports(*facts):
+        found, _ = _loaded.get((op, "reference")) or _load(op, "reference")
     return found
+
+
+def _load(op: str, name: str) -> tuple[Callable[..., Any], Callable[..., bool]]:
+    module = import_module(f"kvpass.kernels.{op}.{name}")
+    _loaded[op, name] = getattr(module, f"{op}_{name}"), getattr(module, "supports", _anything)
+    return _loaded[op, name]
+
+
+def _anything(*facts: Any) -> bool:
+    """A reference runs everything."""
+    return True

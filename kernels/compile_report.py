@@ -17,6 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kvpass.kernels.attention.softmax import Softmax
+from kvpass.kernels.decode_attend.call import Call, Token
+from kvpass.kernels.slots.state import State
+from kvpass.kernels.slots.statistics import Statistics
 import triton  # type: ignore[import-untyped]  # no types in it
 from torch import Tensor
 from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]  # no types in it
@@ -97,19 +101,17 @@ def launches(case: Case, on: Target) -> list[Launch]:
     queries = 77 if case.extends else length
     q, k, v = (torch.zeros(1, h, n, case.dim, dtype=case.dtype) for h, n in _sizes(heads, case.group, queries, length))
     pos = torch.zeros(1, heads, length, dtype=torch.int32) if case.extends else None
-    stats = torch.zeros(len(case.rule.stats), 1, heads, length)
-    state = [torch.zeros(1, heads, slots, case.dim, dtype=case.dtype) for _ in range(2)]
-    state += [torch.zeros(1, heads, slots, dtype=torch.int32), torch.zeros(len(stats), 1, heads, slots)]
-    state += [torch.zeros(1, heads, 4, dtype=torch.int32)]
+    stats = torch.zeros(len(case.rule[Statistics].stats), 1, heads, length)
+    state = State.empty(case.rule, k, B=1, H=heads, C=slots, D=case.dim, V=case.dim)
     rule, one = case.rule.encode(), slice(0, 1)
     extras = torch.zeros(heads * case.group, dtype=case.dtype) if case.sinks else None, case.softcap
     with record(on) as listed:
         prefill_attend_triton(q, k, v, pos, _mask(case, queries, length), 0.125, case.mask == "none", rule, *extras)
-        idx = select_slots_triton(torch.zeros(1, heads, length), state[4], slots)
-        compact_slots_triton(k, v, pos, stats, idx, state[4].clone(), *state)
-        step = q[:, :, one], k[:, :, one], v[:, :, one]
-        decode: Callable[..., Any] = decode_attend_triton
-        decode(*step, _mask(case, 1, length), *state, length, 0.125, rule, *extras)
+        idx = select_slots_triton(torch.zeros(1, heads, length), state.cursor, slots)
+        compact_slots_triton((k, v, pos, stats), idx, state.cursor.clone(), state)
+        token = Token(q[:, :, one], k[:, :, one], v[:, :, one])
+        call = Call(_mask(case, 1, length), length, Softmax(0.125, *extras), case.rule)
+        decode_attend_triton(token, state, call)
     return listed
 
 

@@ -1,229 +1,191 @@
-"""Rule: what an op observes and how it picks victims, as plain numbers.
+"""Rule: what an op observes and how it picks victims, as a few small records.
 
-The tensor-level form of a planned policy (docs/design/0001-state-and-kernels.md). It knows no policy names, no graphs
-and no models.
+The tensor-level form of a planned policy (docs/design/0006-rules-and-state.md). It knows no policy names, no graphs, no
+models and no feature: each record stands beside the code that reads it, and says its own words, checks and effects.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+import pkgutil
+from collections.abc import Iterator
+from dataclasses import fields, replace
 from functools import cached_property, lru_cache
-from typing import Any
-
-STATISTICS = ("sum", "sumsq", "count", "important", "last")
-"""What attention can emit for each key: sums of the observed probabilities, of their squares, of the queries that see
-the key, and of those that give it at least an even share (1 / keys visible to the query); and one more than the
-position of the newest of those, 0 if there is none. Slots keep its number among the row's valid tokens instead.
-"""
-
-SCORES = ("position", "sum", "mean", "important", "last")
-"""Scores that positions and attention's statistics give by themselves; all other names are scorers'."""
-
-HELD = "held"
-"""A slot's statistic that is no sum over queries: the score that a scorer gave it, in its last multi-token call or when
-it arrived.
-"""
-
-WEIGHT = "weight"
-"""A slot's statistic that multiplies its score: a norm of its value."""
-
-MARK = "mark"
-"""A slot's statistic that the caller gave with its token: the number of its span, plus `KEEP` or `DROP`."""
-
-PLACE = "place"
-"""A slot's statistic: which of its row's valid tokens it is, or where its key was turned to since
-(`kvpass.kernels.after_call.reindex`).
-"""
-
-NUMBER = "number"
-"""A slot's statistic: which of its row's valid tokens it is, from 0, where more than the newest ones' order decides
-(`kvpass.kernels.rank.places`).
-"""
-
-RING = "ring"
-"""A slot's statistic: the ring that it is in (`kvpass.kernels.rank.rings`)."""
-
-KEEP, DROP = 1 << 20, 1 << 21
-"""Added to the mark of a token that must stay, or that must go when its call is over. Above every span's number; sums
-are exact in float32.
-"""
-
-INF = float("inf")
-
-UNTOUCHABLE = 3.0e38
-"""Score of a slot that the scope keeps out of reach: above every real score, below a protected slot's +inf."""
+from importlib import import_module
+from typing import Any, TypeVar
 
 OPS_VERSION = 3
 """Raise it when an op's outputs change shape, strides or dtype. It is part of every rule in a graph, and so of the key
 of compiled graphs that Inductor keeps on disk: an older one must not be taken for this one.
 """
 
-ASIDE = frozenset({"statistics", "layer", "marks", "own", "places"})
-"""Words of `Rule.reads` for which nothing more is taken from a graph."""
-
-LIVE, FREE, SEEN, FIRST, EXTRA, SHIFT = range(6)
-"""Columns of the cursor [B, Hkv, 4 or 6]. The last two exist where heads have budgets of their own (`Rule.ragged`)."""
+_SAID_BY: dict[str, type[Record]] = {}
+"""The record that says a word."""
 
 
-@dataclass(frozen=True)
-class Rule:
-    stats: tuple[str, ...] = ()
-    emits: tuple[str, ...] = ()
-    queries: int = 0
-    group: str = "mean"
-    heads: str = "each"
-    carry: bool = True
-    decode: str = "none"
-    pool: str = "none"
-    pool_size: int = 1
-    score: str = "position"
-    scorer: str = ""
-    options: str = ""
-    reads: tuple[str, ...] = ()
-    granule: int = 1
-    granule_by: str = "mean"
-    sample_num: int = 0
-    sample_den: int = 1
-    seed: int = 0
-    decay: bool = False
-    weight: str = "none"
-    weight_floor: float = 0.0
-    top_num: int = 0
-    top_den: int = 1
-    scope_num: int = 0
-    scope_den: int = 1
-    sinks: int = 0
-    recent: int = 0
-    recent_num: int = 0
-    recent_den: int = 1
-    slots: int = 0
-    num: int = 1
-    den: int = 1
-    floor: int = 1
-    taper: int = 0
-    layer: int = 0
-    layers: int = 1
-    ragged: bool = False
-    table: str = ""
-    spread: str = ""
-    cut: float = -INF
-    marked: bool = False
-    when: str = "always"
-    every: int = 1
-    reindex: bool = False
-    rings: int = 0
-    fair: bool = False
-    safe_num: int = 0
-    safe_den: int = 1
+_DEFAULTS: dict[type[Record], Record] = {}
+
+
+class Record:
+    """One part of a rule: a frozen dataclass whose fields are words of a rule's text. Defaults mean that nothing is
+    asked. A word belongs to one record only.
+    """
+
+    def __init_subclass__(cls) -> None:
+        for word in cls.__annotations__:
+            other = _SAID_BY.setdefault(word, cls)
+            if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise TypeError(f"the word {word!r} of {cls.__qualname__} is {other.__qualname__}'s")
+            _SAID_BY[word] = cls
 
     @property
     def evicts(self) -> bool:
+        """Whether slots go because of it."""
+        return False
+
+    def growing(self) -> Record:
+        """What is left of it in calls that evict nothing."""
+        return self
+
+    def acts(self, position: int | None) -> bool:
+        """Whether a call whose first token is at `position` evicts, as far as this record decides; None: a step."""
+        return True
+
+    def resized(self, size: Any, rule: Rule) -> Any:
+        """The budget of a head, int or int64 tensor, of what the records before it made of it."""
+        return size
+
+    @property
+    def arrives(self) -> bool:
+        """Whether a generated token's slot starts with more than zeros, given by the op `arrivals`."""
+        return False
+
+    @property
+    def state_fields(self) -> tuple[Any, ...]:
+        """Tensors of a site's state beside those that every rule has (`kvpass.kernels.slots.state.Field`)."""
+        return ()
+
+    def words(self) -> Iterator[str]:
+        """Its part of the text: the fields that differ from their defaults."""
+        for f in fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
+            value = getattr(self, f.name)
+            if value != f.default:
+                text = "+".join(value) if isinstance(value, tuple) else int(value) if isinstance(value, bool) else value
+                yield f"{f.name}={text}"
+
+
+R = TypeVar("R", bound=Record)
+
+
+class Rule:
+    """Records by their kind; those that are not given are as their defaults say. Immutable, and equal if its records
+    are.
+
+    Args:
+        records: of different kinds, in the order of the text.
+        words: the same by fields of records.
+
+    Raises:
+        TypeError: a word that no record says, or two records of one kind.
+    """
+
+    def __init__(self, *records: Record, **words: Any) -> None:
+        found = {type(one): one for one in records}
+        if len(found) < len(records):
+            raise TypeError(f"a rule has one record of a kind, got {records}")
+        for kind in dict.fromkeys(_said_by(word) for word in words):
+            own = {word: value for word, value in words.items() if _SAID_BY[word] is kind}
+            found[kind] = replace(found.get(kind) or kind(), **own)  # type: ignore[type-var]
+        self._records = {kind: one for kind, one in found.items() if one != kind()}
+        self._hash = hash(frozenset(self._records.values()))
+
+    def __getitem__(self, kind: type[R]) -> R:
+        found: Any = self._records.get(kind) or _DEFAULTS.get(kind)
+        if found is None:
+            found = _DEFAULTS[kind] = kind()
+        return found  # type: ignore[no-any-return]
+
+    def __iter__(self) -> Iterator[Record]:
+        """The records that ask for something."""
+        return iter(self._records.values())
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Rule) and self._records == other._records)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __repr__(self) -> str:
+        return f"Rule({' '.join(word for one in self for word in one.words())})"
+
+    def replace(self, **words: Any) -> Rule:
+        """The rule with other words."""
+        return Rule(*self, **words)
+
+    def only(self, *kinds: type[Record]) -> bool:
+        """Whether no record of another kind asks for anything: what an implementation asks that knows these."""
+        return all(kind in kinds for kind in self._records)
+
+    @cached_property
+    def evicts(self) -> bool:
         """False when the budget is everything: nothing is scored, nothing is dropped."""
-        return self.slots > 0 or self.num < self.den or self.cut > -INF
+        return any(one.evicts for one in self)
 
     @cached_property
     def growing(self) -> Rule:
         """The same observations, and nothing goes: the rule of calls that do not evict."""
-        return replace(self, slots=0, num=1, den=1, taper=0, cut=-INF)
+        return Rule(*(one.growing() for one in self))
 
     @cached_property
     def of_steps(self) -> Rule:
         """What calls of one token do under this rule: nothing goes by itself if evictions wait."""
-        return self if self.when == "always" and self.every == 1 else self.growing
+        return self._at(None)
 
     def of_call(self, position: int) -> Rule:
         """What a call of several tokens does whose first is at `position`."""
-        return self.growing if self.when == "first" and position > 0 else self
+        return self._at(position)
 
-    def budget(self, seen: int) -> int:
-        """Slots each KV head may hold after `seen` valid tokens; of a ragged rule, on average over the heads."""
-        even = self._even(seen)
-        return self._tapered(even) if self.taper else even
-
-    def _even(self, seen: int) -> int:
-        even = self.slots if self.slots > 0 else max(self.floor, seen * self.num // self.den)
-        return even - ((even - self.sinks) % self.rings if self.rings else 0)
-
-    def _tapered(self, even: int) -> int:
-        """PyramidKV (arXiv 2406.02069): budgets fall from layer to layer by equal steps, the observation window on top,
-        and together are no more than `even` for each layer.
-
-        Ends as in Zefan-Cai/KVCache-Factory, rounded down in between. They follow from `even` alone, so that no layer's
-        budget ever falls while tokens come, and a row's is no larger than that of a longer one (docs/design/0003). A
-        share above a half is steep only as far as the first layer then keeps all that it has seen.
-        """
-        base = even - max(self.queries, 0)
-        if base < (self.taper if self.slots else 1) or self.layers < 2:
-            return even
-        flat = 0 if self.slots else base * (2 * self.num - self.den) // self.num
-        low = max(base // self.taper, flat, 1)
-        high, steps = 2 * base - low, self.layers - 1
-        return even - base + (low * self.layer + high * (steps - self.layer)) // steps
-
-    @cached_property
-    def emitted(self) -> tuple[str, ...]:
-        """The statistics that a multi-token call computes, in order."""
-        return self.emits or tuple(name for name in self.stats if name in STATISTICS)
-
-    @property
-    def columns(self) -> int:
-        """Width of the cursor."""
-        return 6 if self.ragged else 4
-
-    def kept(self, seen: int) -> int:
-        """Slots actually in use after `seen` valid tokens."""
-        return min(seen, self.budget(seen))
-
-    def recent_of(self, n: int) -> int:
-        """Size of the protected recent window for a budget of n slots."""
-        return self.recent + n * self.recent_num // self.recent_den
-
-    def untouchable_of(self, n: int) -> int:
-        """How many slots the scope keeps out of reach for a budget of n slots; 0 when there is no scope."""
-        return n * self.scope_num // self.scope_den + 1 if self.scope_num else 0
-
-    def stat(self, name: str) -> int:
-        """Row of `stats` that holds the named statistic, -1 if it is not kept."""
-        return self.stats.index(name) if name in self.stats else -1
-
-    @cached_property
-    def plain(self) -> bool:
-        """Whether sums, squares and counts are all that slots keep, and heads are alike: what Triton's decode knows."""
-        kept = {HELD, WEIGHT, MARK, PLACE, NUMBER, RING, "important", "last"} & set(self.stats)
-        return not (kept or self.ragged or self.top_num or self.taper)
-
-    def emission(self, name: str) -> int:
-        """Row of what a multi-token call emits that holds the named statistic, -1 if it is not emitted."""
-        return self.emitted.index(name) if name in self.emitted else -1
+    def _at(self, position: int | None) -> Rule:
+        return self if all(one.acts(position) for one in self) else self.growing
 
     def encode(self) -> str:
-        """Short readable text of the fields that differ from their defaults; ops take a rule in this form."""
-        parts = [f"ops={OPS_VERSION}"]
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if value != f.default:
-                text = (
-                    "+".join(value)
-                    if isinstance(value, tuple)
-                    else str(int(value))
-                    if isinstance(value, bool)
-                    else str(value)
-                )
-                parts.append(f"{f.name}={text}")
-        return " ".join(parts)
+        """Short readable text of the words that differ from their defaults; ops take a rule in this form."""
+        return self._text
+
+    @cached_property
+    def _text(self) -> str:
+        return " ".join([f"ops={OPS_VERSION}", *(word for one in self for word in one.words())])
 
     @staticmethod
     @lru_cache(maxsize=256)
     def parse(text: str) -> Rule:
-        """Inverse of `encode`."""
-        kinds: dict[str, Any] = {f.name: type(f.default) for f in fields(Rule)}
+        """Inverse of `encode`.
+
+        Raises:
+            TypeError: a word that no record says.
+        """
         values: dict[str, Any] = {}
         for part in text.split():
-            name, _, value = part.partition("=")
-            if name == "ops":
-                continue
-            kind = kinds[name]
-            values[name] = (
-                tuple(value.split("+")) if kind is tuple else bool(int(value)) if kind is bool else kind(value)
-            )
+            word, _, value = part.partition("=")
+            if word != "ops":
+                kind = type(next(f.default for f in fields(_said_by(word)) if f.name == word))  # type: ignore[arg-type]
+                values[word] = (
+                    tuple(value.split("+")) if kind is tuple else bool(int(value)) if kind is bool else kind(value)
+                )
         return Rule(**values)
+
+
+def _said_by(word: str) -> type[Record]:
+    if word not in _SAID_BY:
+        _meet_all_records()
+    if word not in _SAID_BY:
+        raise TypeError(f"no record of a rule says {word!r}: known are {', '.join(sorted(_SAID_BY))}")
+    return _SAID_BY[word]
+
+
+@lru_cache(maxsize=1)
+def _meet_all_records() -> None:
+    """Import whatever may hold records: they are known from then on. Nobody lists them."""
+    package = import_module("kvpass.kernels")
+    for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        if "triton" not in found.name and "compile_report" not in found.name:
+            import_module(found.name)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-from kvpass.kernels.rule import FIRST, FREE, LIVE, SEEN, Rule
+from kvpass.kernels.rule import Rule
+from kvpass.kernels.slots.cursor import FIRST, FREE, LIVE, SEEN
+from kvpass.kernels.slots.statistics import Statistics
+from kvpass.kernels.slots.state import State
 from torch import Tensor
 
 TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
@@ -47,34 +48,6 @@ def assert_close(
     )
 
 
-@dataclass
-class State:
-    """The five state tensors of one site, in the order of the ops' arguments."""
-
-    k: Tensor
-    v: Tensor
-    pos: Tensor
-    stats: Tensor
-    cursor: Tensor
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The tensors in argument order."""
-        return self.k, self.v, self.pos, self.stats, self.cursor
-
-    def clone(self) -> State:
-        """An independent copy."""
-        return State(*(t.clone() for t in self.tensors()))
-
-    def to(self, device: torch.device | str) -> State:
-        """A copy on another device."""
-        return State(*(t.to(device) for t in self.tensors()))
-
-    def used(self) -> Tensor:
-        """Slots in use, bool [B, Hkv, C]: 0 .. LIVE without FREE."""
-        slot = torch.arange(self.pos.shape[-1], device=self.pos.device)
-        return (slot <= self.cursor[..., LIVE, None]) & (slot != self.cursor[..., FREE, None])
-
-
 def qkv(
     batch: int,
     heads: int,
@@ -108,17 +81,11 @@ def empty_state(
     device: torch.device | str = "cpu",
 ) -> State:
     """A state with no token in it; k, v and statistics are poisoned with NaN."""
-    nan = float("nan")
-    shape = (batch, kv_heads, slots)
-    cursor = torch.zeros(batch, kv_heads, 4, dtype=torch.int32, device=device)
-    cursor[..., FIRST] = -1
-    return State(
-        torch.full((*shape, dim), nan, dtype=dtype, device=device),
-        torch.full((*shape, value_dim or dim), nan, dtype=dtype, device=device),
-        torch.full(shape, -1, dtype=torch.int32, device=device),
-        torch.full((len(rule.stats), *shape), nan, device=device),
-        cursor,
-    )
+    like = torch.empty(0, dtype=dtype, device=device)
+    state = State.empty(rule, like, B=batch, H=kv_heads, C=slots, D=dim, V=value_dim or dim)
+    for poisoned in (state.k, state.v, state.stats):
+        poisoned.fill_(float("nan"))
+    return state
 
 
 def random_state(
@@ -154,11 +121,11 @@ def random_state(
             state.v[b, h, used] = torch.randn(n, state.v.shape[-1], generator=g).to(dtype)
             state.pos[b, h, used] = torch.randperm(seen, generator=g)[:n].int()
             state.cursor[b, h] = torch.tensor([n, free, seen, 0])
-            for i, name in enumerate(rule.stats):
+            for i, name in enumerate(rule[Statistics].stats):
                 values = torch.rand(n, generator=g)
                 scale = {"sum": 3.0, "sumsq": 4.0, "count": 0.0}[name]
                 state.stats[i, b, h, used] = values * scale if name != "count" else (1 + values * 5).floor()
-    return state.to(device)
+    return state.mapped(lambda _, tensor: tensor.to(device))
 
 
 def causal_mask(

@@ -7,7 +7,7 @@ module registers the ops once per process; it imports neither kernels nor triton
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -19,18 +19,15 @@ NAMESPACE = "kvpass"
 SCHEMAS = {
     "prefill_attend": "(Tensor q, Tensor k, Tensor v, Tensor? pos, Tensor? mask, float scale, bool causal, str rule, "
     "Tensor? sinks=None, float softcap=0.0) -> (Tensor, Tensor, Tensor)",
-    "join_slots": "(Tensor k, Tensor v, Tensor pos, Tensor stats, Tensor cursor, Tensor k_new, Tensor v_new, "
-    "SymInt position) -> (Tensor, Tensor, Tensor, Tensor)",
+    "join_slots": "(Tensor[] state, Tensor k_new, Tensor v_new, SymInt position, str rule) -> Tensor[]",
     "score_slots": "(Tensor stats, Tensor? past_stats, Tensor? pos, Tensor valid, Tensor cursor, SymInt position, "
     "str rule, Tensor? mask=None, Tensor? k=None, Tensor? v=None, Tensor? rows=None, Tensor? wo=None, "
     "Tensor? hidden=None, Tensor? marks=None, Tensor? queries=None, Tensor? turns=None) "
     "-> (Tensor, Tensor, Tensor)",
     "select_slots": "(Tensor score, Tensor cursor, SymInt capacity) -> Tensor",
-    "compact_slots": "(Tensor k, Tensor v, Tensor? pos, Tensor stats, Tensor idx, Tensor cursor_new, Tensor(a!) k_out, "
-    "Tensor(b!) v_out, Tensor(c!) pos_out, Tensor(d!) stats_out, Tensor(e!) cursor_out) -> ()",
-    "decode_attend": "(Tensor q, Tensor k_new, Tensor v_new, Tensor? mask, Tensor(a!) k, Tensor(b!) v, Tensor(c!) pos, "
-    "Tensor(d!) stats, Tensor(e!) cursor, SymInt position, float scale, str rule, Tensor? sinks=None, "
-    "float softcap=0.0, int latent=0, Tensor? arrive=None) -> Tensor",
+    "compact_slots": "(Tensor?[] keys, Tensor idx, Tensor cursor_new, Tensor(a!)[] state, str rule) -> ()",
+    "decode_attend": "(Tensor q, Tensor k_new, Tensor v_new, Tensor? mask, Tensor(a!)[] state, SymInt position, "
+    "float scale, str rule, Tensor? sinks=None, float softcap=0.0, int latent=0, Tensor? arrive=None) -> Tensor",
     "written": "(Tensor mask, SymInt end) -> Tensor",
     "window_rows": "(Tensor q, Tensor k, Tensor? pos, Tensor? mask, Tensor valid, float scale, bool causal, str rule, "
     "Tensor? sinks=None, float softcap=0.0) -> Tensor",
@@ -40,9 +37,10 @@ SCHEMAS = {
 
 HOMES = {
     "written": "attention.masks",
+    "window_rows": "rank.window_rows",
     "join_slots": "slots.join_slots",
     "score_slots": "rank.scores",
-    "arrivals": "rank.held",
+    "arrivals": "rank.scored",
 }
 """Modules of kvpass.kernels whose name is not the op's."""
 
@@ -66,6 +64,13 @@ def _rule(rule: str) -> Any:
     return Rule.parse(rule)
 
 
+def _statistics(rule: str) -> int:
+    """How many statistics slots keep."""
+    from kvpass.kernels.slots.statistics import Statistics
+
+    return len(_rule(rule)[Statistics].stats)
+
+
 def _fake_prefill_attend(
     q: Tensor,
     k: Tensor,
@@ -78,22 +83,23 @@ def _fake_prefill_attend(
     sinks: Tensor | None = None,
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    from kvpass.kernels.attention.observation import emitted
+
     out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
-    stats = q.new_empty(len(_rule(rule).emitted), k.shape[0], k.shape[1], k.shape[2], dtype=torch.float32)
+    stats = q.new_empty(len(emitted(_rule(rule))), k.shape[0], k.shape[1], k.shape[2], dtype=torch.float32)
     return out, stats, q.new_empty(q.shape[0], q.shape[2], dtype=torch.bool)
 
 
-def _fake_join_slots(
-    k: Tensor, v: Tensor, pos: Tensor, stats: Tensor, cursor: Tensor, k_new: Tensor, v_new: Tensor, position: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, heads = pos.shape[:2]
-    length = (position if cursor.shape[2] > 4 else pos.shape[2]) + k_new.shape[2]
-    return (
-        k.new_empty(batch, heads, length, k.shape[3]),
-        v.new_empty(batch, heads, length, v.shape[3]),
-        pos.new_empty(batch, heads, length),
-        stats.new_empty(stats.shape[0], batch, heads, length),
-    )
+def _fake_join_slots(state: Sequence[Tensor], k_new: Tensor, v_new: Tensor, position: int, rule: str) -> list[Tensor]:
+    from kvpass.kernels.slots.ragged import is_ragged
+    from kvpass.kernels.slots.state import State
+
+    held = State.of(state, _rule(rule))
+    length = (position if is_ragged(held.cursor) else held.slots) + k_new.shape[2]
+    return [
+        tensor.new_empty([length if letter == "C" else n for letter, n in zip(field.dims, tensor.shape, strict=True)])
+        for field, tensor in held.per_slot()
+    ]
 
 
 def _fake_score_slots(
@@ -106,7 +112,7 @@ def _fake_score_slots(
     rule: str,
     *rest: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kept = stats.new_empty(len(_rule(rule).stats), *stats.shape[1:])
+    kept = stats.new_empty(_statistics(rule), *stats.shape[1:])
     return stats.new_empty(stats.shape[1:]), kept, cursor.new_empty(cursor.shape)
 
 
@@ -114,12 +120,12 @@ def _fake_select_slots(score: Tensor, cursor: Tensor, capacity: int) -> Tensor:
     return score.new_empty(score.shape[0], score.shape[1], capacity, dtype=torch.int32)
 
 
-def _fake_compact_slots(*args: Tensor | None) -> None:
+def _fake_compact_slots(*args: Any) -> None:
     return None
 
 
 def _fake_decode_attend(q: Tensor, k_new: Tensor, v_new: Tensor, *rest: Any) -> Tensor:
-    latent = rest[11] if len(rest) > 11 else 0
+    latent = rest[7] if len(rest) > 7 else 0
     return q.new_empty(q.shape[0], q.shape[1], q.shape[2], latent or v_new.shape[3])
 
 
@@ -134,7 +140,9 @@ def _fake_window_rows(
     rule: str,
     *rest: Any,
 ) -> Tensor:
-    rows = torch.sym_min(_rule(rule).queries, valid.shape[1])
+    from kvpass.kernels.attention.observation import Observation
+
+    rows = torch.sym_min(_rule(rule)[Observation].queries, valid.shape[1])
     group = q.shape[1] // k.shape[1]
     return q.new_empty(k.shape[0], k.shape[1], group, rows, k.shape[2], dtype=torch.float32)
 
@@ -142,7 +150,7 @@ def _fake_window_rows(
 def _fake_arrivals(
     k_new: Tensor, v_new: Tensor, cursor: Tensor, position: int, rule: str, *rest: Tensor | None
 ) -> Tensor:
-    return k_new.new_empty(len(_rule(rule).stats), *cursor.shape[:2], dtype=torch.float32)
+    return k_new.new_empty(_statistics(rule), *cursor.shape[:2], dtype=torch.float32)
 
 
 def _fake_written(mask: Tensor, end: int) -> Tensor:

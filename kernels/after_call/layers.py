@@ -1,6 +1,6 @@
 """Slots that are shared out when all layers of a model have seen a call: budgets that only its data decide. Pure torch.
 
-In a call of several tokens under such a rule (`Rule.spread`) every layer keeps all its candidates, and what ranks
+In a call of several tokens under such a rule (`ShareOut`) every layer keeps all its candidates, and what ranks
 them; `shared_out` drops what is too much and lays the slots out anew. In between each layer holds dense keys and
 values.
 """
@@ -10,30 +10,33 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from kvpass.kernels.compact_slots import compact_slots
-from kvpass.kernels.rank.allocate import budgets, head_counts, preference_of
-from kvpass.kernels.rank.ranking import INF, state_scores
-from kvpass.kernels.rule import EXTRA, FREE, LIVE, SEEN, Rule
+from kvpass.kernels.after_call.compacted import compacted
+from kvpass.kernels.attention.observation import Observation
+from kvpass.kernels.budget import budget
+from kvpass.kernels.rank.allocate import ShareOut, head_counts, preference_of
+from kvpass.kernels.rank.criterion import INF
+from kvpass.kernels.rank.ranking import state_scores
+from kvpass.kernels.rule import Rule
 from kvpass.kernels.select_slots import select_slots
-from kvpass.kernels.slots.ragged import empty_like, laid_out
+from kvpass.kernels.slots.cursor import EXTRA, FREE, LIVE, SEEN
+from kvpass.kernels.slots.ragged import laid_out
+from kvpass.kernels.slots.state import State
 from torch import Tensor
-
-State = list[Tensor]
 
 
 def shared_out(states: list[State], rules: list[Rule], spare: int) -> Iterator[tuple[State, int]]:
-    """The states (k, v, pos, stats, cursor) of all layers, one after the other, with what stays, and how many tokens
-    each has room for: `spare`, or a few less. Empties `states` as it goes, so that one layer at a time is held twice.
+    """The states of all layers, one after the other, with what stays, and how many tokens
+    each has room for: `spare`, or a few less. Takes the `states` out of their list as it goes, so that one layer at a
+    time is held twice.
 
     Each state is as a call of several tokens leaves it: as many slots for each head, all candidates in use.
     """
     scores = [state_scores(state, rule) for state, rule in zip(states, rules, strict=True)]
-    even = [budgets(state[4][..., SEEN], rule)[..., None] for state, rule in zip(states, rules, strict=True)]
-    counts = _COUNTS[rules[0].spread](scores, even, states, rules)
+    even = [budget(rule, state.cursor[..., SEEN])[..., None] for state, rule in zip(states, rules, strict=True)]
+    counts = _COUNTS[rules[0][ShareOut].share](scores, even, states, rules)
     extras = _extras(counts, even, rules[0])
-    for at, (score, count, extra) in enumerate(zip(scores, counts, extras, strict=True)):
-        state, states[at] = states[at], []
-        yield _dropped(state, score, count, extra, spare)
+    for score, count, extra, rule in zip(scores, counts, extras, rules, strict=True):
+        yield _dropped(states.pop(0), score, count, extra, spare, rule)
 
 
 def _by_model(scores: list[Tensor], even: list[Tensor], states: list[State], rules: list[Rule]) -> list[Tensor]:
@@ -49,11 +52,11 @@ def _by_model(scores: list[Tensor], even: list[Tensor], states: list[State], rul
 
 def _by_preference(scores: list[Tensor], even: list[Tensor], states: list[State], rules: list[Rule]) -> list[Tensor]:
     """Layers share by what their scorer prefers (CAKE, arXiv 2503.12491), on top of the observation window."""
-    wanted = torch.stack([preference_of(state[4]) for state in states], -1).tolist()
+    wanted = torch.stack([preference_of(state.cursor) for state in states], -1).tolist()
     counts = [torch.zeros_like(one[..., 0]) for one in even]
     for row, shares in enumerate(wanted):
         most = [int((score[row] > -INF).sum(-1).max()) for score in scores]
-        sizes = layer_sizes(shares, int(even[0][row, 0, 0]), most, max(rules[0].queries, 0))
+        sizes = layer_sizes(shares, int(even[0][row, 0, 0]), most, rules[0][Observation].window)
         for count, score, size in zip(counts, scores, sizes, strict=True):
             count[row] = (score[row] > -INF).sum(-1).clamp(max=size)
     return counts
@@ -82,11 +85,11 @@ def layer_sizes(shares: list[float], even: int, most: list[int], window: int) ->
 
 
 def _by_threshold(scores: list[Tensor], even: list[Tensor], states: list[State], rules: list[Rule]) -> list[Tensor]:
-    """Each head keeps what scores at least `rule.cut`, and is protected, up to its budget; the best key at least."""
+    """Each head keeps what scores at least `cut`, and is protected, up to its budget; the best key at least."""
     counts = []
     for score, size, rule in zip(scores, even, rules, strict=True):
         least = (score > -INF).any(-1).long()
-        counts.append(torch.minimum((score >= rule.cut).sum(-1).maximum(least), size[..., 0]))
+        counts.append(torch.minimum((score >= rule[ShareOut].cut).sum(-1).maximum(least), size[..., 0]))
     return counts
 
 
@@ -101,20 +104,17 @@ def _extras(counts: list[Tensor], even: list[Tensor], rule: Rule) -> list[Tensor
     """EXTRA of each layer, int64 [B, Hkv]: slots above the even budget, for later calls of one token; 0 while no layer
     is above it. Under a threshold the even budget is each head's bound.
     """
-    if rule.spread == "threshold":
+    if rule[ShareOut].share == "threshold":
         return [torch.zeros_like(count) for count in counts]
     above = [count - size[..., 0] for count, size in zip(counts, even, strict=True)]
     bound = torch.cat(above, 1).amax(1, keepdim=True) > 0
     return [torch.where(bound, extra, 0) for extra in above]
 
 
-def _dropped(state: State, score: Tensor, count: Tensor, extra: Tensor, spare: int) -> tuple[State, int]:
+def _dropped(state: State, score: Tensor, count: Tensor, extra: Tensor, spare: int, rule: Rule) -> tuple[State, int]:
     """The state with the best `count` keys of each head, and the tokens that it has room for."""
-    k, v, pos, stats, before = state
-    cursor = before.clone()
+    cursor = state.cursor.clone()
     for column, value in ((LIVE, count), (FREE, count), (EXTRA, extra)):
         cursor[..., column] = value.int()
     cursor, slots, free = laid_out(cursor, spare)
-    out = [*empty_like(state, slots), cursor.clone()]
-    compact_slots(k, v, pos, stats, select_slots(score, cursor, int(count.max())), cursor, *out)
-    return out, free
+    return compacted(state, select_slots(score, cursor, int(count.max())), cursor, slots, rule), free

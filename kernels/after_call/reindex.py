@@ -10,13 +10,26 @@ positions where the graph has it, else from keys that stand next to each other.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from kvpass.kernels.errors import RotationError
 from kvpass.kernels.rank.allocate import ranks
-from kvpass.kernels.rule import PLACE, SEEN, Rule
+from kvpass.kernels.rank.places import PLACE
+from kvpass.kernels.rule import Record, Rule
+from kvpass.kernels.slots.cursor import SEEN
 from kvpass.kernels.slots.ragged import places, used_slots
+from kvpass.kernels.slots.state import State
+from kvpass.kernels.slots.statistics import stat
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Reindex(Record):
+    """Whether keys are turned to their places in the cache after each call."""
+
+    reindex: bool = False
+
 
 LOOSE = 0.02
 """Radians by which a key may stand elsewhere than its place says."""
@@ -75,15 +88,15 @@ def step_between(turn: Tensor, place: Tensor) -> Tensor | None:
     return step
 
 
-def new_places(state: list[Tensor], rule: Rule, start: int, count: int) -> Tensor:
+def new_places(state: State, rule: Rule, start: int, count: int) -> Tensor:
     """Which of its row's tokens each of the last `count` columns from `start` on is: float32 [B, count], -1 where no
     head kept it. To be read before these keys are turned.
     """
-    _, _, pos, stats, cursor = state
-    index, exist = places(cursor, pos.shape[2], used_slots(cursor))
+    pos, stats = state.pos, state.stats
+    index, exist = places(state.cursor, state.slots, used_slots(state.cursor))
     column = torch.where(exist, pos.reshape(-1)[index], -1).long() - start
     column = torch.where(column < 0, count, column).flatten(1)
-    place = stats[rule.stat(PLACE)].reshape(-1)[index].flatten(1)
+    place = stats[stat(rule, PLACE)].reshape(-1)[index].flatten(1)
     return place.new_full((len(pos), count + 1), -1.0).scatter_(1, column, place)[:, :count]
 
 
@@ -117,15 +130,15 @@ def checked(turn: Tensor, place: Tensor, step: Tensor, zero: Tensor | None) -> T
     return zero
 
 
-def reindex(state: list[Tensor], rule: Rule, step: Tensor) -> None:
-    """Turn the keys of a state (k, v, pos, stats, cursor), in place, to their places among the slots in use.
+def reindex(state: State, rule: Rule, step: Tensor) -> None:
+    """Turn the keys of a state, in place, to their places among the slots in use.
 
     step: radians per position, float64 [D / 2].
     """
-    k, _, pos, stats, cursor = state
-    index, exist = places(cursor, k.shape[2], used_slots(cursor))
-    where = pos.reshape(-1)[index].masked_fill(~exist, -1)
-    place = stats[rule.stat(PLACE)].view(-1)
+    k, cursor = state.k, state.cursor
+    index, exist = places(cursor, state.slots, used_slots(cursor))
+    where = state.pos.reshape(-1)[index].masked_fill(~exist, -1)
+    place = state.stats[stat(rule, PLACE)].view(-1)
     wanted = cursor[..., SEEN, None] - 1 - ranks(where.double())
     more = torch.where(where < 0, 0.0, wanted - place[index])
     chosen = more != 0

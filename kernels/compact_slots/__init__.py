@@ -5,41 +5,42 @@ The reference is the meaning; triton runs on CUDA and ROCm.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from kvpass.kernels.choose import WIDEST, kernel
+from kvpass.kernels.choose import kernel
+from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.ragged import is_ragged
+from kvpass.kernels.slots.state import Field, State
 from torch import Tensor
 
 
 def compact_slots(
-    k: Tensor,
-    v: Tensor,
-    pos: Tensor | None,
-    stats: Tensor,
-    idx: Tensor,
-    cursor_new: Tensor,
-    k_out: Tensor,
-    v_out: Tensor,
-    pos_out: Tensor,
-    stats_out: Tensor,
-    cursor_out: Tensor,
+    keys: Sequence[Tensor | None], idx: Tensor, cursor_new: Tensor, state: Sequence[Tensor], rule: str
 ) -> None:
     """Gather the selected keys into slots 0 .. LIVE-1 of the state, in place.
 
-    k [B, Hkv, L, D], v [B, Hkv, L, Dv], pos int32 [B, Hkv, L] or None (key l is at position l), stats float32
-    [N, B, Hkv, L], idx int32 [B, Hkv, n] from select_slots, cursor_new int32 [B, Hkv, 4]. The *_out are the five state
-    tensors with C >= n slots. `pos_out` becomes -1 beyond LIVE; k, v and statistics beyond LIVE keep their
-    bytes. Inputs must not alias outputs. Raises ValueError on shapes or dtypes that do not fit.
+    keys: for each per-slot field of the state, in order, what the L keys have of it: the field's shape with L for C;
+    None for positions if key l is at position l, and for others if they have none: slots then get the field's fill. idx
+    int32 [B, Hkv, n] from select_slots, cursor_new int32 [B, Hkv, 4 or 6]. state: the tensors of `State` under the
+    rule, with C >= n slots. Positions become -1 beyond LIVE; other fields keep their bytes there. Inputs must not alias outputs.
+    Raises ValueError on shapes or dtypes that do not fit.
     """
-    for name, x, out in (("k", k, k_out), ("v", v, v_out)):
-        if x.dtype != out.dtype or (*x.shape[:2], x.shape[3]) != (*out.shape[:2], out.shape[3]):
-            raise ValueError(
-                f"compact_slots: {name} {x.dtype} {list(x.shape)} does not fit its state {out.dtype} {list(out.shape)}"
-            )
-    if stats.shape[0] != stats_out.shape[0] or stats.shape[-1] != k.shape[2]:
-        raise ValueError(f"compact_slots: stats {list(stats.shape)} do not fit stats_out {list(stats_out.shape)}")
-    fits = idx.shape[2] <= k_out.shape[2] or is_ragged(cursor_new)
-    if idx.dtype != torch.int32 or idx.shape[:2] != k.shape[:2] or not fits:
+    out = State.of(state, Rule.parse(rule))
+    length = 0 if keys[0] is None else keys[0].shape[2]
+    for (field, target), given in zip(out.per_slot(), keys, strict=True):
+        if given is not None:
+            _check(field, given, target, length)
+    fits = idx.shape[2] <= out.slots or is_ragged(cursor_new)
+    if idx.dtype != torch.int32 or idx.shape[:2] != cursor_new.shape[:2] or not fits:
         raise ValueError(f"compact_slots: idx must be int32 [B, Hkv, <= C], got {idx.dtype} {list(idx.shape)}")
-    run = kernel("compact_slots", k.device, wide=k.shape[3] > WIDEST or v.shape[3] == 0 or is_ragged(cursor_new))
-    run(k, v, pos, stats, idx, cursor_new, k_out, v_out, pos_out, stats_out, cursor_out)
+    kernel("compact_slots", idx.device, keys, cursor_new, out)(keys, idx, cursor_new, out)
+
+
+def _check(field: Field, given: Tensor, target: Tensor, length: int) -> None:
+    wanted = [length if letter == "C" else n for letter, n in zip(field.dims, target.shape, strict=True)]
+    if list(given.shape) != wanted or given.dtype != target.dtype:
+        raise ValueError(
+            f"compact_slots: {field.name} {given.dtype} {list(given.shape)} of {length} keys does not fit its state "
+            f"{target.dtype} {list(target.shape)}"
+        )

@@ -2,41 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from kvpass.kernels.rule import LIVE
+from kvpass.kernels.slots.cursor import LIVE
 from kvpass.kernels.slots.ragged import starts
+from kvpass.kernels.slots.state import Field, State, flat
 from torch import Tensor
 
 
-def compact_slots_reference(
-    k: Tensor,
-    v: Tensor,
-    pos: Tensor | None,
-    stats: Tensor,
-    idx: Tensor,
-    cursor_new: Tensor,
-    k_out: Tensor,
-    v_out: Tensor,
-    pos_out: Tensor,
-    stats_out: Tensor,
-    cursor_out: Tensor,
-) -> None:
+def compact_slots_reference(keys: Sequence[Tensor | None], idx: Tensor, cursor_new: Tensor, out: State) -> None:
     """See `kvpass.kernels.compact_slots.compact_slots`."""
-    flat_k, flat_v = k_out.view(-1, k_out.shape[3]), v_out.view(v_out.shape[:3].numel(), v_out.shape[3])
-    flat_pos, flat_stats = pos_out.fill_(-1).view(-1), stats_out.view(stats_out.shape[0], pos_out.numel())
-    chosen = idx if pos is None else _looked_up(pos, idx)
-    first = starts(cursor_new, k_out.shape[2]).tolist()
+    out.pos.fill_(-1)
+    first = starts(cursor_new, out.slots).tolist()
+    fields = [(field, flat(field, target), given) for (field, target), given in zip(out.per_slot(), keys, strict=True)]
     for b, counts in enumerate(cursor_new[..., LIVE].tolist()):
         for h, live in enumerate(counts):
             # One gather per head: ragged counts need no mask, and nothing beyond LIVE is touched.
-            rows, there = idx[b, h, :live], slice(first[b][h], first[b][h] + live)
-            torch.index_select(k[b, h], 0, rows, out=flat_k[there])
-            torch.index_select(v[b, h], 0, rows, out=flat_v[there])
-            flat_pos[there] = chosen[b, h, :live]
-            if stats.shape[0]:
-                flat_stats[:, there] = stats[:, b, h].index_select(-1, rows)
-    cursor_out.copy_(cursor_new)
+            rows = idx[b, h, :live]
+            for field, target, given in fields:
+                there = target.narrow(field.rows, first[b][h], live)
+                _fill(field, there, None if given is None else given.select(field.rows, b).select(field.rows, h), rows)
+    out.cursor.copy_(cursor_new)
 
 
-def _looked_up(pos: Tensor, idx: Tensor) -> Tensor:
-    return pos.gather(-1, idx.clamp(min=0).long()).masked_fill_(idx < 0, -1)
+def _fill(field: Field, there: Tensor, given: Tensor | None, rows: Tensor) -> None:
+    """What the keys `rows` of one head have goes into its slots."""
+    if given is not None and field.rows == 0:
+        torch.index_select(given, 0, rows, out=there)
+    elif given is not None:
+        there.copy_(given.index_select(field.rows, rows))
+    elif field.name == "pos":
+        there.copy_(rows)
+    elif isinstance(field.fill, (int, float)):
+        there.fill_(field.fill)

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from kvpass.kernels.choose import WIDEST
+from kvpass.kernels.slots.ragged import is_ragged
+from kvpass.kernels.slots.state import FIELDS, State
 from kvpass.kernels.triton_shared.triton_launch import blocks, launch, power_of_two, rows_last
 from torch import Tensor
 
 from .triton_kernel import compact_kernel
 
 
-def compact_slots_triton(
-    k: Tensor,
-    v: Tensor,
-    pos: Tensor | None,
-    stats: Tensor,
-    idx: Tensor,
-    cursor_new: Tensor,
-    k_out: Tensor,
-    v_out: Tensor,
-    pos_out: Tensor,
-    stats_out: Tensor,
-    cursor_out: Tensor,
-) -> None:
-    """See `kvpass.kernels.compact_slots.compact_slots`. The state tensors (*_out) are contiguous."""
-    batch, heads, length, dim = k.shape
-    slots, wide = k_out.shape[2], v.shape[3]
-    k, v = rows_last(k), rows_last(v)
+def supports(keys: Sequence[Tensor | None], cursor_new: Tensor, out: State) -> bool:
+    """Heads that are equally long, of sizes that fit into shared memory, and the fields that every state has."""
+    wide = out.k.shape[3] > WIDEST or out.v.shape[3] == 0
+    return out.fields == FIELDS and keys[-1] is not None and not (wide or is_ragged(cursor_new))
+
+
+def compact_slots_triton(keys: Sequence[Tensor | None], idx: Tensor, cursor_new: Tensor, out: State) -> None:
+    """See `kvpass.kernels.compact_slots.compact_slots`. The state tensors are contiguous."""
+    given_k, given_v, given_pos, given_stats = keys
+    assert given_k is not None and given_v is not None and given_stats is not None
+    k, v = rows_last(given_k), rows_last(given_v)
+    (batch, heads, length, dim), slots, wide = k.shape, out.slots, v.shape[3]
     size = 32 if max(dim, wide) > 128 else 64
     launch(
         compact_kernel,
@@ -32,15 +32,11 @@ def compact_slots_triton(
         k.device,
         p_k=k,
         p_v=v,
-        p_pos=None if pos is None else pos.contiguous(),
-        p_stats=stats.contiguous(),
+        p_pos=None if given_pos is None else given_pos.contiguous(),
+        p_stats=given_stats.contiguous(),
         p_idx=idx.contiguous(),
         p_cursor=cursor_new.contiguous(),
-        p_kout=k_out,
-        p_vout=v_out,
-        p_posout=pos_out,
-        p_statsout=stats_out,
-        p_cursorout=cursor_out,
+        **{f"p_{field.name}out": tensor for field, tensor in zip(out.fields, out.tensors(), strict=True)},
         s_kb=k.stride(0),
         s_kh=k.stride(1),
         s_kl=k.stride(2),
@@ -51,8 +47,8 @@ def compact_slots_triton(
         L=length,
         C=slots,
         capacity=idx.shape[2],
-        N=stats.shape[0],
-        POS=pos is not None,
+        N=given_stats.shape[0],
+        POS=given_pos is not None,
         D=dim,
         DV=wide,
         BD=power_of_two(dim),

@@ -7,15 +7,34 @@ and copies all slots, so it is the form for other compilers, not the fast path o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from kvpass.kernels.attention.masks import by_kv_head, visible
-from kvpass.kernels.rank.ranking import deviations, slot_scores
-from kvpass.kernels.rule import FIRST, FREE, LIVE, SEEN, UNTOUCHABLE, Rule
+from kvpass.kernels.attention.observation import Observation
+from kvpass.kernels.attention.softmax import Softmax
+from kvpass.kernels.budget import Budget, budget
+from kvpass.kernels.decode_attend.call import Call, Token
+from kvpass.kernels.rank.criterion import INF, UNTOUCHABLE, Ranking, Scope
+from kvpass.kernels.rank.layer import Layer
+from kvpass.kernels.rank.places import Protected
+from kvpass.kernels.rank.ranking import deviations, reach_of, recent_of, slot_scores
+from kvpass.kernels.rank.scored import Scoring
+from kvpass.kernels.rank.smooth import Pool
+from kvpass.kernels.rule import Rule
+from kvpass.kernels.slots.cursor import FIRST, FREE, LIVE, SEEN
+from kvpass.kernels.slots.state import State
+from kvpass.kernels.slots.statistics import Statistics
 from torch import Tensor
 
-INF = float("inf")
+
+def supports(rule: Rule) -> bool:
+    """Whether a rule can be said in this form: attention's sums, squares and counts, heads and layers alike, and an
+    eviction in each step.
+    """
+    known = rule.only(Statistics, Observation, Pool, Ranking, Protected, Scope, Budget, Layer, Scoring)
+    return known and set(rule[Statistics].stats) <= {"sum", "sumsq", "count"} and rule.of_steps is rule
 
 
 def decode_step(
@@ -23,42 +42,50 @@ def decode_step(
     k_new: Tensor,
     v_new: Tensor,
     mask: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    pos: Tensor,
-    stats: Tensor,
-    cursor: Tensor,
+    state: Sequence[Tensor],
     position: int,
     scale: float,
     rule: str,
     sinks: Tensor | None = None,
     softcap: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     """`kvpass.kernels.decode_attend.decode_attend` without mutation.
 
     Arguments as there. sinks: float [Hq], one more logit per query head in the softmax's denominator. softcap: above
     0, logits become `softcap * tanh(logits / softcap)` before the mask.
 
-    Returns (out [B, Hq, 1, Dv] in q's dtype, then k, v, pos, stats and cursor after the token, none of them an
-    argument). Raises ValueError for a rule that does not fit the number of statistics.
+    Returns out [B, Hq, 1, Dv] in q's dtype, then the state after the token, none of it an argument. Raises ValueError
+    for a rule that does not fit the number of statistics.
     """
     plan = Rule.parse(rule)
-    if stats.shape[0] != len(plan.stats):
-        raise ValueError(f"decode_step: the rule keeps {len(plan.stats)} statistics, got {stats.shape[0]}")
-    now = torch.scalar_tensor(position, dtype=torch.int32, device=pos.device)
+    before, names = State.of(state, plan), plan[Statistics].stats
+    if len(before.stats) != len(names):
+        raise ValueError(f"decode_step: the rule keeps {len(names)} statistics, got {len(before.stats)}")
+    call = Call(mask, position, Softmax(scale, sinks, softcap), plan)
     arrived = _arrived(mask, position, q)
-    slot = torch.arange(pos.shape[2], dtype=torch.int32, device=pos.device)
-    here = (slot == _column(cursor, FREE)) & arrived
-    k, v = torch.where(here[..., None], k_new, k), torch.where(here[..., None], v_new, v)
-    pos = torch.where(here, now, pos)
-    stats = torch.where(here, 0.0, stats)
-    shown, bias = _shown(mask, pos)
-    probs = _probabilities(q, k, shown, bias, scale, sinks, softcap)
-    values = torch.where((pos >= 0)[..., None], v.float(), 0.0)  # 0 times an undefined value may be NaN
-    out = (probs @ values).to(q.dtype).reshape(*q.shape[:3], v.shape[3])
-    stats = _observed(stats, probs, shown.any(2) & arrived, arrived, plan)
-    pos, cursor = _settled(pos, stats, cursor, now, arrived, plan)
-    return out, k, v, pos, stats, cursor
+    held = _appended(before, Token(q, k_new, v_new), position, arrived)
+    shown, bias = _shown(mask, held.pos)
+    probs = _probabilities(q, held.k, shown, bias, call.softmax)
+    values = torch.where((held.pos >= 0)[..., None], held.v.float(), 0.0)  # 0 times an undefined value may be NaN
+    out = (probs @ values).to(q.dtype).reshape(*q.shape[:3], held.v.shape[3])
+    held = held.replaced(stats=_observed(held.stats, probs, shown.any(2) & arrived, arrived, plan))
+    return [out, *_evicted(held, _now(position, q), arrived, plan).tensors()]
+
+
+def _now(position: int, q: Tensor) -> Tensor:
+    return torch.scalar_tensor(position, dtype=torch.int32, device=q.device)
+
+
+def _appended(state: State, token: Token, position: int, arrived: Tensor) -> State:
+    """The state with the token in its slots, and 0 for its statistics."""
+    slot = torch.arange(state.slots, dtype=torch.int32, device=token.q.device)
+    here = (slot == _column(state.cursor, FREE)) & arrived
+    return state.replaced(
+        k=torch.where(here[..., None], token.k, state.k),
+        v=torch.where(here[..., None], token.v, state.v),
+        pos=torch.where(here, _now(position, token.q), state.pos),
+        stats=torch.where(here, 0.0, state.stats),
+    )
 
 
 def _column(cursor: Tensor, at: int) -> Tensor:
@@ -91,11 +118,9 @@ def _shown(mask: Tensor | None, pos: Tensor) -> tuple[Tensor, Tensor | None]:
     return visible(grouped) & used, None if mask.dtype == torch.bool else grouped.float()
 
 
-def _probabilities(
-    q: Tensor, k: Tensor, shown: Tensor, bias: Tensor | None, scale: float, sinks: Tensor | None, softcap: float
-) -> Tensor:
+def _probabilities(q: Tensor, k: Tensor, shown: Tensor, bias: Tensor | None, softmax: Softmax) -> Tensor:
     """float32 [B, Hkv, G, C], 0 where a slot is hidden or empty, all 0 in rows that see nothing."""
-    batch, heads = k.shape[:2]
+    (batch, heads), (scale, sinks, softcap) = k.shape[:2], softmax
     queries = (q.float() * scale).reshape(batch, heads, q.shape[1] // heads, q.shape[3])
     logits = queries @ k.float().transpose(-1, -2)
     if softcap:
@@ -117,11 +142,13 @@ def _probabilities(
 
 def _observed(stats: Tensor, probs: Tensor, seen: Tensor, arrived: Tensor, plan: Rule) -> Tensor:
     """Statistics after this query's row, reduced over the group; seen: bool [B, Hkv, C]."""
-    if not plan.stats or plan.decode == "none":
+    if not plan[Statistics].stats or plan[Observation].decode == "none":
         return stats
-    row = probs.mean(2) if plan.group == "mean" else probs.amax(2)
-    added = torch.stack([{"sum": row, "sumsq": row * row, "count": seen.float()}[name] for name in plan.stats])
-    after = added if plan.decode == "replace" else stats + added
+    row = probs.mean(2) if plan[Observation].group == "mean" else probs.amax(2)
+    added = torch.stack(
+        [{"sum": row, "sumsq": row * row, "count": seen.float()}[name] for name in plan[Statistics].stats]
+    )
+    after = added if plan[Observation].decode == "replace" else stats + added
     return torch.where(arrived, after, stats)
 
 
@@ -142,37 +169,24 @@ class _Choice(NamedTuple):
     """int32 [B, Hkv, 1]: valid tokens, this one too."""
 
 
-def _settled(
-    pos: Tensor, stats: Tensor, cursor: Tensor, now: Tensor, arrived: Tensor, plan: Rule
-) -> tuple[Tensor, Tensor]:
-    """Positions and cursor after evicting one slot in each head that is over its budget."""
-    live, free, seen, first = (_column(cursor, at) for at in (LIVE, FREE, SEEN, FIRST))
+def _evicted(state: State, now: Tensor, arrived: Tensor, plan: Rule) -> State:
+    """The state after evicting one slot in each head that is over its budget."""
+    pos = state.pos
+    live, free, seen, first = (_column(state.cursor, at) for at in (LIVE, FREE, SEEN, FIRST))
     seen = seen + arrived.int()
     first = torch.where(arrived & (first < 0), now, first)
-    size = _budget(seen, plan)
+    size = budget(plan, seen).int()
     grows = arrived if not plan.evicts else arrived & (live + 1 <= size)
     grown = live + grows.int()
     if plan.evicts:
-        gone = _victim(stats, _Choice(pos, pos >= 0, size, first, now, seen), plan) & (arrived & ~grows)
+        gone = _victim(state.stats, _Choice(pos, pos >= 0, size, first, now, seen), plan) & (arrived & ~grows)
         slot = torch.arange(pos.shape[2], dtype=torch.int32, device=pos.device)
         hole = torch.where(gone, slot, 0).amax(-1, keepdim=True)
         free = torch.where(arrived & ~grows, hole, free)
         pos = torch.where(gone, -1, pos)
     free = torch.where(grows, grown, free)
     columns = {LIVE: grown, FREE: free, SEEN: seen, FIRST: first}
-    return pos, torch.cat([columns[at].int() for at in range(4)], -1)
-
-
-def _budget(seen: Tensor, plan: Rule) -> Tensor:
-    """`Rule.budget` of int32 [B, Hkv, 1]; in int64 on the way, because seen * num may not fit."""
-    if plan.slots > 0:
-        return torch.full_like(seen, plan.slots)
-    return torch.div(seen.long() * plan.num, plan.den, rounding_mode="trunc").clamp(min=plan.floor).int()
-
-
-def _share(size: Tensor, num: int, den: int) -> Tensor:
-    """floor(size * num / den), int32."""
-    return torch.div(size.long() * num, den, rounding_mode="trunc").int()
+    return state.replaced(pos=pos, cursor=torch.cat([columns[at].int() for at in range(4)], -1))
 
 
 def _victim(stats: Tensor, choice: _Choice, plan: Rule) -> Tensor:
@@ -180,10 +194,9 @@ def _victim(stats: Tensor, choice: _Choice, plan: Rule) -> Tensor:
     pos, used, size = choice.pos, choice.used, choice.size
     score = slot_scores(stats, pos, plan)
     protected = _protected(choice, plan)
-    if plan.scope_num:
-        spread = torch.where(protected, INF, deviations(stats, plan))
-        reach = _share(size, plan.scope_num, plan.scope_den) + 1
-        score = torch.where(_untouchable(spread, pos, used, reach), UNTOUCHABLE, score)
+    if plan[Scope].scope_num:
+        deviation = torch.where(protected, INF, deviations(stats, plan))
+        score = torch.where(_untouchable(deviation, pos, used, reach_of(plan, size).int()), UNTOUCHABLE, score)
     score = torch.where(used & ~protected, score, INF)
     lowest = used & (score == score.amin(-1, keepdim=True))
     newest = torch.where(lowest, pos, -1).amax(-1, keepdim=True)
@@ -197,13 +210,14 @@ def _protected(choice: _Choice, plan: Rule) -> Tensor:
     pos, used, size, first, now, seen = choice
     parted = now - first + 1 > seen
     protected = pos < 0
-    if plan.recent or plan.recent_num:
-        recent = plan.recent + _share(size, plan.recent_num, plan.recent_den)
+    if plan[Protected].recent or plan[Protected].recent_num:
+        recent = recent_of(plan, size).int()
         young = torch.where(parted, _nth_largest(pos, used, recent), now - recent + 1)
         protected = protected | (pos >= young)
-    if plan.sinks:
-        count = used.int().sum(-1, keepdim=True) - plan.sinks
-        old = torch.where(parted, _nth_largest(pos, used, count + 1), first + plan.sinks - 1)
+    sinks = plan[Protected].sinks
+    if sinks:
+        count = used.int().sum(-1, keepdim=True) - sinks
+        old = torch.where(parted, _nth_largest(pos, used, count + 1), first + sinks - 1)
         protected = protected | (pos <= old)
     return protected
 
@@ -220,12 +234,12 @@ def _nth_largest(pos: Tensor, used: Tensor, n: Tensor) -> Tensor:
     return found
 
 
-def _untouchable(spread: Tensor, pos: Tensor, used: Tensor, size: Tensor) -> Tensor:
-    """The `size` used slots with the largest spread, ties older. A rank is the number of better slots: C * C
+def _untouchable(deviation: Tensor, pos: Tensor, used: Tensor, size: Tensor) -> Tensor:
+    """The `size` used slots with the largest deviation, ties older. A rank is the number of better slots: C * C
     comparisons, but no sort, which torch-mlir gives no linalg for.
     """
-    spread = torch.where(used, spread, -INF)
-    other, mine = spread[..., None, :], spread[..., :, None]
+    deviation = torch.where(used, deviation, -INF)
+    other, mine = deviation[..., None, :], deviation[..., :, None]
     older = pos[..., None, :] < pos[..., :, None]
     better = (other > mine) | ((other == mine) & older)
     rank = (better & used[..., None, :]).int().sum(-1)

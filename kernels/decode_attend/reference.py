@@ -8,58 +8,44 @@ from __future__ import annotations
 
 import torch
 from kvpass.kernels.attention.masks import additive, at_positions, by_kv_head, check_shown, shows_padding, visible
+from kvpass.kernels.attention.observation import Observation, emitted
 from kvpass.kernels.attention.softmax import Softmax
-from kvpass.kernels.decode_attend.look import look
-from kvpass.kernels.decode_attend.step import Step, read_step
-from kvpass.kernels.decode_attend.victim import settle, used_positions
-from kvpass.kernels.rule import FIRST, SEEN, Rule
-from kvpass.kernels.slots.ragged import put_row, row_of
+from kvpass.kernels.decode_attend.attend_only import attend_only
+from kvpass.kernels.decode_attend.call import Call, Token
+from kvpass.kernels.decode_attend.step import StepFacts, step_facts
+from kvpass.kernels.decode_attend.victim import evict_one, used_positions
+from kvpass.kernels.rule import Rule
+from kvpass.kernels.slots.cursor import FIRST, SEEN
+from kvpass.kernels.slots.moves import put_row, row_of
+from kvpass.kernels.slots.ragged import columns
+from kvpass.kernels.slots.state import State, flat
+from kvpass.kernels.slots.statistics import stat
 from torch import Tensor
 
 INF = float("inf")
 
 
-def decode_attend_reference(
-    q: Tensor,
-    k_new: Tensor,
-    v_new: Tensor,
-    mask: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    pos: Tensor,
-    stats: Tensor,
-    cursor: Tensor,
-    position: int,
-    scale: float,
-    rule: str,
-    sinks: Tensor | None = None,
-    softcap: float = 0.0,
-    latent: int = 0,
-    arrive: Tensor | None = None,
-) -> Tensor:
+def decode_attend_reference(token: Token, state: State, call: Call) -> Tensor:
     """See `kvpass.kernels.decode_attend.decode_attend`."""
-    plan, softmax = Rule.parse(rule).of_steps, Softmax(scale, sinks, softcap)
-    cells = cursor.view(-1, plan.columns).tolist()
-    if mask is None and any(c[SEEN] < position for c in cells[:: k.shape[1]]):
+    plan, mask, position = call.rule.of_steps, call.mask, call.position
+    cells = state.cursor.view(-1, columns(plan)).tolist()
+    if mask is None and any(c[SEEN] < position for c in cells[:: state.k.shape[1]]):
         raise shows_padding()
     if mask is not None and _hides_nothing(mask, cells, position):
         mask = None
     if mask is not None:
-        check_shown(mask, cursor[:, 0, SEEN], position)
-        arrived = _arrived(mask, position, len(q))
+        check_shown(mask, state.cursor[:, 0, SEEN], position)
+        arrived = _arrived(mask, position, len(token.q))
         if not all(arrived):
-            state = [k, v, pos, stats, cursor]
-            return _with_padding(q, k_new, v_new, mask, state, position, softmax, rule, (latent, arrive), arrived)
-    step = read_step(cells, cursor, position, k.shape[2], plan)
-    _append(step.rows, k_new, v_new, k, v)
-    _arrive(pos, stats, step, arrive)
-    used = None if mask is None else used_positions(pos, cursor, step, plan)
-    probs, seen = _probabilities(q, k, mask, used, step, softmax)
-    if plan.emitted and plan.decode != "none":
-        _observe(stats, probs, seen, step, plan)
-    values = k[..., :latent] if latent else v
-    out = _mix(probs, values, step).to(q.dtype).view(*q.shape[:3], values.shape[3])
-    settle(pos, stats, cursor, step, plan)
+            return _with_padding(token, state, call, mask, arrived)
+    facts = step_facts(cells, state, position, plan)
+    _append(token, state, facts)
+    probs, seen = _probabilities(token.q, state, mask, facts, call)
+    if emitted(plan) and plan[Observation].decode != "none":
+        _observe(state.stats, probs, seen, facts, plan)
+    values = call.values(state)
+    out = _mix(probs, values, facts).to(token.q.dtype).view(*token.q.shape[:3], values.shape[3])
+    evict_one(state, facts, plan)
     return out
 
 
@@ -90,44 +76,39 @@ def _arrived(mask: Tensor, position: int, batch: int) -> list[bool]:
     return found
 
 
-def _append(rows: Tensor, k_new: Tensor, v_new: Tensor, k: Tensor, v: Tensor) -> None:
-    """Write the token's key and value. State tensors are contiguous, so a slot is one row of a matrix."""
-    k.view(-1, k.shape[3]).index_copy_(0, rows, k_new.reshape(-1, k.shape[3]))
-    if v.shape[3]:
-        v.view(-1, v.shape[3]).index_copy_(0, rows, v_new.reshape(-1, v.shape[3]))
-
-
-def _arrive(pos: Tensor, stats: Tensor, step: Step, arrive: Tensor | None) -> None:
-    """Write the token's position, and statistics to start with."""
-    pos.view(-1).index_fill_(0, step.rows, step.position)
-    if stats.shape[0]:
-        flat = stats.view(stats.shape[0], -1)
-        if arrive is None:
-            flat.index_fill_(1, step.rows, 0.0)
-        else:
-            flat.index_copy_(1, step.rows, arrive.reshape(stats.shape[0], -1))
+def _append(token: Token, state: State, facts: StepFacts) -> None:
+    """Write what the token brings into its slots, and what other fields begin with."""
+    brought = {"k": token.k, "v": token.v, "pos": facts.position, "stats": token.arrive}
+    for field, tensor in state.per_slot():
+        if not tensor.numel():
+            continue
+        value, target, at = brought.get(field.name), flat(field, tensor), field.rows
+        value = field.fill if value is None else value
+        if isinstance(value, Tensor):
+            target.index_copy_(at, facts.rows, value.reshape(*target.shape[:at], -1, *target.shape[at + 1 :]))
+        elif value is not None:
+            target.index_fill_(at, facts.rows, value)
 
 
 def _probabilities(
-    q: Tensor, k: Tensor, mask: Tensor | None, pos: Tensor | None, step: Step, softmax: Softmax
+    q: Tensor, state: State, mask: Tensor | None, step: StepFacts, call: Call
 ) -> tuple[Tensor, Tensor | None]:
-    """float32 [B*Hkv, G, n], 0 on empty slots; and if masked bool [B*Hkv, n], what some query of the group sees. pos:
-    int32 [B, Hkv, n], if masked.
-    """
+    """float32 [B*Hkv, G, n], 0 on empty slots; and if masked bool [B*Hkv, n], what some query of the group sees."""
+    k, softmax = state.k, call.softmax
     queries = q.reshape(k.shape[0] * k.shape[1], -1, q.shape[3])
-    if len(step.runs) == 1:
+    if len(step.ranges) == 1:
         unused = queries.new_empty(1, dtype=torch.float32)
-        keys = step.runs[0].rows(k).float().mT
+        keys = step.ranges[0].rows(k).float().mT
         logits = softmax.capped(torch.baddbmm(unused, queries.float(), keys, beta=0, alpha=softmax.factor))
-    else:  # a run of heads at a time: undefined keys of empty slots are not read
+    else:  # some heads at a time: undefined keys of empty slots are not read
         logits = torch.full((*queries.shape[:2], step.slots), -INF, device=q.device)
         scaled = queries.float() * softmax.factor
-        for run in step.runs:
-            part = torch.bmm(scaled[run.first : run.last], run.rows(k).float().mT)
-            logits[run.first : run.last, :, : run.slots] = softmax.capped(part)
-    if mask is None or pos is None:
+        for heads in step.ranges:
+            part = torch.bmm(scaled[heads.first : heads.last], heads.rows(k).float().mT)
+            logits[heads.first : heads.last, :, : heads.slots] = softmax.capped(part)
+    if mask is None:
         return softmax.probabilities(logits), None
-    return _masked_softmax(logits, mask, pos, softmax)
+    return _masked_softmax(logits, mask, used_positions(state, step), softmax)
 
 
 def _masked_softmax(logits: Tensor, mask: Tensor, pos: Tensor, softmax: Softmax) -> tuple[Tensor, Tensor]:
@@ -143,23 +124,23 @@ def _masked_softmax(logits: Tensor, mask: Tensor, pos: Tensor, softmax: Softmax)
     return probs.flatten(0, 1), shown.any(2).expand(pos.shape).flatten(0, 1)
 
 
-def _mix(probs: Tensor, v: Tensor, step: Step) -> Tensor:
+def _mix(probs: Tensor, v: Tensor, step: StepFacts) -> Tensor:
     """probs [B*Hkv, G, n] @ v in float32. Undefined values of empty slots never enter a product."""
-    parts = [torch.bmm(probs[r.first : r.last, :, : r.slots], r.rows(v).float()) for r in step.runs]
+    parts = [torch.bmm(probs[r.first : r.last, :, : r.slots], r.rows(v).float()) for r in step.ranges]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _observe(stats: Tensor, probs: Tensor, seen: Tensor | None, step: Step, plan: Rule) -> None:
+def _observe(stats: Tensor, probs: Tensor, seen: Tensor | None, step: StepFacts, plan: Rule) -> None:
     """Update the statistics of the used slots in place with this query's row, reduced over the group."""
-    mean = plan.group == "mean"
+    mean = plan[Observation].group == "mean"
     row = probs.sum(1) if mean else probs.amax(1)
     weight = 1.0 / probs.shape[1] if mean else 1.0  # the mean's division rides along in the update
-    for name in plan.emitted:
-        table = stats[plan.stat(name)]
-        for run in step.runs:
-            target, part = run.cells(table), row[run.first : run.last, : run.slots]
-            shown = None if seen is None else seen[run.first : run.last, : run.slots]
-            if plan.decode == "replace":
+    for name in emitted(plan):
+        table = stats[stat(plan, name)]
+        for heads in step.ranges:
+            target, part = heads.cells(table), row[heads.first : heads.last, : heads.slots]
+            shown = None if seen is None else seen[heads.first : heads.last, : heads.slots]
+            if plan[Observation].decode == "replace":
                 target.zero_()
             if name == "sum":
                 target.add_(part, alpha=weight)
@@ -168,40 +149,25 @@ def _observe(stats: Tensor, probs: Tensor, seen: Tensor | None, step: Step, plan
             elif name == "count":
                 target.add_(1.0 if shown is None else shown)
             else:
-                visible = run.slots if shown is None else shown.sum(-1, keepdim=True).clamp(min=1)
+                visible = heads.slots if shown is None else shown.sum(-1, keepdim=True).clamp(min=1)
                 hit = part * weight >= 1.0 / visible
                 if name == "important":
                     target.add_(hit)
                 elif isinstance(step.number, int):
                     target.masked_fill_(hit, step.number + 1)
                 else:
-                    number = step.number.flatten()[run.first : run.last, None]
+                    number = step.number.flatten()[heads.first : heads.last, None]
                     target.copy_(torch.where(hit, number + 1.0, target))
 
 
-def _with_padding(
-    q: Tensor,
-    k_new: Tensor,
-    v_new: Tensor,
-    mask: Tensor,
-    state: list[Tensor],
-    position: int,
-    softmax: Softmax,
-    rule: str,
-    extras: tuple[int, Tensor | None],
-    arrived: list[bool],
-) -> Tensor:
+def _with_padding(token: Token, state: State, call: Call, mask: Tensor, arrived: list[bool]) -> Tensor:
     """Some rows carry a pad token: one row at a time, pad rows only look."""
-    latent, arrive = extras
     outs = []
     for b, real in enumerate(arrived):
-        one, seen = slice(b, b + 1), mask if mask.shape[0] == 1 else mask[b : b + 1]
-        k, v, pos, stats, cursor = row = row_of(state, b)
+        row, own = row_of(state, b), call._replace(mask=mask if mask.shape[0] == 1 else mask[b : b + 1])
         if not real:
-            outs.append(look(q[one], seen, k, k[..., :latent] if latent else v, pos, cursor, softmax))
+            outs.append(attend_only(token.q[b : b + 1], row, own))
             continue
-        new, told = (q[one], k_new[one], v_new[one]), None if arrive is None else arrive[:, one]
-        five, (scale, sinks, softcap) = (k, v, pos, stats, cursor), softmax
-        outs.append(decode_attend_reference(*new, seen, *five, position, scale, rule, sinks, softcap, latent, told))
+        outs.append(decode_attend_reference(token.of(b), row, own))
         put_row(state, row, b)
     return torch.cat(outs)

@@ -10,8 +10,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from kvpass.kernels.attention.observation import Observation
 from kvpass.kernels.attention.softmax import Softmax
+from kvpass.kernels.budget import Budget
+from kvpass.kernels.choose import WIDEST
+from kvpass.kernels.decode_attend.call import Call, Token
+from kvpass.kernels.rank.criterion import Ranking, Scope
+from kvpass.kernels.rank.layer import Layer
+from kvpass.kernels.rank.places import Protected
+from kvpass.kernels.rank.scored import Scoring
+from kvpass.kernels.rank.smooth import Pool
 from kvpass.kernels.rule import Rule
+from kvpass.kernels.slots.state import FIELDS, State
+from kvpass.kernels.slots.statistics import Statistics, stat
+from kvpass.kernels.timing import Timing
 from kvpass.kernels.triton_shared.triton_launch import (
     Target,
     blocks,
@@ -26,30 +38,29 @@ from kvpass.kernels.triton_shared.triton_launch import (
 from torch import Tensor
 
 from .triton_kernel import combine_kernel, split_kernel
-from .triton_victim import spread_kernel, victim_kernel
+from .triton_victim import deviation_kernel, victim_kernel
 
 _SCORES = {"position": 0, "sum": 1, "mean": 2}
 
 
-def decode_attend_triton(
-    q: Tensor,
-    k_new: Tensor,
-    v_new: Tensor,
-    mask: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    pos: Tensor,
-    stats: Tensor,
-    cursor: Tensor,
-    position: int,
-    scale: float,
-    rule: str,
-    sinks: Tensor | None = None,
-    softcap: float = 0.0,
-) -> Tensor:
+_STATISTICS = {"sum", "sumsq", "count"}
+
+
+def supports(token: Token, state: State, call: Call) -> bool:
+    """Attention's sums, squares and counts, heads alike, keys and values apart, and no field of a state but those that
+    all have. Records that nobody named here go to the reference.
+    """
+    rule = call.rule
+    known = rule.only(Statistics, Observation, Pool, Ranking, Protected, Scope, Budget, Layer, Scoring, Timing)
+    plain = known and set(rule[Statistics].stats) <= _STATISTICS and state.fields == FIELDS
+    return plain and not call.latent and token.q.shape[3] <= WIDEST
+
+
+def decode_attend_triton(token: Token, state: State, call: Call) -> Tensor:
     """See `kvpass.kernels.decode_attend.decode_attend`. The state tensors are contiguous."""
-    check_head_dims(q.shape[3], v.shape[3])
-    plan, softmax = Rule.parse(rule).of_steps, Softmax(scale, sinks, softcap)
+    q = rows_last(token.q)
+    check_head_dims(q.shape[3], state.v.shape[3])
+    plan, mask = call.rule.of_steps, call.mask
     hidden = mask_arguments(mask)
     hidden.pop("s_mq")
     heads = 1 if mask is None else mask.shape[1]
@@ -57,33 +68,25 @@ def decode_attend_triton(
         **hidden,
         "mask_heads": heads,
         "HEADS": power_of_two(heads),
-        "p_stats": stats,
-        "p_cursor": cursor,
-        "position": position,
-        "C": k.shape[2],
-        "HKV": k.shape[1],
+        "p_stats": state.stats,
+        "p_cursor": state.cursor,
+        "position": call.position,
+        "C": state.slots,
+        "HKV": state.k.shape[1],
     }
-    out = _attend(rows_last(q), rows_last(k_new), rows_last(v_new), k, v, pos, softmax, plan, shared)
-    _evict(pos, stats, cursor, plan, shared)
+    out = _attend(Token(q, rows_last(token.k), rows_last(token.v)), state, call.softmax, plan, shared)
+    _evict(state, plan, shared)
     return out
 
 
-def _attend(
-    q: Tensor,
-    k_new: Tensor,
-    v_new: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pos: Tensor,
-    softmax: Softmax,
-    plan: Rule,
-    shared: dict[str, Any],
-) -> Tensor:
+def _attend(token: Token, state: State, softmax: Softmax, plan: Rule, shared: dict[str, Any]) -> Tensor:
     """Append, attend, update the statistics; returns out [B, Hq, 1, Dv]."""
+    q, k, v = token.q, state.k, state.v
     batch, kv_heads, slots, dim = k.shape
     heads, wide = q.shape[1], v.shape[3]
     group = heads // kv_heads
-    observes = bool(plan.stats) and plan.decode != "none"
+    observation = plan[Observation]
+    observes = bool(plan[Statistics].stats) and observation.decode != "none"
     size = _config(max(dim, wide), q.element_size(), target(q.device))
     splits = _splits(batch * kv_heads, slots, size["BN"], target(q.device))
     each = batch * heads * splits
@@ -99,21 +102,21 @@ def _attend(
         **shared,
         **parts,
         p_q=q,
-        p_knew=k_new,
-        p_vnew=v_new,
+        p_knew=token.k,
+        p_vnew=token.v,
         p_k=k,
         p_v=v,
-        p_pos=pos,
+        p_pos=state.pos,
         s_qb=q.stride(0),
         s_qh=q.stride(1),
-        s_kb=k_new.stride(0),
-        s_kh=k_new.stride(1),
-        s_vb=v_new.stride(0),
-        s_vh=v_new.stride(1),
+        s_kb=token.k.stride(0),
+        s_kh=token.k.stride(1),
+        s_vb=token.v.stride(0),
+        s_vh=token.v.stride(1),
         scale=softmax.scale,
         D=dim,
         BD=power_of_two(dim, 16),
-        N=len(plan.stats),
+        N=len(plan[Statistics].stats),
         LOGITS=observes,
         SOFTCAP=float(softmax.softcap),
         PRECISION=precision(target(q.device)),
@@ -130,33 +133,39 @@ def _attend(
         BS=power_of_two(splits),
         BC=max(1, min(power_of_two(splits), 4096 // parts["BDV"])),
         SINKS=softmax.sinks is not None,
-        ADD=plan.decode == "add",
-        MEAN=plan.group == "mean",
-        SUM=plan.stat("sum") if observes else -1,
-        SUMSQ=plan.stat("sumsq") if observes else -1,
-        COUNT=plan.stat("count") if observes else -1,
+        ADD=observation.decode == "add",
+        MEAN=observation.group == "mean",
+        SUM=stat(plan, "sum") if observes else -1,
+        SUMSQ=stat(plan, "sumsq") if observes else -1,
+        COUNT=stat(plan, "count") if observes else -1,
     )
     return out
 
 
-def _evict(pos: Tensor, stats: Tensor, cursor: Tensor, plan: Rule, shared: dict[str, Any]) -> None:
+def _evict(state: State, plan: Rule, shared: dict[str, Any]) -> None:
     """Advance the cursor and free the victim's slot."""
-    batch, kv_heads, slots = pos.shape
-    scoped = plan.scope_num > 0 and plan.evicts
-    spread = torch.empty(pos.shape, dtype=torch.float32, device=pos.device) if scoped else None
+    pos = state.pos
+    (batch, kv_heads, slots), scope = pos.shape, plan[Scope]
+    scoped = scope.scope_num > 0 and plan.evicts
+    deviation = torch.empty(pos.shape, dtype=torch.float32, device=pos.device) if scoped else None
     block = min(power_of_two(slots, 128), 2048)
-    names = ("slots", "num", "den", "floor", "sinks", "recent", "recent_num", "recent_den")
-    budget: dict[str, Any] = {name: getattr(plan, name) for name in names}
-    budget |= {"p_pos": pos, "p_spread": spread, "SUM": plan.stat("sum"), "COUNT": plan.stat("count"), "BLOCK": block}
+    budget: dict[str, Any] = {**vars(plan[Budget]), **vars(plan[Protected])}
+    budget |= {
+        "p_pos": pos,
+        "p_deviation": deviation,
+        "SUM": stat(plan, "sum"),
+        "COUNT": stat(plan, "count"),
+        "BLOCK": block,
+    }
     if scoped:
         plain = {name: shared[name] for name in ("p_stats", "p_cursor", "position", "C", "HKV")}
         launch(
-            spread_kernel,
+            deviation_kernel,
             (batch * kv_heads, blocks(slots, block)),
             pos.device,
             **plain,
             **budget,
-            SUMSQ=plan.stat("sumsq"),
+            SUMSQ=stat(plan, "sumsq"),
             num_warps=4,
             enable_fp_fusion=False,
         )
@@ -166,10 +175,10 @@ def _evict(pos: Tensor, stats: Tensor, cursor: Tensor, plan: Rule, shared: dict[
         pos.device,
         **shared,
         **budget,
-        scope_num=plan.scope_num,
-        scope_den=plan.scope_den,
-        SCORE=_SCORES[plan.score],
-        ALL=plan.heads == "all" and plan.score != "position",
+        scope_num=scope.scope_num,
+        scope_den=scope.scope_den,
+        SCORE=_SCORES[plan[Ranking].score],
+        ALL=plan[Ranking].together,
         SCOPE=scoped,
         EVICTS=plan.evicts,
         num_warps=4,

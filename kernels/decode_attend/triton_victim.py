@@ -68,8 +68,8 @@ def slot_score(p_sum, p_count, o_c, b_pos, m_c, SCORE: tl.constexpr):
 
 
 @triton.jit
-def oldest_ties(p_spread, p_pos, n, tied, ties, BLOCK: tl.constexpr):
-    """Position of the ties-th oldest slot whose spread has the key `tied`; -1 for no ties. Positions are distinct."""
+def oldest_ties(p_deviation, p_pos, n, tied, ties, BLOCK: tl.constexpr):
+    """Position of the ties-th oldest slot whose deviation has the key `tied`; -1 for no ties; all differ."""
     low, high = tl.full((), -1, tl.int64), tl.full((), 2147483647, tl.int64)
     high = tl.where(ties > 0, high, low)
     while high - low > 1:
@@ -77,7 +77,7 @@ def oldest_ties(p_spread, p_pos, n, tied, ties, BLOCK: tl.constexpr):
         b_c = tl.zeros([BLOCK], tl.int32)
         for i in range(0, n, BLOCK):
             o_c = i + tl.arange(0, BLOCK)
-            b_key = rising(tl.load(p_spread + o_c, mask=o_c < n, other=-1.0)).to(tl.int64)
+            b_key = rising(tl.load(p_deviation + o_c, mask=o_c < n, other=-1.0)).to(tl.int64)
             b_pos = tl.load(p_pos + o_c, mask=o_c < n, other=-1)
             b_c += ((b_key == tied) & (b_pos <= middle) & (o_c < n)).to(tl.int32)
         enough = tl.sum(b_c, 0) >= ties
@@ -88,13 +88,13 @@ def oldest_ties(p_spread, p_pos, n, tied, ties, BLOCK: tl.constexpr):
 
 @triton.jit
 def victim(
-    p_sum, p_count, p_pos, p_spread, n, stride, heads, i_h, old, young, sure, tied, limit,
+    p_sum, p_count, p_pos, p_deviation, n, stride, heads, i_h, old, young, sure, tied, limit,
     SCORE: tl.constexpr, ALL: tl.constexpr, SCOPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Slot with the lowest score of the n used ones, ties the newest. Protected: pos < old or pos >= young.
 
     ALL: scores are means over the `heads` heads, whose rows are `stride` apart, this one being number i_h. SCOPE:
-    spreads of a key >= `sure`, and those of key `tied` up to position `limit`, are out of reach.
+    deviations of a key >= `sure`, and those of key `tied` up to position `limit`, are out of reach.
     """
     b_best = tl.full([BLOCK], float("inf"), tl.float32)
     b_age = tl.full([BLOCK], -1, tl.int32)
@@ -111,7 +111,7 @@ def victim(
         else:
             b_x = slot_score(p_sum, p_count, o_c, b_pos, m_c, SCORE)
         if SCOPE:
-            b_key = rising(tl.load(p_spread + o_c, mask=m_c, other=-1.0)).to(tl.int64)
+            b_key = rising(tl.load(p_deviation + o_c, mask=m_c, other=-1.0)).to(tl.int64)
             b_x = tl.where((b_key >= sure) | ((b_key == tied) & (b_pos <= limit)), UNTOUCHABLE, b_x)
         b_x = tl.where((b_pos < old) | (b_pos >= young), float("inf"), b_x)
         m_lower = m_c & ((b_x < b_best) | ((b_x == b_best) & (b_pos > b_age)))
@@ -124,15 +124,15 @@ def victim(
 
 
 @triton.jit(do_not_specialize=PLAIN)
-def spread_kernel(
-    p_pos, p_stats, p_cursor, p_spread, position, C, HKV,
+def deviation_kernel(
+    p_pos, p_stats, p_cursor, p_deviation, position, C, HKV,
     slots, num, den, floor, sinks, recent, recent_num, recent_den,
     SUM: tl.constexpr, SUMSQ: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Standard deviation of the probabilities each slot was given -> spread [B, Hkv, C]; -1 where protected.
+    """Standard deviation of the probabilities each slot was given -> deviation [B, Hkv, C]; -1 where protected.
 
     Only over budget. Program: (b, KV head) x block of slots. Rounded as torch does it: true division and root, no fused
-    multiply-add (the launch turns fusion off), because two spreads that torch finds equal must be equal here.
+    multiply-add (the launch turns fusion off), because two deviations that torch finds equal must be equal here.
     """
     i_r = rows(0)
     plane = tl.num_programs(0).to(tl.int64) * C
@@ -149,12 +149,12 @@ def spread_kernel(
         b_mean = tl.div_rn(tl.load(p_row + SUM * plane, mask=m_c, other=0.0), b_count)
         b_var = tl.div_rn(tl.load(p_row + SUMSQ * plane, mask=m_c, other=0.0), b_count) - b_mean * b_mean
         b_std = tl.sqrt_rn(tl.maximum(b_var, 0.0))
-        tl.store(p_spread + i_r * C + o_c, tl.where((b_pos >= old) & (b_pos < young), b_std, -1.0), mask=m_c)
+        tl.store(p_deviation + i_r * C + o_c, tl.where((b_pos >= old) & (b_pos < young), b_std, -1.0), mask=m_c)
 
 
 @triton.jit(do_not_specialize=PLAIN)
 def victim_kernel(
-    p_mask, p_pos, p_stats, p_cursor, p_spread, s_mb, s_mh, s_mt, mask_heads, position, C, HKV,
+    p_mask, p_pos, p_stats, p_cursor, p_deviation, s_mb, s_mh, s_mt, mask_heads, position, C, HKV,
     slots, num, den, floor, sinks, recent, recent_num, recent_den, scope_num, scope_den,
     HEADS: tl.constexpr, SUM: tl.constexpr, COUNT: tl.constexpr, SCORE: tl.constexpr, ALL: tl.constexpr,
     SCOPE: tl.constexpr, EVICTS: tl.constexpr, BLOCK: tl.constexpr, MASK: tl.constexpr, HIDDEN: tl.constexpr,
@@ -179,14 +179,14 @@ def victim_kernel(
                 sure, tied = tl.full((), 0, tl.int64), tl.full((), 0, tl.int64)
                 limit = tl.full((), -1, tl.int64)
                 if SCOPE:
-                    p_spread += i_r * C
-                    exposed = count_from(p_spread, used, 0, BLOCK)
+                    p_deviation += i_r * C
+                    exposed = count_from(p_deviation, used, 0, BLOCK)
                     reach = size * scope_num // scope_den + 1 - (used - exposed)
                     reach = tl.minimum(tl.maximum(reach, 0), exposed)
-                    sure, tied, ties = kth_key(p_spread, used, reach, BLOCK)
-                    limit = oldest_ties(p_spread, p_pos, used, tied, ties, BLOCK)
+                    sure, tied, ties = kth_key(p_deviation, used, reach, BLOCK)
+                    limit = oldest_ties(p_deviation, p_pos, used, tied, ties, BLOCK)
                 free = victim(
-                    p_row + SUM * plane, p_row + COUNT * plane, p_pos, p_spread, used, C, HKV, i_h, old, young,
+                    p_row + SUM * plane, p_row + COUNT * plane, p_pos, p_deviation, used, C, HKV, i_h, old, young,
                     sure, tied, limit, SCORE, ALL, SCOPE, BLOCK,
                 )  # fmt: skip
                 tl.store(p_pos + free, -1)

@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import torch
-from kvpass.kernels.decode_attend.step import Step
-from kvpass.kernels.rank.ranking import INF, must_stay, preference, slot_scores, untouchable
-from kvpass.kernels.rank.rings import enter
-from kvpass.kernels.rule import FIRST, FREE, LIVE, NUMBER, RING, SEEN, UNTOUCHABLE, Rule
-from kvpass.kernels.slots.ragged import padded, starts
+from kvpass.kernels.decode_attend.step import StepFacts
+from kvpass.kernels.rank.allocate import ShareOut
+from kvpass.kernels.rank.criterion import INF, SCORED, UNTOUCHABLE, Ranking
+from kvpass.kernels.rank.marks import Marks, must_stay
+from kvpass.kernels.rank.places import NUMBER, Protected
+from kvpass.kernels.rank.ranking import preference, reach_of, recent_of, slot_scores, untouchable
+from kvpass.kernels.rank.rings import RING, Rings, enter
+from kvpass.kernels.rule import Rule
+from kvpass.kernels.slots.cursor import FIRST, FREE, LIVE, SEEN
+from kvpass.kernels.slots.ragged import is_ragged, padded, starts
+from kvpass.kernels.slots.state import State
+from kvpass.kernels.slots.statistics import keeps, stat
 from torch import Tensor
 
 
-def settle(pos: Tensor, stats: Tensor, cursor: Tensor, step: Step, plan: Rule) -> None:
+def evict_one(state: State, step: StepFacts, plan: Rule) -> None:
     """Advance the cursor; if over budget, evict one slot per head, leave the hole at FREE."""
+    cursor = state.cursor
     cursor[..., SEEN].add_(1)
     if step.starts:
         cursor[..., FIRST].masked_fill_(cursor[..., FIRST] < 0, step.position)
-    if plan.rings:
-        _enter(pos, stats, cursor, step, plan)
+    if plan[Rings].rings:
+        _enter(state, step, plan)
         return
-    if step.evicts is False and plan.cut == -INF:
+    if step.evicts is False and plan[ShareOut].cut == -INF:
         cursor[..., : FREE + 1] = cursor[..., LIVE, None] + 1
         return
-    used = used_positions(pos, cursor, step, plan)
-    victim, lowest = _victim(used, _used_statistics(stats, cursor, step, plan), step, plan)
-    flat, places = pos.view(-1), (starts(cursor, pos.shape[2])[..., None] + victim).view(-1)
-    evicts = step.evicts if plan.cut == -INF else (lowest < plan.cut) | step.evicts
+    used = used_positions(state, step)
+    victim, lowest = _victim(used, _used_statistics(state, step), step, plan)
+    flat, places = state.pos.view(-1), (starts(cursor, state.slots)[..., None] + victim).view(-1)
+    evicts = step.evicts if plan[ShareOut].cut == -INF else (lowest < plan[ShareOut].cut) | step.evicts
     if not isinstance(evicts, Tensor):
         cursor[..., FREE : FREE + 1] = victim
         flat.index_fill_(0, places, -1)
@@ -41,42 +49,44 @@ def _leave(cursor: Tensor, used: Tensor, flat: Tensor, places: Tensor, victim: T
     flat.index_copy_(0, places, torch.where(evicts, -1, used.gather(2, victim)).view(-1))
 
 
-def _enter(pos: Tensor, stats: Tensor, cursor: Tensor, step: Step, plan: Rule) -> None:
+def _enter(state: State, step: StepFacts, plan: Rule) -> None:
     """The token finds its ring, and may drive another out of the last one."""
-    used, told = pos[..., : step.slots], stats[..., : step.slots]
-    score, rings = slot_scores(told, used, plan, step.number), told[plan.stat(RING)]
-    room = (step.size - plan.sinks) // plan.rings
+    cursor, used, told = state.cursor, state.pos[..., : step.slots], state.stats[..., : step.slots]
+    score, rings = slot_scores(told, used, plan, step.number), told[stat(plan, RING)]
+    room = (step.size - plan[Protected].sinks) // plan[Rings].rings
     slot, tokens = cursor[..., FREE, None].long(), cursor[..., SEEN, None]
     victim, evicts = enter(used, score, rings, slot, tokens, room, plan)
-    places = (starts(cursor, pos.shape[2])[..., None] + victim).view(-1)
-    _leave(cursor, used, pos.view(-1), places, victim, evicts)
+    places = (starts(cursor, state.slots)[..., None] + victim).view(-1)
+    _leave(cursor, used, state.pos.view(-1), places, victim, evicts)
 
 
-def used_positions(pos: Tensor, cursor: Tensor, step: Step, plan: Rule) -> Tensor:
+def used_positions(state: State, step: StepFacts) -> Tensor:
     """int32 [B, Hkv, n] of the used slots, -1 where a head uses fewer. A view; ragged: a copy."""
-    return padded(pos, cursor, step.slots, -1) if plan.ragged else pos[..., : step.slots]
+    ragged = is_ragged(state.cursor)
+    return padded(state.pos, state.cursor, step.slots, -1) if ragged else state.pos[..., : step.slots]
 
 
-def _used_statistics(stats: Tensor, cursor: Tensor, step: Step, plan: Rule) -> Tensor:
+def _used_statistics(state: State, step: StepFacts) -> Tensor:
     """float32 [N, B, Hkv, n], the same."""
-    return padded(stats, cursor, step.slots, 0.0) if plan.ragged else stats[..., : step.slots]
+    ragged = is_ragged(state.cursor)
+    return padded(state.stats, state.cursor, step.slots, 0.0) if ragged else state.stats[..., : step.slots]
 
 
-def _victim(pos: Tensor, stats: Tensor, step: Step, plan: Rule) -> tuple[Tensor, Tensor]:
+def _victim(pos: Tensor, stats: Tensor, step: StepFacts, plan: Rule) -> tuple[Tensor, Tensor]:
     """The slot each head gives up, int64 [B, Hkv, 1], and its score. Lowest unprotected score, ties evict the newer.
 
     torch's where and masked_fill are slow on CPU, so protection is arithmetic: `guard` is 0 for slots that may go, at
     least 3e38 for the others (empties, at position -1, among them).
     """
     score = slot_scores(stats, pos, plan, step.number)
-    numbered = NUMBER in plan.stats
-    where = torch.where(pos < 0, -1, stats[plan.stat(NUMBER)].int()) if numbered else pos
+    where = torch.where(pos < 0, -1, stats[stat(plan, NUMBER)].int()) if keeps(plan, NUMBER) else pos
     low, high = _exposed(where, step, plan)
     outside = where - where.clamp(low, high)  # type: ignore[arg-type]  # both ints or both tensors
     guard = outside.float().abs_().mul_(UNTOUCHABLE)
-    if plan.marked:
+    if plan[Marks].marked:
         guard.masked_fill_(must_stay(stats, plan), INF)
-    scope = _scope(stats, pos, guard, step, plan) if plan.scope_num or plan.top_num else None
+    reach = reach_of(plan, step.size)
+    scope = None if reach is None else _scope(stats, pos, guard, reach, step, plan)
     eligible = score if scope is None else torch.add(score, scope, alpha=UNTOUCHABLE)
     lowest, victim = _guarded(eligible, guard, plan).topk(2, -1, largest=False)
     if all(a < b and a < UNTOUCHABLE for a, b in lowest.view(-1, 2).tolist()):
@@ -90,25 +100,23 @@ def _victim(pos: Tensor, stats: Tensor, step: Step, plan: Rule) -> tuple[Tensor,
 
 def _guarded(score: Tensor, guard: Tensor, plan: Rule) -> Tensor:
     """The score where the guard is 0, else the guard; negative scores need the slower road."""
-    return torch.where(guard > 0, guard, score) if plan.scorer or plan.score == "last" else torch.maximum(score, guard)
+    negative = plan[Ranking].score in (SCORED, "last")
+    return torch.where(guard > 0, guard, score) if negative else torch.maximum(score, guard)
 
 
-def _exposed(where: Tensor, step: Step, plan: Rule) -> tuple[int | Tensor, int | Tensor]:
+def _exposed(where: Tensor, step: StepFacts, plan: Rule) -> tuple[int | Tensor, int | Tensor]:
     """First and last that may be evicted, after the sinks and before the recent window; (.., -2) if none may. Numbers
     if the rule keeps them, else positions, as `where` [B, Hkv, n] are.
     """
-    recent = plan.recent + step.size * plan.recent_num // plan.recent_den
-    if plan.spread == "threshold":  # see `ranked`
-        room = (step.size - plan.sinks) // 2
-        recent = room.clamp(max=recent) if isinstance(room, Tensor) else min(recent, room)
+    recent, sinks = recent_of(plan, step.size), plan[Protected].sinks
     low: int | Tensor
     high: int | Tensor
-    if NUMBER in plan.stats:
-        low, high = plan.sinks, step.number - recent
+    if keeps(plan, NUMBER):
+        low, high = sinks, step.number - recent
     elif step.parted:
-        low, high = _ends(where, plan.sinks, torch.as_tensor(recent, device=where.device))
+        low, high = _ends(where, sinks, torch.as_tensor(recent, device=where.device))
     else:
-        low, high = step.first + plan.sinks, step.position - recent
+        low, high = step.first + sinks, step.position - recent
     if isinstance(low, Tensor) or isinstance(high, Tensor):
         first, last = torch.as_tensor(low, device=where.device), torch.as_tensor(high, device=where.device)
         return first, torch.where(first > last, -2, last)
@@ -127,12 +135,10 @@ def _ends(pos: Tensor, sinks: int, recent: Tensor) -> tuple[Tensor, Tensor]:
     return low, torch.where(first < slots, high, rising[..., -1:])
 
 
-def _scope(stats: Tensor, pos: Tensor, guard: Tensor, step: Step, plan: Rule) -> Tensor:
+def _scope(stats: Tensor, pos: Tensor, guard: Tensor, reach: int | Tensor, step: StepFacts, plan: Rule) -> Tensor:
     """Slots that the scope keeps out of reach: bool, the shape of pos."""
-    spread = _guarded(preference(stats, pos, plan, step.number), guard, plan)
-    if len(step.runs) > 1:
-        spread = spread.masked_fill(pos < 0, -INF)
-    if not plan.top_num:
-        return untouchable(spread, pos, step.size * plan.scope_num // plan.scope_den + 1)
-    reach = step.size * plan.top_num // plan.top_den
-    return untouchable(spread, pos, reach) & (reach > 0)
+    deviation = _guarded(preference(stats, pos, plan, step.number), guard, plan)
+    if len(step.ranges) > 1:
+        deviation = deviation.masked_fill(pos < 0, -INF)
+    beyond = untouchable(deviation, pos, reach)
+    return beyond & (reach > 0)

@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch
 from kvpass.kernels.attention.masks import visible
 from kvpass.kernels.attention.softmax import check_softmax
-from kvpass.kernels.choose import WIDEST, kernel
-from kvpass.kernels.rule import Rule
+from kvpass.kernels.choose import kernel
 from torch import Tensor
 
 
@@ -36,13 +35,12 @@ def prefill_attend(
     bool mask, zeros.
 
     Returns (out [B, Hq, S, Dv] = softmax(q k^T scale + mask) v, in memory [B, S, Hq, Dv]: models transpose and view
-    it so; statistics of this call (`Rule.emitted`), float32 [M, B, Hkv, L]; valid bool [B, S]). Raises ValueError on
+    it so; statistics of this call (`emitted(rule)`), float32 [M, B, Hkv, L]; valid bool [B, S]). Raises ValueError on
     shapes or dtypes that do not fit.
     """
     _check(q, k, v, pos, mask)
     check_softmax("prefill_attend", q.shape[1], sinks, softcap)
-    wide = q.shape[3] > WIDEST or bool({"important", "last"} & set(Rule.parse(rule).emitted))
-    run = kernel("prefill_attend", q.device, wide)
+    run = kernel("prefill_attend", q.device, q, rule)
     out, stats, valid = run(q, k, v, pos, mask, scale, causal, rule, sinks, softcap)
     if mask is not None and mask.dtype != torch.bool and pos is None and sinks is None:
         out = _blind_rows_averaged(out, v, mask)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from kvpass.kernels.attention.observation import Observation, emission, emitted
 from kvpass.kernels.attention.softmax import Softmax
 from kvpass.kernels.rule import Rule
 from torch import Tensor
@@ -101,7 +102,7 @@ def _add(head: _Head, watched: Tensor, rule: Rule, target: Tensor) -> None:
     """Add one head's statistics to target [N, c], tile by tile."""
     group, rows = head.queries.shape[:2]
     step = max(1, ROWS // group)
-    shares = _even_shares(head, rows, target.shape[-1]) if _SHARED & set(rule.emitted) else None
+    shares = _even_shares(head, rows, target.shape[-1]) if _SHARED & set(emitted(rule)) else None
     tile = head.queries.new_empty(step * group * min(KEYS, target.shape[-1]))
     for i in range(0, rows, step):
         j = min(i + step, rows)
@@ -113,8 +114,8 @@ def _add(head: _Head, watched: Tensor, rule: Rule, target: Tensor) -> None:
             _fill(probs, head, block, (i, j), (x, y))
             even = None if shares is None else shares[i:j]
             _reduce(probs.view(group, j - i, y - x), rule, target[:, x:y], even, head.position + i)
-    if "count" in rule.emitted:
-        target[rule.emission("count")] += _counts(head, watched, target.shape[-1])
+    if "count" in emitted(rule):
+        target[emission(rule, "count")] += _counts(head, watched, target.shape[-1])
 
 
 def _fill(probs: Tensor, head: _Head, block: Tensor, rows: tuple[int, int], cols: tuple[int, int]) -> None:
@@ -140,13 +141,13 @@ def _reduce(probs: Tensor, rule: Rule, target: Tensor, shares: Tensor | None, po
 
     shares [r]: of `_even_shares`, for `important` and `last`; position: of the first row's query.
     """
-    weight = 1.0 / len(probs) if rule.group == "mean" else 1.0
-    if rule.group == "mean" and not {"sumsq", *_SHARED} & set(rule.emitted):
-        if "sum" in rule.emitted:
-            target[rule.emission("sum")].add_(probs.sum((0, 1)), alpha=weight)
+    weight = 1.0 / len(probs) if rule[Observation].group == "mean" else 1.0
+    if rule[Observation].group == "mean" and not {"sumsq", *_SHARED} & set(emitted(rule)):
+        if "sum" in emitted(rule):
+            target[emission(rule, "sum")].add_(probs.sum((0, 1)), alpha=weight)
         return
-    row = probs.sum(0) if rule.group == "mean" else probs.amax(0)
-    for index, name in enumerate(rule.emitted):
+    row = probs.sum(0) if rule[Observation].group == "mean" else probs.amax(0)
+    for index, name in enumerate(emitted(rule)):
         if name == "sum":
             target[index].add_(row.sum(0), alpha=weight)
         elif name == "sumsq":

@@ -19,6 +19,7 @@ from kvpass.kernels.attention.masks import (
     simplified,
     visible,
 )
+from kvpass.kernels.attention.observation import Observation, emitted
 from kvpass.kernels.attention.softmax import Softmax
 from kvpass.kernels.prefill_attend.observe import NEVER, Piece, observe
 from kvpass.kernels.rule import Rule
@@ -54,7 +55,7 @@ def prefill_attend_reference(
     if valid is None:
         valid = arrivals(mask, batch, queries, start, q.device)
     watched = _watched(valid, plan)
-    stats = q.new_zeros(len(plan.emitted), batch, *k.shape[1:3], dtype=torch.float32)
+    stats = q.new_zeros(len(emitted(plan)), batch, *k.shape[1:3], dtype=torch.float32)
     out = None if len(pieces) == 1 else q.new_zeros(*q.shape[:3], v.shape[3])
     for piece in pieces:
         bias = None
@@ -73,11 +74,11 @@ def prefill_attend_reference(
 
 def _watched(valid: Tensor, plan: Rule) -> Tensor | None:
     """Query rows that the rule observes, the last valid ones, bool [B, S]; None if it observes nothing."""
-    if not plan.emitted or plan.queries == 0:
+    if not emitted(plan) or plan[Observation].queries == 0:
         return None
-    if plan.queries < 0:
+    if plan[Observation].queries < 0:
         return valid
-    return valid & (valid.flip(-1).cumsum(-1).flip(-1) <= plan.queries)
+    return valid & (valid.flip(-1).cumsum(-1).flip(-1) <= plan[Observation].queries)
 
 
 def _cut(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from kvpass.kernels.attention.observation import Observation, emission, emitted
+from kvpass.kernels.choose import WIDEST
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.triton_shared.triton_launch import (
     Target,
@@ -23,6 +25,11 @@ from .triton_kernel import attend_kernel, statistics_kernel
 from .triton_survey import TILE, survey_kernel
 
 _TILE = int(TILE.value)
+
+
+def supports(q: Tensor, rule: str) -> bool:
+    """Attention's sums, squares and counts, of heads that fit into shared memory."""
+    return q.shape[3] <= WIDEST and set(emitted(Rule.parse(rule))) <= {"sum", "sumsq", "count"}
 
 
 def prefill_attend_triton(
@@ -66,9 +73,9 @@ def prefill_attend_triton(
         "SOFTCAP": float(softcap),
     }
     _attend(v, out, survey, sinks, shared)
-    watched = plan.queries != 0 and bool(plan.emitted)
+    watched = plan[Observation].queries != 0 and bool(emitted(plan))
     make = q.new_empty if watched else q.new_zeros
-    stats = make(len(plan.emitted), batch, kv_heads, length, dtype=torch.float32)
+    stats = make(len(emitted(plan)), batch, kv_heads, length, dtype=torch.float32)
     if watched:
         _observe(stats, survey, plan, shared)
     valid = survey.valid.view(torch.bool) if mask is not None else survey.valid
@@ -173,20 +180,20 @@ def _observe(stats: Tensor, survey: _Survey, plan: Rule, shared: dict[str, Any])
         spanning=1 if spans is None else spans.shape[1],
         tiles=0 if spans is None else spans.shape[2],
         G=q.shape[1] // heads,
-        WINDOW=plan.queries,
-        MEAN=plan.group == "mean",
-        SUM=plan.emission("sum"),
-        SUMSQ=plan.emission("sumsq"),
-        COUNT=plan.emission("count"),
+        WINDOW=plan[Observation].queries,
+        MEAN=plan[Observation].group == "mean",
+        SUM=emission(plan, "sum"),
+        SUMSQ=emission(plan, "sumsq"),
+        COUNT=emission(plan, "count"),
     )
 
 
 def _start(survey: _Survey, plan: Rule) -> Tensor | None:
     """Index of the first valid query of the observation window, int32 [B]; None without a window or a mask."""
-    if survey.end is None or plan.queries < 0:
+    if survey.end is None or plan[Observation].queries < 0:
         return None
     later = survey.valid.flip(-1).cumsum(-1, dtype=torch.int32).flip(-1)
-    return (later > plan.queries).sum(-1, dtype=torch.int32)
+    return (later > plan[Observation].queries).sum(-1, dtype=torch.int32)
 
 
 def _config(bm: int, bn: int, warps: int, stages: int) -> dict[str, int]:

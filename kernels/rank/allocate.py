@@ -2,25 +2,53 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from urllib.parse import unquote
 
 import torch
+from kvpass.kernels.budget import part
 from kvpass.kernels.errors import TableError
+from kvpass.kernels.rank.criterion import INF, UNTOUCHABLE
+from kvpass.kernels.rank.layer import Layer
 from kvpass.kernels.rank.tables import layer_of
-from kvpass.kernels.rule import EXTRA, UNTOUCHABLE, Rule
+from kvpass.kernels.rule import Record, Rule
+from kvpass.kernels.slots.cursor import EXTRA
 from torch import Tensor
 
-INF = float("inf")
+
+@dataclass(frozen=True)
+class Heads(Record):
+    """How heads with budgets of their own share a layer's slots.
+
+    Attributes:
+        table: a file of shares, quoted; empty: by what their keys score.
+        safe_num, safe_den: the share of the even budget that each head keeps in any case (kvpress' safeguard).
+    """
+
+    table: str = ""
+    safe_num: int = 0
+    safe_den: int = 1
 
 
-def budgets(seen: Tensor, rule: Rule) -> Tensor:
-    """`rule.budget` for a tensor of seen counts, in int64."""
-    if rule.taper or rule.rings:
-        counts = [rule.budget(n) for n in seen.flatten().tolist()]
-        return torch.tensor(counts, device=seen.device).view(seen.shape)
-    if rule.slots > 0:
-        return torch.full_like(seen, rule.slots, dtype=torch.int64)
-    return (seen.long() * rule.num // rule.den).clamp(min=rule.floor)
+@dataclass(frozen=True)
+class ShareOut(Record):
+    """Slots that are shared out when a call is over, and all its keys are known (`kvpass.kernels.after_call.layers`).
+
+    Attributes:
+        share: `model`: among all layers and heads, by score; `preference`: among layers, by what their scorer prefers;
+            `threshold`: each head keeps what scores at least `cut`, and the budget is a bound.
+        cut: also what a step's token must score, or a slot goes.
+    """
+
+    share: str = ""
+    cut: float = -INF
+
+    @property
+    def evicts(self) -> bool:
+        return self.cut > -INF
+
+    def growing(self) -> ShareOut:
+        return ShareOut(self.share)
 
 
 def ranks(score: Tensor) -> Tensor:
@@ -40,7 +68,7 @@ def head_counts(score: Tensor, candidate: Tensor, size: Tensor, rule: Rule) -> T
     Returns int64 [B, Hkv]: counts, which sum to Hkv * size, or to all candidates while there are fewer.
     """
     batch, heads, length = score.shape
-    safe = (size * rule.safe_num // rule.safe_den).clamp(min=1)
+    safe = part(size, rule[Heads].safe_num, rule[Heads].safe_den).clamp(min=1)
     raised = torch.where((ranks(score) < safe) & (score < UNTOUCHABLE) & candidate, UNTOUCHABLE, score)
     flat = raised.transpose(1, 2).reshape(batch, length * heads)
     kept = ranks(flat) < heads * size[:, 0]
@@ -55,9 +83,9 @@ def table_counts(candidate: Tensor, size: Tensor, protected: Tensor, rule: Rule)
     candidates. Raises TableError if the table is not for so many heads, or holds no positive share.
     """
     heads = candidate.shape[1]
-    share = layer_of(unquote(rule.table), "heads", rule.layer, candidate.device).double()
+    share = layer_of(unquote(rule[Heads].table), "heads", rule[Layer].layer, candidate.device).double()
     if share.shape != (heads,) or not bool((share >= 0).all()) or not bool(share.sum() > 0):
-        what = f"{unquote(rule.table)}: 'heads' of layer {rule.layer} is {share.tolist()}"
+        what = f"{unquote(rule[Heads].table)}: 'heads' of layer {rule[Layer].layer} is {share.tolist()}"
         raise TableError(what, f"give {heads} shares >= 0 for each layer, one of them above 0")
     least = torch.minimum(protected + 1, size)[..., 0]
     rest = (heads * size[..., 0] - least.sum(-1, keepdim=True)).double() * (share / share.sum())

@@ -6,10 +6,17 @@ Alone they would not have been called, or for one step: the others' tokens must 
 from __future__ import annotations
 
 import torch
-from kvpass.kernels.rank.allocate import budgets
-from kvpass.kernels.rank.held import later
+from kvpass.kernels.attention.observation import Observation, emission, emitted
+from kvpass.kernels.budget import budget
+from kvpass.kernels.rank.allocate import ShareOut
+from kvpass.kernels.rank.criterion import SCORED
+from kvpass.kernels.rank.places import NUMBER, PLACE
+from kvpass.kernels.rank.rings import RING
+from kvpass.kernels.rank.scored import Scoring, later
 from kvpass.kernels.rank.scorers.registry import find_scorer
-from kvpass.kernels.rule import EXTRA, FREE, HELD, LIVE, NUMBER, PLACE, RING, SEEN, SHIFT, Rule
+from kvpass.kernels.rule import Rule
+from kvpass.kernels.slots.cursor import EXTRA, FREE, LIVE, SEEN, SHIFT
+from kvpass.kernels.slots.statistics import Statistics
 from torch import Tensor
 
 
@@ -17,14 +24,14 @@ def lone(valid: Tensor, cursor: Tensor, rule: Rule) -> Tensor:
     """Rows to which a call of several tokens brings one, so that it is as a call of one token to them: bool [B, 1]. Not
     where steps evict nothing, or shares of layers are about to change.
     """
-    alike = rule.of_steps is rule and not rule.spread
+    alike = rule.of_steps is rule and not rule[ShareOut].share
     return (valid.sum(-1, keepdim=True) == 1) & (cursor[:, :1, SEEN] > 0) & alike
 
 
 def stepped(cursor: Tensor, after: Tensor, rule: Rule) -> Tensor:
     """The cursor of heads with budgets of their own after one token: they keep their shares."""
     live, out = cursor[..., LIVE], after.clone()
-    room = torch.maximum(budgets(after[..., SEEN], rule) + cursor[..., EXTRA], live)
+    room = torch.maximum(budget(rule, after[..., SEEN]) + cursor[..., EXTRA], live)
     out[..., LIVE] = out[..., FREE] = torch.minimum(live + 1, room)
     out[..., EXTRA], out[..., SHIFT] = cursor[..., EXTRA], cursor[..., SHIFT]
     return out
@@ -40,17 +47,17 @@ def as_in_steps(total: Tensor, past: Tensor, stats: Tensor, keys: tuple[Tensor, 
     if total.device.type == "cpu" and not bool((one | none).any()):
         return
     alone = total.clone()
-    for at, name in enumerate(rule.stats):
-        if name == HELD and not find_scorer(rule.scorer).pointwise:
+    for at, name in enumerate(rule[Statistics].stats):
+        if name == SCORED and not find_scorer(rule[Scoring].scorer).pointwise:
             fresh = torch.where(where == where.amax(-1, keepdim=True), later(where), past[at])
-        elif name not in rule.emitted or name == HELD:
+        elif name not in emitted(rule) or name == SCORED:
             fresh = total[at]
-        elif rule.decode == "add":
-            emitted = stats[rule.emission(name)]
-            fresh = torch.maximum(past[at], emitted) if name == "last" else past[at] + emitted
+        elif rule[Observation].decode == "add":
+            own = stats[emission(rule, name)]
+            fresh = torch.maximum(past[at], own) if name == "last" else past[at] + own
         else:
-            fresh = stats[rule.emission(name)] if rule.decode == "replace" else past[at]
+            fresh = stats[emission(rule, name)] if rule[Observation].decode == "replace" else past[at]
         alone[at] = fresh
-    pick = [at for at, name in enumerate(rule.stats) if name not in (PLACE, NUMBER, RING)]
+    pick = [at for at, name in enumerate(rule[Statistics].stats) if name not in (PLACE, NUMBER, RING)]
     total[pick] = torch.where(one[..., None], alone[pick], total[pick])
     total[pick] = torch.where(none[..., None], past[pick], total[pick])

@@ -6,9 +6,37 @@ unequal length, right padding), columns say nothing of how many tokens are betwe
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
-from kvpass.kernels.rule import FIRST, NUMBER, SEEN, Rule
+from kvpass.kernels.budget import part
+from kvpass.kernels.rule import Record, Rule
+from kvpass.kernels.slots.cursor import FIRST, SEEN
+from kvpass.kernels.slots.statistics import Statistics, brought, stat
 from torch import Tensor
+
+PLACE = brought("place")
+"""A slot's statistic: which of its row's valid tokens it is, or where its key was turned to since
+(`kvpass.kernels.after_call.reindex`).
+"""
+
+NUMBER = brought("number")
+"""A slot's statistic: which of its row's valid tokens it is, from 0, where more than the newest ones' order decides."""
+
+
+@dataclass(frozen=True)
+class Protected(Record):
+    """The first `sinks` tokens of a row, and the last `recent` + budget * recent_num / recent_den, never go."""
+
+    sinks: int = 0
+    recent: int = 0
+    recent_num: int = 0
+    recent_den: int = 1
+
+    def window(self, size: Any) -> Any:
+        """Recent tokens that are protected under a budget of `size` slots, an int or an int64 tensor."""
+        return self.recent + part(size, self.recent_num, self.recent_den)
 
 
 def new_places(valid: Tensor, cursor: Tensor) -> Tensor:
@@ -25,8 +53,8 @@ def slot_places(pos: Tensor, cursor: Tensor, stats: Tensor | None, rule: Rule) -
     as none of them has gone, so for a window that was always protected.
     """
     used = pos >= 0
-    if stats is not None and NUMBER in rule.stats:
-        return torch.where(used, stats[rule.stat(NUMBER)].int(), -1)
+    if stats is not None and NUMBER in rule[Statistics].stats:
+        return torch.where(used, stats[stat(rule, NUMBER)].int(), -1)
     later = used.flip(-1).cumsum(-1, dtype=torch.int32).flip(-1) - 1  # slots in use behind
     seen = cursor[..., SEEN, None]
     bound = torch.where(used, pos - cursor[..., FIRST, None] + later, seen - 1)

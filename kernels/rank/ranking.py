@@ -6,33 +6,23 @@ that share out, reports. Selects nothing.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from kvpass.kernels.errors import MarkError
-from kvpass.kernels.rank.allocate import budgets, head_counts, ragged_columns, table_counts
-from kvpass.kernels.rank.held import UNSCORED
-from kvpass.kernels.rank.places import protected_places, slot_places
-from kvpass.kernels.rule import (
-    EXTRA,
-    FREE,
-    HELD,
-    KEEP,
-    LIVE,
-    MARK,
-    NUMBER,
-    SEEN,
-    SHIFT,
-    UNTOUCHABLE,
-    WEIGHT,
-    Rule,
-)
+from kvpass.kernels.budget import budget, part, smaller
+from kvpass.kernels.rank.allocate import Heads, ShareOut, head_counts, ragged_columns, table_counts
+from kvpass.kernels.rank.criterion import SCORED, UNTOUCHABLE, Ranking, Scope
+from kvpass.kernels.rank.marks import Marks, check_marks, must_stay
+from kvpass.kernels.rank.places import NUMBER, Protected, protected_places, slot_places
+from kvpass.kernels.rank.scored import UNSCORED, Scoring
+from kvpass.kernels.rank.weights import WEIGHT, Weight
+from kvpass.kernels.rule import Rule
+from kvpass.kernels.slots.cursor import EXTRA, FREE, LIVE, SEEN, SHIFT
+from kvpass.kernels.slots.state import State
+from kvpass.kernels.slots.statistics import keeps
+from kvpass.kernels.rank.criterion import INF
+from kvpass.kernels.slots.statistics import stat
 from torch import Tensor
-
-INF = float("inf")
-
-
-def must_stay(stats: Tensor, rule: Rule) -> Tensor:
-    """Slots that the caller said to keep: bool [B, Hkv, C]."""
-    return stats[rule.stat(MARK)] >= KEEP
 
 
 def newest(cursor: Tensor) -> Tensor:
@@ -47,28 +37,28 @@ def slot_scores(stats: Tensor, pos: Tensor, rule: Rule, now: Tensor | int = 0) -
     scores that decay. Empty slots get whatever their undefined statistics give.
     """
     score = base_scores(stats, pos, rule, now)
-    if rule.heads == "all" and rule.score not in ("position", HELD):
+    if rule[Ranking].together:
         score = score.mean(1, keepdim=True).expand_as(score)
-    if WEIGHT not in rule.stats:
+    if not keeps(rule, WEIGHT):
         return score
-    weighted = (score + rule.weight_floor) * stats[rule.stat(WEIGHT)]
-    return torch.where(score >= UNSCORED, score, weighted) if HELD in rule.stats else weighted
+    weighted = (score + rule[Weight].weight_floor) * stats[stat(rule, WEIGHT)]
+    return torch.where(score >= UNSCORED, score, weighted) if keeps(rule, SCORED) else weighted
 
 
 def base_scores(stats: Tensor, pos: Tensor, rule: Rule, now: Tensor | int) -> Tensor:
     """Scores of each head before any value weight, the shape of pos. TRIM-KV's are log-retentions that count once for
     each token since (arXiv 2512.03324).
     """
-    if rule.score == "position":
+    if rule[Ranking].score == "position":
         return pos.float()
-    if rule.score == "mean":
-        return stats[rule.stat("sum")] / stats[rule.stat("count")].clamp(min=1)
-    if rule.score == "important":
-        return stats[rule.stat("important")] / stats[rule.stat("count")].clamp(min=1)
-    if rule.score == "last":
-        return stats[rule.stat("last")] - 1 - now
-    score = stats[rule.stat(rule.score)]
-    return score * (now - (stats[rule.stat(NUMBER)] if NUMBER in rule.stats else pos)) if rule.decay else score
+    if rule[Ranking].score == "mean":
+        return stats[stat(rule, "sum")] / stats[stat(rule, "count")].clamp(min=1)
+    if rule[Ranking].score == "important":
+        return stats[stat(rule, "important")] / stats[stat(rule, "count")].clamp(min=1)
+    if rule[Ranking].score == "last":
+        return stats[stat(rule, "last")] - 1 - now
+    score = stats[stat(rule, rule[Ranking].score)]
+    return score * (now - (stats[stat(rule, NUMBER)] if keeps(rule, NUMBER) else pos)) if rule[Scoring].decay else score
 
 
 def deviations(stats: Tensor, rule: Rule) -> Tensor:
@@ -76,9 +66,9 @@ def deviations(stats: Tensor, rule: Rule) -> Tensor:
 
     The variance is clamped at 0, where rounding can make it negative.
     """
-    count = stats[rule.stat("count")].clamp(min=1)
-    mean = stats[rule.stat("sum")] / count
-    return (stats[rule.stat("sumsq")] / count - mean * mean).clamp(min=0).sqrt()
+    count = stats[stat(rule, "count")].clamp(min=1)
+    mean = stats[stat(rule, "sum")] / count
+    return (stats[stat(rule, "sumsq")] / count - mean * mean).clamp(min=0).sqrt()
 
 
 def ordered(value: Tensor, pos: Tensor) -> Tensor:
@@ -91,28 +81,28 @@ def ordered(value: Tensor, pos: Tensor) -> Tensor:
     return (rising.long() << 32) - pos
 
 
-def untouchable(spread: Tensor, pos: Tensor, size: Tensor | int) -> Tensor:
-    """Bool, the shape of pos: the `size` slots with the largest spread, ties older.
+def untouchable(deviation: Tensor, pos: Tensor, size: Tensor | int) -> Tensor:
+    """Bool, the shape of pos: the `size` slots with the largest deviation, ties older.
 
-    spread float32 [B, Hkv, L]: `deviations`, protected slots raised to +inf, empties at -inf. size: an int, or int64
+    deviation float32 [B, Hkv, L]: `deviations`, protected slots raised to +inf, empties at -inf. size: an int, or int64
     [B, Hkv, 1].
     """
     if isinstance(size, int):
-        size = min(size, spread.shape[-1])
-        kept = spread >= spread.topk(size, -1, sorted=False).values.amin(-1, keepdim=True)
+        size = min(size, deviation.shape[-1])
+        kept = deviation >= deviation.topk(size, -1, sorted=False).values.amin(-1, keepdim=True)
         if int(kept.count_nonzero()) == kept.shape[0] * kept.shape[1] * size:  # else the last place is shared
             return kept
-    key = ordered(spread, pos)
+    key = ordered(deviation, pos)
     best = key.sort(-1, descending=True).values
     if isinstance(size, int):
         return key >= best[..., size - 1, None]
-    return key >= best.gather(-1, (size - 1).clamp(0, spread.shape[-1] - 1))
+    return key >= best.gather(-1, (size - 1).clamp(0, deviation.shape[-1] - 1))
 
 
 def shared_by_heads(score: Tensor, candidate: Tensor, cursor: Tensor, rule: Rule) -> Tensor:
     """The cursor with the layer's slots shared out over its heads."""
-    size = budgets(cursor[..., SEEN], rule)[..., None]
-    if rule.table:
+    size = budget(rule, cursor[..., SEEN])[..., None]
+    if rule[Heads].table:
         counts = table_counts(candidate, size, (score == INF).sum(-1, keepdim=True), rule)
     else:
         counts = head_counts(score, candidate, size, rule)
@@ -136,44 +126,47 @@ def ranked(
     past the last candidate's; extra: what heads may hold above the even budget, [B, Hkv].
     """
     score = slot_scores(stats, where, rule, end - 1)
-    size = (budgets(cursor[..., SEEN], rule) + extra)[..., None]
-    recent = rule.recent + size * rule.recent_num // rule.recent_den
-    if rule.spread == "threshold":  # a budget that is only a bound may be smaller than the window: half of it, then
-        recent = torch.minimum(recent, (size - rule.sinks) // 2)
-    protected = protected_places(where, end, recent, rule.sinks) & candidate
-    if rule.marked:
+    size = (budget(rule, cursor[..., SEEN]) + extra)[..., None]
+    protected = protected_places(where, end, recent_of(rule, size), rule[Protected].sinks) & candidate
+    if rule[Marks].marked:
         wanted = must_stay(stats, rule) & candidate
-        _check_marks(wanted, size)
+        check_marks(wanted, size)
         protected = protected | wanted
-    if rule.scope_num or rule.top_num:
-        reach = size * rule.top_num // rule.top_den if rule.top_num else size * rule.scope_num // rule.scope_den + 1
-        spread = preference(stats, where, rule, end - 1).masked_fill(protected, INF).masked_fill(~candidate, -INF)
-        score = score.masked_fill(untouchable(spread, where, reach) & (reach > 0), UNTOUCHABLE)
+    reach = reach_of(rule, size)
+    if reach is not None:
+        deviation = preference(stats, where, rule, end - 1).masked_fill(protected, INF).masked_fill(~candidate, -INF)
+        score = score.masked_fill(untouchable(deviation, where, reach) & (reach > 0), UNTOUCHABLE)
     return score.masked_fill(protected, INF).masked_fill(~candidate, -INF)
 
 
-def state_scores(state: list[Tensor], rule: Rule) -> Tensor:
-    """`ranked` of what a state (k, v, pos, stats, cursor) holds between calls, heads equally long and slots in the
-    order of positions: -inf empty.
+def recent_of(rule: Rule, size: Any) -> Any:
+    """Recent tokens that are protected under a budget of `size` slots, an int or an int64 tensor. A budget that is only
+    a bound may be smaller than the window: half of it, then.
     """
-    _, _, pos, stats, cursor = state
-    where = slot_places(pos, cursor, stats, rule)
-    return ranked(stats, where, pos >= 0, where.amax(-1, keepdim=True) + 1, cursor, rule)
+    recent = rule[Protected].window(size)
+    if rule[ShareOut].share != "threshold":
+        return recent
+    return smaller((size - rule[Protected].sinks) // 2, recent)
+
+
+def reach_of(rule: Rule, size: Any) -> Any:
+    """How many slots the scope, or a score before its weight, keeps out of reach under a budget of `size` slots; None
+    without either.
+    """
+    top, scope = rule[Weight], rule[Scope]
+    if top.top_num:
+        return part(size, top.top_num, top.top_den)
+    return part(size, scope.scope_num, scope.scope_den) + 1 if scope.scope_num else None
+
+
+def state_scores(state: State, rule: Rule) -> Tensor:
+    """`ranked` of what a state holds between calls, heads equally long and slots in the order of positions: -inf
+    empty.
+    """
+    where = slot_places(state.pos, state.cursor, state.stats, rule)
+    return ranked(state.stats, where, state.pos >= 0, where.amax(-1, keepdim=True) + 1, state.cursor, rule)
 
 
 def preference(stats: Tensor, pos: Tensor, rule: Rule, now: Tensor | int) -> Tensor:
     """What decides which slots are untouchable: the deviation (RoCo), or the score before its weight (CriticalKV)."""
-    return base_scores(stats, pos, rule, now) if rule.top_num else deviations(stats, rule)
-
-
-def _check_marks(wanted: Tensor, size: Tensor) -> None:
-    """Raises MarkError if more tokens must stay than there is room for; on a GPU the device asserts it."""
-    counts = wanted.sum(-1, keepdim=True)
-    good = (counts <= size).all()
-    if good.device.type != "cpu":
-        torch._assert_async(good, "more tokens are marked to be kept than the budget holds")
-    elif not bool(good):
-        raise MarkError(
-            f"{int(counts.max())} tokens are marked to be kept, but the budget holds {int(size.min())}",
-            "mark fewer tokens, or raise the budget",
-        )
+    return base_scores(stats, pos, rule, now) if rule[Weight].top_num else deviations(stats, rule)

@@ -9,10 +9,29 @@ is in; nothing moves in memory.
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from kvpass.kernels.rule import SEEN, Rule
+from kvpass.kernels.rank.places import Protected
+from kvpass.kernels.rule import Record, Rule
+from kvpass.kernels.slots.cursor import SEEN
 from torch import Tensor
+
+RING = "ring"
+"""A slot's statistic: the ring that it is in."""
+
+
+@dataclass(frozen=True)
+class Rings(Record):
+    """So many rings of equal size; 0: none."""
+
+    rings: int = 0
+
+    def resized(self, size: Any, rule: Rule) -> Any:
+        """What is left beside the sinks is divided by the rings."""
+        return size - (size - rule[Protected].sinks) % self.rings
+
 
 SINK, NOWHERE = -1.0, -2.0
 """Rings of sinks, and of a token that has not entered."""
@@ -21,8 +40,8 @@ SINK, NOWHERE = -1.0, -2.0
 def takes(ring: int, tokens: Tensor | int, room: Tensor | int, rule: Rule) -> Tensor | bool:
     """Whether a ring takes what comes, when `tokens` have come and rings have `room` slots each."""
     before = tokens - 1
-    turn: Tensor | bool = (before - rule.sinks) % (1 << ring) == 0
-    return turn | (before <= room * rule.rings + rule.sinks)
+    turn: Tensor | bool = (before - rule[Protected].sinks) % (1 << ring) == 0
+    return turn | (before <= room * rule[Rings].rings + rule[Protected].sinks)
 
 
 def ringed(
@@ -40,7 +59,7 @@ def ringed(
             alive = candidate[b, h].nonzero().flatten().tolist()
             past = [at for at in alive if at < length - new]
             held = dict(zip(past, rings[b, h, past].tolist(), strict=True)) if past else {}
-            room = (int(size[b, h]) - rule.sinks) // rule.rings
+            room = (int(size[b, h]) - rule[Protected].sinks) // rule[Rings].rings
             after = _entered(held, alive[len(past) :], score[b, h].tolist(), int(cursor[b, h, SEEN]), room, rule)
             where = torch.tensor(list(after), dtype=torch.int64, device=score.device)
             stay[b, h, where] = True
@@ -52,11 +71,11 @@ def _entered(
     held: dict[int, float], new: list[int], score: list[float], tokens: int, room: int, rule: Rule
 ) -> dict[int, float]:
     """Ring of each key that stays in one head."""
-    rings: list[deque[int]] = [deque(k for k, at in held.items() if at == i) for i in range(rule.rings)]
+    rings: list[deque[int]] = [deque(k for k, at in held.items() if at == i) for i in range(rule[Rings].rings)]
     sinks = [k for k, at in held.items() if at == SINK]
     for key in new:
         tokens += 1
-        if len(sinks) < rule.sinks:
+        if len(sinks) < rule[Protected].sinks:
             sinks.append(key)
             continue
         for i, ring in enumerate(rings):
@@ -83,10 +102,10 @@ def enter(
     pos int32, score and rings float32 [B, Hkv, n], the last changed in place; tokens int [B, Hkv, 1], this one too.
     """
     coming, victim = slot, slot
-    pending = tokens > rule.sinks
+    pending = tokens > rule[Protected].sinks
     rings.scatter_(2, slot, torch.where(pending, NOWHERE, SINK))
     evicts = torch.zeros_like(pending)
-    for i in range(rule.rings):
+    for i in range(rule[Rings].rings):
         member = (rings == i) & (pos >= 0)
         count = member.sum(-1, keepdim=True)
         newest = torch.where(member, pos, -1).argmax(-1, keepdim=True)

@@ -7,36 +7,49 @@ how slots rank is in `kvpass.kernels.rank.ranking`. Selects nothing.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from kvpass.kernels.attention.masks import check_shown
-from kvpass.kernels.rank.allocate import budgets, with_preference
-from kvpass.kernels.rank.held import Read, held_scores
+from kvpass.kernels.attention.observation import Observation, emission, emitted
+from kvpass.kernels.budget import budget
+from kvpass.kernels.rank.allocate import ShareOut, with_preference
+from kvpass.kernels.rank.criterion import INF, SCORED
 from kvpass.kernels.rank.lone import as_in_steps, lone, stepped
-from kvpass.kernels.rank.places import key_places, new_places, side_by_side
+from kvpass.kernels.rank.marks import DROP, MARK, marks_of_keys
+from kvpass.kernels.rank.places import NUMBER, PLACE, key_places, new_places, side_by_side
 from kvpass.kernels.rank.ranking import ranked, shared_by_heads, slot_scores
-from kvpass.kernels.rank.rings import ringed
+from kvpass.kernels.rank.rings import RING, Rings, ringed
+from kvpass.kernels.rank.scored import Read, Scoring, scorer_scores
 from kvpass.kernels.rank.scorers.registry import find_scorer
-from kvpass.kernels.rank.smooth import pooled
-from kvpass.kernels.rank.weights import value_weights
-from kvpass.kernels.rule import (
-    DROP,
-    EXTRA,
-    FIRST,
-    FREE,
-    HELD,
-    LIVE,
-    MARK,
-    NUMBER,
-    PLACE,
-    RING,
-    SEEN,
-    SHIFT,
-    WEIGHT,
-    Rule,
-)
+from kvpass.kernels.rank.smooth import Pool, pooled
+from kvpass.kernels.rank.weights import WEIGHT, Weight, value_weights
+from kvpass.kernels.rule import Rule
+from kvpass.kernels.slots.cursor import EXTRA, FIRST, FREE, LIVE, SEEN, SHIFT
+from kvpass.kernels.slots.ragged import Ragged, columns
+from kvpass.kernels.slots.statistics import Statistics, keeps, stat
 from torch import Tensor
 
-INF = float("inf")
+
+class Beside(NamedTuple):
+    """What a rule may read beside attention's statistics."""
+
+    k: Tensor | None = None
+    """[B, Hkv, L, D], keys as cached."""
+    v: Tensor | None = None
+    """[B, Hkv, L, Dv]"""
+    rows: Tensor | None = None
+    """Of `window_rows`."""
+    wo: Tensor | None = None
+    """[out, Hq * Dv], the output projection's weight."""
+    hidden: Tensor | None = None
+    """[B, S, size]"""
+    marks: Tensor | None = None
+    """int32 [B, S], of the call's tokens, for rules that are `marked`."""
+    queries: Tensor | None = None
+    """[B, Hq, S, D], before their rotation."""
+    turns: Tensor | None = None
+    """[2, 1 or B, S, D], cosines and sines of that rotation."""
 
 
 def score_slots(
@@ -48,36 +61,28 @@ def score_slots(
     position: int,
     rule: str,
     mask: Tensor | None = None,
-    k: Tensor | None = None,
-    v: Tensor | None = None,
-    rows: Tensor | None = None,
-    wo: Tensor | None = None,
-    hidden: Tensor | None = None,
-    marks: Tensor | None = None,
-    queries: Tensor | None = None,
-    turns: Tensor | None = None,
+    *given: Tensor | None,
+    **named: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Score every key after a multi-token call.
 
-    stats: float32 [M, B, Hkv, L], what this call emitted (`rule.emitted`). past_stats: float32 [N, B, Hkv, L], what
-    the slots kept (`rule.stats`; sums are added if `rule.carry`). pos: int32 [B, Hkv, L] in ascending order, -1 =
-    empty, or None (key l is at position l). valid: bool [B, S], the last S keys'. cursor: int32 [B, Hkv, 4 or 6] before
-    the call. position: of the call's first token. mask: of the attention, checked if there is a past. k, v
-    [B, Hkv, L, D or Dv], rows (of `window_rows`), wo [out, Hq * Dv], hidden [B, S, size], queries [B, Hq, S, D] before
-    their rotation and turns [2, 1 or B, S, D], its cosines and sines: for rules with a scorer or a value weight that
-    reads them. marks: int32 [B, S], of the call's tokens, for rules that are `marked`.
+    stats: float32 [M, B, Hkv, L], what this call emitted (`emitted(rule)`). past_stats: float32 [N, B, Hkv, L], what
+    the slots kept (`Statistics`; sums are added if the rule lets them `carry`). pos: int32 [B, Hkv, L] in ascending
+    order, -1 = empty, or None (key l is at position l). valid: bool [B, S], the last S keys'. cursor: int32
+    [B, Hkv, 4 or 6] before the call. position: of the call's first token. mask: of the attention, checked if there is a
+    past. given, named: of `Beside`, for rules with a scorer, a value weight or marks that reads them.
 
     Returns (score float32 [B, Hkv, L]: +inf protected, 3e38 untouchable, -inf no candidate; the statistics to keep
     [N, B, Hkv, L]; the new cursor). Raises ValueError if stats do not fit the rule, MaskError as `check_shown`.
     """
-    plan = Rule.parse(rule).of_call(position)
-    if stats.dim() != 4 or stats.shape[0] != len(plan.emitted):
-        raise ValueError(f"score_slots: stats must be [{len(plan.emitted)}, B, Hkv, L], got {list(stats.shape)}")
+    plan, beside = Rule.parse(rule).of_call(position), Beside(*given, **named)
+    if stats.dim() != 4 or stats.shape[0] != len(emitted(plan)):
+        raise ValueError(f"score_slots: stats must be [{len(emitted(plan))}, B, Hkv, L], got {list(stats.shape)}")
     if pos is not None:
         check_shown(mask, cursor[:, 0, SEEN], position)
     batch, heads, length = stats.shape[1:]
     candidate = _candidates(pos, valid, batch, heads, length)
-    marked = _marks(marks, past_stats, candidate, plan) if MARK in plan.stats else None
+    marked = marks_of_keys(beside.marks, past_stats, candidate, plan) if keeps(plan, MARK) else None
     if marked is not None:
         candidate = candidate & (marked < DROP)
     where = key_places(pos, valid, cursor, past_stats, (batch, heads, length), plan)
@@ -86,41 +91,41 @@ def score_slots(
     order = _neighbours(valid, cursor, length, plan)
     stats = _by_number(stats, valid, cursor, position, plan)
     total = _attention_statistics(stats, past_stats, plan)
-    if plan.pool != "none" and not plan.scorer:
-        total[plan.stat("sum")] = pooled(total[plan.stat("sum")], where, candidate, end, plan, order)
-    for name in {PLACE, NUMBER} & set(plan.stats):
-        total[plan.stat(name)] = 0.0 if past_stats is None else past_stats[plan.stat(name)]
-        total[plan.stat(name), ..., length - valid.shape[1] :] = new_places(valid, cursor).float()
+    if plan[Pool].pool != "none" and not plan[Scoring].scorer:
+        total[stat(plan, "sum")] = pooled(total[stat(plan, "sum")], where, candidate, end, plan, order)
+    for name in {PLACE, NUMBER} & set(plan[Statistics].stats):
+        total[stat(plan, name)] = 0.0 if past_stats is None else past_stats[stat(plan, name)]
+        total[stat(plan, name), ..., length - valid.shape[1] :] = new_places(valid, cursor).float()
     if marked is not None:
-        total[plan.stat(MARK)] = marked
-    if HELD in plan.stats:
-        past_held = None if past_stats is None else past_stats[plan.stat(HELD)]
-        total[plan.stat(HELD)], preferred = held_scores(
+        total[stat(plan, MARK)] = marked
+    if keeps(plan, SCORED):
+        past_scores = None if past_stats is None else past_stats[stat(plan, SCORED)]
+        total[stat(plan, SCORED)], preferred = scorer_scores(
             stats,
             (where, candidate, end),
             after,
-            Read(k, v, rows, hidden, queries, turns),
-            (past_held, marked),
+            Read(beside.k, beside.v, beside.rows, beside.hidden, beside.queries, beside.turns),
+            (past_scores, marked),
             (valid.shape[1], order),
             plan,
         )
         after = after if preferred is None else with_preference(after, preferred)
-    if WEIGHT in plan.stats:
-        assert v is not None
+    if keeps(plan, WEIGHT):
+        assert beside.v is not None
         old = length - valid.shape[1]  # their weights stay: a share of all heads needs the same token in each
-        total[plan.stat(WEIGHT), ..., old:] = value_weights(plan.weight, v[:, :, old:], wo)
+        total[stat(plan, WEIGHT), ..., old:] = value_weights(plan[Weight].weight, beside.v[:, :, old:], beside.wo)
         if past_stats is not None:
-            total[plan.stat(WEIGHT), ..., :old] = past_stats[plan.stat(WEIGHT), ..., :old]
+            total[stat(plan, WEIGHT), ..., :old] = past_stats[stat(plan, WEIGHT), ..., :old]
     single = lone(valid, cursor, plan)
     if past_stats is not None:
         as_in_steps(total, past_stats, stats, (where, valid, single), plan)
     if not plan.evicts:
         return torch.where(candidate, INF, -INF), total, after
-    if plan.spread:  # all candidates stay until all layers are known
+    if plan[ShareOut].share:  # all candidates stay until all layers are known
         return torch.where(candidate, INF, -INF), total, after
-    if plan.rings:
+    if plan[Rings].rings:
         return _in_rings(total, past_stats, where, candidate, valid.shape[1], (cursor, after), plan)
-    if not plan.ragged:
+    if not plan[Ragged].ragged:
         return ranked(total, where, candidate, end, after, plan), total, after
     extra = torch.where(single, cursor[..., EXTRA], 0)
     score = ranked(total, where, candidate, end, after, plan, extra)
@@ -133,17 +138,17 @@ def _neighbours(valid: Tensor, cursor: Tensor, length: int, rule: Rule) -> Tenso
 
     A scorer's keys would have to be copied, so the device is asked before.
     """
-    together = bool(rule.scorer) and not find_scorer(rule.scorer).pointwise
-    if rule.pool == "none" and not together:
+    together = bool(rule[Scoring].scorer) and not find_scorer(rule[Scoring].scorer).pointwise
+    if rule[Pool].pool == "none" and not together:
         return None
     return side_by_side(valid, cursor, length, look=together or valid.device.type == "cpu")
 
 
 def _by_number(stats: Tensor, valid: Tensor, cursor: Tensor, position: int, rule: Rule) -> Tensor:
     """What was emitted, with `last` as a number among the row's valid tokens instead of a position."""
-    if "last" not in rule.emitted:
+    if "last" not in emitted(rule):
         return stats
-    at, stats = rule.emission("last"), stats.clone()
+    at, stats = emission(rule, "last"), stats.clone()
     number = (new_places(valid, cursor) + 1).float().expand(*stats.shape[1:3], -1)
     index = (stats[at].long() - 1 - position).clamp(min=0)
     stats[at] = torch.where(stats[at] > 0, number.gather(-1, index), 0.0)
@@ -161,36 +166,26 @@ def _in_rings(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `score_slots` returns where slots are rings; `cursors`: before the call, and after it but for LIVE."""
     before, after = cursors
-    rings = torch.zeros_like(stats[0]) if past is None else past[rule.stat(RING)].clone()
-    size = budgets(after[..., SEEN], rule)[..., None]
+    rings = torch.zeros_like(stats[0]) if past is None else past[stat(rule, RING)].clone()
+    size = budget(rule, after[..., SEEN])[..., None]
     stay = ringed(slot_scores(stats, pos, rule), rings, candidate, new, size, before, rule)
-    stats[rule.stat(RING)] = rings
+    stats[stat(rule, RING)] = rings
     after = after.clone()
     after[..., LIVE] = after[..., FREE] = stay.sum(-1).int()
     return torch.where(stay, INF, -INF), stats, after
-
-
-def _marks(marks: Tensor | None, past: Tensor | None, candidate: Tensor, rule: Rule) -> Tensor:
-    """float32 [B, Hkv, L]"""
-    out = torch.zeros_like(candidate, dtype=torch.float32)
-    if past is not None:
-        out.copy_(past[rule.stat(MARK)])
-    if marks is not None:
-        out[..., out.shape[-1] - marks.shape[1] :] = marks[:, None].float()
-    return out
 
 
 def _attention_statistics(stats: Tensor, past: Tensor | None, rule: Rule) -> Tensor:
     """What the slots keep of what was emitted, float32 [N, B, Hkv, L]; rows that are no statistics of attention are
     left undefined.
     """
-    if rule.emitted == rule.stats and "last" not in rule.stats:
-        return stats + past if past is not None and rule.carry else stats.clone()
-    total = stats.new_empty(len(rule.stats), *stats.shape[1:])
-    for at, name in enumerate(rule.stats):
-        if name in rule.emitted:
-            total[at] = stats[rule.emitted.index(name)]
-            if past is not None and rule.carry:
+    if emitted(rule) == rule[Statistics].stats and "last" not in rule[Statistics].stats:
+        return stats + past if past is not None and rule[Observation].carry else stats.clone()
+    total = stats.new_empty(len(rule[Statistics].stats), *stats.shape[1:])
+    for at, name in enumerate(rule[Statistics].stats):
+        if name in emitted(rule):
+            total[at] = stats[emitted(rule).index(name)]
+            if past is not None and rule[Observation].carry:
                 total[at] = torch.maximum(total[at], past[at]) if name == "last" else total[at] + past[at]
     return total
 
@@ -210,8 +205,8 @@ def _advanced(cursor: Tensor, valid: Tensor, candidate: Tensor, position: int, r
     first = torch.where(valid.any(-1), arrived, -1)[:, None]
     first = torch.where(cursor[..., FIRST] >= 0, cursor[..., FIRST], first)
     live = candidate.sum(-1)
-    live = live if rule.spread else torch.minimum(budgets(seen, rule), live)
-    columns = {LIVE: live, FREE: live, SEEN: seen, FIRST: first}
-    if rule.ragged:
-        columns |= {EXTRA: torch.zeros_like(live), SHIFT: torch.zeros_like(live)}
-    return torch.stack([columns[c].int() for c in range(rule.columns)], -1)
+    live = live if rule[ShareOut].share else torch.minimum(budget(rule, seen), live)
+    values, width = {LIVE: live, FREE: live, SEEN: seen, FIRST: first}, columns(rule)
+    if rule[Ragged].ragged:
+        values |= {EXTRA: torch.zeros_like(live), SHIFT: torch.zeros_like(live)}
+    return torch.stack([values[c].int() for c in range(width)], -1)

@@ -2,8 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+from kvpass.kernels.rule import Record
+from kvpass.kernels.slots.statistics import brought
 from torch import Tensor
+
+WEIGHT = brought("weight")
+"""A slot's statistic that multiplies its score: a norm of its value."""
+
+
+@dataclass(frozen=True)
+class Weight(Record):
+    """A norm of the values as a factor of scores.
+
+    Attributes:
+        weight: a kind of `value_weights`, or `none`.
+        weight_floor: added to the score before.
+        top_num, top_den: the share of the budget that the score alone gives, before weights (CriticalKV).
+    """
+
+    weight: str = "none"
+    weight_floor: float = 0.0
+    top_num: int = 0
+    top_den: int = 1
+
+    @property
+    def projected(self) -> bool:
+        """Whether it reads the output projection."""
+        return self.weight.startswith("vo_")
 
 
 def value_weights(kind: str, v: Tensor, wo: Tensor | None) -> Tensor:

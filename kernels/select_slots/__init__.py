@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from kvpass.kernels.choose import kernel
-from kvpass.kernels.slots.ragged import is_ragged
 from torch import Tensor
 
 
@@ -19,5 +18,5 @@ def select_slots(score: Tensor, cursor: Tensor, capacity: int) -> Tensor:
         raise ValueError(f"select_slots: score must be float32 [B, Hkv, L], got {score.dtype} {list(score.shape)}")
     if cursor.shape[:2] != score.shape[:2] or cursor.shape[2] not in (4, 6) or cursor.dtype != torch.int32:
         raise ValueError(f"select_slots: cursor must be int32 [B, Hkv, 4], got {cursor.dtype} {list(cursor.shape)}")
-    chosen: Tensor = kernel("select_slots", score.device, wide=is_ragged(cursor))(score, cursor, capacity)
+    chosen: Tensor = kernel("select_slots", score.device, cursor)(score, cursor, capacity)
     return chosen

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from kvpass.kernels.rule import LIVE
+from kvpass.kernels.slots.cursor import LIVE
 from torch import Tensor
 
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from kvpass.kernels.slots.ragged import is_ragged
 from kvpass.kernels.triton_shared.triton_launch import launch, power_of_two
 from torch import Tensor
 
 from .triton_kernel import select_kernel
+
+
+def supports(cursor: Tensor) -> bool:
+    """Heads that are equally long."""
+    return not is_ragged(cursor)
 
 
 def select_slots_triton(score: Tensor, cursor: Tensor, capacity: int) -> Tensor:

@@ -2,48 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from kvpass.kernels.slots.ragged import is_ragged, padded, padded_rows
+from kvpass.kernels.rule import Rule
+from kvpass.kernels.slots.moves import side_by_side
+from kvpass.kernels.slots.ragged import is_ragged
+from kvpass.kernels.slots.state import Field, State
 from torch import Tensor
 
 
-def join_slots(
-    k: Tensor, v: Tensor, pos: Tensor, stats: Tensor, cursor: Tensor, k_new: Tensor, v_new: Tensor, position: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def join_slots(state: Sequence[Tensor], k_new: Tensor, v_new: Tensor, position: int, rule: str) -> list[Tensor]:
     """Join the state and the new tokens of an extend call.
 
-    k [B, Hkv, C, D], v [B, Hkv, C, Dv], pos int32 [B, Hkv, C], stats float32 [N, B, Hkv, C], cursor int32
-    [B, Hkv, 4]; k_new [B, Hkv, S, D], v_new [B, Hkv, S, Dv] at positions position .. position + S - 1.
+    state: the tensors of `State` under the rule; k_new [B, Hkv, S, D], v_new [B, Hkv, S, Dv] at positions
+    position .. position + S - 1. Of a ragged state (`kvpass.kernels.slots.ragged`) a head may hold up to `position`
+    keys: C is `position` then.
 
-    Of a ragged state (`kvpass.kernels.slots.ragged`) a head may hold up to `position` keys: C is `position` then.
-
-    Returns (k [B, Hkv, C+S, D], v, pos, stats): past slots by position, empties first (k, v, stats 0, pos -1), then
-    the new tokens with zero statistics. Raises ValueError on shapes that do not fit.
+    Returns each per-slot field of the state in order, with C + S for C: past slots by position, empties first (k, v and
+    others zero, pos -1), then the new tokens, whose other fields hold their fills. Raises ValueError on shapes that do
+    not fit.
     """
-    if k.shape[:3] != pos.shape or k_new.shape[:2] != pos.shape[:2] or k_new.shape[2] != v_new.shape[2]:
-        raise ValueError(f"join_slots: k {list(k.shape)}, pos {list(pos.shape)}, k_new {list(k_new.shape)} do not fit")
-    if is_ragged(cursor):
-        k, v, pos, stats = (
-            padded_rows(k, cursor, position),
-            padded_rows(v, cursor, position),
-            padded(pos, cursor, position, -1),
-            padded(stats, cursor, position, 0.0),
-        )
-    past, order = pos.sort(-1)
-    empty = past < 0
-    queries = k_new.shape[2]
-    new = torch.arange(position, position + queries, dtype=pos.dtype, device=pos.device)
-    new = new.expand(*pos.shape[:2], queries)
-    zeros = stats.new_zeros(stats.shape[0], *pos.shape[:2], queries)
-    index = order.expand(stats.shape[0], *order.shape)
-    return (
-        torch.cat([_taken(k, order, empty), k_new], 2),
-        torch.cat([_taken(v, order, empty), v_new], 2),
-        torch.cat([past, new], -1),
-        torch.cat([stats.gather(-1, index).masked_fill(empty, 0.0), zeros], -1),
-    )
+    held = State.of(state, Rule.parse(rule))
+    fits = k_new.shape[:2] == held.pos.shape[:2] and k_new.shape[2] == v_new.shape[2]
+    if held.k.shape[:3] != held.pos.shape or not fits:
+        shapes = f"k {list(held.k.shape)}, pos {list(held.pos.shape)}, k_new {list(k_new.shape)}"
+        raise ValueError(f"join_slots: {shapes} do not fit")
+    if is_ragged(held.cursor):
+        held = side_by_side(held, position)
+    past, order = held.pos.sort(-1)
+    empty, queries = past < 0, k_new.shape[2]
+    now = torch.arange(position, position + queries, dtype=past.dtype, device=past.device)
+    new = {"k": k_new, "v": v_new, "pos": now.expand(*past.shape[:2], queries)}
+
+    def joined(field: Field, tensor: Tensor) -> Tensor:
+        old = past if field.name == "pos" else _taken(field, tensor, order, empty)
+        own = new.get(field.name)
+        return torch.cat([old, _fills(field, tensor, queries) if own is None else own], field.rows + 2)
+
+    return [joined(field, tensor) for field, tensor in held.per_slot()]
 
 
-def _taken(x: Tensor, order: Tensor, empty: Tensor) -> Tensor:
-    """Rows of x [B, Hkv, C, D] in the given order, with the undefined contents of empties zeroed."""
-    return x.gather(2, order[..., None].expand_as(x)).masked_fill_(empty[..., None], 0.0)
+def _taken(field: Field, tensor: Tensor, order: Tensor, empty: Tensor) -> Tensor:
+    """Slots of a field in the given order [B, Hkv, C], with the undefined contents of empties zeroed."""
+    behind = (1,) * (tensor.dim() - field.rows - 3)
+    index, hidden = (x.view(*x.shape, *behind).expand_as(tensor) for x in (order, empty))
+    return tensor.gather(field.rows + 2, index).masked_fill_(hidden, 0)
+
+
+def _fills(field: Field, tensor: Tensor, count: int) -> Tensor:
+    """What the slots of `count` new tokens begin with."""
+    sizes = {**dict(zip(field.dims, tensor.shape, strict=True)), "C": count}
+    return field.new(sizes, tensor)

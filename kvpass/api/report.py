@@ -11,7 +11,8 @@ import torch
 from kvpass.api.holdings import Holdings, Part, holdings, stores
 from kvpass.api.report_text import report_text
 from kvpass.errors import CacheError
-from kvpass.kernels.rule import SEEN
+from kvpass.kernels.budget import Budget
+from kvpass.kernels.slots.cursor import SEEN
 from kvpass.kernels.slots.ragged import even
 from kvpass.runtime.shell import attached
 from kvpass.runtime.store import SlotStore
@@ -146,8 +147,8 @@ def _proof(stores: Sequence[SlotStore], freed: int) -> dict[str, int]:
 def _why(stores: Sequence[SlotStore]) -> str:
     """Why a cache holds more than its budget says, or everything."""
     rules = [(store.rule, int(store.state[4][..., SEEN].max())) for store in stores]
-    shares = [(rule, seen) for rule, seen in rules if rule.evicts and not rule.slots]
-    floors = {rule.floor for rule, seen in shares if rule.floor * rule.den > seen * rule.num}
+    shares = [(rule, seen) for rule, seen in rules if rule.evicts and not rule[Budget].slots]
+    floors = {rule[Budget].floor for rule, seen in shares if rule[Budget].floor * rule[Budget].den > seen * rule[Budget].num}
     if floors:
         slots = " or ".join(map(str, sorted(floors)))
         return (
@@ -158,7 +159,7 @@ def _why(stores: Sequence[SlotStore]) -> str:
         return ""
     if not any(rule.evicts for rule, _ in rules):
         return "this policy keeps everything"
-    if all(rule.slots >= seen for rule, seen in rules if rule.slots):
+    if all(rule[Budget].slots >= seen for rule, seen in rules if rule[Budget].slots):
         return "the budget has room for every token so far"
     return "this policy has not evicted yet: it waits for more tokens, or for another call"
 

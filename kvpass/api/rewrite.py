@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from kvpass.errors import DeclinedError, PolicyError
+from kvpass.kernels.budget import kept
 from kvpass.pipeline.arguments import check_options, check_program, checked_patterns
 from kvpass.policy.policy import Policy
 from kvpass.sites.table import SiteTable
@@ -92,7 +93,7 @@ class Rewritten:
         given = [*state]
         for at, binding in enumerate(self.bindings):
             five = slice(5 * at, 5 * at + 5)
-            given[five] = with_room(given[five], binding.rule.kept(tokens + 1))
+            given[five] = with_room(given[five], kept(binding.rule, tokens + 1))
         with torch.no_grad():
             results = self.graph_module(*inputs, tokens, *given)
         kept = len(results) - len(given)

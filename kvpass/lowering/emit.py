@@ -9,6 +9,7 @@ from torch import fx
 
 from kvpass.graph.calls import example
 from kvpass.graph.shapes import shape_of
+from kvpass.kernels.slots.ragged import Ragged
 from kvpass.lowering.emit_heads import from_slots, regrouped, to_slots
 from kvpass.lowering.emit_masks import mask_of
 from kvpass.lowering.emit_nodes import Rewriting, Writer
@@ -60,7 +61,7 @@ class Emitter:
             read = (*(read or (None,)), k, v, rows, *self._read_beside(), *self._rotation())
         before = self.cursor, self.position, self.rule
         score, stats, cursor = write.parts(write.op("score_slots", stats, past_stats, pos, valid, *before, *read), 3)
-        room = write.method("size", score if self.planned.rule.ragged else self.k, 2)
+        room = write.method("size", score if self.planned.rule[Ragged].ragged else self.k, 2)
         chosen = write.op("select_slots", score, cursor, room)
         write.op("compact_slots", k, v, pos, stats, chosen, cursor, *state)
         return self._outputs(out)

@@ -19,6 +19,9 @@ from kvpass.graph.dataflow import flat_outputs
 from kvpass.graph.extract import function_of, functions_of
 from kvpass.graph.shapes import shape_of
 from kvpass.graph.symbols import SizeReader, free_size
+from kvpass.kernels.rank.allocate import ShareOut
+from kvpass.kernels.rank.marks import Marks
+from kvpass.kernels.slots.statistics import Statistics
 from kvpass.lowering.emit import Emitter
 from kvpass.lowering.retire import Retirement
 from kvpass.plan.plan import Plan, SitePlan
@@ -74,7 +77,7 @@ class _Lowering:
         self.values: dict[Any, Any] = {}
         self.masks: dict[Any, fx.Node] = {}
         self.angles: dict[Any, Angles] = {}
-        self.marks = self._marks_input(plan.sites[0].site) if any(one.rule.marked for one in plan.sites) else None
+        self.marks = self._marks_input(plan.sites[0].site) if any(one.rule[Marks].marked for one in plan.sites) else None
         self.position = self._position_input() if any(_is_buffered(one.site) for one in plan.sites) else None
 
     def site(self, planned: SitePlan) -> Binding:
@@ -138,7 +141,7 @@ class _Lowering:
         together unless data decides.
         """
         site, fake_q = planned.site, example(planned.site.core.q)
-        key = (planned.rule, str(site.dims), site.dtype, site.name if planned.rule.spread else "")
+        key = (planned.rule, str(site.dims), site.dtype, site.name if planned.rule[ShareOut].share else "")
         if key not in self.states:
             b, hkv, d, dv = (site.dims[letter] for letter in ("B", "Hkv", "D", "Dv"))
             with fake_q.fake_mode:
@@ -148,7 +151,7 @@ class _Lowering:
                     fake_q.new_empty((b, hkv, c, d)),
                     fake_q.new_empty((b, hkv, c, dv)),
                     torch.empty((b, hkv, c), **int32),
-                    torch.empty((len(planned.rule.stats), b, hkv, c), dtype=torch.float32, device=fake_q.device),
+                    torch.empty((len(planned.rule[Statistics].stats), b, hkv, c), dtype=torch.float32, device=fake_q.device),
                     torch.empty((b, hkv, planned.rule.columns), **int32),
                 ]
         return self.states[key]

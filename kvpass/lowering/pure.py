@@ -16,26 +16,31 @@ from torch import Tensor
 from kvpass.ops import NAMESPACE, decode_attend
 
 SCHEMA = (
-    "(Tensor q, Tensor k_new, Tensor v_new, Tensor? mask, Tensor k, Tensor v, Tensor pos, Tensor stats, Tensor cursor, "
-    "SymInt position, float scale, str rule, Tensor? sinks=None, float softcap=0.0) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "(Tensor q, Tensor k_new, Tensor v_new, Tensor? mask, Tensor[] state, SymInt position, float scale, str rule, "
+    "Tensor? sinks=None, float softcap=0.0) -> Tensor[]"
 )
-STATE = slice(4, 9)
-"""Places of the state among the arguments."""
+STATE = 4
+"""Place of the state among the arguments."""
 
 
-def _body(*args: Any) -> tuple[Tensor, ...]:
-    state = tuple(t.clone() for t in args[STATE])
-    return (decode_attend(*args[:4], *state, *args[9:]), *state)
+def _body(*args: Any) -> list[Tensor]:
+    state = [t.clone() for t in args[STATE]]
+    return [decode_attend(*args[:STATE], state, *args[STATE + 1 :]), *state]
 
 
-def _fake(q: Tensor, k_new: Tensor, v_new: Tensor, mask: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    k, v, pos, stats, cursor = state = rest[:5]
-    for other in (v.shape[2], pos.shape[2], stats.shape[3]):
-        torch._check(other == k.shape[2])
-    for rows in (q.shape[0], k_new.shape[0], v_new.shape[0], v.shape[0], pos.shape[0], stats.shape[1], cursor.shape[0]):
-        torch._check(rows == k.shape[0])
-    return q.new_empty(q.shape[0], q.shape[1], q.shape[2], v_new.shape[3]), *(t.new_empty(t.shape) for t in state)
+def _fake(q: Tensor, k_new: Tensor, v_new: Tensor, mask: Tensor | None, state: Any, *rest: Any) -> list[Tensor]:
+    from kvpass.kernels.rule import Rule
+    from kvpass.kernels.slots.state import State
+
+    held = State.of(state, Rule.parse(rest[2]))
+    for field, tensor in zip(held.fields, state, strict=True):
+        torch._check(tensor.shape[field.rows] == q.shape[0])
+        if field.per_slot:
+            torch._check(tensor.shape[field.dims.index("C")] == held.slots)
+    for new in (k_new, v_new):
+        torch._check(new.shape[0] == q.shape[0])
+    out = q.new_empty(q.shape[0], q.shape[1], q.shape[2], v_new.shape[3])
+    return [out, *(t.new_empty(t.shape) for t in state)]
 
 
 def _register() -> torch.library.Library | None:

@@ -82,7 +82,7 @@ def pure(lowered: Lowered) -> fx.GraphModule:
     graph = lowered.gm.graph
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
     state = [n for n in inputs if "state" in n.meta.get("kvpass", {})]
-    pasts = dict(_pasts(inputs, state, lowered.bindings))
+    pasts = dict(_pasts(inputs, lowered))
     length = _length(pasts, lowered.bindings)
     with graph.inserting_before(state[0]):
         tokens = graph.placeholder(TOKENS)
@@ -97,13 +97,13 @@ def pure(lowered: Lowered) -> fx.GraphModule:
 
 
 def _pasts(
-    inputs: Sequence[fx.Node], state: Sequence[fx.Node], bindings: Sequence[Binding]
+    inputs: Sequence[fx.Node], lowered: Lowered
 ) -> Iterator[tuple[fx.Node, tuple[str, fx.Node]]]:
     """Each past with its axes and the slots that hold it now, whose other sizes are the same."""
-    for at, binding in enumerate(bindings):
+    for binding, state in zip(lowered.bindings, lowered.states, strict=True):
         assert binding.past is not None
         for half, place in enumerate(binding.past):
-            yield inputs[place], (binding.layouts[half].value, state[5 * at + half])
+            yield inputs[place], (binding.layouts[half].value, state[half])
 
 
 def _length(pasts: dict[fx.Node, tuple[str, fx.Node]], bindings: Sequence[Binding]) -> Any:
@@ -162,7 +162,7 @@ def _without_mutation(graph: fx.Graph) -> dict[Any, fx.Node]:
     for node in graph.find_nodes(op="call_function", target=decode_attend):
         with graph.inserting_before(node):
             step = graph.call_function(decode_step, node.args)
-            parts = [graph.call_function(operator.getitem, (step, at)) for at in range(6)]
+            parts = [graph.call_function(operator.getitem, (step, at)) for at in range(len(node.args[STATE]) + 1)]
         for made in (step, *parts):
             made.meta = {key: value for key, value in node.meta.items() if key != "example_value"}
         parts[0].meta["example_value"] = example(node)

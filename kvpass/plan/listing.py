@@ -6,8 +6,14 @@ import re
 import textwrap
 from dataclasses import dataclass, replace
 
+from kvpass.kernels.attention.observation import Observation, emitted
+from kvpass.kernels.rank.marks import MARK
+from kvpass.kernels.rank.scored import Sample, Scoring
 from kvpass.kernels.rank.scorers.registry import Scorer
-from kvpass.kernels.rule import ASIDE, MARK, Rule
+from kvpass.kernels.rank.scorers.seen import ASIDE
+from kvpass.kernels.rank.weights import Weight
+from kvpass.kernels.rule import Rule
+from kvpass.kernels.slots.statistics import Statistics
 from kvpass.plan.rule import rule_of
 from kvpass.policy.load import load, names, variants
 from kvpass.policy.spec import Spec
@@ -49,7 +55,7 @@ def catalogue() -> list[Row]:
 def row_of(policy: Spec) -> Row:
     """What a checked policy costs."""
     rule = example_rule(policy)
-    size = 4 + 4 * len(rule.stats)
+    size = 4 + 4 * len(rule[Statistics].stats)
     extra = " + ".join(_extra(rule)) or "none"
     return Row(policy.name, ", ".join(_reads(rule)), extra, size, policy.paper, policy.source, policy.notes)
 
@@ -62,35 +68,35 @@ def example_rule(policy: Spec) -> Rule:
 
 def _attended(rule: Rule) -> bool:
     """Whether rows of attention are looked at after the attention itself."""
-    return rule.queries != 0 and bool(rule.emitted or {"rows", "logits"} & set(rule.reads))
+    return rule[Observation].queries != 0 and bool(emitted(rule) or {"rows", "logits"} & set(rule[Scoring].reads))
 
 
 def _reads(rule: Rule) -> list[str]:
     found = []
     if _attended(rule):
-        kind = "logits" if "logits" in rule.reads else "attention"
-        whose = {-1: "all queries", 1: "the last query"}.get(rule.queries, f"the last {rule.queries} queries")
-        decode = " and of generated tokens" if rule.decode != "none" and rule.queries > 0 else ""
+        kind = "logits" if "logits" in rule[Scoring].reads else "attention"
+        whose = {-1: "all queries", 1: "the last query"}.get(rule[Observation].queries, f"the last {rule[Observation].queries} queries")
+        decode = " and of generated tokens" if rule[Observation].decode != "none" and rule[Observation].queries > 0 else ""
         found.append(f"{kind} of {whose}{decode}")
     words = {"hidden": "hidden states", "queries": "unrotated queries"}
-    found += [words.get(what, what) for what in rule.reads if what not in ASIDE | {"rows", "logits"}]
-    if rule.weight != "none" and "values" not in found:
+    found += [words.get(what, what) for what in rule[Scoring].reads if what not in ASIDE | {"rows", "logits"}]
+    if rule[Weight].weight != "none" and "values" not in found:
         found.append("values")
-    found += ["output projection"] if rule.weight.startswith("vo") else []
-    found += ["marks"] if MARK in rule.stats else []
-    found += ["chance"] if rule.sample_num or rule.scorer == "random" else []
+    found += ["output projection"] if rule[Weight].weight.startswith("vo") else []
+    found += ["marks"] if MARK in rule[Statistics].stats else []
+    found += ["chance"] if rule[Sample].sample_num or rule[Scoring].scorer == "random" else []
     return found or (["positions"] if rule.evicts else ["nothing"])
 
 
 def _extra(rule: Rule) -> list[str]:
     found = []
     if _attended(rule):
-        found.append("T*T" if rule.queries < 0 else f"{rule.queries}*T")
-    if rule.scorer in _ALSO:
-        found.append(_ALSO[rule.scorer])
-    if rule.weight.startswith("vo"):
+        found.append("T*T" if rule[Observation].queries < 0 else f"{rule[Observation].queries}*T")
+    if rule[Scoring].scorer in _ALSO:
+        found.append(_ALSO[rule[Scoring].scorer])
+    if rule[Weight].weight.startswith("vo"):
         found.append("T*(v W_O)")
-    if not found and (rule.scorer or rule.weight != "none"):
+    if not found and (rule[Scoring].scorer or rule[Weight].weight != "none"):
         found.append("T")
     return found
 
@@ -135,13 +141,13 @@ def emission(policy: Spec) -> list[str]:
     """
     rule = example_rule(policy)
     own = policy.budget is not None
-    whose = {-1: "all queries", 0: "no query"}.get(rule.queries, f"the last {rule.queries} queries")
-    emitted = f"{', '.join(rule.emitted)}, of {whose}" if rule.emitted and rule.queries else "nothing"
-    kept = " + ".join(["position", *rule.stats])
+    whose = {-1: "all queries", 0: "no query"}.get(rule[Observation].queries, f"the last {rule[Observation].queries} queries")
+    emitted = f"{', '.join(emitted(rule))}, of {whose}" if emitted(rule) and rule[Observation].queries else "nothing"
+    kept = " + ".join(["position", *rule[Statistics].stats])
     return [
         f"a multi-token call emits: {emitted}",
-        f"a one-token call does with its row: {rule.decode}",
-        f"each slot keeps: {kept}, {4 + 4 * len(rule.stats)} bytes beside K and V",
+        f"a one-token call does with its row: {rule[Observation].decode}",
+        f"each slot keeps: {kept}, {4 + 4 * len(rule[Statistics].stats)} bytes beside K and V",
         f"rule at budget {policy.budget if own else EXAMPLE_BUDGET}: {rule.encode()}",
         *(f"rule of layers {key}: {example_rule(other).encode()}" for key, other in variants(policy).items()),
     ]

@@ -19,7 +19,19 @@ from kvpass.graph.miss import Miss
 from kvpass.graph.output_projection import OutputProjection, output_projection
 from kvpass.graph.projections import block_input
 from kvpass.graph.rope import Rotation, rotation, unrounded
-from kvpass.kernels.rule import ASIDE, HELD, MARK, NUMBER, PLACE, WEIGHT, Rule
+from kvpass.kernels.after_call.reindex import Reindex
+from kvpass.kernels.rank.allocate import ShareOut
+from kvpass.kernels.rank.criterion import SCORED
+from kvpass.kernels.rank.layer import Layer
+from kvpass.kernels.rank.marks import MARK
+from kvpass.kernels.rank.places import NUMBER, PLACE
+from kvpass.kernels.rank.pyramid import Pyramid
+from kvpass.kernels.rank.scored import Scoring
+from kvpass.kernels.rank.scorers.seen import ASIDE
+from kvpass.kernels.rank.weights import WEIGHT, Weight
+from kvpass.kernels.rule import Rule
+from kvpass.kernels.slots.ragged import Ragged
+from kvpass.kernels.slots.statistics import Statistics
 from kvpass.plan.rule import rule_of
 from kvpass.policy.files import check_fit
 from kvpass.policy.spec import Spec
@@ -54,21 +66,21 @@ class SitePlan:
     def projection(self) -> OutputProjection | None:
         """Where the rule's value weight finds the output projection; None if it reads none."""
         core, dims = self.site.core, self.site.dims
-        if not self.rule.weight.startswith("vo_") or core.tiled:
+        if not self.rule[Weight].weight.startswith("vo_") or core.tiled:
             return None
         return output_projection(core.node, int(dims["Hq"]), int(dims["Dv"]))
 
     @cached_property
     def hidden(self) -> fx.Node | None:
         """The hidden states that the rule's scorer reads; None if it reads none."""
-        return block_input(self.site.value.update.new) if "hidden" in self.rule.reads else None
+        return block_input(self.site.value.update.new) if "hidden" in self.rule[Scoring].reads else None
 
     @cached_property
     def rotation(self) -> Rotation | None:
         """The rotation of the queries, for a scorer that reads them before it; None if it reads none."""
         core = self.site.core
         plain = core.axes.q == "BHSD" and not core.tiled
-        return rotation(core.q) if "queries" in self.rule.reads and plain else None
+        return rotation(core.q) if "queries" in self.rule[Scoring].reads and plain else None
 
     @cached_property
     def key_rotation(self) -> Rotation | None:
@@ -77,7 +89,7 @@ class SitePlan:
         new: Any = half.update.new
         if half.layout is Layout.BTHD:
             new = operand(new) if call_name(new) == "transpose" else None
-        found = rotation(new) if self.rule.reindex and isinstance(new, fx.Node) else None
+        found = rotation(new) if self.rule[Reindex].reindex and isinstance(new, fx.Node) else None
         # angles of half precision are too coarse to tell one position from the next
         return found if found is None or example(unrounded(found.cos)).dtype is torch.float32 else None
 
@@ -96,12 +108,12 @@ class SitePlan:
     @property
     def windowed(self) -> bool:
         """Whether the scorer reads the rows of the observation window."""
-        return bool({"rows", "logits"} & set(self.rule.reads))
+        return bool({"rows", "logits"} & set(self.rule[Scoring].reads))
 
     @property
     def arrives(self) -> bool:
         """Whether a generated token's slot starts with more than zeros."""
-        return bool({HELD, WEIGHT, MARK, PLACE, NUMBER} & set(self.rule.stats))
+        return bool({SCORED, WEIGHT, MARK, PLACE, NUMBER} & set(self.rule[Statistics].stats))
 
 
 @dataclass(frozen=True)
@@ -178,29 +190,29 @@ def _check_files(policy: Spec, planned: SitePlan, layers: int) -> None:
 def _unmet(planned: SitePlan) -> Iterator[tuple[bool, str, str]]:
     """Whether something is missing, what was asked, and the fix."""
     site, rule = planned.site, planned.rule
-    reads = [word for word in rule.reads if word not in ASIDE]
-    reads += ["weight"] if rule.weight != "none" else []
+    reads = [word for word in rule[Scoring].reads if word not in ASIDE]
+    reads += ["weight"] if rule[Weight].weight != "none" else []
     shared = site.core.latent is not None or site.mixed is not None
     what = "keeps latents instead of keys and values" if site.core.latent else "keeps all heads side by side"
-    asked = "turns keys to new positions" if rule.reindex else "gives heads budgets of their own"
+    asked = "turns keys to new positions" if rule[Reindex].reindex else "gives heads budgets of their own"
     asked = f"reads {' and '.join(reads)}" if reads else asked
     fix = "choose a policy of attention's statistics, e.g. h2o or snapkv"
-    yield shared and (bool(reads) or rule.ragged or rule.reindex), f"{asked}, but this attention {what}", fix
+    yield shared and (bool(reads) or rule[Ragged].ragged or rule[Reindex].reindex), f"{asked}, but this attention {what}", fix
     asked = "weighs values by the output projection, which was not found behind the attention"
     fix = "set weight.by: l1, which needs no projection; gates and norms in between cannot be read through"
-    yield rule.weight.startswith("vo_") and planned.projection is None, asked, fix
+    yield rule[Weight].weight.startswith("vo_") and planned.projection is None, asked, fix
     asked = "reads the block's hidden states, which were not found above its values"
     fix = "choose a policy that reads keys or attention; projections of several tensors cannot be read"
-    yield "hidden" in rule.reads and planned.hidden is None, asked, fix
+    yield "hidden" in rule[Scoring].reads and planned.hidden is None, asked, fix
     asked = "reads queries before their rotation, and none of the usual form was found (RoPE over whole heads, entry i "
     fix = "choose a policy that reads keys or attention, e.g. keydiff or snapkv"
-    yield "queries" in rule.reads and planned.rotation is None, f"{asked}with entry i + D / 2)", fix
-    unfound = rule.reindex and site.phase is not Phase.DECODE and planned.key_rotation is None
+    yield "queries" in rule[Scoring].reads and planned.rotation is None, f"{asked}with entry i + D / 2)", fix
+    unfound = rule[Reindex].reindex and site.phase is not Phase.DECODE and planned.key_rotation is None
     asked = "turns keys to new positions, and none of the usual rotation was found (float32, RoPE over whole heads, "
     fix = "choose a policy with positions: kept, e.g. streaming_llm"
     yield unfound, f"{asked}entry i with entry i + D / 2)", fix
-    changing = rule.reindex and site.phase is not Phase.DECODE and planned.key_positions is None
+    changing = rule[Reindex].reindex and site.phase is not Phase.DECODE and planned.key_positions is None
     yield changing, "turns keys to new positions, but this model changes its rotary frequencies with the length", fix
     asked, fix = "shares the budget out over layers, but this graph holds one", "set allocate.layers: uniform"
-    over_layers = bool(rule.taper) or rule.spread in ("model", "preference")
-    yield over_layers and rule.layers < 2, asked, f"avoid graph breaks between layers, or {fix}"
+    over_layers = bool(rule[Pyramid].beta) or rule[ShareOut].share in ("model", "preference")
+    yield over_layers and rule[Layer].layers < 2, asked, f"avoid graph breaks between layers, or {fix}"

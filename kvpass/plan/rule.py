@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 from urllib.parse import quote
 
+from kvpass.kernels.rank.criterion import INF, SCORES
 from kvpass.kernels.rank.scorers.registry import encode_options, find_scorer
-from kvpass.kernels.rule import INF, SCORES, Rule
+from kvpass.kernels.rule import Rule
 from kvpass.policy.check import fraction
 from kvpass.policy.layers import of_layer
 from kvpass.policy.spec import Spec

@@ -10,8 +10,10 @@ from fractions import Fraction
 from math import isfinite
 
 from kvpass.errors import PolicyError
+from kvpass.kernels.attention.observation import STATISTICS
+from kvpass.kernels.rank.criterion import SCORES
 from kvpass.kernels.rank.scorers.registry import Scorer, scorers
-from kvpass.kernels.rule import SCORES, STATISTICS, Rule
+from kvpass.kernels.rule import Rule
 from kvpass.policy.limits import MOST, check_options, no_number, oversized
 from kvpass.policy.spec import Spec
 

@@ -8,6 +8,8 @@ from urllib.parse import unquote
 
 from kvpass.errors import PolicyError
 from kvpass.kernels.errors import TableError
+from kvpass.kernels.rank.allocate import Heads
+from kvpass.kernels.rank.scored import Scoring
 from kvpass.kernels.rank.scorers.registry import decode_options, find_scorer
 from kvpass.kernels.rank.tables import HEADS, check_table
 from kvpass.kernels.rule import Rule
@@ -52,9 +54,9 @@ def check_fit(name: str, rule: Rule, sizes: Mapping[str, int], where: str) -> No
     Raises:
         PolicyError: they are not.
     """
-    files = [(unquote(rule.table), HEADS)] if rule.table else []
-    if rule.scorer and find_scorer(rule.scorer).tensors:
-        files.append((str(decode_options(rule.options).get("file", "")), find_scorer(rule.scorer).tensors))
+    files = [(unquote(rule[Heads].table), HEADS)] if rule[Heads].table else []
+    if rule[Scoring].scorer and find_scorer(rule[Scoring].scorer).tensors:
+        files.append((str(decode_options(rule[Scoring].options).get("file", "")), find_scorer(rule[Scoring].scorer).tensors))
     for path, tensors in files:
         try:
             check_table(path, tensors, sizes)

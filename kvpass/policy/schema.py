@@ -7,8 +7,8 @@ import json
 import re
 from typing import Any
 
+from kvpass.kernels.rank.criterion import SCORES
 from kvpass.kernels.rank.scorers.registry import Scorer, scorers
-from kvpass.kernels.rule import SCORES
 from kvpass.policy import spec
 
 Schema = dict[str, Any]

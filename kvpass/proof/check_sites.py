@@ -20,8 +20,10 @@ from torch import Tensor, fx
 
 from kvpass.errors import VerificationError
 from kvpass.kernels.attention.masks import arrivals, visible
-from kvpass.kernels.rule import FREE, LIVE, Rule
+from kvpass.kernels.rule import Rule
+from kvpass.kernels.slots.cursor import FREE, LIVE
 from kvpass.kernels.slots.ragged import even
+from kvpass.kernels.slots.statistics import Statistics
 from kvpass.plan.plan import Plan, SitePlan
 from kvpass.proof.isolate import Isolated
 from kvpass.runtime.shell import find
@@ -144,7 +146,7 @@ class _Check:
             return
         call = replace(call, state=even(call.state))
         k, v = (_dense_past(call, half) for half in (0, 1))
-        state = _all_slots(k, v, len(self.rule.stats), room=call.q.shape[2] + 1)
+        state = _all_slots(k, v, len(self.rule[Statistics].stats), room=call.q.shape[2] + 1)
         try:
             actual = _run_ops(self.site, call, state, self.rule.encode())
         except ValueError as error:

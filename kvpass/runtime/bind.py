@@ -10,7 +10,11 @@ from typing import Any
 import torch
 
 from kvpass.errors import CacheError, PolicyError, StaleCacheError
+from kvpass.kernels.timing import Timing
+from kvpass.kernels.after_call.reindex import Reindex
+from kvpass.kernels.budget import kept
 from kvpass.kernels.errors import DataError, ScorerError, TableError
+from kvpass.kernels.rank.allocate import ShareOut
 from kvpass.kernels.rule import Rule
 from kvpass.runtime.active import current
 from kvpass.runtime.identity import Origin, Weights, require_same
@@ -99,7 +103,7 @@ class Binding:
         with torch.inference_mode(False):  # a cache begun in inference mode can go on under no_grad
             like = torch.empty(0, dtype=self.dtype, device=self.device)
             state = SlotStore.empty_state(self.rule, tokens, like, b, hkv, d, dv)
-        kept = self.rule.kept(tokens)
+        kept = kept(self.rule, tokens)
         return SlotStore(self.name, self.layer, self.rule, self.layouts, origin, state, host=self.host, held=kept)
 
 
@@ -202,7 +206,7 @@ class Bound:
     def _share_out(self, args: Sequence[Any], stores: Sequence[SlotStore]) -> None:
         """After a call of several tokens: layers that share slots by its data drop what is too much, one by one."""
         pairs = zip(self.bindings, stores, strict=True)
-        sharing = [store for b, store in pairs if b.rule.spread and b.phase is not Phase.DECODE]
+        sharing = [store for b, store in pairs if b.rule[ShareOut].share and b.phase is not Phase.DECODE]
         if not sharing:
             return
         from kvpass.kernels.after_call.layers import shared_out
@@ -222,12 +226,12 @@ class Bound:
         for b, store in zip(self.bindings, stores, strict=True):
             step = b.phase is Phase.DECODE
             evicted = not step and b.rule.of_call(store.tokens) is b.rule
-            if evicted and b.rule.when == "calls":
+            if evicted and b.rule[Timing].when == "calls":
                 store.give_back(store.tokens + b.sizes["S"](args))
                 store.outside += 1
-            if b.rule.every > 1:
+            if b.rule[Timing].every > 1:
                 store.waiting = store.waiting + 1 if step else 0
-                if store.waiting == b.rule.every:
+                if store.waiting == b.rule[Timing].every:
                     with self._told(stores):
                         store.evict_late()
                     store.outside += 1
@@ -235,7 +239,7 @@ class Bound:
     def _reindex(self, args: Sequence[Any], stores: Sequence[SlotStore]) -> None:
         """Turn the keys of sites that want it to their places in the cache."""
         pairs = zip(self.bindings, stores, strict=True)
-        sites = [(b.angles, store) for b, store in pairs if b.rule.reindex and b.rule.evicts]
+        sites = [(b.angles, store) for b, store in pairs if b.rule[Reindex].reindex and b.rule.evicts]
         if sites:
             with torch.inference_mode(False), torch.no_grad(), self._told(stores):
                 turn_keys(sites, args, self.bindings[0].sizes["S"](args))

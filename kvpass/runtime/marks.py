@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from kvpass.errors import CacheError
-from kvpass.kernels.rule import DROP, KEEP
+from kvpass.kernels.rank.marks import DROP, KEEP
 from kvpass.runtime.marked_blocks import Block, entered, of_this_call
 
 _SHAPE = "give keep=, spans= or drop= as [batch, tokens]: a tensor, an array or nested lists, one row for each sequence"

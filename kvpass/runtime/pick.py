@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kvpass.errors import CacheError
-from kvpass.kernels.rule import FREE, LIVE, SEEN
+from kvpass.kernels.slots.cursor import FREE, LIVE, SEEN
 from kvpass.kernels.slots.ragged import is_ragged
 from kvpass.runtime.store import SlotStore
 

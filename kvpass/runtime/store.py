@@ -10,8 +10,12 @@ from weakref import WeakValueDictionary
 import torch
 
 from kvpass.errors import CacheError
-from kvpass.kernels.rule import LIVE, SEEN, Rule
+from kvpass.kernels.budget import kept
+from kvpass.kernels.rank.allocate import ShareOut
+from kvpass.kernels.rule import Rule
+from kvpass.kernels.slots.cursor import LIVE, SEEN
 from kvpass.kernels.slots.ragged import evened, is_ragged, lengthened, with_spare
+from kvpass.kernels.slots.statistics import Statistics
 from kvpass.runtime.identity import Origin
 from kvpass.terms import Layout
 
@@ -34,13 +38,13 @@ class SlotStore:
         versions: of the host's tensors for K and V, as the last call left them; None if torch does not count them, or
             if this is a copy.
         spoiled: a call failed halfway, and may or may not have changed the state.
-        held: slots in use, at most; of heads with budgets of their own on average. Not where `rule.spread`.
-        waiting: steps since something was evicted, where `rule.every` lets them wait.
-        spare: tokens that may still come one by one before the slots must be laid out anew; where `rule.spread`.
+        held: slots in use, at most; of heads with budgets of their own on average. Not where `rule[ShareOut].share`.
+        waiting: steps since something was evicted, where `rule[Timing].every` lets them wait.
+        spare: tokens that may still come one by one before the slots must be laid out anew; where `rule[ShareOut].share`.
         calls: made on this cache so far.
         outside: how often something was done to its slots after a call, outside the compiled graph.
         step: radians that each pair of a key's entries turns from position to position, float64 [D / 2]; where
-            `rule.reindex`, from the first call on.
+            `rule[Reindex].reindex`, from the first call on.
         zero: how far place 0 of each row is turned, complex128 [B, D / 2], 0 for rows without a token; likewise.
         picked: rows that were last picked out of this store, what they became, and for which of K and V.
     """
@@ -108,7 +112,7 @@ class SlotStore:
             like.new_empty((b, hkv, c, d)),
             like.new_empty((b, hkv, c, dv)),
             torch.full((b, hkv, c), -1, **int32),
-            torch.zeros((len(rule.stats), b, hkv, c), dtype=torch.float32, device=like.device),
+            torch.zeros((len(rule[Statistics].stats), b, hkv, c), dtype=torch.float32, device=like.device),
             torch.tensor([0, 0, 0, -1, 0, 0], **int32)[: rule.columns].expand(b, hkv, -1).clone(),
         ]
 
@@ -138,31 +142,31 @@ class SlotStore:
         about n/40 kept tokens; under a rule with `spread` also before each call of several tokens.
         """
         tokens = self.tokens + new
-        if not self.rule.spread:
+        if not self.rule[ShareOut].share:
             rule = self.rule.of_steps if step else self.rule.of_call(self.tokens)
-            self.held = rule.kept(tokens) if rule is self.rule else self.held + new
+            self.held = kept(rule, tokens) if rule is self.rule else self.held + new
             self.state = with_room(self.state, self.held)
             return
         with torch.inference_mode(False):
             if new > 1:
                 self.state = evened(self.state, new)
             elif self.spare < 1:
-                self.state, self.spare = with_spare(self.state, spare_slots(self.rule.kept(tokens)))
+                self.state, self.spare = with_spare(self.state, spare_slots(kept(self.rule, tokens)))
         self.spare -= 1
 
     def evict_late(self) -> None:
-        """Drop what steps, the last of which is not counted yet, left above the budget (`rule.every`)."""
-        from kvpass.kernels.after_call.late import thinned
+        """Drop what steps, the last of which is not counted yet, left above the budget (`rule[Timing].every`)."""
+        from kvpass.kernels.after_call.deferred import thinned
 
         with torch.inference_mode(False), torch.no_grad():
             self.state = thinned(self.state, self.rule)
-        self.held, self.waiting = self.rule.kept(self.tokens + 1), 0
+        self.held, self.waiting = kept(self.rule, self.tokens + 1), 0
 
     def give_back(self, tokens: int) -> None:
         """Free the slots that were needed until a call of several tokens was over, which makes `tokens` of them all."""
-        self.held = self.rule.kept(tokens)
+        self.held = kept(self.rule, tokens)
         slots = self.held + spare_slots(self.held)
-        if not self.rule.spread and self.slots > slots:
+        if not self.rule[ShareOut].share and self.slots > slots:
             with torch.inference_mode(False):
                 self.state = shortened(self.state, slots)
 
@@ -207,8 +211,8 @@ def capacity(rule: Rule, tokens: int) -> int:
     """Slots to allocate: what the budget keeps, one for the incoming token, and up to 2.5 % to grow into; all tokens
     where they are shared out later.
     """
-    kept = rule.kept(tokens)
-    return tokens + 1 if rule.spread else kept + spare_slots(kept)
+    kept = kept(rule, tokens)
+    return tokens + 1 if rule[ShareOut].share else kept + spare_slots(kept)
 
 
 def unpicklable(where: str) -> CacheError:

@@ -14,8 +14,8 @@ from urllib.parse import quote, unquote
 
 import torch
 from kvpass.kernels.errors import DataError, ScorerError
+from kvpass.kernels.rank.criterion import SCORES
 from kvpass.kernels.rank.scorers.seen import READS, Seen
-from kvpass.kernels.rule import SCORES
 from torch import Tensor
 
 BUILT_IN = ("geometry", "expected", "lag", "learned", "window", "redundancy", "chance", "needs", "leverage")
@@ -24,7 +24,7 @@ BUILT_IN = ("geometry", "expected", "lag", "learned", "window", "redundancy", "c
 _TABLE: dict[str, Scorer] = {}
 
 LARGEST = 1e37
-"""Scores are smaller than this: what stays for other reasons is ranked above (`kvpass.kernels.rank.held`)."""
+"""Scores are smaller than this: what stays for other reasons is ranked above (`kvpass.kernels.rank.scored`)."""
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,63 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from kvpass.kernels.rank.allocate import budgets, ranks
-from kvpass.kernels.rank.places import ordered_by, restored
+from kvpass.kernels.attention.observation import Observation, emitted
+from kvpass.kernels.budget import budget, part
+from kvpass.kernels.rank.allocate import ShareOut, ranks
+from kvpass.kernels.rank.criterion import SCORED, Ranking
+from kvpass.kernels.rank.layer import Layer
+from kvpass.kernels.rank.marks import KEEP, MARK
+from kvpass.kernels.rank.places import NUMBER, PLACE, Protected, ordered_by, restored
 from kvpass.kernels.rank.scorers.chance import gumbel
 from kvpass.kernels.rank.scorers.registry import find_scorer
 from kvpass.kernels.rank.scorers.seen import Seen
-from kvpass.kernels.rank.smooth import by_granule, fair_shares, pooled
-from kvpass.kernels.rank.weights import value_weights
-from kvpass.kernels.rule import HELD, KEEP, MARK, NUMBER, PLACE, SEEN, WEIGHT, Rule
+from kvpass.kernels.rank.smooth import Fair, Granule, Pool, by_granule, fair_shares, pooled
+from kvpass.kernels.rank.weights import WEIGHT, Weight, value_weights
+from kvpass.kernels.rule import Record, Rule
+from kvpass.kernels.slots.cursor import SEEN
+from kvpass.kernels.slots.statistics import Statistics, keeps, stat
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Scoring(Record):
+    """The scorer of a rule whose slots hold a score.
+
+    Attributes:
+        options: of the scorer, as `encode_options` writes them.
+        reads: what it reads, of `scorers.seen.READS`.
+        decay: a score counts once for each token since.
+        seed: of whatever is drawn by chance.
+    """
+
+    scorer: str = ""
+    options: str = ""
+    reads: tuple[str, ...] = ()
+    decay: bool = False
+    seed: int = 0
+
+    @property
+    def windowed(self) -> bool:
+        """Whether it reads the rows of the observation window."""
+        return bool({"rows", "logits"} & set(self.reads))
+
+    @property
+    def of_new_tokens(self) -> bool:
+        """Whether it sees a call's own tokens only, so that scores of older slots stay."""
+        return bool({"hidden", "own"} & set(self.reads))
+
+
+@dataclass(frozen=True)
+class Sample(Record):
+    """The share of the budget that chance chooses (NACL, arXiv 2408.03675)."""
+
+    sample_num: int = 0
+    sample_den: int = 1
+
 
 LATER = 0x7E000000
 """Bits of the float32 that a generated token holds at place 0; each later place adds one. All are above any real score
@@ -38,7 +83,7 @@ class Read(NamedTuple):
     turns: Tensor | None = None
 
 
-def held_scores(
+def scorer_scores(
     stats: Tensor,
     keys: tuple[Tensor, Tensor, Tensor],
     cursor: Tensor,
@@ -55,34 +100,34 @@ def held_scores(
     of the keys are the call's, and the order in which keys are neighbours, if not theirs (`side_by_side`).
     """
     (pos, candidate, end), (past, marks), (called, order) = keys, beside, own
-    chosen = find_scorer(rule.scorer)
-    if {"hidden", "own"} & set(rule.reads):
+    chosen = find_scorer(rule[Scoring].scorer)
+    if rule[Scoring].of_new_tokens:
         new = slice(pos.shape[-1] - called, None)
         k, v = (t if t is None else t[:, :, new] for t in tensors[:2])
         seen = _seen(pos[..., new], candidate[..., new], end, cursor, tensors._replace(k=k, v=v), rule, {})
-        score = chosen.score(seen, rule.options)
+        score = chosen.score(seen, rule[Scoring].options)
         return score if past is None else torch.cat([past[..., : new.start], score], -1), None
     if order is not None:
         keys = ordered_by(pos, order), ordered_by(candidate, order), end
         stats = torch.stack([ordered_by(x, order) for x in stats]) if len(stats) else stats
         marks = marks if marks is None else ordered_by(marks, order)
         tensors = _in_order(tensors, order, called, rule)
-        score, preferred = held_scores(stats, keys, cursor, tensors, (None, marks), (called, None), rule)
+        score, preferred = scorer_scores(stats, keys, cursor, tensors, (None, marks), (called, None), rule)
         return restored(score, order), preferred
-    seen = _seen(pos, candidate, end, cursor, tensors, rule, dict(zip(rule.emitted, stats, strict=True)), marks)
-    score = chosen.score(seen, rule.options)
-    if rule.pool != "none":
+    seen = _seen(pos, candidate, end, cursor, tensors, rule, dict(zip(emitted(rule), stats, strict=True)), marks)
+    score = chosen.score(seen, rule[Scoring].options)
+    if rule[Pool].pool != "none":
         score = pooled(score, pos, candidate, end, rule)
-    if rule.granule > 1:
-        score = by_granule(score, pos, candidate & (pos < end - max(rule.queries, 0)), seen.first, rule)
-    if rule.heads == "all":
+    if rule[Granule].granule > 1:
+        score = by_granule(score, pos, candidate & (pos < end - rule[Observation].window), seen.first, rule)
+    if rule[Ranking].heads == "all":
         score = score.mean(1, keepdim=True).expand_as(score)
-    if rule.fair and marks is not None:
-        score = fair_shares(score, marks % KEEP, candidate & (pos < end - max(rule.queries, 0)))
-    score = _sampled(score, seen, rule) if rule.sample_num else score
+    if rule[Fair].fair and marks is not None:
+        score = fair_shares(score, marks % KEEP, candidate & (pos < end - rule[Observation].window))
+    score = _sampled(score, seen, rule) if rule[Sample].sample_num else score
     # the protected window is not judged: when its keys leave it, they stay as generated ones do
-    window = candidate & (pos >= end - min(max(rule.queries, 0), rule.recent))
-    preferred = chosen.prefer(seen) if chosen.preference and rule.spread == "preference" else None
+    window = candidate & (pos >= end - min(rule[Observation].window, rule[Protected].recent))
+    preferred = chosen.prefer(seen) if chosen.preference and rule[ShareOut].share == "preference" else None
     return torch.where(window, later(pos), score), preferred
 
 
@@ -95,8 +140,8 @@ def _in_order(tensors: Read, order: Tensor, called: int, rule: Rule) -> Read:
 
     turns = tensors.turns
     return Read(
-        k=moved(tensors.k, 2) if "keys" in rule.reads else None,
-        v=moved(tensors.v, 2) if "values" in rule.reads else None,
+        k=moved(tensors.k, 2) if "keys" in rule[Scoring].reads else None,
+        v=moved(tensors.v, 2) if "values" in rule[Scoring].reads else None,
         rows=moved(tensors.rows, -1),
         queries=moved(tensors.queries, 2, own),
         turns=turns if turns is None else torch.stack([ordered_by(x, own, 1) for x in turns]),
@@ -125,18 +170,18 @@ def _seen(
         end=end,
         first=torch.zeros_like(seen),
         seen=seen,
-        budget=budgets(seen, rule),
-        window=max(rule.queries, 0),
-        seed=rule.seed,
-        k=tensors.k if "keys" in rule.reads else None,
-        v=tensors.v if "values" in rule.reads else None,
+        budget=budget(rule, seen),
+        window=rule[Observation].window,
+        seed=rule[Scoring].seed,
+        k=tensors.k if "keys" in rule[Scoring].reads else None,
+        v=tensors.v if "values" in rule[Scoring].reads else None,
         rows=tensors.rows,
         statistics=statistics,
         h=tensors.hidden,
         q=tensors.queries,
         turns=tensors.turns,
-        at=rule.layer if "layer" in rule.reads or rule.sample_num else None,
-        stay=(marks >= KEEP) & candidate if marks is not None and "marks" in rule.reads else None,
+        at=rule[Layer].layer if "layer" in rule[Scoring].reads or rule[Sample].sample_num else None,
+        stay=(marks >= KEEP) & candidate if marks is not None and "marks" in rule[Scoring].reads else None,
     )
 
 
@@ -144,9 +189,9 @@ def _sampled(score: Tensor, seen: Seen, rule: Rule) -> Tensor:
     """Let chance choose a share of the budget (NACL, arXiv 2408.03675): beside the best, keys are drawn without
     replacement with probability softmax(score).
     """
-    inside = seen.before_window & (seen.pos >= seen.first + rule.sinks)
-    drawn = seen.budget * rule.sample_num // rule.sample_den
-    protected = rule.recent + seen.budget * rule.recent_num // rule.recent_den + rule.sinks
+    inside = seen.before_window & (seen.pos >= seen.first + rule[Protected].sinks)
+    drawn = part(seen.budget, rule[Sample].sample_num, rule[Sample].sample_den)
+    protected = rule[Protected].window(seen.budget) + rule[Protected].sinks
     sure = (seen.budget - drawn - protected).clamp(min=0)
     rank = ranks(torch.where(inside, score, -torch.inf))
     most = torch.where(inside, score, -torch.inf).amax(-1, keepdim=True)
@@ -173,25 +218,25 @@ def arrivals(
     """
     plan = Rule.parse(rule)
     batch, heads = k_new.shape[:2]
-    out = torch.zeros(len(plan.stats), batch, heads, device=k_new.device)
-    if HELD in plan.stats:
-        out[plan.stat(HELD)] = _arriving(Read(k_new, v_new, hidden=hidden), cursor, plan)
-    if MARK in plan.stats and marks is not None:
-        out[plan.stat(MARK)] = marks.float()
-    for name in {PLACE, NUMBER} & set(plan.stats):
-        out[plan.stat(name)] = cursor[..., SEEN].float()
-    if WEIGHT in plan.stats:
-        out[plan.stat(WEIGHT)] = value_weights(plan.weight, v_new, wo)[..., 0]
+    out = torch.zeros(len(plan[Statistics].stats), batch, heads, device=k_new.device)
+    if keeps(plan, SCORED):
+        out[stat(plan, SCORED)] = _arriving(Read(k_new, v_new, hidden=hidden), cursor, plan)
+    if keeps(plan, MARK) and marks is not None:
+        out[stat(plan, MARK)] = marks.float()
+    for name in {PLACE, NUMBER} & set(plan[Statistics].stats):
+        out[stat(plan, name)] = cursor[..., SEEN].float()
+    if keeps(plan, WEIGHT):
+        out[stat(plan, WEIGHT)] = value_weights(plan[Weight].weight, v_new, wo)[..., 0]
     return out
 
 
 def _arriving(tensors: Read, cursor: Tensor, rule: Rule) -> Tensor:
     """What a token of a one-token call holds: float32 [B, Hkv]."""
     pos = cursor[..., SEEN, None]
-    chosen = find_scorer(rule.scorer)
+    chosen = find_scorer(rule[Scoring].scorer)
     if not chosen.pointwise:
         return later(pos)[..., 0]
     cursor = cursor.clone()
     cursor[..., SEEN] += 1
     seen = _seen(pos, torch.ones_like(pos, dtype=torch.bool), pos + 1, cursor, tensors, rule, {})
-    return chosen.score(seen, rule.options)[..., 0]
+    return chosen.score(seen, rule[Scoring].options)[..., 0]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 from kvpass.kernels.attention.masks import additive, at_positions, by_kv_head, visible
+from kvpass.kernels.attention.observation import Observation
 from kvpass.kernels.attention.softmax import Softmax
+from kvpass.kernels.rank.scored import Scoring
 from kvpass.kernels.rule import Rule
 from torch import Tensor
 
@@ -23,14 +25,14 @@ def window_rows(
     sinks: Tensor | None = None,
     softcap: float = 0.0,
 ) -> Tensor:
-    """Attention of the last `rule.queries` valid queries of a call over all keys: a matrix of w x L per query head.
+    """Attention of the last `queries` valid queries of a call over all keys: a matrix of w x L per query head.
 
     Arguments as for prefill_attend; valid: bool [B, S], from there. Returns float32 [B, Hkv, G, w, L]: probabilities, 0
     where hidden; or, for a rule that reads `logits`, masked and scaled logits, -inf where hidden. A row whose sequence
     has fewer valid queries in the call is all hidden; such rows come first.
     """
     plan, softmax = Rule.parse(rule), Softmax(scale, sinks, softcap)
-    index, there = _last_valid(valid, plan.queries)
+    index, there = _last_valid(valid, plan[Observation].queries)
     heads, group = k.shape[1], q.shape[1] // k.shape[1]
     rows = q.gather(2, index[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])).float()
     rows = rows.unflatten(1, (heads, group))
@@ -44,7 +46,7 @@ def window_rows(
         shown = shown & visible(here)
         logits = logits if mask.dtype == torch.bool else logits + additive(here, torch.float32)
     logits = logits.masked_fill(~shown, -INF)
-    if "logits" in plan.reads:
+    if "logits" in plan[Scoring].reads:
         return logits
     flat = logits.permute(3, 0, 1, 2, 4)  # heads side by side, as the sinks are
     return softmax.probabilities(flat).nan_to_num(0.0).permute(1, 2, 3, 0, 4).contiguous()

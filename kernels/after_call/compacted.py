@@ -1,0 +1,16 @@
+"""A state with some of another's slots, after a call."""
+
+from __future__ import annotations
+
+from kvpass.kernels.compact_slots import compact_slots
+from kvpass.kernels.rule import Rule
+from kvpass.kernels.slots.moves import unused
+from kvpass.kernels.slots.state import State
+from torch import Tensor
+
+
+def compacted(state: State, chosen: Tensor, cursor: Tensor, slots: int, rule: Rule) -> State:
+    """A state of `slots` slots per head with the chosen ones of another, whose heads are equally long."""
+    out = unused(state, slots, cursor.clone())
+    compact_slots([tensor for _, tensor in state.per_slot()], chosen, cursor, out.tensors(), rule.encode())
+    return out

@@ -1,0 +1,59 @@
+"""Evictions that waited: what goes after a step, outside its graph (`Timing.every`). Pure torch."""
+
+from __future__ import annotations
+
+import torch
+from kvpass.kernels.after_call.compacted import compacted
+from kvpass.kernels.budget import budget
+from kvpass.kernels.rank.criterion import SCORED
+from kvpass.kernels.rank.marks import MARK, Marks
+from kvpass.kernels.rank.places import slot_places
+from kvpass.kernels.rank.ranking import shared_by_heads, state_scores
+from kvpass.kernels.rank.scored import Read, Scoring, scorer_scores
+from kvpass.kernels.rank.scorers.registry import find_scorer
+from kvpass.kernels.rule import Rule
+from kvpass.kernels.select_slots import select_slots
+from kvpass.kernels.slots.cursor import EXTRA, FREE, LIVE, SEEN
+from kvpass.kernels.slots.moves import even
+from kvpass.kernels.slots.ragged import Ragged, columns
+from kvpass.kernels.slots.state import State
+from kvpass.kernels.slots.statistics import stat
+from torch import Tensor
+
+
+def evicted(state: State, rule: Rule) -> State:
+    """The state with the best slots of each head that the budget has room for, in as many slots. A copy. Steps have
+    appended to it, so that its slots are in the order of positions. A scorer that needs no more than keys and values
+    judges all of them again (LagKV and KeyDiff while they generate).
+    """
+    slots, held, ragged = state.slots, even(state), rule[Ragged].ragged
+    cursor = torch.nn.functional.pad(held.cursor, (0, columns(rule) - EXTRA)) if ragged else held.cursor.clone()
+    held = held.replaced(cursor=cursor)
+    if _judges_again(rule):
+        held = held.replaced(stats=_judged(held, rule))
+    score, candidate = state_scores(held, rule), held.pos >= 0
+    cursor = cursor.clone()
+    live = torch.minimum(budget(rule, cursor[..., SEEN]), candidate.sum(-1)).int()
+    cursor[..., LIVE] = cursor[..., FREE] = live
+    cursor = shared_by_heads(score, candidate, cursor, rule) if ragged else cursor
+    chosen = select_slots(score, cursor, score.shape[-1] if ragged else slots)
+    return compacted(held, chosen, cursor, slots, rule)
+
+
+def _judged(state: State, rule: Rule) -> Tensor:
+    """The statistics with scores given anew: [N, B, Hkv, C]."""
+    stats = state.stats.clone()
+    beside = stats[stat(rule, SCORED)], stats[stat(rule, MARK)] if rule[Marks].marked else None
+    where = slot_places(state.pos, state.cursor, stats, rule)
+    keys, own = (where, state.pos >= 0, where.amax(-1, keepdim=True) + 1), (state.slots, None)
+    read = Read(state.k, state.v)
+    stats[stat(rule, SCORED)], _ = scorer_scores(stats[:0], keys, state.cursor, read, beside, own, rule)
+    return stats
+
+
+def _judges_again(rule: Rule) -> bool:
+    """Whether slots hold a score that can be given anew from what they hold, and that changes with the others."""
+    if not rule[Scoring].scorer:
+        return False
+    scorer = find_scorer(rule[Scoring].scorer)
+    return not scorer.pointwise and set(scorer.reads) <= {"keys", "values", "layer"}

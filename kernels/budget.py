@@ -1,0 +1,74 @@
+"""How many slots a KV head may hold: one arithmetic for Python's ints and for int64 tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from kvpass.kernels.rule import Record, Rule
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Budget(Record):
+    """`slots`, a number of them; or, if that is 0, num / den of the valid tokens seen, at least `floor`."""
+
+    slots: int = 0
+    num: int = 1
+    den: int = 1
+    floor: int = 1
+
+    @property
+    def evicts(self) -> bool:
+        return self.slots > 0 or self.num < self.den
+
+    def growing(self) -> Budget:
+        return Budget(floor=self.floor)
+
+    def of(self, seen: Any) -> Any:
+        """Slots after `seen` valid tokens: an int, or int64 of the shape of an int tensor."""
+        if isinstance(seen, Tensor):
+            seen = seen.long()
+            if self.slots:
+                return torch.full_like(seen, self.slots)
+        return self.slots or larger(part(seen, self.num, self.den), self.floor)
+
+
+def budget(rule: Rule, seen: Any) -> Any:
+    """Slots that each KV head may hold after `seen` valid tokens, int or int64 tensor as they are; where heads have
+    budgets of their own, on average over them.
+    """
+    size = rule[Budget].of(seen)
+    for record in rule:
+        size = record.resized(size, rule)
+    return size
+
+
+def kept(rule: Rule, seen: int) -> int:
+    """Slots in use after `seen` valid tokens."""
+    return min(seen, int(budget(rule, seen)))
+
+
+def part(size: Any, num: int, den: int) -> Any:
+    """floor(size * num / den) of an int >= 0, or of an int64 tensor of those."""
+    if isinstance(size, Tensor):
+        return torch.div(size.long() * num, den, rounding_mode="trunc")
+    return size * num // den
+
+
+def smaller(one: Any, other: Any) -> Any:
+    """The smaller of both: ints, or a tensor and either."""
+    return _each(torch.minimum, min, one, other)
+
+
+def larger(one: Any, other: Any) -> Any:
+    """The larger of both, likewise."""
+    return _each(torch.maximum, max, one, other)
+
+
+def _each(tensors: Any, ints: Any, one: Any, other: Any) -> Any:
+    known = next((x for x in (one, other) if isinstance(x, Tensor)), None)
+    if known is None:
+        return ints(one, other)
+    return tensors(*(torch.as_tensor(x, dtype=known.dtype, device=known.device) for x in (one, other)))

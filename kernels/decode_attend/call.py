@@ -1,0 +1,49 @@
+"""What one step is given, beside the state: the token, and the facts of the call."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from kvpass.kernels.attention.softmax import Softmax
+from kvpass.kernels.rule import Rule
+from kvpass.kernels.slots.state import State
+from torch import Tensor
+
+
+class Token(NamedTuple):
+    """One token of each sequence."""
+
+    q: Tensor
+    """[B, Hq, 1, D]"""
+    k: Tensor
+    """[B, Hkv, 1, D]"""
+    v: Tensor
+    """[B, Hkv, 1, Dv]"""
+    arrive: Tensor | None = None
+    """float32 [N, B, Hkv]: the statistics of its slot before this query adds to them; None: zeros."""
+
+    def of(self, b: int) -> Token:
+        """That of one sequence."""
+        one = slice(b, b + 1)
+        arrive = None if self.arrive is None else self.arrive[:, one]
+        return Token(self.q[one], self.k[one], self.v[one], arrive)
+
+
+class Call(NamedTuple):
+    """What is the same for all heads. Facts of three kinds, by when they are known (docs/design/0006): `rule`, `latent`
+    and `softmax` but for its sinks when the graph is compiled; `position` on the host, once per call; `mask` and sinks
+    on the device.
+    """
+
+    mask: Tensor | None
+    """None, bool or additive float, broadcastable to [B, Hq, 1, T]."""
+    position: int
+    """Of the token, padding included."""
+    softmax: Softmax
+    rule: Rule
+    latent: int = 0
+    """Above 0, the values are the first so many entries of the keys."""
+
+    def values(self, state: State) -> Tensor:
+        """[B, Hkv, C, Dv]"""
+        return state.k[..., : self.latent] if self.latent else state.v

@@ -1,0 +1,25 @@
+"""When evictions happen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvpass.kernels.rule import Record
+
+
+@dataclass(frozen=True)
+class Timing(Record):
+    """When evictions happen.
+
+    Attributes:
+        when: `always`; `calls`: of several tokens, never in steps; `first`: in the first such call only.
+        every: steps after which what they left above the budget goes at once.
+    """
+
+    when: str = "always"
+    every: int = 1
+
+    def acts(self, position: int | None) -> bool:
+        if position is None:
+            return self.when == "always" and self.every == 1
+        return self.when != "first" or position == 0
