@@ -23,7 +23,7 @@ ARROWS = {
     "patterns": {"graph", "sites.site"},
     "sites": {"graph"},
     "policy": {"kernels.rank", "kernels.rule"},
-    "plan": {"graph", "sites", "policy", "kernels.rule", "kernels.rank"},
+    "plan": {"graph", "sites", "policy", "runtime", "kernels.rule", "kernels.rank"},
     "runtime": {"ops", "kernels.rule", "kernels.slots", "kernels.after_call"},
     "lowering": {"graph", "sites", "plan", "runtime", "ops", "kernels"},
     "proof": {"graph", "sites", "plan", "lowering", "runtime", "kernels"},

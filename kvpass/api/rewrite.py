@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from kvpass.plan.plan import Plan
-    from kvpass.runtime.bind import Binding
+    from kvpass.runtime.binding import Binding
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,12 @@ class Rewritten:
         Raises:
             CacheError: inside a block of `kvpass.marked`, which no policy of `kvpass.rewrite` reads.
         """
-        from kvpass.runtime.marks import check_read
+        from kvpass.runtime.step import CallFacts
         from kvpass.runtime.store import with_room
 
-        check_read((), "Rewritten.step")
+        call = CallFacts(inputs, self.bindings, 1, "Rewritten.step")
+        for one in self.plan.steps:
+            one.step.run(call.of(one.sites))
         given = [*state]
         for at, binding in enumerate(self.bindings):
             five = slice(5 * at, 5 * at + 5)
@@ -161,12 +163,17 @@ def _rewritten(gm: fx.GraphModule, planned: Plan, table: SiteTable, bindings: tu
 
 
 def _check_rules(planned: Plan) -> None:
-    wide = next((one for one in planned.sites if not one.rule.plain or one.rule.of_steps is not one.rule), None)
-    if wide is not None:
+    from kvpass.runtime.step import Moment
+
+    wide = [one for one in planned.sites if not one.rule.plain or one.rule.of_steps is not one.rule]
+    # a program stands alone: nobody acts before or after its steps, or hands it more than state
+    wide += [planned.sites[one.sites[0]] for one in planned.steps if one.step.moment is not Moment.CHECK]
+    wide += planned.sites[:1] if planned.inputs else ()
+    if wide:
         raise PolicyError(
             f"kvpass.rewrite cannot express policy {planned.policy.name!r}: it takes sums, squares and counts of "
             "attention, the same budget for all heads and layers, and evicts in each step",
-            where=f"{wide.site.name}, {wide.site.source}",
+            where=f"{wide[0].site.name}, {wide[0].site.source}",
             hint="choose streaming_llm, h2o, tova, snapkv or roco, or use kvpass.compile",
         )
 

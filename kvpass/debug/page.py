@@ -61,7 +61,7 @@ def _run(root: Path, run: Any) -> str:
 def _graph(root: Path, entry: Any) -> str:
     return (
         f'<section id="{_esc(entry.name)}"><h3>{_esc(entry.title)}</h3>{_facts(entry.facts)}{_links(entry)}'
-        f"{_notes(entry)}{_sites(entry.sites)}{_declined(entry.declined)}"
+        f"{_notes(entry)}{_sites(entry.sites)}{_steps(entry)}{_declined(entry.declined)}"
         f"{_diff(root, entry)}{_drawings(entry)}</section>"
     )
 
@@ -102,6 +102,17 @@ def _sites(sites: list[dict[str, Any]]) -> str:
     return (
         f"<details{_open(sites)}><summary>{len(sites)} site(s)</summary><table><tr>{head}</tr>{rows}</table></details>"
     )
+
+
+def _steps(entry: Any) -> str:
+    """What the plan does outside of the graph, as it runs."""
+    if not entry.steps:
+        return ""
+    columns = ("moment", "step", "about")
+    rows = ((*(step[name] for name in columns), f"{len(step['sites'])} of {len(entry.sites)}") for step in entry.steps)
+    head = "<th>outside of the graph</th><th>step</th><th>what it does</th><th>sites</th>"
+    cells = "".join("<tr>" + "".join(f"<td>{_esc(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><tr>{head}</tr>{cells}</table>"
 
 
 def _declined(declined: list[dict[str, Any]]) -> str:

@@ -38,6 +38,7 @@ class Entry:
     declined: list[dict[str, Any]]
     files: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    steps: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
@@ -187,6 +188,6 @@ def _entry(run: Run, number: int, record: Any, lowered: Any) -> Entry:
         }
     facts |= {stage: f"{seconds * 1000:.1f} ms" for stage, seconds in record.seconds.items()}
     tables = table.to_dict()
-    return Entry(
-        f"graph_{run.base + number:03d}_{phase}", f"graph {number}: {phase}", facts, tables["sites"], tables["declined"]
-    )
+    name, title = f"graph_{run.base + number:03d}_{phase}", f"graph {number}: {phase}"
+    steps = record.plan.to_dict()["steps"] if record.plan is not None else []
+    return Entry(name, title, facts, tables["sites"], tables["declined"], steps=steps)

@@ -14,6 +14,8 @@ from kvpass.lowering.emit_heads import from_slots, regrouped, to_slots
 from kvpass.lowering.emit_masks import mask_of
 from kvpass.lowering.emit_nodes import Rewriting, Writer
 from kvpass.plan.plan import SitePlan
+from kvpass.runtime.steps.buffer_position import POSITION
+from kvpass.runtime.steps.caller_marks import MARKS
 from kvpass.sites.site import Half
 from kvpass.terms import CacheForm, Layout, Phase
 
@@ -91,8 +93,7 @@ class Emitter:
             return 0
         assert half.update.past is not None
         if half.update.form is CacheForm.BUFFER:
-            assert low.position is not None
-            return low.position
+            return low.shared[POSITION]
         return self.write.method("size", low.copy[half.update.past], half.layout.token_axis)
 
     def _extras(self) -> tuple[Any, ...]:
@@ -111,7 +112,7 @@ class Emitter:
         weight = None if found is None else self.write.copy(found.weight)
         if found is not None and found.turned:
             weight = self.write.method("transpose", weight, 0, 1)
-        return weight, None if hidden is None else self.write.copy(hidden), self.write.low.marks
+        return weight, None if hidden is None else self.write.copy(hidden), self.write.low.shared.get(MARKS)
 
     def _rotation(self) -> tuple[fx.Node, ...]:
         """Queries before their rotation, [B, Hq, S, D], and its angles, [2, 1 or B, S, D], if the rule reads them."""

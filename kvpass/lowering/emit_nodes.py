@@ -10,6 +10,7 @@ from torch import fx
 
 import kvpass.ops  # noqa: F401  (registers torch.ops.kvpass)
 from kvpass.graph.calls import called, example
+from kvpass.runtime.step import SharedInput
 from kvpass.sites.site import Site
 
 
@@ -19,8 +20,7 @@ class Rewriting(Protocol):
     Attributes:
         copy: from nodes of the captured graph to those of the new one.
         masks: masks of attentions over buffers, cut to what is written, by what they were made of.
-        marks: the caller's marks on this call's tokens, int32 [B, S]; None if no rule reads them.
-        position: where this call's tokens are written into buffers; None if there are none.
+        shared: inputs of the new graph that the plan's sites share.
         values: fake values of emitted nodes, by what they were computed from.
     """
 
@@ -28,8 +28,7 @@ class Rewriting(Protocol):
     copy: dict[fx.Node, fx.Node]
     values: dict[Any, Any]
     masks: dict[Any, fx.Node]
-    position: fx.Node | None
-    marks: fx.Node | None
+    shared: dict[SharedInput, fx.Node]
 
 
 class Writer:

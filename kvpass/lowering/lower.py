@@ -25,8 +25,9 @@ from kvpass.kernels.slots.statistics import Statistics
 from kvpass.lowering.emit import Emitter
 from kvpass.lowering.retire import Retirement
 from kvpass.plan.plan import Plan, SitePlan
-from kvpass.runtime.bind import Binding
-from kvpass.runtime.turning import Angles, Positions
+from kvpass.runtime.angles import Angles, Positions
+from kvpass.runtime.binding import Binding
+from kvpass.runtime.step import SharedInput
 from kvpass.sites.site import Half, Site
 from kvpass.terms import CacheForm, Phase
 
@@ -38,18 +39,16 @@ class Lowered:
     """A rewritten graph and how to feed it.
 
     Attributes:
-        gm: takes the original inputs, then `STATE` for each site; returns the original outputs that are no cache.
+        gm: takes the original inputs, then `STATE` for each site, then the plan's `inputs`; returns the original
+            outputs that are no cache.
         bindings: one for each planned site, in order.
         outputs: number of outputs of the original graph.
-        shared: names of the last inputs, which all sites share: `position`, where the call's tokens are written (caches
-            in buffers), and `marks`, int32 [B, S], what the caller says of them.
         sizes_moved: nodes of the original that read sizes of what is gone; they are read elsewhere.
     """
 
     gm: fx.GraphModule
     bindings: tuple[Binding, ...]
     outputs: int
-    shared: tuple[str, ...] = ()
     sizes_moved: frozenset[fx.Node] = frozenset()
 
 
@@ -57,9 +56,7 @@ def lower(gm: fx.GraphModule, plan: Plan) -> Lowered:
     """Rewrite the planned sites of a captured graph; all other nodes stay as they are."""
     work = _Lowering(gm, plan)
     bindings = tuple(work.site(site_plan) for site_plan in plan.sites)
-    shared = {"position": work.position, "marks": work.marks}
-    names = tuple(name for name, node in shared.items() if node is not None)
-    return Lowered(work.finish(bindings), bindings, len(work.outputs), names, work.retirement.sizes_moved())
+    return Lowered(work.finish(bindings), bindings, len(work.outputs), work.retirement.sizes_moved())
 
 
 class _Lowering:
@@ -77,8 +74,9 @@ class _Lowering:
         self.values: dict[Any, Any] = {}
         self.masks: dict[Any, fx.Node] = {}
         self.angles: dict[Any, Angles] = {}
-        self.marks = self._marks_input(plan.sites[0].site) if any(one.rule[Marks].marked for one in plan.sites) else None
-        self.position = self._position_input() if any(_is_buffered(one.site) for one in plan.sites) else None
+        # each goes in front of those before it: state comes between them and the original inputs
+        last_first = reversed(plan.inputs)
+        self.shared = {one: self._shared_input(one, plan.sites[0].site) for one in last_first}
 
     def site(self, planned: SitePlan) -> Binding:
         """Replace one site by its ops."""
@@ -106,23 +104,18 @@ class _Lowering:
         result.meta.update(self.original.meta)
         return result
 
-    def _position_input(self) -> fx.Node:
-        """Where this call's tokens are written: the last input, a number that no graph is compiled for."""
-        fake_mode = next(example(n).fake_mode for n in self.inputs if isinstance(example(n), torch.Tensor))
+    def _shared_input(self, shared: SharedInput, site: Site) -> fx.Node:
+        """An input that all sites share, of which `site` is the first."""
+        fake, name = example(site.core.q), f"kvpass_{shared.name}"
         with self.graph.inserting_after(self.last_input):
-            node = self.graph.placeholder("kvpass_position")
-        value = free_size(fake_mode.shape_env, "kvpass_position")
-        node.meta = {"example_value": value, "kvpass": {"state": "position"}}
-        return node
-
-    def _marks_input(self, site: Site) -> fx.Node:
-        """What the caller says of the call's tokens: the last input, int32 [B, S]."""
-        fake = example(site.core.q)
-        with self.graph.inserting_after(self.last_input):
-            node = self.graph.placeholder("kvpass_marks")
-        with fake.fake_mode:
-            value = torch.empty(site.dims["B"], site.dims["S"], dtype=torch.int32, device=fake.device)
-        node.meta = {"example_value": value, "kvpass": {"state": "marks"}}
+            node = self.graph.placeholder(name)
+        if shared.axes is None:
+            value = free_size(fake.fake_mode.shape_env, name)
+        else:
+            sizes = [site.dims[letter] for letter in shared.axes]
+            with fake.fake_mode:
+                value = torch.empty(sizes, dtype=shared.dtype, device=fake.device)
+        node.meta = {"example_value": value, "kvpass": {"state": shared.name}}
         return node
 
     def _state_inputs(self, planned: SitePlan) -> list[fx.Node]:
@@ -208,11 +201,6 @@ class _Lowering:
     def _place(self, half: Half) -> int:
         assert half.update.past is not None
         return self.inputs.index(half.update.past)
-
-
-def _is_buffered(site: Site) -> bool:
-    """Does the site write into a buffer that an earlier call has written to?"""
-    return site.key.update.form is CacheForm.BUFFER and site.phase is not Phase.PREFILL
 
 
 def _heads_and_entries(half: Half) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from kvpass.graph.shapes import normal_dim, same, shape_of
 from kvpass.lowering.lower import Lowered
 from kvpass.lowering.pure import STATE, decode_step
 from kvpass.ops import decode_attend
-from kvpass.runtime.bind import Binding
+from kvpass.runtime.binding import Binding
 
 TOKENS = "tokens"
 _RANGES = {"sym_constrain_range", "sym_constrain_range_for_size"}

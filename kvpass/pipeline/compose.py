@@ -116,8 +116,8 @@ class Backend:
         watched, origin = data_inputs(gm.graph), self._origin(record.table)
         names = [str(n.target) for n in gm.graph.find_nodes(op="placeholder")]
         dense = dense_by_choice(gm.graph, record.table.declined)
-        marks = self.policy.marks
-        return Bound(inner, lowered.bindings, lowered.outputs, origin, watched, lowered.shared, names, dense, marks)
+        steps, shared = record.plan.steps, record.plan.inputs
+        return Bound(inner, lowered.bindings, lowered.outputs, origin, watched, steps, shared, names, dense)
 
     def __reduce__(self) -> Any:
         """Graphs are not pickled: whoever loads it compiles anew."""

@@ -33,8 +33,10 @@ from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.ragged import Ragged
 from kvpass.kernels.slots.statistics import Statistics
 from kvpass.plan.rule import rule_of
+from kvpass.plan.steps import planned_inputs, planned_steps
 from kvpass.policy.files import check_fit
 from kvpass.policy.spec import Spec
+from kvpass.runtime.step import Moment, PlannedStep, SharedInput
 from kvpass.sites.site import Site
 from kvpass.sites.table import Decline, SiteTable
 from kvpass.terms import Layout, Phase
@@ -118,11 +120,20 @@ class SitePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What happens to one graph: planned sites, and sites left dense with their reasons."""
+    """What happens to one graph.
+
+    Attributes:
+        sites: planned.
+        dense: sites left dense, with their reasons.
+        steps: what is done before and after each call, outside the graph.
+        inputs: what the rewritten graph takes beside the sites' state, for all of them.
+    """
 
     policy: Spec
     sites: tuple[SitePlan, ...]
     dense: tuple[Decline, ...]
+    steps: tuple[PlannedStep, ...] = ()
+    inputs: tuple[SharedInput, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -130,7 +141,17 @@ class Plan:
             "policy_fingerprint": self.policy.fingerprint,
             "sites": [{**p.site.to_dict(), "ops": list(p.ops), "rule": p.rule.encode()} for p in self.sites],
             "dense": [d.to_dict() for d in self.dense],
+            "steps": [self._described(one) for one in self._in_order()],
+            "inputs": [one.name for one in self.inputs],
         }
+
+    def _in_order(self) -> list[PlannedStep]:
+        """The steps as they run."""
+        return [one for moment in Moment for one in self.steps if one.step.moment is moment]
+
+    def _described(self, one: PlannedStep) -> dict[str, Any]:
+        step, names = one.step, [self.sites[at].site.name for at in one.sites]
+        return {"step": step.name, "moment": step.moment.value, "about": step.about, "sites": names}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
@@ -147,6 +168,9 @@ class Plan:
             f"  {p.site.name}: {p.site.phase.value} -> {' > '.join(p.ops)}  [{p.rule.encode()}]" for p in self.sites
         ]
         lines += [f"  dense {d.site}: {d.reason.value}" for d in self.dense]
+        for one in self._in_order():
+            some = "" if len(one.sites) == len(self.sites) else f" for {len(one.sites)} of the sites"
+            lines.append(f"  {one.step.moment.value}: {one.step.name}{some}  [{one.step.about}]")
         return "\n".join(lines)
 
 
@@ -159,11 +183,12 @@ def plan(policy: Spec, table: SiteTable) -> Plan:
     """
     sites = tuple(table)
     rules = [rule_of(policy, at, len(sites)) for at in range(len(sites))]
-    planned = tuple(SitePlan(site, rule) for site, rule in zip(sites, rules, strict=True))
+    ruled = tuple(zip(sites, rules, strict=True))
+    planned = tuple(SitePlan(site, rule) for site, rule in ruled)
     for one in planned:
         _check(policy, one)
         _check_files(policy, one, len(sites))
-    return Plan(policy, planned, table.declined)
+    return Plan(policy, planned, table.declined, planned_steps(policy, ruled), planned_inputs(ruled))
 
 
 def _check(policy: Spec, planned: SitePlan) -> None:

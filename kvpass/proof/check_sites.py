@@ -77,7 +77,7 @@ def check(original: fx.GraphModule, lowered: Any, plan: Plan, args: Sequence[Any
     copies = [_private(a) for a in args]
     with torch.no_grad(), _quiet_random(args):
         checks = [_Check(original, planned, args) for planned in plan.sites]
-        states = copies[: len(copies) - len(lowered.shared)][-STATES * len(checks) :]
+        states = copies[: len(copies) - len(plan.inputs)][-STATES * len(checks) :]
         watcher = _Watcher(lowered.gm, checks, states)
         watcher.run(*copies)
     log.info("verify: %d site(s) agree with the unmodified graph at full budget", len(plan.sites))

@@ -2,64 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from kvpass.kernels.after_call.reindex import FARTHEST, checked, new_places, reindex, step_at, step_between, turns_of
+from kvpass.kernels.after_call.reindex import checked, new_places, reindex, step_between
 from kvpass.kernels.errors import RotationError
+from kvpass.kernels.rule import Rule
+from kvpass.runtime.angles import Angles
+from kvpass.runtime.step import CallFacts, Moment, Step
 from kvpass.runtime.store import SlotStore
+from kvpass.terms import Phase
 
 
-@dataclass(frozen=True)
-class Positions:
-    """A value of a graph that may be the positions of its tokens.
+class TurnKeys(Step):
+    name, moment = "turn_keys", Moment.AFTER
+    about = "keys are turned to their places in the cache"
 
-    Attributes:
-        value: it, from the graph's inputs: a tensor.
-        turned: cosines and sines, from the graph's inputs and another value of the same shape.
-        table: whether it is an index, which must not grow beyond what the call itself asks for.
-    """
+    def applies(self, rule: Rule, phase: Phase) -> bool:
+        return rule.reindex and rule.evicts
 
-    value: Callable[[Sequence[Any]], torch.Tensor]
-    turned: Callable[[Sequence[Any], Any], Sequence[torch.Tensor]]
-    table: bool
-
-
-@dataclass(frozen=True, eq=False)
-class Angles:
-    """What a site's new keys are rotated by.
-
-    Attributes:
-        call: cosines and sines of a call's tokens, from the graph's inputs: [.., S, D] each, or [.., S, D / 2].
-        halved: whether they stand once for both halves of a head.
-        positions: what the angles may be a function of, the likeliest first.
-    """
-
-    call: Callable[[Sequence[Any]], Sequence[torch.Tensor]]
-    halved: bool
-    positions: tuple[Positions, ...]
-
-    def turns(self, found: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Of cosines and sines: complex128 [1 or B, S, D / 2]."""
-        pairs = found[0].shape[-1] if self.halved else found[0].shape[-1] // 2
-        return turns_of(*(part[..., :pairs] for part in found))
-
-    def step(self, args: Sequence[Any]) -> torch.Tensor | None:
-        """Radians per position, float64 [D / 2], from the model's function of positions; None if it is not found."""
-        for one in self.positions:
-            value = one.value(args)
-            most = int(value.max()) if one.table else FARTHEST
-
-            def turn(at: int, one: Positions = one, value: torch.Tensor = value) -> torch.Tensor:
-                return self.turns(one.turned(args, torch.full_like(value, at)))
-
-            step = step_at(turn, most)
-            if step is not None:
-                return step
-        return None
+    def run(self, call: CallFacts) -> None:
+        """Raises:
+        RotationError: a call's positions do not rise by one, or the step between them cannot be known.
+        """
+        turn_keys([(b.angles, store) for b, store in call.sites], call.args, call.new)
+        for store in call.stores:
+            store.outside += 1
 
 
 def turn_keys(sites: Sequence[tuple[Angles | None, SlotStore]], args: Sequence[Any], count: int) -> None:

@@ -1,0 +1,99 @@
+"""How one site's state reaches a compiled graph: its store before a call, what the host holds after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvpass.errors import StaleCacheError
+from kvpass.kernels.rule import Rule
+from kvpass.runtime.angles import Angles
+from kvpass.runtime.identity import Origin, require_same
+from kvpass.runtime.shell import attach, make, of_buffer, unwrap
+from kvpass.runtime.store import SlotStore
+from kvpass.terms import Layout, Phase
+
+Size = Callable[[Sequence[Any]], int]
+
+
+@dataclass(frozen=True)
+class Binding:
+    """How one site's state reaches a compiled graph.
+
+    Attributes:
+        past: places of the past K and V among the graph's inputs; None in prefill.
+        returned: places of the K and V caches among the graph's original outputs.
+        sizes: B, Hkv, D, Dv and S of a call, read from the graph's inputs; of a preallocated buffer also L, its length.
+        start: where a call writes its tokens into a buffer: an index tensor or a number.
+        paths: places of the buffers of K and V in their inputs, where several are stacked in one.
+        host: heads and entries of the host's keys and values, where the slots hold them otherwise.
+        angles: what a call's keys are rotated by, where keys are turned again.
+    """
+
+    name: str
+    layer: int
+    phase: Phase
+    rule: Rule
+    layouts: tuple[Layout, Layout]
+    past: tuple[int, int] | None
+    returned: tuple[tuple[int, ...], tuple[int, ...]]
+    sizes: dict[str, Size]
+    dtype: torch.dtype
+    device: torch.device
+    where: str
+    start: Callable[[Sequence[Any]], Any] | None = None
+    paths: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    host: tuple[tuple[int, int], tuple[int, int]] | None = None
+    angles: Angles | None = None
+
+    def open(self, args: Sequence[Any], origin: Origin, position: int = 0) -> SlotStore:
+        """The store of this site for a call, with room for the call's tokens, of which the first is at `position`."""
+        new = self.sizes["S"](args)
+        if "L" in self.sizes:
+            return self._of_buffer(args, origin, position, new)
+        if self.past is None:
+            return self._fresh(args, origin, new)
+        key, value = (args[at] for at in self.past)
+        if key.shape[self.layouts[0].token_axis] == 0:
+            return self._fresh(args, origin, new)
+        store = unwrap((key, value), self.layouts, self.where)
+        require_same(store.origin, origin, self.where)
+        store.layouts = self.layouts
+        if origin.declined:
+            store.origin = origin
+        store.make_room(new, self.phase is Phase.DECODE)
+        return store
+
+    def _of_buffer(self, args: Sequence[Any], origin: Origin, position: int, new: int) -> SlotStore:
+        if position == 0:
+            store = self._fresh(args, origin, new)
+            store.length = self.sizes["L"](args)
+            return store
+        if self.past is None or self.phase is Phase.PREFILL:
+            raise StaleCacheError(
+                f"the attention reads the new tokens only, but they are written at {position}", where=self.where
+            )
+        store = of_buffer((args[self.past[0]], args[self.past[1]]), self.paths, position, self.where)
+        require_same(store.origin, origin, self.where)
+        store.make_room(new, self.phase is Phase.DECODE)
+        return store
+
+    def leave(self, args: Sequence[Any], store: SlotStore) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the host holds as K and V after a call: shells, or its own buffers, which stand for the store."""
+        if self.past is None or "L" not in self.sizes:
+            return make(store, 0), make(store, 1)
+        buffers = args[self.past[0]], args[self.past[1]]
+        for half, buffer in enumerate(buffers):
+            attach(buffer, self.paths[half], store, half)
+        return buffers
+
+    def _fresh(self, args: Sequence[Any], origin: Origin, tokens: int) -> SlotStore:
+        b, hkv, d, dv = (self.sizes[letter](args) for letter in ("B", "Hkv", "D", "Dv"))
+        with torch.inference_mode(False):  # a cache begun in inference mode can go on under no_grad
+            like = torch.empty(0, dtype=self.dtype, device=self.device)
+            state = SlotStore.empty_state(self.rule, tokens, like, b, hkv, d, dv)
+        kept = self.rule.kept(tokens)
+        return SlotStore(self.name, self.layer, self.rule, self.layouts, origin, state, host=self.host, held=kept)

@@ -1,0 +1,26 @@
+"""Layers that share slots by a call's data: each drops what is too much once all of them are known."""
+
+from __future__ import annotations
+
+from kvpass.kernels.rule import Rule
+from kvpass.runtime.step import CallFacts, Moment, Step
+from kvpass.runtime.store import spare_slots
+from kvpass.terms import Phase
+
+
+class ShareSlots(Step):
+    name, moment = "share_slots", Moment.AFTER
+    about = "layers share slots out by the call's data and drop what is too much, one by one"
+
+    def applies(self, rule: Rule, phase: Phase) -> bool:
+        return bool(rule.spread) and phase is not Phase.DECODE
+
+    def run(self, call: CallFacts) -> None:
+        from kvpass.kernels.after_call.layers import shared_out
+
+        stores, rules = call.stores, [store.rule for store in call.stores]
+        spare = spare_slots(rules[0].kept(stores[0].tokens + call.new))
+        states = shared_out([store.state for store in stores], rules, spare)
+        for store, (state, free) in zip(stores, states, strict=True):
+            store.state, store.spare = state, free
+            store.outside += 1
