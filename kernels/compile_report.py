@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton  # type: ignore[import-untyped]  # no types in it
 from kvpass.kernels.attention.softmax import Softmax
 from kvpass.kernels.decode_attend.call import Call, Token
 from kvpass.kernels.slots.state import State
 from kvpass.kernels.slots.statistics import Statistics
-import triton  # type: ignore[import-untyped]  # no types in it
 from torch import Tensor
 from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]  # no types in it
 from triton.compiler import ASTSource  # type: ignore[import-untyped]  # no types in it

@@ -167,7 +167,7 @@ class Rule:
         for part in text.split():
             word, _, value = part.partition("=")
             if word != "ops":
-                kind = type(next(f.default for f in fields(_said_by(word)) if f.name == word))  # type: ignore[arg-type]
+                kind: Any = type(getattr(_said_by(word)(), word))
                 values[word] = (
                     tuple(value.split("+")) if kind is tuple else bool(int(value)) if kind is bool else kind(value)
                 )

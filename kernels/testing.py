@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.cursor import FIRST, FREE, LIVE, SEEN
-from kvpass.kernels.slots.statistics import Statistics
 from kvpass.kernels.slots.state import State
+from kvpass.kernels.slots.statistics import Statistics
 from torch import Tensor
 
 TOLERANCES: dict[torch.dtype, tuple[float, float]] = {

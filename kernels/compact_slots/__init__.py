@@ -23,8 +23,8 @@ def compact_slots(
     keys: for each per-slot field of the state, in order, what the L keys have of it: the field's shape with L for C;
     None for positions if key l is at position l, and for others if they have none: slots then get the field's fill. idx
     int32 [B, Hkv, n] from select_slots, cursor_new int32 [B, Hkv, 4 or 6]. state: the tensors of `State` under the
-    rule, with C >= n slots. Positions become -1 beyond LIVE; other fields keep their bytes there. Inputs must not alias outputs.
-    Raises ValueError on shapes or dtypes that do not fit.
+    rule, with C >= n slots. Positions become -1 beyond LIVE; other fields keep their bytes there. Inputs must not alias
+    outputs. Raises ValueError on shapes or dtypes that do not fit.
     """
     out = State.of(state, Rule.parse(rule))
     length = 0 if keys[0] is None else keys[0].shape[2]

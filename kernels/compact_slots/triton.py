@@ -22,7 +22,9 @@ def supports(keys: Sequence[Tensor | None], cursor_new: Tensor, out: State) -> b
 def compact_slots_triton(keys: Sequence[Tensor | None], idx: Tensor, cursor_new: Tensor, out: State) -> None:
     """See `kvpass.kernels.compact_slots.compact_slots`. The state tensors are contiguous."""
     given_k, given_v, given_pos, given_stats = keys
-    assert given_k is not None and given_v is not None and given_stats is not None
+    assert given_k is not None
+    assert given_v is not None
+    assert given_stats is not None
     k, v = rows_last(given_k), rows_last(given_v)
     (batch, heads, length, dim), slots, wide = k.shape, out.slots, v.shape[3]
     size = 32 if max(dim, wide) > 128 else 64

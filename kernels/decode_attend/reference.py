@@ -6,6 +6,8 @@ masks that hide no live slot are dropped, and rare cases (ties, padding, hidden 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from kvpass.kernels.attention.masks import additive, at_positions, by_kv_head, check_shown, shows_padding, visible
 from kvpass.kernels.attention.observation import Observation, emitted
@@ -78,7 +80,7 @@ def _arrived(mask: Tensor, position: int, batch: int) -> list[bool]:
 
 def _append(token: Token, state: State, facts: StepFacts) -> None:
     """Write what the token brings into its slots, and what other fields begin with."""
-    brought = {"k": token.k, "v": token.v, "pos": facts.position, "stats": token.arrive}
+    brought: dict[str, Any] = {"k": token.k, "v": token.v, "pos": facts.position, "stats": token.arrive}
     for field, tensor in state.per_slot():
         if not tensor.numel():
             continue
@@ -86,7 +88,7 @@ def _append(token: Token, state: State, facts: StepFacts) -> None:
         value = field.fill if value is None else value
         if isinstance(value, Tensor):
             target.index_copy_(at, facts.rows, value.reshape(*target.shape[:at], -1, *target.shape[at + 1 :]))
-        elif value is not None:
+        elif isinstance(value, (int, float)):
             target.index_fill_(at, facts.rows, value)
 
 

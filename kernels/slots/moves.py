@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from kvpass.kernels.slots.cursor import EXTRA, FREE, LIVE, SHIFT
 from kvpass.kernels.slots.ragged import is_ragged, laid_out, places, starts, used_slots
@@ -75,11 +77,12 @@ def side_by_side(state: State, slots: int) -> State:
     return state.mapped(picked).replaced(cursor=state.cursor[..., :EXTRA])
 
 
-def _picked(field: Field, tensor: Tensor, index: Tensor, exist: Tensor, fill: float | tuple[int, ...]) -> Tensor:
+def _picked(field: Field, tensor: Tensor, index: Tensor, exist: Tensor, fill: Any) -> Tensor:
     """Slots [B, H, n] of the flattened memory, `fill` where they do not exist. A copy."""
     picked = flat(field, tensor).index_select(field.rows, index.flatten()).unflatten(field.rows, index.shape)
     behind = [1] * (len(field.dims) - field.rows - 3)
-    return picked.masked_fill_(~exist.view(*exist.shape, *behind), fill)  # type: ignore[arg-type]
+    result: Tensor = picked.masked_fill_(~exist.view(*exist.shape, *behind), fill)
+    return result
 
 
 def rows_of(state: State, rows: Tensor) -> State:

@@ -38,11 +38,6 @@ class Field:
     fill: float | tuple[int, ...] | None
 
     @property
-    def used(self) -> Tensor:
-        """Slots in use, bool [B, Hkv, C]: 0 .. LIVE without FREE. Not of a ragged state."""
-        slot = torch.arange(self.slots, device=self.pos.device)
-        return (slot <= self.cursor[..., LIVE, None]) & (slot != self.cursor[..., FREE, None])
-
     def per_slot(self) -> bool:
         """Whether it moves with the slots."""
         return "C" in self.dims

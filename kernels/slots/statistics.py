@@ -10,7 +10,7 @@ _BROUGHT: set[str] = set()
 
 
 def brought(name: str) -> str:
-    """The name of a statistic that a token brings when it comes, and that may not start at 0: a feature says it once."""
+    """The name of a statistic that a token may bring when it comes, instead of 0: a feature says it once."""
     _BROUGHT.add(name)
     return name
 

@@ -125,7 +125,7 @@ def _looks_cached(tensor: torch.Tensor, stores: list[SlotStore]) -> bool:
 
 
 def _is_like(shape: tuple[int, ...], store: SlotStore, half: int) -> bool:
-    batch, heads, _, dim = store.state[half].shape
+    batch, heads, _, dim = (store.state.k, store.state.v)[half].shape
     heads, dim = (heads, dim) if store.host is None else store.host[half]
     lengths = (store.tokens, store.length)
     if len(shape) == 3:

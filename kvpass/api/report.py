@@ -13,7 +13,7 @@ from kvpass.api.report_text import report_text
 from kvpass.errors import CacheError
 from kvpass.kernels.budget import Budget
 from kvpass.kernels.slots.cursor import SEEN
-from kvpass.kernels.slots.ragged import even
+from kvpass.kernels.slots.moves import even
 from kvpass.runtime.shell import attached
 from kvpass.runtime.store import SlotStore
 
@@ -146,9 +146,11 @@ def _proof(stores: Sequence[SlotStore], freed: int) -> dict[str, int]:
 
 def _why(stores: Sequence[SlotStore]) -> str:
     """Why a cache holds more than its budget says, or everything."""
-    rules = [(store.rule, int(store.state[4][..., SEEN].max())) for store in stores]
+    rules = [(store.rule, int(store.state.cursor[..., SEEN].max())) for store in stores]
     shares = [(rule, seen) for rule, seen in rules if rule.evicts and not rule[Budget].slots]
-    floors = {rule[Budget].floor for rule, seen in shares if rule[Budget].floor * rule[Budget].den > seen * rule[Budget].num}
+    floors = {
+        rule[Budget].floor for rule, seen in shares if rule[Budget].floor * rule[Budget].den > seen * rule[Budget].num
+    }
     if floors:
         slots = " or ".join(map(str, sorted(floors)))
         return (
@@ -208,13 +210,14 @@ def inspect(cache: Any) -> Inspection:
 def _layer_view(store: SlotStore) -> LayerView:
     from kvpass.kernels.rank.ranking import newest, slot_scores
 
-    k, v, pos, stats = _as_host(store, *even(store.state)[:4])
+    held = even(store.state)
+    k, v, pos, stats = _as_host(store, *(tensor for _, tensor in held.per_slot()))
     c = int(store.live().max())
     far = torch.iinfo(torch.int64).max
     order = torch.where(pos >= 0, pos.long(), far).argsort(dim=-1)[..., :c]
     positions = pos.gather(-1, order).long()
     empty = positions < 0
-    scores = slot_scores(stats, pos, store.rule, newest(store.state[4])).gather(-1, order)
+    scores = slot_scores(stats, pos, store.rule, newest(store.state.cursor)).gather(-1, order)
     scores = scores.masked_fill(empty, float("nan"))
     keys, values = (
         t.gather(2, order[..., None].expand(-1, -1, -1, t.shape[-1])).masked_fill(empty[..., None], 0) for t in (k, v)
@@ -222,11 +225,11 @@ def _layer_view(store: SlotStore) -> LayerView:
     return LayerView(store.name, positions, scores, keys, values, store.bytes)
 
 
-def _as_host(store: SlotStore, *state: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _as_host(store: SlotStore, *slots: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """k, v, pos and stats in the heads of the host's cache."""
-    k, v, pos, stats = state
+    k, v, pos, stats = slots[:4]
     if store.host is None:
-        return state
+        return slots[:4]
     (heads, dim), (_, wide) = store.host
     if v.shape[3] == 0:  # latent and rotated key in one slot
         return *k.split((dim, wide), dim=-1), pos, stats

@@ -12,6 +12,7 @@ from torch import fx
 
 from kvpass.errors import DeclinedError, PolicyError
 from kvpass.kernels.budget import kept
+from kvpass.kernels.slots.state import State, fields_of
 from kvpass.pipeline.arguments import check_options, check_program, checked_patterns
 from kvpass.policy.policy import Policy
 from kvpass.sites.table import SiteTable
@@ -20,6 +21,7 @@ from kvpass.terms import CacheForm, Phase
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
+    from kvpass.lowering.lower import Lowered
     from kvpass.plan.plan import Plan
     from kvpass.runtime.binding import Binding
 
@@ -32,7 +34,7 @@ class Rewritten:
         graph_module: the step as a graph of the original's ops and one `kvpass::decode_step` for each site, which
             changes nothing in place.
         inputs: names of its inputs in order: the original ones without the past K and V, `tokens` (int, the logical
-            length so far), then five state tensors for each site (docs/export.md).
+            length so far), then the state tensors of each site (docs/export.md).
         outputs: names of its outputs in order: the original ones that are no cache, then the new state.
         plan, table: what was decided, what was found.
         bindings: of each site, in order: rule, dtype and device of its state.
@@ -53,14 +55,14 @@ class Rewritten:
         return exported(self.graph_module)
 
     def empty_state(self, tokens: int = 1, batch: int | None = None) -> list[torch.Tensor]:
-        """The state before the first token, with room for `tokens` tokens: five tensors for each site, in order.
+        """The state before the first token, with room for `tokens` tokens: its tensors for each site, in order.
 
         batch: only if the program was exported with a dynamic batch.
 
         Raises:
             ValueError: the batch is dynamic and none is given.
         """
-        from kvpass.runtime.store import SlotStore
+        from kvpass.runtime.store import empty_state
 
         state: list[torch.Tensor] = []
         for binding, site in zip(self.bindings, self.table, strict=True):
@@ -70,7 +72,7 @@ class Rewritten:
                     raise ValueError("this program takes any batch: say which, empty_state(tokens, batch=..)")
                 sizes["B"] = batch
             like = torch.empty(0, dtype=binding.dtype, device=binding.device)
-            state += SlotStore.empty_state(binding.rule, tokens, like, *sizes.values())
+            state += empty_state(binding.rule, tokens, like, sizes).tensors()
         return state
 
     def step(
@@ -92,14 +94,14 @@ class Rewritten:
         call = CallFacts(inputs, self.bindings, 1, "Rewritten.step")
         for one in self.plan.steps:
             one.step.run(call.of(one.sites))
-        given = [*state]
-        for at, binding in enumerate(self.bindings):
-            five = slice(5 * at, 5 * at + 5)
-            given[five] = with_room(given[five], kept(binding.rule, tokens + 1))
+        left, given = list(state), list[torch.Tensor]()
+        for rule in (binding.rule for binding in self.bindings):
+            own, left = left[: len(fields_of(rule))], left[len(fields_of(rule)) :]
+            given += with_room(State.of(own, rule), kept(rule, tokens + 1)).tensors()
         with torch.no_grad():
             results = self.graph_module(*inputs, tokens, *given)
-        kept = len(results) - len(given)
-        return tuple(results[:kept]), list(results[kept:])
+        others = len(results) - len(given)
+        return tuple(results[:others]), list(results[others:])
 
     def __str__(self) -> str:
         inputs, outputs = ", ".join(self.inputs), ", ".join(self.outputs)
@@ -148,24 +150,24 @@ def rewrite(
     _check_rules(planned)
     lowered = lower(gm, planned)
     verify(gm, lowered, planned)
-    return _rewritten(pure(lowered), planned, table, lowered.bindings)
+    return _rewritten(pure(lowered), planned, table, lowered)
 
 
-def _rewritten(gm: fx.GraphModule, planned: Plan, table: SiteTable, bindings: tuple[Binding, ...]) -> Rewritten:
+def _rewritten(gm: fx.GraphModule, planned: Plan, table: SiteTable, lowered: Lowered) -> Rewritten:
     from kvpass.graph.dataflow import flat_outputs
-    from kvpass.lowering.lower import STATE
 
     inputs = tuple(str(n.target) for n in gm.graph.nodes if n.op == "placeholder")
-    state = inputs[len(inputs) - len(STATE) * len(bindings) :]
+    state = inputs[len(inputs) - sum(map(len, lowered.states)) :]
     kept = flat_outputs(next(iter(reversed(gm.graph.nodes))))[: -len(state)]
     outputs = (*(getattr(value, "name", repr(value)) for value in kept), *state)
-    return Rewritten(gm, inputs, outputs, planned, table, bindings)
+    return Rewritten(gm, inputs, outputs, planned, table, lowered.bindings)
 
 
 def _check_rules(planned: Plan) -> None:
+    from kvpass.kernels.decode_attend.functional import supports
     from kvpass.runtime.step import Moment
 
-    wide = [one for one in planned.sites if not one.rule.plain or one.rule.of_steps is not one.rule]
+    wide = [one for one in planned.sites if not supports(one.rule)]
     # a program stands alone: nobody acts before or after its steps, or hands it more than state
     wide += [planned.sites[one.sites[0]] for one in planned.steps if one.step.moment is not Moment.CHECK]
     wide += planned.sites[:1] if planned.inputs else ()

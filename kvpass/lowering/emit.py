@@ -10,6 +10,7 @@ from torch import fx
 from kvpass.graph.calls import example
 from kvpass.graph.shapes import shape_of
 from kvpass.kernels.slots.ragged import Ragged
+from kvpass.kernels.slots.state import fields_of
 from kvpass.lowering.emit_heads import from_slots, regrouped, to_slots
 from kvpass.lowering.emit_masks import mask_of
 from kvpass.lowering.emit_nodes import Rewriting, Writer
@@ -23,10 +24,10 @@ from kvpass.terms import CacheForm, Layout, Phase
 class Emitter:
     """Writes the ops of one site in front of its core."""
 
-    def __init__(self, low: Rewriting, planned: SitePlan, core: fx.Node, state: list[fx.Node]) -> None:
+    def __init__(self, low: Rewriting, planned: SitePlan, core: fx.Node, state: dict[str, fx.Node]) -> None:
         self.planned, self.site, self.rule = planned, planned.site, planned.rule.encode()
         self.write = Writer(low, self.site, core)
-        self.k, self.v, self.pos, self.stats, self.cursor = state
+        self.state = state
         new = self._queries(), self._heads_first(self.site.key), self._heads_first(self.site.value)
         self.q, self.new_k, self.new_v = to_slots(self.write, *new)
         self.position = self._position()
@@ -36,37 +37,47 @@ class Emitter:
     def decode(self) -> list[fx.Node]:
         """The output of each core."""
         core = self.site.core
-        args = (self.q, self.new_k, self.new_v, self.mask, self.k, self.v, self.pos, self.stats, self.cursor)
+        args = (self.q, self.new_k, self.new_v, self.mask, [*self.state.values()])
         extras = self.extras
         if core.latent is not None or self.planned.arrives:
             extras = (*(extras or (None, 0.0)), core.latent.rank if core.latent else 0)
         if self.planned.arrives:
-            token = self.new_k, self.new_v, self.cursor, self.position, self.rule
+            token = self.new_k, self.new_v, self.state["cursor"], self.position, self.rule
             extras += (self.write.op("arrivals", *token, *self._read_beside()),)
         return self._outputs(self.write.op("decode_attend", *args, self.position, core.scale, self.rule, *extras))
 
     def multi(self) -> list[fx.Node]:
         """Prefill or extend: the output of each core."""
         write, core = self.write, self.site.core
-        k, v = self.new_k, self.new_v
-        pos = past_stats = None
-        state = self.k, self.v, self.pos, self.stats, self.cursor
-        if self.site.phase is Phase.EXTEND:
-            k, v, pos, past_stats = write.parts(write.op("join_slots", *state, k, v, self.position), 4)
-        values = v if core.latent is None else write.method("narrow", k, -1, 0, core.latent.rank)
+        keys, past = self._keys()
+        k, pos = keys["k"], keys["pos"]
+        values = keys["v"] if core.latent is None else write.method("narrow", k, -1, 0, core.latent.rank)
         args = (self.q, k, values, pos, self.mask, core.scale, core.causal, self.rule, *self.extras)
-        out, stats, valid = write.parts(write.op("prefill_attend", *args), 3)
-        read: tuple[Any, ...] = (self.mask,) if pos is not None else ()
+        out, emitted, valid = write.parts(write.op("prefill_attend", *args), 3)
+        read: tuple[Any, ...] = (self.mask,) if past else ()
         if self.planned.arrives:
             shown = self.q, k, pos, self.mask, valid, core.scale, core.causal, self.rule
             rows = write.op("window_rows", *shown, *self.extras) if self.planned.windowed else None
-            read = (*(read or (None,)), k, v, rows, *self._read_beside(), *self._rotation())
-        before = self.cursor, self.position, self.rule
-        score, stats, cursor = write.parts(write.op("score_slots", stats, past_stats, pos, valid, *before, *read), 3)
-        room = write.method("size", score if self.planned.rule[Ragged].ragged else self.k, 2)
+            read = (*(read or (None,)), k, keys["v"], rows, *self._read_beside(), *self._rotation())
+        before = self.state["cursor"], self.position, self.rule
+        scored = write.op("score_slots", emitted, past, pos, valid, *before, *read)
+        score, keys["stats"], cursor = write.parts(scored, 3)
+        room = write.method("size", score if self.planned.rule[Ragged].ragged else self.state["k"], 2)
         chosen = write.op("select_slots", score, cursor, room)
-        write.op("compact_slots", k, v, pos, stats, chosen, cursor, *state)
+        write.op("compact_slots", [*keys.values()], chosen, cursor, [*self.state.values()], self.rule)
         return self._outputs(out)
+
+    def _keys(self) -> tuple[dict[str, fx.Node | None], fx.Node | None]:
+        """What is known of the keys that a call of several tokens sees, by the state's per-slot fields; and the
+        statistics that past slots kept.
+        """
+        names = [field.name for field in fields_of(self.planned.rule) if field.per_slot]
+        if self.site.phase is not Phase.EXTEND:
+            return {**dict.fromkeys(names), "k": self.new_k, "v": self.new_v}, None
+        state = [*self.state.values()]
+        joined = self.write.op("join_slots", state, self.new_k, self.new_v, self.position, self.rule)
+        keys: dict[str, fx.Node | None] = dict(zip(names, self.write.parts(joined, len(names)), strict=True))
+        return keys, keys["stats"]
 
     def _queries(self) -> fx.Node:
         """The core's queries as [B, Hq, S, D], in the dtype of the cache."""

@@ -20,8 +20,7 @@ from kvpass.graph.extract import function_of, functions_of
 from kvpass.graph.shapes import shape_of
 from kvpass.graph.symbols import SizeReader, free_size
 from kvpass.kernels.rank.allocate import ShareOut
-from kvpass.kernels.rank.marks import Marks
-from kvpass.kernels.slots.statistics import Statistics
+from kvpass.kernels.slots.state import State
 from kvpass.lowering.emit import Emitter
 from kvpass.lowering.retire import Retirement
 from kvpass.plan.plan import Plan, SitePlan
@@ -31,24 +30,24 @@ from kvpass.runtime.step import SharedInput
 from kvpass.sites.site import Half, Site
 from kvpass.terms import CacheForm, Phase
 
-STATE = ("k", "v", "pos", "stats", "cursor")
-
 
 @dataclass(frozen=True)
 class Lowered:
     """A rewritten graph and how to feed it.
 
     Attributes:
-        gm: takes the original inputs, then `STATE` for each site, then the plan's `inputs`; returns the original
+        gm: takes the original inputs, then the state of each site, then the plan's `inputs`; returns the original
             outputs that are no cache.
         bindings: one for each planned site, in order.
         outputs: number of outputs of the original graph.
+        states: inputs of `gm` that hold the state of each site, in order.
         sizes_moved: nodes of the original that read sizes of what is gone; they are read elsewhere.
     """
 
     gm: fx.GraphModule
     bindings: tuple[Binding, ...]
     outputs: int
+    states: tuple[tuple[fx.Node, ...], ...] = ()
     sizes_moved: frozenset[fx.Node] = frozenset()
 
 
@@ -56,7 +55,8 @@ def lower(gm: fx.GraphModule, plan: Plan) -> Lowered:
     """Rewrite the planned sites of a captured graph; all other nodes stay as they are."""
     work = _Lowering(gm, plan)
     bindings = tuple(work.site(site_plan) for site_plan in plan.sites)
-    return Lowered(work.finish(bindings), bindings, len(work.outputs), work.retirement.sizes_moved())
+    gm, states = work.finish(bindings), tuple(tuple(nodes) for nodes in work.state_inputs)
+    return Lowered(gm, bindings, len(work.outputs), states, work.retirement.sizes_moved())
 
 
 class _Lowering:
@@ -70,7 +70,8 @@ class _Lowering:
         self.last_input = self.copy[self.inputs[-1]]
         self.sizes = SizeReader(self.inputs)
         self.retirement = Retirement(self.graph, self.copy, self.inputs, self.sizes)
-        self.states: dict[Any, list[Any]] = {}
+        self.states: dict[Any, State] = {}
+        self.state_inputs: list[list[fx.Node]] = []
         self.values: dict[Any, Any] = {}
         self.masks: dict[Any, fx.Node] = {}
         self.angles: dict[Any, Angles] = {}
@@ -118,35 +119,32 @@ class _Lowering:
         node.meta = {"example_value": value, "kvpass": {"state": shared.name}}
         return node
 
-    def _state_inputs(self, planned: SitePlan) -> list[fx.Node]:
-        nodes = []
-        for name, value in zip(STATE, self._state_examples(planned), strict=True):
+    def _state_inputs(self, planned: SitePlan) -> dict[str, fx.Node]:
+        """The state of a site by name, in the order of its fields."""
+        nodes: dict[str, fx.Node] = {}
+        held = self._state_example(planned)
+        for field, value in zip(held.fields, held.tensors(), strict=True):
             with self.graph.inserting_after(self.last_input):
-                node = self.graph.placeholder(f"kvpass_{planned.site.layer}_{name}")
-            marks = {"site": planned.site.name, "layer": planned.site.layer, "state": name}
+                node = self.graph.placeholder(f"kvpass_{planned.site.layer}_{field.name}")
+            marks = {"site": planned.site.name, "layer": planned.site.layer, "state": field.name}
             node.meta = {"example_value": value, "kvpass": marks}
             self.last_input = node
-            nodes.append(node)
+            nodes[field.name] = node
+        self.state_inputs.append(list(nodes.values()))
         return nodes
 
-    def _state_examples(self, planned: SitePlan) -> list[Any]:
+    def _state_example(self, planned: SitePlan) -> State:
         """Fake state of a site under the tracer's fake mode; one set for all sites of equal shape and rule, which grow
         together unless data decides.
         """
         site, fake_q = planned.site, example(planned.site.core.q)
         key = (planned.rule, str(site.dims), site.dtype, site.name if planned.rule[ShareOut].share else "")
         if key not in self.states:
-            b, hkv, d, dv = (site.dims[letter] for letter in ("B", "Hkv", "D", "Dv"))
+            sizes = {"B": "B", "H": "Hkv", "D": "D", "V": "Dv"}
             with fake_q.fake_mode:
                 c = free_size(fake_q.fake_mode.shape_env, "kvpass_capacity")
-                int32: Any = {"dtype": torch.int32, "device": fake_q.device}
-                self.states[key] = [
-                    fake_q.new_empty((b, hkv, c, d)),
-                    fake_q.new_empty((b, hkv, c, dv)),
-                    torch.empty((b, hkv, c), **int32),
-                    torch.empty((len(planned.rule[Statistics].stats), b, hkv, c), dtype=torch.float32, device=fake_q.device),
-                    torch.empty((b, hkv, planned.rule.columns), **int32),
-                ]
+                held: dict[str, Any] = {letter: site.dims[own] for letter, own in sizes.items()}
+                self.states[key] = State.empty(planned.rule, fake_q, C=c, **held)
         return self.states[key]
 
     def _binding(self, planned: SitePlan) -> Binding:

@@ -81,7 +81,7 @@ def pure(lowered: Lowered) -> fx.GraphModule:
     """
     graph = lowered.gm.graph
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
-    state = [n for n in inputs if "state" in n.meta.get("kvpass", {})]
+    state = [node for nodes in lowered.states for node in nodes]
     pasts = dict(_pasts(inputs, lowered))
     length = _length(pasts, lowered.bindings)
     with graph.inserting_before(state[0]):
@@ -96,9 +96,7 @@ def pure(lowered: Lowered) -> fx.GraphModule:
     return fx.GraphModule(lowered.gm, graph)
 
 
-def _pasts(
-    inputs: Sequence[fx.Node], lowered: Lowered
-) -> Iterator[tuple[fx.Node, tuple[str, fx.Node]]]:
+def _pasts(inputs: Sequence[fx.Node], lowered: Lowered) -> Iterator[tuple[fx.Node, tuple[str, fx.Node]]]:
     """Each past with its axes and the slots that hold it now, whose other sizes are the same."""
     for binding, state in zip(lowered.bindings, lowered.states, strict=True):
         assert binding.past is not None

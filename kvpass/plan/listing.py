@@ -7,7 +7,7 @@ import textwrap
 from dataclasses import dataclass, replace
 
 from kvpass.kernels.attention.observation import Observation, emitted
-from kvpass.kernels.rank.marks import MARK
+from kvpass.kernels.rank.marks import Marks
 from kvpass.kernels.rank.scored import Sample, Scoring
 from kvpass.kernels.rank.scorers.registry import Scorer
 from kvpass.kernels.rank.scorers.seen import ASIDE
@@ -68,35 +68,37 @@ def example_rule(policy: Spec) -> Rule:
 
 def _attended(rule: Rule) -> bool:
     """Whether rows of attention are looked at after the attention itself."""
-    return rule[Observation].queries != 0 and bool(emitted(rule) or {"rows", "logits"} & set(rule[Scoring].reads))
+    return rule[Observation].queries != 0 and bool(emitted(rule) or rule[Scoring].windowed)
 
 
 def _reads(rule: Rule) -> list[str]:
+    observation, scoring, weight = rule[Observation], rule[Scoring], rule[Weight]
     found = []
     if _attended(rule):
-        kind = "logits" if "logits" in rule[Scoring].reads else "attention"
-        whose = {-1: "all queries", 1: "the last query"}.get(rule[Observation].queries, f"the last {rule[Observation].queries} queries")
-        decode = " and of generated tokens" if rule[Observation].decode != "none" and rule[Observation].queries > 0 else ""
+        kind, count = "logits" if "logits" in scoring.reads else "attention", observation.queries
+        whose = {-1: "all queries", 1: "the last query"}.get(count, f"the last {count} queries")
+        decode = " and of generated tokens" if observation.decode != "none" and count > 0 else ""
         found.append(f"{kind} of {whose}{decode}")
     words = {"hidden": "hidden states", "queries": "unrotated queries"}
-    found += [words.get(what, what) for what in rule[Scoring].reads if what not in ASIDE | {"rows", "logits"}]
-    if rule[Weight].weight != "none" and "values" not in found:
+    found += [words.get(what, what) for what in scoring.reads if what not in ASIDE | {"rows", "logits"}]
+    if weight.weight != "none" and "values" not in found:
         found.append("values")
-    found += ["output projection"] if rule[Weight].weight.startswith("vo") else []
-    found += ["marks"] if MARK in rule[Statistics].stats else []
-    found += ["chance"] if rule[Sample].sample_num or rule[Scoring].scorer == "random" else []
+    found += ["output projection"] if weight.projected else []
+    found += ["marks"] if rule[Marks].marked else []
+    found += ["chance"] if rule[Sample].sample_num or scoring.scorer == "random" else []
     return found or (["positions"] if rule.evicts else ["nothing"])
 
 
 def _extra(rule: Rule) -> list[str]:
+    count, scorer, weight = rule[Observation].queries, rule[Scoring].scorer, rule[Weight]
     found = []
     if _attended(rule):
-        found.append("T*T" if rule[Observation].queries < 0 else f"{rule[Observation].queries}*T")
-    if rule[Scoring].scorer in _ALSO:
-        found.append(_ALSO[rule[Scoring].scorer])
-    if rule[Weight].weight.startswith("vo"):
+        found.append("T*T" if count < 0 else f"{count}*T")
+    if scorer in _ALSO:
+        found.append(_ALSO[scorer])
+    if weight.projected:
         found.append("T*(v W_O)")
-    if not found and (rule[Scoring].scorer or rule[Weight].weight != "none"):
+    if not found and (scorer or weight.weight != "none"):
         found.append("T")
     return found
 
@@ -141,11 +143,13 @@ def emission(policy: Spec) -> list[str]:
     """
     rule = example_rule(policy)
     own = policy.budget is not None
-    whose = {-1: "all queries", 0: "no query"}.get(rule[Observation].queries, f"the last {rule[Observation].queries} queries")
-    emitted = f"{', '.join(emitted(rule))}, of {whose}" if emitted(rule) and rule[Observation].queries else "nothing"
+    whose = {-1: "all queries", 0: "no query"}.get(
+        rule[Observation].queries, f"the last {rule[Observation].queries} queries"
+    )
+    computed = f"{', '.join(emitted(rule))}, of {whose}" if emitted(rule) and rule[Observation].queries else "nothing"
     kept = " + ".join(["position", *rule[Statistics].stats])
     return [
-        f"a multi-token call emits: {emitted}",
+        f"a multi-token call emits: {computed}",
         f"a one-token call does with its row: {rule[Observation].decode}",
         f"each slot keeps: {kept}, {4 + 4 * len(rule[Statistics].stats)} bytes beside K and V",
         f"rule at budget {policy.budget if own else EXAMPLE_BUDGET}: {rule.encode()}",

@@ -21,17 +21,13 @@ from kvpass.graph.projections import block_input
 from kvpass.graph.rope import Rotation, rotation, unrounded
 from kvpass.kernels.after_call.reindex import Reindex
 from kvpass.kernels.rank.allocate import ShareOut
-from kvpass.kernels.rank.criterion import SCORED
 from kvpass.kernels.rank.layer import Layer
-from kvpass.kernels.rank.marks import MARK
-from kvpass.kernels.rank.places import NUMBER, PLACE
 from kvpass.kernels.rank.pyramid import Pyramid
 from kvpass.kernels.rank.scored import Scoring
 from kvpass.kernels.rank.scorers.seen import ASIDE
-from kvpass.kernels.rank.weights import WEIGHT, Weight
+from kvpass.kernels.rank.weights import Weight
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.ragged import Ragged
-from kvpass.kernels.slots.statistics import Statistics
 from kvpass.plan.rule import rule_of
 from kvpass.plan.steps import planned_inputs, planned_steps
 from kvpass.policy.files import check_fit
@@ -68,7 +64,7 @@ class SitePlan:
     def projection(self) -> OutputProjection | None:
         """Where the rule's value weight finds the output projection; None if it reads none."""
         core, dims = self.site.core, self.site.dims
-        if not self.rule[Weight].weight.startswith("vo_") or core.tiled:
+        if not self.rule[Weight].projected or core.tiled:
             return None
         return output_projection(core.node, int(dims["Hq"]), int(dims["Dv"]))
 
@@ -110,12 +106,12 @@ class SitePlan:
     @property
     def windowed(self) -> bool:
         """Whether the scorer reads the rows of the observation window."""
-        return bool({"rows", "logits"} & set(self.rule[Scoring].reads))
+        return self.rule[Scoring].windowed
 
     @property
     def arrives(self) -> bool:
         """Whether a generated token's slot starts with more than zeros."""
-        return bool({SCORED, WEIGHT, MARK, PLACE, NUMBER} & set(self.rule[Statistics].stats))
+        return any(record.arrives for record in self.rule)
 
 
 @dataclass(frozen=True)
@@ -222,10 +218,11 @@ def _unmet(planned: SitePlan) -> Iterator[tuple[bool, str, str]]:
     asked = "turns keys to new positions" if rule[Reindex].reindex else "gives heads budgets of their own"
     asked = f"reads {' and '.join(reads)}" if reads else asked
     fix = "choose a policy of attention's statistics, e.g. h2o or snapkv"
-    yield shared and (bool(reads) or rule[Ragged].ragged or rule[Reindex].reindex), f"{asked}, but this attention {what}", fix
+    kept_apart = bool(reads) or rule[Ragged].ragged or rule[Reindex].reindex
+    yield shared and kept_apart, f"{asked}, but this attention {what}", fix
     asked = "weighs values by the output projection, which was not found behind the attention"
     fix = "set weight.by: l1, which needs no projection; gates and norms in between cannot be read through"
-    yield rule[Weight].weight.startswith("vo_") and planned.projection is None, asked, fix
+    yield rule[Weight].projected and planned.projection is None, asked, fix
     asked = "reads the block's hidden states, which were not found above its values"
     fix = "choose a policy that reads keys or attention; projections of several tensors cannot be read"
     yield "hidden" in rule[Scoring].reads and planned.hidden is None, asked, fix

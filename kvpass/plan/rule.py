@@ -1,84 +1,108 @@
-"""Policy -> Rule: the plain numbers that the ops take. A rule that can never evict observes nothing."""
+"""Policy -> Rule: the records that the ops read. A rule that can never evict observes nothing."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote
 
-from kvpass.kernels.rank.criterion import INF, SCORES
+from kvpass.kernels.after_call.reindex import Reindex
+from kvpass.kernels.attention.observation import Observation
+from kvpass.kernels.budget import Budget
+from kvpass.kernels.rank.allocate import Heads, ShareOut
+from kvpass.kernels.rank.criterion import INF, SCORED, SCORES, Ranking, Scope
+from kvpass.kernels.rank.layer import Layer
+from kvpass.kernels.rank.marks import MARK, Marks
+from kvpass.kernels.rank.places import NUMBER, PLACE, Protected
+from kvpass.kernels.rank.pyramid import Pyramid
+from kvpass.kernels.rank.rings import RING, Rings
+from kvpass.kernels.rank.scored import Sample, Scoring
 from kvpass.kernels.rank.scorers.registry import encode_options, find_scorer
-from kvpass.kernels.rule import Rule
+from kvpass.kernels.rank.smooth import Fair, Granule, Pool
+from kvpass.kernels.rank.weights import WEIGHT, Weight
+from kvpass.kernels.rule import Record, Rule
+from kvpass.kernels.slots.ragged import Ragged
+from kvpass.kernels.slots.statistics import Statistics
+from kvpass.kernels.timing import Timing
 from kvpass.policy.check import fraction
 from kvpass.policy.layers import of_layer
 from kvpass.policy.spec import Spec
 
-SPREAD = {"flat": "model", "preference": "preference"}
-"""`Rule.spread` of `allocate.layers`."""
+SHARES = {"flat": "model", "preference": "preference"}
+"""`ShareOut.share` of `allocate.layers`."""
 
 
 def rule_of(policy: Spec, layer: int = 0, layers: int = 1) -> Rule:
     """The rule of a policy with a checked budget, for one layer of a model that has so many."""
     policy = of_layer(policy, layer, layers)
-    allocate = policy.allocate
-    if policy.keeps_all:
-        return Rule()
-    ranking = _ranking(policy)
-    placed = "layer" in ranking.get("reads", ()) or policy.sample > 0
-    placed = placed or allocate.layers == "pyramid" or allocate.heads == "table"
-    return Rule(
-        queries=-1 if policy.observe.queries == "all" else policy.observe.queries,
-        group=policy.observe.group,
-        heads=policy.observe.heads,
-        carry=policy.statistic.across_calls == "add",
-        pool=policy.pool.kind if policy.pool else "none",
-        pool_size=policy.pool.size if policy.pool else 1,
-        sinks=policy.protect.sinks,
-        taper=allocate.beta if allocate.layers == "pyramid" else 0,
-        layer=layer if placed else 0,
-        layers=layers if allocate.layers != "uniform" else 1,
-        ragged=allocate.heads != "uniform" or allocate.layers in SPREAD,
-        spread="threshold" if allocate.heads == "threshold" else SPREAD.get(allocate.layers, ""),
-        cut=allocate.threshold if allocate.heads == "threshold" else -INF,
-        table=quote(allocate.file) if allocate.heads == "table" else "",
-        seed=policy.seed,
-        marked=policy.protect.tokens or policy.fair,
-        rings=allocate.rings,
-        when=policy.when,
-        every=policy.every,
-        reindex=policy.positions == "reindexed",
-        fair=policy.fair,
-        **ranking,
-        **_weighing(policy),
-        **_shares(policy),
+    return Rule() if policy.keeps_all else Rule(*_records(policy, layer, layers))
+
+
+def _records(policy: Spec, layer: int, layers: int) -> Iterator[Record]:
+    """In the order of a rule's text."""
+    allocate, scored = policy.allocate, policy.score not in SCORES
+    yield Statistics(tuple(_kept(policy)))
+    yield _observation(policy)
+    if policy.pool:
+        yield Pool(policy.pool.kind, policy.pool.size)
+    yield Ranking(SCORED if scored else policy.score, policy.observe.heads)
+    yield _scoring(policy)
+    if scored and policy.granule:
+        yield Granule(policy.granule.size, policy.granule.by)
+    yield Sample(*_share(policy.sample))
+    yield _weight(policy)
+    yield Scope(*_share(policy.scope))
+    yield _protected(policy)
+    yield _budget(policy)
+    yield Rings(allocate.rings)
+    yield _layer(policy, layer, layers)
+    yield Pyramid(allocate.beta if allocate.layers == "pyramid" else 0)
+    yield Ragged(allocate.heads != "uniform" or allocate.layers in SHARES)
+    yield _heads(policy)
+    threshold = allocate.heads == "threshold"
+    share = "threshold" if threshold else SHARES.get(allocate.layers, "")
+    yield ShareOut(share, allocate.threshold if threshold else -INF)
+    yield Marks(policy.protect.tokens or policy.fair)
+    yield Timing(policy.when, policy.every)
+    yield Reindex(policy.positions == "reindexed")
+    yield Fair(policy.fair)
+
+
+def _kept(policy: Spec) -> Iterator[str]:
+    """Statistics that slots keep."""
+    if policy.score in SCORES:
+        yield from policy.statistic.keep
+    else:
+        yield SCORED
+    if policy.weight is not None:
+        yield WEIGHT
+    if policy.protect.tokens or policy.fair:
+        yield MARK
+    if policy.positions == "reindexed":
+        yield PLACE
+    if _numbered(policy):
+        yield NUMBER
+    if policy.allocate.rings:
+        yield RING
+
+
+def _observation(policy: Spec) -> Observation:
+    observe, statistic = policy.observe, policy.statistic
+    scored = policy.score not in SCORES
+    return Observation(
+        emits=statistic.keep if scored else (),
+        queries=-1 if observe.queries == "all" else observe.queries,
+        group=observe.group,
+        carry=statistic.across_calls == "add",
+        decode=statistic.decode if statistic.keep and not scored else "none",
     )
 
 
-def _ranking(policy: Spec) -> dict[str, Any]:
-    """What slots keep, and what ranks them."""
-    asked = {
-        "weight": policy.weight is not None,
-        "mark": policy.protect.tokens or policy.fair,
-        "place": policy.positions == "reindexed",
-        "number": _numbered(policy),
-        "ring": policy.allocate.rings > 0,
-    }
-    beside = [name for name, kept in asked.items() if kept]
+def _scoring(policy: Spec) -> Scoring:
     if policy.score in SCORES:
-        kept = policy.statistic.keep
-        decode = policy.statistic.decode if kept else "none"
-        return {"stats": (*kept, *beside), "decode": decode, "score": policy.score}
-    granule = policy.granule
-    return {
-        "stats": ("held", *beside),
-        "emits": policy.statistic.keep,
-        "score": "held",
-        "scorer": policy.score,
-        "options": encode_options(policy.options),
-        "reads": find_scorer(policy.score).reads,
-        "decay": policy.decay,
-        "granule": granule.size if granule else 1,
-        "granule_by": granule.by if granule else "mean",
-    }
+        return Scoring(seed=policy.seed)
+    reads = find_scorer(policy.score).reads
+    return Scoring(policy.score, encode_options(policy.options), reads, policy.decay, policy.seed)
 
 
 def _numbered(policy: Spec) -> bool:
@@ -88,33 +112,43 @@ def _numbered(policy: Spec) -> bool:
     scored = policy.score not in SCORES and "places" in find_scorer(policy.score).reads
     apart = scored or policy.decay or policy.granule is not None or policy.sample > 0
     window = bool(policy.protect.recent or policy.protect.sinks)
-    shared = policy.allocate.heads != "uniform" or policy.allocate.layers in SPREAD
+    shared = policy.allocate.heads != "uniform" or policy.allocate.layers in SHARES
     gone = policy.protect.tokens and window
     return apart or gone or (shared and isinstance(policy.protect.recent, float) and window)
 
 
-def _weighing(policy: Spec) -> dict[str, Any]:
+def _weight(policy: Spec) -> Weight:
     if policy.weight is None:
-        return {}
-    return {"weight": policy.weight.by, "weight_floor": policy.weight.floor}
+        return Weight()
+    return Weight(policy.weight.by, policy.weight.floor, *_share(policy.weight.after))
 
 
-def _shares(policy: Spec) -> dict[str, Any]:
-    """Fractions, as ratios of integers; only those that are not 0."""
-    given: dict[str, float] = {"scope": policy.scope, "sample": policy.sample}
-    if policy.weight:
-        given["top"] = policy.weight.after
-    if "flat" in (policy.allocate.heads, policy.allocate.layers):
-        given["safe"] = policy.allocate.safeguard
-    if isinstance(policy.protect.recent, float):
-        given["recent"] = policy.protect.recent
-    out: dict[str, Any] = {}
-    for name, value in given.items():
-        share = fraction(value)
-        out |= {f"{name}_num": share.numerator, f"{name}_den": share.denominator}
-    if isinstance(policy.protect.recent, int):
-        out["recent"] = policy.protect.recent
+def _protected(policy: Spec) -> Protected:
+    sinks, recent = policy.protect.sinks, policy.protect.recent
+    return Protected(sinks, recent) if isinstance(recent, int) else Protected(sinks, 0, *_share(recent))
+
+
+def _budget(policy: Spec) -> Budget:
     if not isinstance(policy.budget, float):
-        return out | {"slots": int(policy.budget or 0)}
-    share = fraction(policy.budget)
-    return out | {"num": share.numerator, "den": share.denominator, "floor": policy.min_slots}
+        return Budget(int(policy.budget or 0))
+    return Budget(0, *_share(policy.budget), policy.min_slots)
+
+
+def _layer(policy: Spec, layer: int, layers: int) -> Layer:
+    """Only where something depends on it: alike layers share what is compiled for them."""
+    allocate = policy.allocate
+    read = policy.score not in SCORES and "layer" in find_scorer(policy.score).reads
+    placed = read or policy.sample > 0 or allocate.layers == "pyramid" or allocate.heads == "table"
+    return Layer(layer if placed else 0, layers if allocate.layers != "uniform" else 1)
+
+
+def _heads(policy: Spec) -> Heads:
+    allocate = policy.allocate
+    safe = _share(allocate.safeguard) if "flat" in (allocate.heads, allocate.layers) else (0, 1)
+    return Heads(quote(allocate.file) if allocate.heads == "table" else "", *safe)
+
+
+def _share(value: Any) -> tuple[int, int]:
+    """A fraction as a ratio of integers."""
+    exact = fraction(value)
+    return exact.numerator, exact.denominator

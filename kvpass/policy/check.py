@@ -10,8 +10,11 @@ from fractions import Fraction
 from math import isfinite
 
 from kvpass.errors import PolicyError
-from kvpass.kernels.attention.observation import STATISTICS
+from kvpass.kernels.attention.observation import STATISTICS, Observation
+from kvpass.kernels.budget import Budget, budget
 from kvpass.kernels.rank.criterion import SCORES
+from kvpass.kernels.rank.layer import Layer
+from kvpass.kernels.rank.pyramid import Pyramid
 from kvpass.kernels.rank.scorers.registry import Scorer, scorers
 from kvpass.kernels.rule import Rule
 from kvpass.policy.limits import MOST, check_options, no_number, oversized
@@ -227,16 +230,15 @@ def check_budget(p: Spec, *, given: bool, own: int | float | None) -> None:
 
 
 def smallest_budget(p: Spec) -> int:
-    """The least that a layer gets under a checked budget: a pyramid's last layer, as `Rule.budget` tapers."""
+    """The least that a layer gets under a checked budget: a pyramid's last layer, as `Pyramid` makes it."""
     slots = p.budget if isinstance(p.budget, int) else p.min_slots
     if p.allocate.layers != "pyramid":
         return slots
     window = p.observe.queries if isinstance(p.observe.queries, int) else 0
-    last = Rule(queries=window, taper=p.allocate.beta, layer=1, layers=2)
-    if isinstance(p.budget, int):
-        return replace(last, slots=slots).budget(0)
-    share = fraction(p.budget or 1.0)
-    return replace(last, num=share.numerator, den=share.denominator, floor=slots).budget(0)
+    share = fraction(1.0 if isinstance(p.budget, int) else p.budget or 1.0)
+    asked = Budget(slots) if isinstance(p.budget, int) else Budget(0, share.numerator, share.denominator, slots)
+    last = Rule(Observation(queries=window), asked, Layer(1, 2), Pyramid(p.allocate.beta))
+    return int(budget(last, 0))
 
 
 def fraction(value: float) -> Fraction:

@@ -56,7 +56,9 @@ def check_fit(name: str, rule: Rule, sizes: Mapping[str, int], where: str) -> No
     """
     files = [(unquote(rule[Heads].table), HEADS)] if rule[Heads].table else []
     if rule[Scoring].scorer and find_scorer(rule[Scoring].scorer).tensors:
-        files.append((str(decode_options(rule[Scoring].options).get("file", "")), find_scorer(rule[Scoring].scorer).tensors))
+        files.append(
+            (str(decode_options(rule[Scoring].options).get("file", "")), find_scorer(rule[Scoring].scorer).tensors)
+        )
     for path, tensors in files:
         try:
             check_table(path, tensors, sizes)

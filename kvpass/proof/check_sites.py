@@ -20,10 +20,11 @@ from torch import Tensor, fx
 
 from kvpass.errors import VerificationError
 from kvpass.kernels.attention.masks import arrivals, visible
+from kvpass.kernels.decode_attend.functional import supports
 from kvpass.kernels.rule import Rule
-from kvpass.kernels.slots.cursor import FREE, LIVE
-from kvpass.kernels.slots.ragged import even
-from kvpass.kernels.slots.statistics import Statistics
+from kvpass.kernels.slots.cursor import FIRST, FREE, LIVE, SEEN
+from kvpass.kernels.slots.moves import even
+from kvpass.kernels.slots.state import State
 from kvpass.plan.plan import Plan, SitePlan
 from kvpass.proof.isolate import Isolated
 from kvpass.runtime.shell import find
@@ -31,9 +32,6 @@ from kvpass.sites.site import Site
 from kvpass.terms import Phase
 
 log = logging.getLogger(__name__)
-
-STATES = 5
-"""State tensors of one site."""
 
 ROUNDING = {torch.float32: 2.0**-15, torch.float16: 2.0**-8, torch.bfloat16: 2.0**-5}
 """Allowed difference per unit of max|v|, an output being a mean of values. float16 and bfloat16: probabilities and
@@ -49,7 +47,7 @@ def checked_once(inner: Callable[..., Any], original: fx.GraphModule, lowered: A
     """Wrap a compiled rewritten graph so that its first call checks every site first.
 
     Args:
-        inner: takes the original inputs, then five state tensors for each site.
+        inner: takes the original inputs, then the state tensors of each site.
         original: the captured graph, unmodified.
         lowered: the `Lowered` graph that `inner` was compiled from.
         plan: of the same graph.
@@ -77,7 +75,10 @@ def check(original: fx.GraphModule, lowered: Any, plan: Plan, args: Sequence[Any
     copies = [_private(a) for a in args]
     with torch.no_grad(), _quiet_random(args):
         checks = [_Check(original, planned, args) for planned in plan.sites]
-        states = copies[: len(copies) - len(plan.inputs)][-STATES * len(checks) :]
+        inputs = lowered.gm.graph.find_nodes(op="placeholder")
+        given = dict(zip(inputs, copies, strict=True))
+        both = zip(lowered.states, plan.sites, strict=True)
+        states = [State.of([given[node] for node in nodes], planned.rule).clone() for nodes, planned in both]
         watcher = _Watcher(lowered.gm, checks, states)
         watcher.run(*copies)
     log.info("verify: %d site(s) agree with the unmodified graph at full budget", len(plan.sites))
@@ -86,10 +87,10 @@ def check(original: fx.GraphModule, lowered: Any, plan: Plan, args: Sequence[Any
 class _Watcher(fx.Interpreter):
     """Runs the rewritten graph; hands each site's inputs to its check before the ops change the state."""
 
-    def __init__(self, gm: fx.GraphModule, checks: list[_Check], state: list[Any]) -> None:
+    def __init__(self, gm: fx.GraphModule, checks: list[_Check], states: list[State]) -> None:
         super().__init__(gm)
         self.extra_traceback = False
-        self.states = [state[at : at + STATES] for at in range(0, len(state), STATES)]
+        self.states = states
         self.checks = checks
         self.borders: dict[str, Any] = dict.fromkeys(n.name for c in checks for n in c.dense.wanted.values())
         self.at = 0
@@ -106,10 +107,10 @@ class _Watcher(fx.Interpreter):
         if name == "kvpass.join_slots.default":
             self.joined = args
         elif name == "kvpass.prefill_attend.default":
-            k, v, position = (args[1], args[2], 0) if self.joined is None else self.joined[5:8]
+            k, v, position = (args[1], args[2], 0) if self.joined is None else self.joined[1:4]
             self._check(args[0], k, v, args[4], position, args[8:])
         elif name == "kvpass.decode_attend.default":
-            self._check(args[0], args[1], args[2], args[3], args[9], args[12:])
+            self._check(args[0], args[1], args[2], args[3], args[5], args[8:])
         return super().call_function(target, args, kwargs)
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, position: int, extras: Any) -> None:
@@ -129,7 +130,7 @@ class _Call:
     mask: torch.Tensor | None
     position: int
     extras: tuple[Any, ...]
-    state: list[torch.Tensor]
+    state: State
 
 
 class _Check:
@@ -137,7 +138,8 @@ class _Check:
 
     def __init__(self, original: fx.GraphModule, planned: SitePlan, args: Sequence[Any]) -> None:
         self.site: Site = planned.site
-        self.rule = replace(planned.rule, slots=0, num=1, den=1) if planned.rule.plain else Rule()
+        growing = planned.rule.growing
+        self.rule = growing if supports(growing) else Rule()
         self.dense = Isolated(original, planned.site, args)
 
     def run(self, call: _Call, values: dict[str, Any]) -> None:
@@ -146,9 +148,9 @@ class _Check:
             return
         call = replace(call, state=even(call.state))
         k, v = (_dense_past(call, half) for half in (0, 1))
-        state = _all_slots(k, v, len(self.rule[Statistics].stats), room=call.q.shape[2] + 1)
+        state = _all_slots(k, v, self.rule, room=call.q.shape[2] + 1)
         try:
-            actual = _run_ops(self.site, call, state, self.rule.encode())
+            actual = _run_ops(self.site, call, state, self.rule)
         except ValueError as error:
             self._fail(f"is refused by its own ops: {error}")
         expected = self.dense(values, (k, v))
@@ -171,9 +173,9 @@ class _Check:
                 f"most at batch {b}, query head {h}, query {i}"
             )
 
-    def _compare_state(self, call: _Call, state: list[torch.Tensor], k: torch.Tensor, v: torch.Tensor) -> None:
+    def _compare_state(self, call: _Call, state: State, k: torch.Tensor, v: torch.Tensor) -> None:
         """After a call that evicts nothing every valid token is in one slot, its key and value bit for bit."""
-        used, pos = _used(state), state[2]
+        used, pos = state.used(), state.pos
         valid = arrivals(call.mask, len(pos), call.q.shape[2], call.position, pos.device)
         wanted = torch.cat([valid.new_ones(len(valid), call.position), valid], 1)[:, None].long()
         places = torch.where(used & (pos >= 0), pos, wanted.shape[2]).long()
@@ -182,7 +184,7 @@ class _Check:
         wrong = int((held[..., :-1] != wanted).sum())
         if wrong:
             self._fail(f"keeps the wrong positions: {wrong} tokens are missing from the slots, or are there twice")
-        for name, slots, past, new in (("keys", state[0], k, call.k), ("values", state[1], v, call.v)):
+        for name, slots, past, new in (("keys", state.k, k, call.k), ("values", state.v, v, call.v)):
             index = pos.clamp(min=0).long()[..., None].expand(*pos.shape, slots.shape[3])
             changed = used & (slots != torch.cat([past, new], 2).gather(2, index)).any(-1)
             if bool(changed.any()):
@@ -197,26 +199,29 @@ class _Check:
         )
 
 
-def _run_ops(site: Site, call: _Call, state: list[torch.Tensor], rule: str) -> torch.Tensor:
+def _run_ops(site: Site, call: _Call, state: State, rule: Rule) -> torch.Tensor:
     """The ops that replace the site, as `lower` emits them."""
-    ops, core = torch.ops.kvpass, site.core
-    k, v, pos, past = call.k, call.v, None, None
+    ops, core, text, held = torch.ops.kvpass, site.core, rule.encode(), state.tensors()
     out: torch.Tensor
     if site.phase is Phase.DECODE:
-        out = ops.decode_attend(call.q, k, v, call.mask, *state, call.position, core.scale, rule, *call.extras)
+        args = (call.q, call.k, call.v, call.mask, held, call.position, core.scale, text, *call.extras)
+        out = ops.decode_attend(*args)
         return out
+    keys: dict[str, Any] = dict.fromkeys(field.name for field, _ in state.per_slot())
+    keys |= {"k": call.k, "v": call.v}
     if site.phase is Phase.EXTEND:
-        k, v, pos, past = ops.join_slots(*state, k, v, call.position)
-    out, stats, valid = ops.prefill_attend(call.q, k, v, pos, call.mask, core.scale, core.causal, rule, *call.extras)
-    score, stats, cursor = ops.score_slots(stats, past, pos, valid, state[4], call.position, rule)
-    chosen = ops.select_slots(score, cursor, state[0].shape[2])
-    ops.compact_slots(k, v, pos, stats, chosen, cursor, *state)
+        keys = dict(zip(keys, ops.join_slots(held, call.k, call.v, call.position, text), strict=True))
+    past, where, shape = keys["stats"], keys["pos"], (core.scale, core.causal, text, *call.extras)
+    out, emitted, valid = ops.prefill_attend(call.q, keys["k"], keys["v"], where, call.mask, *shape)
+    score, keys["stats"], after = ops.score_slots(emitted, past, where, valid, state.cursor, call.position, text)
+    ops.compact_slots([*keys.values()], ops.select_slots(score, after, state.slots), after, held, text)
     return out
 
 
 def _dense_past(call: _Call, half: int) -> torch.Tensor:
     """Keys (half 0) or values of all earlier positions, `[B, Hkv, P, D]`: live ones, noise of the new ones' size."""
-    slots, pos, used = call.state[half], call.state[2], _used(call.state)
+    pos, used = call.state.pos, call.state.used()
+    slots = (call.state.k, call.state.v)[half]
     size = (call.k, call.v)[half].float().square().mean().sqrt().nan_to_num(1.0)
     noise = torch.randn(
         *pos.shape[:2], call.position + 1, slots.shape[3], generator=torch.Generator().manual_seed(half)
@@ -226,30 +231,23 @@ def _dense_past(call: _Call, half: int) -> torch.Tensor:
     return past.scatter(2, index, torch.where(used[..., None], slots, 0.0))[:, :, :-1]
 
 
-def _all_slots(k: torch.Tensor, v: torch.Tensor, stats: int, room: int) -> list[torch.Tensor]:
+def _all_slots(k: torch.Tensor, v: torch.Tensor, rule: Rule, room: int) -> State:
     """A state with all positions of a dense past in random slots, the hole anywhere, and room; empties are NaN."""
     batch, heads, past, _ = k.shape
     slots = past + 1 + room
     order = torch.rand(batch, heads, past + 1, generator=torch.Generator().manual_seed(7)).argsort(-1).to(k.device)
     order, free = order[..., :-1], order[..., -1]
-    pos = torch.full((batch, heads, slots), -1, dtype=torch.int32, device=k.device)
-    pos.scatter_(2, order, torch.arange(past, dtype=torch.int32, device=k.device).expand(batch, heads, past))
-    cursor = torch.stack(
-        [torch.full_like(free, past), free, torch.full_like(free, past), torch.full_like(free, 0 if past else -1)], -1
-    )
-    held = [_in_slots(dense, order, slots) for dense in (k, v)]
-    return [*held, pos, torch.zeros(stats, batch, heads, slots, device=k.device), cursor.int()]
+    state = State.empty(rule, k, B=batch, H=heads, C=slots, D=k.shape[3], V=v.shape[3])
+    state.pos.scatter_(2, order, torch.arange(past, dtype=torch.int32, device=k.device).expand(batch, heads, past))
+    columns: dict[int, Any] = {LIVE: past, FREE: free, SEEN: past, FIRST: 0 if past else -1}
+    for column, value in columns.items():
+        state.cursor[..., column] = value
+    return state.replaced(k=_in_slots(k, order, slots), v=_in_slots(v, order, slots))
 
 
 def _in_slots(dense: torch.Tensor, order: torch.Tensor, slots: int) -> torch.Tensor:
     held = dense.new_full((*dense.shape[:2], slots, dense.shape[3]), float("nan"))
     return held.scatter_(2, order[..., None].expand_as(dense), dense)
-
-
-def _used(state: list[torch.Tensor]) -> torch.Tensor:
-    """Slots in use, bool `[B, Hkv, C]`: 0 .. LIVE without FREE."""
-    slot = torch.arange(state[2].shape[2], device=state[2].device)
-    return (slot <= state[4][..., LIVE, None]) & (slot != state[4][..., FREE, None])
 
 
 def _sees_a_key(call: _Call) -> torch.Tensor:

@@ -24,7 +24,7 @@ class Bound:
     """What a kvpass backend hands to Dynamo for a rewritten graph.
 
     Attributes:
-        inner: the compiled rewritten graph; takes the original inputs, then five state tensors for each site, then
+        inner: the compiled rewritten graph; takes the original inputs, then the state tensors of each site, then
             `shared`.
         outputs: number of outputs of the original graph; the inner one returns those that are no cache.
         watched: places of inputs that the graph reads as data; those that are no past of a site must not be shells.
@@ -101,7 +101,7 @@ class Bound:
         """The compiled call. If it fails, it may have changed the state of some layers."""
         shared = [one.value(call) for one in self.shared]
         with self._told(call.stores):
-            return self.inner(*call.args, *(t for store in call.stores for t in store.state), *shared)
+            return self.inner(*call.args, *(t for store in call.stores for t in store.state.tensors()), *shared)
 
     def _returned(self, call: CallFacts, results: Sequence[Any]) -> list[Any]:
         """The original graph's outputs: those of the inner one, and shells or buffers in the place of caches."""

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from kvpass.errors import StaleCacheError
+from kvpass.kernels.budget import kept
 from kvpass.kernels.rule import Rule
 from kvpass.runtime.angles import Angles
 from kvpass.runtime.identity import Origin, require_same
 from kvpass.runtime.shell import attach, make, of_buffer, unwrap
-from kvpass.runtime.store import SlotStore
+from kvpass.runtime.store import SlotStore, empty_state
 from kvpass.terms import Layout, Phase
 
 Size = Callable[[Sequence[Any]], int]
@@ -91,9 +92,9 @@ class Binding:
         return buffers
 
     def _fresh(self, args: Sequence[Any], origin: Origin, tokens: int) -> SlotStore:
-        b, hkv, d, dv = (self.sizes[letter](args) for letter in ("B", "Hkv", "D", "Dv"))
+        sizes = {letter: self.sizes[letter](args) for letter in ("B", "Hkv", "D", "Dv")}
         with torch.inference_mode(False):  # a cache begun in inference mode can go on under no_grad
             like = torch.empty(0, dtype=self.dtype, device=self.device)
-            state = SlotStore.empty_state(self.rule, tokens, like, b, hkv, d, dv)
-        kept = self.rule.kept(tokens)
-        return SlotStore(self.name, self.layer, self.rule, self.layouts, origin, state, host=self.host, held=kept)
+            state = empty_state(self.rule, tokens, like, sizes)
+        used = kept(self.rule, tokens)
+        return SlotStore(self.name, self.layer, self.rule, self.layouts, origin, state, host=self.host, used=used)

@@ -6,6 +6,7 @@ import torch
 
 from kvpass.errors import CacheError
 from kvpass.kernels.slots.cursor import FREE, LIVE, SEEN
+from kvpass.kernels.slots.moves import rows_of
 from kvpass.kernels.slots.ragged import is_ragged
 from kvpass.runtime.store import SlotStore
 
@@ -25,16 +26,15 @@ def selected(store: SlotStore, rows: torch.Tensor, half: int) -> SlotStore:
     if last is not None and half not in last[2] and torch.equal(last[0], rows):
         last[2].add(half)
         return last[1]
-    k, v, pos, stats, cursor = store.state
-    if is_ragged(cursor) or store.length is not None:
+    if is_ragged(store.state.cursor) or store.length is not None:
         raise CacheError(
             "sequences cannot be picked out of this cache yet (beam search, reordering)",
             where=store.name,
             hint="choose a policy whose heads hold the same number of slots, and a cache that grows; or num_beams=1",
         )
     with torch.inference_mode(False), torch.no_grad():
-        at = rows.to(k.device).clone()
-        state = [k[at], v[at], pos[at], stats[:, at], cursor[at]]
+        at = rows.to(store.state.k.device).long()
+        state = rows_of(store.state, at)
         bases = tuple(base.clone() for base in store.bases)
         zero = None if store.zero is None else store.zero[at]
     result = object.__new__(SlotStore)
@@ -47,9 +47,9 @@ def take_back(store: SlotStore, length: int) -> bool:
     """Shorten a cache to its first `length` tokens, in place; False if its rule may evict: what a token displaced, or
     scored, cannot be undone.
     """
-    if store.rule.evicts or is_ragged(store.state[4]):
+    if store.rule.evicts or is_ragged(store.state.cursor):
         return False
-    pos, cursor = store.state[2], store.state[4]
+    pos, cursor = store.state.pos, store.state.cursor
     with torch.inference_mode(False), torch.no_grad():
         gone = pos >= length
         pos.masked_fill_(gone, -1)

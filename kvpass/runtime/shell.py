@@ -123,7 +123,7 @@ def unwrap(past: tuple[torch.Tensor, torch.Tensor], layouts: tuple[Layout, Layou
 
 def _sizes(store: SlotStore, half: int, layout: Layout) -> list[int]:
     """Logical shape of a store's keys or values in the host's axis order."""
-    batch, heads, _, dim = store.state[half].shape
+    batch, heads, _, dim = (store.state.k, store.state.v)[half].shape
     heads, dim = (heads, dim) if store.host is None else store.host[half]
     sizes = {"B": batch, "H": heads, "T": store.tokens if store.length is None else store.length, "D": dim}
     return [sizes[letter] for letter in layout.value]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
@@ -14,8 +15,8 @@ from kvpass.kernels.budget import kept
 from kvpass.kernels.rank.allocate import ShareOut
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.cursor import LIVE, SEEN
-from kvpass.kernels.slots.ragged import evened, is_ragged, lengthened, with_spare
-from kvpass.kernels.slots.statistics import Statistics
+from kvpass.kernels.slots.moves import evened, with_slots, with_spare
+from kvpass.kernels.slots.state import State
 from kvpass.runtime.identity import Origin
 from kvpass.terms import Layout
 
@@ -24,12 +25,11 @@ _BY_STORAGE: WeakValueDictionary[int, SlotStore] = WeakValueDictionary()
 
 @dataclass(eq=False)
 class SlotStore:
-    """State of one site: five tensors (docs/design/0001) and the logical length.
+    """State of one site (docs/design/0001) and the logical length.
 
     Attributes:
-        state: k `[B, Hkv, C, D]`, v `[B, Hkv, C, Dv]`, pos `[B, Hkv, C]` int32, stats `[N, B, Hkv, C]` float32,
-            cursor `[B, Hkv, 4 or 6]` int32. Heads with budgets of their own lie one behind the other in the same
-            memory (`kvpass.kernels.slots.ragged`).
+        state: keys, values, positions, statistics and cursor, and whatever else the rule's fields are. Heads with
+            budgets of their own lie one behind the other in the same memory (`kvpass.kernels.slots.ragged`).
         tokens: logical length, padding included; what the host believes its cache holds.
         host: heads and entries of keys and of values in the host's cache, where the slots hold them otherwise: both as
             the key (latent attention), or all heads side by side (mixed heads).
@@ -38,13 +38,13 @@ class SlotStore:
         versions: of the host's tensors for K and V, as the last call left them; None if torch does not count them, or
             if this is a copy.
         spoiled: a call failed halfway, and may or may not have changed the state.
-        held: slots in use, at most; of heads with budgets of their own on average. Not where `rule[ShareOut].share`.
-        waiting: steps since something was evicted, where `rule[Timing].every` lets them wait.
-        spare: tokens that may still come one by one before the slots must be laid out anew; where `rule[ShareOut].share`.
+        used: slots in use, at most; of heads with budgets of their own on average. Not where layers `ShareOut`.
+        waiting: steps since something was evicted, where `Timing.every` lets them wait.
+        spare: tokens that may still come one by one before the slots must be laid out anew; where layers `ShareOut`.
         calls: made on this cache so far.
         outside: how often something was done to its slots after a call, outside the compiled graph.
         step: radians that each pair of a key's entries turns from position to position, float64 [D / 2]; where
-            `rule[Reindex].reindex`, from the first call on.
+            the rule is to `Reindex`, from the first call on.
         zero: how far place 0 of each row is turned, complex128 [B, D / 2], 0 for rows without a token; likewise.
         picked: rows that were last picked out of this store, what they became, and for which of K and V.
     """
@@ -54,14 +54,14 @@ class SlotStore:
     rule: Rule
     layouts: tuple[Layout, Layout]
     origin: Origin
-    state: list[torch.Tensor]
+    state: State
     tokens: int = 0
     length: int | None = None
     host: tuple[tuple[int, int], tuple[int, int]] | None = None
     bases: tuple[torch.Tensor, torch.Tensor] = field(init=False)
     versions: list[int | None] = field(init=False)
     spoiled: bool = False
-    held: int = 0
+    used: int = 0
     waiting: int = 0
     spare: int = 0
     calls: int = 0
@@ -71,7 +71,7 @@ class SlotStore:
     picked: tuple[torch.Tensor, SlotStore, set[int]] | None = None
 
     def __post_init__(self) -> None:
-        k, v = self.state[0], self.state[1]
+        k, v = self.state.k, self.state.v
         with torch.inference_mode(False):
             self.bases = (k.new_full((1,), float("nan")), v.new_full((1,), float("nan")))
         self.versions = [None, None]
@@ -91,7 +91,7 @@ class SlotStore:
         memo[id(self)] = other
         fields = {**vars(self), "picked": None}
         with torch.inference_mode(False), torch.no_grad():
-            fields["state"] = [t.clone() for t in self.state]
+            fields["state"] = self.state.clone()
             bases = copy.deepcopy(self.bases, memo)
             # an inference tensor's copy is one too if the shell was copied before: a view of its storage is not
             fields["bases"] = tuple(b.new_empty(0).set_(b.untyped_storage(), 0, (1,), (1,)) for b in bases)
@@ -100,21 +100,6 @@ class SlotStore:
 
     def _register(self) -> None:
         _BY_STORAGE.update((_storage_key(base), self) for base in self.bases)
-
-    @staticmethod
-    def empty_state(
-        rule: Rule, tokens: int, like: torch.Tensor, b: int, hkv: int, d: int, dv: int
-    ) -> list[torch.Tensor]:
-        """State with no live slot and room for `tokens` tokens, on the device and with the dtype of `like`."""
-        c = capacity(rule, tokens)
-        int32: Any = {"dtype": torch.int32, "device": like.device}
-        return [
-            like.new_empty((b, hkv, c, d)),
-            like.new_empty((b, hkv, c, dv)),
-            torch.full((b, hkv, c), -1, **int32),
-            torch.zeros((len(rule[Statistics].stats), b, hkv, c), dtype=torch.float32, device=like.device),
-            torch.tensor([0, 0, 0, -1, 0, 0], **int32)[: rule.columns].expand(b, hkv, -1).clone(),
-        ]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuse to be pickled: the process that reads it would find neither the store nor what it may be used with.
@@ -127,15 +112,15 @@ class SlotStore:
     @property
     def slots(self) -> int:
         """Capacity C: slots allocated per KV head."""
-        return self.state[0].shape[2]
+        return self.state.slots
 
     def live(self) -> torch.Tensor:
         """Slots in use, `[B, Hkv]` int32."""
-        return self.state[4][..., LIVE]
+        return self.state.cursor[..., LIVE]
 
     def evicted(self) -> int:
         """Keys that are gone: valid tokens seen and no longer live, summed over rows and KV heads."""
-        return int((self.state[4][..., SEEN] - self.live()).sum())
+        return int((self.state.cursor[..., SEEN] - self.live()).sum())
 
     def make_room(self, new: int, step: bool) -> None:
         """Grow the slots, if needed, for a call of `new` tokens, which is a step or not. Copies this one layer, once in
@@ -144,8 +129,8 @@ class SlotStore:
         tokens = self.tokens + new
         if not self.rule[ShareOut].share:
             rule = self.rule.of_steps if step else self.rule.of_call(self.tokens)
-            self.held = kept(rule, tokens) if rule is self.rule else self.held + new
-            self.state = with_room(self.state, self.held)
+            self.used = kept(rule, tokens) if rule is self.rule else self.used + new
+            self.state = with_room(self.state, self.used)
             return
         with torch.inference_mode(False):
             if new > 1:
@@ -154,36 +139,36 @@ class SlotStore:
                 self.state, self.spare = with_spare(self.state, spare_slots(kept(self.rule, tokens)))
         self.spare -= 1
 
-    def evict_late(self) -> None:
-        """Drop what steps, the last of which is not counted yet, left above the budget (`rule[Timing].every`)."""
-        from kvpass.kernels.after_call.deferred import thinned
+    def evict_deferred(self) -> None:
+        """Drop what steps, the last of which is not counted yet, left above the budget (`Timing.every`)."""
+        from kvpass.kernels.after_call.deferred import evicted
 
         with torch.inference_mode(False), torch.no_grad():
-            self.state = thinned(self.state, self.rule)
-        self.held, self.waiting = kept(self.rule, self.tokens + 1), 0
+            self.state = evicted(self.state, self.rule)
+        self.used, self.waiting = kept(self.rule, self.tokens + 1), 0
 
     def give_back(self, tokens: int) -> None:
         """Free the slots that were needed until a call of several tokens was over, which makes `tokens` of them all."""
-        self.held = kept(self.rule, tokens)
-        slots = self.held + spare_slots(self.held)
+        self.used = kept(self.rule, tokens)
+        slots = self.used + spare_slots(self.used)
         if not self.rule[ShareOut].share and self.slots > slots:
             with torch.inference_mode(False):
-                self.state = shortened(self.state, slots)
+                self.state = with_slots(self.state, slots)
 
     @property
     def bytes(self) -> int:
         """Bytes of allocated K and V slots."""
-        return sum(t.numel() * t.element_size() for t in self.state[:2])
+        return self.state.bytes(entries=True)
 
     @property
     def overhead_bytes(self) -> int:
-        """Bytes of positions, statistics and cursor."""
-        return sum(t.numel() * t.element_size() for t in self.state[2:])
+        """Bytes of everything else in the state: positions, statistics, cursor."""
+        return self.state.bytes(entries=False)
 
     @property
     def dense_bytes(self) -> int:
         """Bytes that an unmodified cache holds: of the same logical length, or preallocated."""
-        k, v = self.state[:2]
+        k, v = self.state.k, self.state.v
         tokens = self.tokens if self.length is None else self.length
         return sum(t.shape[0] * t.shape[1] * tokens * t.shape[3] * t.element_size() for t in (k, v))
 
@@ -211,8 +196,8 @@ def capacity(rule: Rule, tokens: int) -> int:
     """Slots to allocate: what the budget keeps, one for the incoming token, and up to 2.5 % to grow into; all tokens
     where they are shared out later.
     """
-    kept = kept(rule, tokens)
-    return tokens + 1 if rule[ShareOut].share else kept + spare_slots(kept)
+    used = kept(rule, tokens)
+    return tokens + 1 if rule[ShareOut].share else used + spare_slots(used)
 
 
 def unpicklable(where: str) -> CacheError:
@@ -229,36 +214,17 @@ def spare_slots(kept: int) -> int:
     return max(1, kept // 40)
 
 
-def with_room(state: list[torch.Tensor], kept: int) -> list[torch.Tensor]:
+def empty_state(rule: Rule, tokens: int, like: torch.Tensor, sizes: Mapping[str, Any]) -> State:
+    """State with no live slot and room for `tokens` tokens, on the device and with the dtype of `like`; sizes: B, Hkv,
+    D and Dv of the site.
+    """
+    c = capacity(rule, tokens)
+    return State.empty(rule, like, B=sizes["B"], H=sizes["Hkv"], C=c, D=sizes["D"], V=sizes["Dv"])
+
+
+def with_room(state: State, kept: int) -> State:
     """The same state if it has room for one token beside `kept` slots, else a longer copy."""
-    slots = state[0].shape[2]
-    if slots > kept:
+    if state.slots > kept:
         return state
-    longer = kept + spare_slots(kept)
-    k, v, pos, stats, cursor = state
     with torch.inference_mode(False):
-        if is_ragged(cursor):
-            return lengthened(state, longer)
-        extra = longer - slots
-        return [
-            _longer(k, 2, extra),
-            _longer(v, 2, extra),
-            _longer(pos, 2, extra, -1),
-            _longer(stats, 3, extra, 0),
-            cursor,
-        ]
-
-
-def shortened(state: list[torch.Tensor], slots: int) -> list[torch.Tensor]:
-    """A copy with so many slots for each head (on average), all of which that are in use."""
-    if is_ragged(state[4]):
-        return lengthened(state, slots)
-    return [*(t.narrow(3 if at == 3 else 2, 0, slots).clone() for at, t in enumerate(state[:4])), state[4]]
-
-
-def _longer(t: torch.Tensor, dim: int, extra: int, fill: int | None = None) -> torch.Tensor:
-    shape = list(t.shape)
-    shape[dim] += extra
-    result = t.new_empty(shape) if fill is None else t.new_full(shape, fill)
-    result.narrow(dim, 0, t.shape[dim]).copy_(t)
-    return result
+        return with_slots(state, kept + spare_slots(kept))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from kvpass.kernels.budget import budget
+from kvpass.kernels.slots.cursor import FIRST, LIVE
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +18,7 @@ from kvpass.kernels.rank.scorers.window import cake, defensive, finch, window_me
 from kvpass.kernels.rank.scores import score_slots
 from kvpass.kernels.rank.smooth import pooled, smoothed
 from kvpass.kernels.rank.weights import value_weights
-from kvpass.kernels.rule import FIRST, LIVE, Rule
+from kvpass.kernels.rule import Rule
 from kvpass.kernels.select_slots import select_slots
 
 
@@ -44,7 +46,7 @@ def test_pyramid(slots: int, layers: int, first: int, last: int) -> None:
     together (R6 rounds its steps down, and so its sum up)."""
     rules = [Rule(queries=32, slots=slots, taper=20, layer=layer, layers=layers) for layer in range(layers)]
     for seen in (40, slots, 8 * slots):
-        budgets = [rule.budget(seen) - 32 for rule in rules]
+        budgets = [budget(rule, seen) - 32 for rule in rules]
         assert (budgets[0], budgets[-1]) == (first, last)
         steps = {a - b for a, b in pairwise(budgets)}
         assert max(steps) - min(steps) <= 1

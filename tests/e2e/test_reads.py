@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvpass.kernels.attention.observation import Observation, emitted
 from typing import Any
 
 import pytest
@@ -36,7 +37,7 @@ EMITTED = {
 @pytest.mark.parametrize("policy", EMITTED)
 def test_what_the_op_is_told_to_emit(policy: str) -> None:
     rule = rule_of(Policy.load(policy).with_budget(0.2))
-    assert (rule.emitted, rule.queries) == EMITTED[policy]
+    assert (emitted(rule), rule[Observation].queries) == EMITTED[policy]
 
 
 @pytest.mark.parametrize(

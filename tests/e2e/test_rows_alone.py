@@ -6,6 +6,7 @@ are compared as the row's own tokens, counted from 0.
 
 from __future__ import annotations
 
+from kvpass.kernels.after_call.reindex import Reindex
 from typing import Any
 
 import pytest
@@ -72,7 +73,7 @@ class Batch:
             for site, (state, free) in zip(self.sites, states, strict=True):
                 site.state, site.spare = state, free
         for site in self.sites:
-            if site.rule.reindex:
+            if site.rule[Reindex].reindex:
                 reindex(site.state, site.rule, 0.7 ** torch.arange(1, DIM // 2 + 1, dtype=torch.float64))
         self.fed = [fed + int(new.sum()) for fed, new in zip(self.fed, own, strict=True)]
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from kvpass.kernels.attention.observation import Observation
+from kvpass.kernels.budget import budget
+from kvpass.kernels.rank.criterion import Ranking, Scope
+from kvpass.kernels.rank.places import Protected
+from kvpass.kernels.slots.cursor import FIRST, FREE, LIVE, SEEN
+from kvpass.kernels.slots.statistics import Statistics, stat
 import torch
-from kvpass.kernels.rule import FIRST, FREE, LIVE, SEEN, Rule
+from kvpass.kernels.rule import Rule
 from kvpass.kernels.testing import State
 from torch import Tensor
 
@@ -50,7 +56,7 @@ def naive_prefill(
     group = heads // k.shape[1]
     wide = None if mask is None else mask.expand(batch, heads, length, length)
     out = torch.zeros(*q.shape[:3], v.shape[3])
-    stats = torch.zeros(len(rule.stats), batch, k.shape[1], length, dtype=torch.float64)
+    stats = torch.zeros(len(rule[Statistics].stats), batch, k.shape[1], length, dtype=torch.float64)
     valid = torch.ones(batch, length, dtype=torch.bool)
     index = torch.arange(length)
     for b in range(batch):
@@ -58,7 +64,7 @@ def naive_prefill(
             shown = wide[b] if wide.dtype == torch.bool else wide[b] > hidden(wide)
             valid[b] = torch.tensor([bool(shown[:, :, j].any()) for j in range(length)])
         observing = [j for j in range(length) if valid[b, j]]
-        observing = observing if rule.queries < 0 else observing[max(len(observing) - rule.queries, 0) :]
+        observing = observing if rule[Observation].queries < 0 else observing[max(len(observing) - rule[Observation].queries, 0) :]
         for h in range(k.shape[1]):
             for i in range(length):
                 rows, seen = [], []
@@ -71,9 +77,9 @@ def naive_prefill(
                     rows.append(p)
                     seen.append(s)
                 if i in observing:
-                    a = torch.stack(rows).mean(0) if rule.group == "mean" else torch.stack(rows).amax(0)
+                    a = torch.stack(rows).mean(0) if rule[Observation].group == "mean" else torch.stack(rows).amax(0)
                     values = {"sum": a, "sumsq": a * a, "count": torch.stack(seen).any(0).double()}
-                    for n, name in enumerate(rule.stats):
+                    for n, name in enumerate(rule[Statistics].stats):
                         stats[n, b, h] += values[name]
     return out, stats.float(), valid
 
@@ -118,13 +124,13 @@ def naive_decode(
                 p, _ = softmax_row(q[b, h * group + g, 0], keys, scale, None, seen, sink, softcap)
                 out[b, h * group + g, 0] = (p @ state.v[b, h, : live + 1].double()).float()
                 rows.append(p)
-            a = torch.stack(rows).mean(0) if rule.group == "mean" else torch.stack(rows).amax(0)
+            a = torch.stack(rows).mean(0) if rule[Observation].group == "mean" else torch.stack(rows).amax(0)
             values = {"sum": a, "sumsq": a * a, "count": torch.ones_like(a)}
-            for n, name in enumerate(rule.stats):
+            for n, name in enumerate(rule[Statistics].stats):
                 target = state.stats[n, b, h, : live + 1]
-                if rule.decode == "add":
+                if rule[Observation].decode == "add":
                     target += values[name].float()
-                elif rule.decode == "replace":
+                elif rule[Observation].decode == "replace":
                     target.copy_(values[name])
         for h in range(kv_heads):
             _settle(state, b, h, position, rule)
@@ -138,16 +144,16 @@ def _settle(state: State, b: int, h: int, position: int, rule: Rule) -> None:
     cursor[SEEN] += 1
     if cursor[FIRST] < 0:
         cursor[FIRST] = position
-    n = rule.budget(int(cursor[SEEN]))
+    n = budget(rule, int(cursor[SEEN]))
     if used <= n:
         cursor[LIVE], cursor[FREE] = used, used
         return
     pos = state.pos[b, h].tolist()
     first = int(cursor[FIRST])
-    protected = {s for s in range(used) if pos[s] < first + rule.sinks or pos[s] > position - rule.recent_of(n)}
+    protected = {s for s in range(used) if pos[s] < first + rule[Protected].sinks or pos[s] > position - rule.recent_of(n)}
     open_slots = [s for s in range(used) if s not in protected]
     kept: set[int] = set()
-    if rule.scope_num:
+    if rule[Scope].scope_num:
         spread = {s: _spread(state, b, h, s, rule) for s in open_slots}
         order = sorted(open_slots, key=lambda s: (-spread[s], pos[s]))
         kept = set(order[: max(rule.untouchable_of(n) - len(protected), 0)])
@@ -158,18 +164,18 @@ def _settle(state: State, b: int, h: int, position: int, rule: Rule) -> None:
 
 
 def _spread(state: State, b: int, h: int, s: int, rule: Rule) -> float:
-    total, square, count = (state.stats[rule.stat(n), b, h, s] for n in ("sum", "sumsq", "count"))
+    total, square, count = (state.stats[stat(rule, n), b, h, s] for n in ("sum", "sumsq", "count"))
     count = count.clamp(min=1)
     return float((square / count - (total / count) * (total / count)).clamp(min=0).sqrt())
 
 
 def _score(state: State, b: int, h: int, s: int, rule: Rule) -> float:
-    if rule.score == "position":
+    if rule[Ranking].score == "position":
         return float(state.pos[b, h, s])
-    heads = range(state.pos.shape[1]) if rule.heads == "all" else [h]
+    heads = range(state.pos.shape[1]) if rule[Ranking].heads == "all" else [h]
     scores = []
     for i in heads:
-        total = state.stats[rule.stat("sum"), b, i, s]
-        mean = rule.score == "mean"
-        scores.append(float(total / state.stats[rule.stat("count"), b, i, s].clamp(min=1) if mean else total))
+        total = state.stats[stat(rule, "sum"), b, i, s]
+        mean = rule[Ranking].score == "mean"
+        scores.append(float(total / state.stats[stat(rule, "count"), b, i, s].clamp(min=1) if mean else total))
     return sum(scores) / len(scores)

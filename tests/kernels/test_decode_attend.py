@@ -1,9 +1,13 @@
 """decode_attend, single steps: poison, sentinels, masks, ties, dtypes."""
 
+from kvpass.kernels.attention.observation import Observation
+from kvpass.kernels.budget import Budget
+from kvpass.kernels.slots.cursor import FREE, LIVE
+from kvpass.kernels.slots.statistics import Statistics
 import pytest
 import torch
 from kvpass.kernels.decode_attend import decode_attend
-from kvpass.kernels.rule import FREE, LIVE, Rule
+from kvpass.kernels.rule import Rule
 from kvpass.kernels.testing import assert_close, bits, qkv, random_state
 
 H2O = Rule(stats=("sum",), queries=-1, decode="add", score="sum", recent_num=1, recent_den=2, slots=100)
@@ -62,12 +66,12 @@ def advance(new, state, rule, mask, position, **extras):
     want, rows = oracle(*new, mask, before, position, 0.3, **extras)
     assert_close(out, want, dtype, what="out")
     for (b, h), (slots, probs) in rows.items():
-        row = probs.mean(0) if rule.group == "mean" else probs.amax(0)
-        for i, name in enumerate(rule.stats):
+        row = probs.mean(0) if rule[Observation].group == "mean" else probs.amax(0)
+        for i, name in enumerate(rule[Statistics].stats):
             old = before.stats[i, b, h, slots].double()
             old[-1] = 0.0
             new = {"sum": row, "sumsq": row**2, "count": (probs > 0).any(0).double()}[name]
-            want_stat = {"add": old + new, "replace": new, "none": old}[rule.decode]
+            want_stat = {"add": old + new, "replace": new, "none": old}[rule[Observation].decode]
             assert_close(state.stats[i, b, h, slots], want_stat, dtype, stats=True, what=name)
         beyond = slice(int(before.cursor[b, h, LIVE]) + 1, None)
         for new_t, old_t in zip(state.tensors()[:3], before.tensors()[:3], strict=True):
@@ -156,7 +160,7 @@ def test_sinks_and_softcap_over_evictions(live, extras):
     state = random_state(torch.full((2, 2), live), 11, 16, rule, seen=30)
     for i in range(6):
         before = advance(qkv(2, 4, 2, 1, 16, seed=i), state, rule, None, 30 + i, **extras)
-        if live + i >= rule.slots:
+        if live + i >= rule[Budget].slots:
             gone = state.cursor[..., FREE, None].long()
             past = before.pos.where(before.used(), -1)
             score = state.stats[0].where((past >= 0) & (past < 29 + i), torch.inf)

@@ -1,5 +1,6 @@
 """decode_step against decode_attend: the same tokens kept, the same numbers, nothing changed in place."""
 
+from kvpass.kernels.budget import kept
 import pytest
 import torch
 from kvpass.kernels.decode_attend import decode_attend
@@ -72,7 +73,7 @@ def test_a_run_of_steps_keeps_the_same_tokens(name, kind):
     rule = RULES[name]
     q, k, v = qkv(2, 4, 2, STEPS, 16, value_dim=8, seed=2)
     q, mask = 2 * q, hidden(kind, 4)
-    state = empty_state(2, 2, (rule.kept(STEPS) if rule.evicts else STEPS) + 2, 16, rule, value_dim=8)
+    state = empty_state(2, 2, (kept(rule, STEPS) if rule.evicts else STEPS) + 2, 16, rule, value_dim=8)
     for t in range(STEPS):
         now = slice(t, t + 1)
         seen = mask if mask is None else mask[..., : t + 1]

@@ -1,5 +1,12 @@
 """The whole chain, prefill and then token by token, against a simulation that keeps plain Python lists of tokens."""
 
+from kvpass.kernels.attention.observation import Observation
+from kvpass.kernels.budget import budget, kept
+from kvpass.kernels.rank.criterion import Ranking, Scope
+from kvpass.kernels.rank.places import Protected
+from kvpass.kernels.rank.smooth import Pool
+from kvpass.kernels.slots.cursor import FREE, LIVE, SEEN
+from kvpass.kernels.slots.statistics import Statistics
 import math
 
 import pytest
@@ -8,7 +15,7 @@ from kvpass.kernels.compact_slots import compact_slots
 from kvpass.kernels.decode_attend import decode_attend
 from kvpass.kernels.prefill_attend import prefill_attend
 from kvpass.kernels.rank.scores import score_slots
-from kvpass.kernels.rule import FREE, LIVE, SEEN, Rule
+from kvpass.kernels.rule import Rule
 from kvpass.kernels.select_slots import select_slots
 from kvpass.kernels.slots.join_slots import join_slots
 from kvpass.kernels.testing import assert_close, bits, empty_state, qkv
@@ -54,25 +61,25 @@ class Simulation:
         v = torch.stack([t["v"] for t in keys])
         logits = (q @ k.T * self.scale).masked_fill(~torch.tensor(shown), -math.inf)
         probs = logits.softmax(-1)
-        return probs @ v, probs.mean(0) if self.rule.group == "mean" else probs.amax(0)
+        return probs @ v, probs.mean(0) if self.rule[Observation].group == "mean" else probs.amax(0)
 
     def budget(self):
-        return self.rule.budget(self.seen)
+        return budget(self.rule, self.seen)
 
     def priority(self, h, end):
         """Tokens of head h from the best to keep to the first to go."""
         rule, n = self.rule, self.budget()
-        recent = rule.recent + n * rule.recent_num // rule.recent_den
+        recent = rule[Protected].recent + n * rule[Protected].recent_num // rule[Protected].recent_den
         scores = []
         for i, t in enumerate(self.heads[h]):
-            same = [head[i] for head in self.heads] if rule.heads == "all" else [t]
+            same = [head[i] for head in self.heads] if rule[Ranking].heads == "all" else [t]
             scores.append(sum(self.score(s) for s in same) / len(same))
-        safe = [t["number"] >= end - recent or t["number"] < rule.sinks for t in self.heads[h]]
+        safe = [t["number"] >= end - recent or t["number"] < rule[Protected].sinks for t in self.heads[h]]
         kept = [False] * len(scores)
-        if rule.scope_num:
+        if rule[Scope].scope_num:
             spread = [math.inf if s else self.spread(t) for s, t in zip(safe, self.heads[h], strict=True)]
             order = sorted(range(len(spread)), key=lambda i: (-spread[i], self.heads[h][i]["pos"]))
-            for i in order[: n * rule.scope_num // rule.scope_den + 1]:
+            for i in order[: n * rule[Scope].scope_num // rule[Scope].scope_den + 1]:
                 kept[i] = True
         rank = [(-2 if s else -1 if u else 0) for s, u in zip(safe, kept, strict=True)]
         order = sorted(
@@ -82,9 +89,9 @@ class Simulation:
         return [self.heads[h][i] for i in order]
 
     def score(self, token):
-        if self.rule.score == "position":
+        if self.rule[Ranking].score == "position":
             return float(token["pos"])
-        return token["sum"] / (max(token["count"], 1) if self.rule.score == "mean" else 1)
+        return token["sum"] / (max(token["count"], 1) if self.rule[Ranking].score == "mean" else 1)
 
     def spread(self, token):
         n = max(token["count"], 1)
@@ -113,10 +120,10 @@ class Simulation:
             for number, t in enumerate(new, self.seen):
                 t.update(number=number, sum=0.0, sumsq=0.0, count=0.0)
             self.heads[h].extend(new)
-            fresh.append({id(t): dict.fromkeys(rule.stats, 0.0) for t in self.heads[h]})
+            fresh.append({id(t): dict.fromkeys(rule[Statistics].stats, 0.0) for t in self.heads[h]})
         observing = [s for s in range(queries) if valid[s]]
-        if not single and rule.queries >= 0:
-            observing = observing[max(len(observing) - rule.queries, 0) :]
+        if not single and rule[Observation].queries >= 0:
+            observing = observing[max(len(observing) - rule[Observation].queries, 0) :]
         for h, tokens in enumerate(self.heads):
             rows = slice(h * group, (h + 1) * group)
             for i in range(queries):
@@ -126,36 +133,36 @@ class Simulation:
                 out[rows, i], row = self.attend(h, q[rows, i], tokens, shown)
                 if i in observing:
                     for t, a, s in zip(tokens, row.tolist(), shown, strict=True):
-                        for name in rule.stats:
+                        for name in rule[Statistics].stats:
                             fresh[h][id(t)][name] += OBSERVE[name](a) * s
         self.merge(fresh, single)
         self.seen += sum(valid)
         if self.first is None and any(valid):
             self.first = position + valid.index(True)
         end = self.seen
-        if rule.pool != "none" and not single:
+        if rule[Pool].pool != "none" and not single:
             self.pool(end)
         if rule.evicts:
             self.shrink(end)
         return out
 
     def merge(self, fresh, single):
-        mode = self.rule.decode if single else "add" if self.rule.carry else "replace"
+        mode = self.rule[Observation].decode if single else "add" if self.rule[Observation].carry else "replace"
         for tokens, new in zip(self.heads, fresh, strict=True):
             for t in tokens:
                 for name, value in new[id(t)].items():
                     t[name] = t[name] + value if mode == "add" else value if mode == "replace" else t[name]
 
     def pool(self, end):
-        rule, half = self.rule, self.rule.pool_size // 2
+        rule, half = self.rule, self.rule[Pool].pool_size // 2
         for tokens in self.heads:
-            inside = [t["number"] < end - max(rule.queries, 0) for t in tokens]
+            inside = [t["number"] < end - max(rule[Observation].queries, 0) for t in tokens]
             raw = [t["sum"] if ok else 0.0 for t, ok in zip(tokens, inside, strict=True)]
             padded = [0.0] * half + raw + [0.0] * half
             for i, t in enumerate(tokens):
                 if inside[i]:
-                    window = padded[i : i + rule.pool_size]
-                    t["sum"] = max(window) if rule.pool == "max" else sum(window) / rule.pool_size
+                    window = padded[i : i + rule[Pool].pool_size]
+                    t["sum"] = max(window) if rule[Pool].pool == "max" else sum(window) / rule[Pool].pool_size
 
 
 class Site:
@@ -198,7 +205,7 @@ def compare(site, simulations, rule):
         for h, tokens in enumerate(sim.heads):
             live, free, seen, first = state.cursor[b, h].tolist()
             assert (live, seen, first) == (len(tokens), sim.seen, -1 if sim.first is None else sim.first)
-            assert live <= (rule.budget(seen) if rule.evicts else seen)
+            assert live <= (budget(rule, seen) if rule.evicts else seen)
             assert 0 <= free <= live
             here = used[b, h].nonzero().flatten()
             order = here[state.pos[b, h, here].argsort()]
@@ -207,7 +214,7 @@ def compare(site, simulations, rule):
             for slot, t in zip(order.tolist(), tokens, strict=True):
                 assert torch.equal(state.k[b, h, slot].double(), t["k"])
                 assert torch.equal(state.v[b, h, slot].double(), t["v"])
-            for i, name in enumerate(rule.stats):
+            for i, name in enumerate(rule[Statistics].stats):
                 want = torch.tensor([t[name] for t in tokens], dtype=torch.float64)
                 assert_close(state.stats[i, b, h, order], want, stats=True, what=name)
 
@@ -217,7 +224,7 @@ def drive(rule, calls, pads, *, heads=4, kv_heads=2, dim=16, check_every=1):
     batch, total = len(pads), sum(calls)
     q, k, v = qkv(batch, heads, kv_heads, total, dim, seed=3)
     q = q * 2  # sharper rows: scores differ by more than rounding
-    slots = (rule.kept(total) if rule.evicts else total) + 3
+    slots = (kept(rule, total) if rule.evicts else total) + 3
     site = Site(rule, batch, kv_heads, slots, dim, 0.25)
     simulations = [Simulation(rule, kv_heads, 0.25) for _ in range(batch)]
     start = 0

@@ -1,5 +1,7 @@
 """prefill_attend against full matrices in float64."""
 
+from kvpass.kernels.attention.observation import Observation
+from kvpass.kernels.slots.statistics import Statistics
 import pytest
 import torch
 from kvpass.kernels.prefill_attend import prefill_attend, reference
@@ -59,17 +61,17 @@ def oracle(q, k, v, pos, mask, scale, causal, rule, sinks=None, softcap=0.0):
         start = 0 if pos is None else int(pos[0, 0, -q.shape[2]])
         for s in range(q.shape[2]):
             valid[:, s] = seen[..., 0 if seen.shape[-1] == 1 else start + s].flatten(1).any(1)
-    stats = torch.zeros(len(rule.stats), *k.shape[:3], dtype=torch.float64)
+    stats = torch.zeros(len(rule[Statistics].stats), *k.shape[:3], dtype=torch.float64)
     for b in range(q.shape[0]):
         for s in range(q.shape[2]):
             newer = int(valid[b, s + 1 :].sum())  # the window is of the row's last valid queries
-            if not valid[b, s] or rule.queries == 0 or newer >= rule.queries > 0:
+            if not valid[b, s] or rule[Observation].queries == 0 or newer >= rule[Observation].queries > 0:
                 continue
             for h in range(k.shape[1]):
                 mine = slice(h * group, (h + 1) * group)
-                row = probs[b, mine, s].mean(0) if rule.group == "mean" else probs[b, mine, s].amax(0)
+                row = probs[b, mine, s].mean(0) if rule[Observation].group == "mean" else probs[b, mine, s].amax(0)
                 parts = {"sum": row, "sumsq": row**2, "count": shown[b, mine, s].any(0).double()}
-                for i, name in enumerate(rule.stats):
+                for i, name in enumerate(rule[Statistics].stats):
                     stats[i, b, h] += parts[name]
     return probs @ vv, stats, valid, shown.any(-1)
 

@@ -3,16 +3,22 @@ row: row by row what each keeps alone. The ops of two layers on random tensors, 
 
 from __future__ import annotations
 
+from kvpass.kernels.budget import kept
+from kvpass.kernels.rank.allocate import ShareOut
+from kvpass.kernels.rank.marks import Marks
+from kvpass.kernels.rank.scored import Scoring
+from kvpass.kernels.slots.ragged import Ragged
+from kvpass.kernels.slots.statistics import Statistics
 from typing import Any
 
 import pytest
 import torch
 from kvpass.kernels.after_call.layers import shared_out
-from kvpass.kernels.attention.window_rows import window_rows
+from kvpass.kernels.rank.window_rows import window_rows
 from kvpass.kernels.compact_slots import compact_slots
 from kvpass.kernels.decode_attend import decode_attend
 from kvpass.kernels.prefill_attend import prefill_attend
-from kvpass.kernels.rank.held import arrivals
+from kvpass.kernels.rank.scored import arrivals
 from kvpass.kernels.rank.scorers.registry import find_scorer, scorers
 from kvpass.kernels.rank.scores import score_slots
 from kvpass.kernels.select_slots import select_slots
@@ -72,7 +78,7 @@ class Host:
             q, k, v = (self._columns(x[:, layer], own, valid) for x in (self.rows.q, self.rows.k, self.rows.v))
             step = count == 1 and start > 0
             (self._one if step else self._many)(layer, rule, (q, k, v), mask, start, own)
-        if self.rules[0].spread and not (count == 1 and start):
+        if self.rules[0][ShareOut].share and not (count == 1 and start):
             for layer, (state, free) in enumerate(shared_out(list(self.states), self.rules, 2)):
                 self.states[layer], self.spares[layer] = state, free
 
@@ -83,13 +89,13 @@ class Host:
         return torch.where(valid[:, None, :, None], picked, 9.0)
 
     def _one(self, layer: int, rule: Any, qkv: Any, mask: torch.Tensor, position: int, own: torch.Tensor) -> None:
-        if not rule.spread:
-            self.states[layer] = with_room(self.states[layer], rule.kept(position + 1))
+        if not rule[ShareOut].share:
+            self.states[layer] = with_room(self.states[layer], kept(rule, position + 1))
         elif self.spares[layer] < 1:
             self.states[layer], self.spares[layer] = with_spare(self.states[layer], 3)
         self.spares[layer] -= 1
         state, text = self.states[layer], rule.encode()
-        held = bool({"held", "weight", "mark", "place"} & set(rule.stats))
+        held = bool({"held", "weight", "mark", "place"} & set(rule[Statistics].stats))
         arrive = arrivals(*qkv[1:], state[4], position, text, self.wo) if held else None
         decode_attend(*qkv, mask, *state, position, DIM**-0.5, text, arrive=arrive)
 
@@ -100,25 +106,25 @@ class Host:
             state = SlotStore.empty_state(rule, tokens, k, len(k), KV, DIM, DIM)
         else:
             state = self.states[layer]
-            state = evened(state, q.shape[2]) if rule.spread else with_room(state, rule.kept(tokens))
+            state = evened(state, q.shape[2]) if rule[ShareOut].share else with_room(state, kept(rule, tokens))
             k, v, pos, past = join_slots(*state, k, v, position)
         self.states[layer] = state
         _, stats, valid = prefill_attend(q, k, v, pos, mask, DIM**-0.5, False, text)
         beside: dict[str, Any] = {}
-        if {"held", "weight", "mark", "place"} & set(rule.stats):
+        if {"held", "weight", "mark", "place"} & set(rule[Statistics].stats):
             rows = None
-            if {"rows", "logits"} & set(rule.reads):
+            if {"rows", "logits"} & set(rule[Scoring].reads):
                 rows = window_rows(q, k, pos, mask, valid, DIM**-0.5, False, text)
             beside = {"k": k, "v": v, "rows": rows, "wo": self.wo}
-        if "queries" in rule.reads:
+        if "queries" in rule[Scoring].reads:
             angle = own[..., None] * 0.7 ** torch.arange(1, DIM // 2 + 1)
             angle = torch.cat([angle, angle], -1)
             beside |= {"queries": q, "turns": torch.stack([angle.cos(), angle.sin()])}
-        if rule.marked:
+        if rule[Marks].marked:
             beside["marks"] = torch.zeros(valid.shape, dtype=torch.int32)
         shown = mask if pos is not None else None
         score, stats, cursor = score_slots(stats, past, pos, valid, state[4], position, text, mask=shown, **beside)
-        room = score.shape[2] if rule.ragged else state[0].shape[2]
+        room = score.shape[2] if rule[Ragged].ragged else state[0].shape[2]
         compact_slots(k, v, pos, stats, select_slots(score, cursor, room), cursor, *state)
 
     def kept(self, row: int) -> list[list[list[int]]]:
@@ -162,7 +168,7 @@ def test_first_calls_of_a_few_tokens(policy: str, first: int) -> None:
         if at < 3 and policy not in UNBOUNDED:
             assert all(head == list(range(first + at)) for layer in held for head in layer)
     assert batch.kept(0) == alone.kept(0)
-    limit = sum(rule.kept(sum(calls)) for rule in alone.rules)
+    limit = sum(kept(rule, sum(calls)) for rule in alone.rules)
     assert sum(len(head) for layer in held for head in layer) <= KV * limit
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from kvpass.kernels.rank.criterion import UNTOUCHABLE
 import math
 
 import pytest
 import torch
-from kvpass.kernels.attention.window_rows import window_rows
+from kvpass.kernels.rank.window_rows import window_rows
 from kvpass.kernels.rank.allocate import head_counts, ragged_columns, table_counts
 from kvpass.kernels.rank.scorers.chance import gumbel_rows
 from kvpass.kernels.rank.scorers.seen import Seen
 from kvpass.kernels.rank.scorers.window import keyformer
 from kvpass.kernels.rank.smooth import by_granule, fair_shares
 from kvpass.kernels.rank.weights import value_weights
-from kvpass.kernels.rule import UNTOUCHABLE, Rule
+from kvpass.kernels.rule import Rule
 from kvpass.kernels.testing import assert_close, causal_mask, qkv
 
 INF = float("inf")

@@ -5,6 +5,10 @@ Not collected by a plain `pytest`: test_triton_interpreter.py and tests/gpu run 
 
 from __future__ import annotations
 
+from kvpass.kernels.budget import Budget
+from kvpass.kernels.rank.criterion import Ranking
+from kvpass.kernels.slots.cursor import FREE, LIVE, SEEN
+from kvpass.kernels.slots.statistics import Statistics
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +29,7 @@ from kvpass.kernels.decode_attend.reference import decode_attend_reference
 from kvpass.kernels.decode_attend.triton import _splits
 from kvpass.kernels.prefill_attend.reference import prefill_attend_reference
 from kvpass.kernels.rank.scores import score_slots
-from kvpass.kernels.rule import FREE, LIVE, SEEN, Rule
+from kvpass.kernels.rule import Rule
 from kvpass.kernels.select_slots.reference import select_slots_reference
 from kvpass.kernels.testing import State, assert_close, bits, empty_state, qkv, random_state
 from kvpass.kernels.triton_shared.triton_launch import Target
@@ -125,10 +129,10 @@ def test_decode_sinks_in_splits(mask: str, live: int) -> None:
 def test_decode_from_nothing(name: str) -> None:
     """From an empty cache to six evictions; with heads="all" every head holds the same tokens."""
     rule = replace(RULES[name], recent=min(RULES[name].recent, 3))
-    rule = replace(rule, slots=8) if rule.slots else replace(rule, floor=8)
+    rule = replace(rule, slots=8) if rule[Budget].slots else replace(rule, floor=8)
     state = empty_state(1, 2, 17, 16, rule)
     run_decode(rule, state, "none", 2, 0, 14)
-    if rule.heads == "all":
+    if rule[Ranking].heads == "all":
         assert torch.equal(state.pos[:, 0], state.pos[:, 1])
 
 
@@ -145,7 +149,7 @@ def test_decode_that_waits(change: dict[str, Any]) -> None:
 def test_decode_naive(name: str) -> None:
     rule = RULES[name]
     state = random_state(torch.tensor([[20, 20], [16, 20]]), 22, 16, rule, seen=64)
-    if rule.heads == "all":  # one selection for all heads
+    if rule[Ranking].heads == "all":  # one selection for all heads
         for t in (state.pos, state.cursor, state.stats):
             t.copy_(t.select(-2, 0).unsqueeze(-2).expand_as(t))
         for t in (state.k, state.v):
@@ -186,10 +190,10 @@ def test_decode_ties(name: str) -> None:
     """Equal statistics everywhere: the newer goes, and equal spreads put the older in the scope."""
     rule = RULES[name]
     state = random_state(torch.tensor([[20, 20]]), 24, 16, rule, seen=70)
-    if rule.heads == "all":
+    if rule[Ranking].heads == "all":
         state.pos.copy_(state.pos[:, :1].expand_as(state.pos))
         state.cursor.copy_(state.cursor[:, :1].expand_as(state.cursor))
-    for i, value in enumerate(rule.stats):
+    for i, value in enumerate(rule[Statistics].stats):
         state.stats[i] = torch.where(state.used(), {"sum": 1.5, "sumsq": 2.0, "count": 3.0}[value], float("nan"))
     state.k[state.used()] = 0.25  # the same key everywhere keeps the sums equal
     args = (*qkv(1, 2, 2, 1, 16), None)

@@ -5,6 +5,8 @@ Not collected by a plain `pytest`: test_triton_interpreter.py and tests/gpu run 
 
 from __future__ import annotations
 
+from kvpass.kernels.slots.cursor import LIVE
+from kvpass.kernels.slots.statistics import Statistics
 import pytest
 import torch
 from interpreted import (
@@ -19,7 +21,6 @@ from interpreted import (
 )
 from kvpass.kernels.compact_slots.reference import compact_slots_reference
 from kvpass.kernels.prefill_attend.reference import prefill_attend_reference
-from kvpass.kernels.rule import LIVE
 from kvpass.kernels.select_slots.reference import select_slots_reference
 from kvpass.kernels.slots.join_slots import join_slots
 from kvpass.kernels.testing import assert_close, bits, qkv, random_state
@@ -145,7 +146,7 @@ def test_compact(name: str, given: bool) -> None:
     rule, length, slots = RULES[name], 90, 70
     _, k, v = qkv(2, 4, 2, 1, 24, keys=length, value_dim=20)
     pos = (torch.arange(length, dtype=torch.int32) * 2).expand(2, 2, length).contiguous() if given else None
-    stats = torch.rand(len(rule.stats), 2, 2, length)
+    stats = torch.rand(len(rule[Statistics].stats), 2, 2, length)
     cursor = cursor_of(torch.tensor([[65, 0], [1, 40]]))
     idx = select_slots_reference(torch.rand(2, 2, length), cursor, 66)
     got = random_state(torch.full((2, 2), 60), slots, 24, rule, seen=100, value_dim=20)

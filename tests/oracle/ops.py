@@ -3,16 +3,22 @@ compiler, so that many policies and shapes can be compared."""
 
 from __future__ import annotations
 
+from kvpass.kernels.after_call.reindex import Reindex
+from kvpass.kernels.budget import kept
+from kvpass.kernels.rank.allocate import ShareOut
+from kvpass.kernels.rank.scored import Scoring
+from kvpass.kernels.slots.ragged import Ragged
+from kvpass.kernels.slots.statistics import Statistics
 from typing import Any
 
 import torch
 from kvpass.kernels.after_call.layers import shared_out
 from kvpass.kernels.after_call.reindex import reindex
-from kvpass.kernels.attention.window_rows import window_rows
+from kvpass.kernels.rank.window_rows import window_rows
 from kvpass.kernels.compact_slots import compact_slots
 from kvpass.kernels.decode_attend import decode_attend
 from kvpass.kernels.prefill_attend import prefill_attend
-from kvpass.kernels.rank.held import arrivals
+from kvpass.kernels.rank.scored import arrivals
 from kvpass.kernels.rank.scores import score_slots
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.select_slots import select_slots
@@ -37,11 +43,11 @@ class Site:
 
     @property
     def arrives(self) -> bool:
-        return bool({"held", "weight", "mark", "place", "number"} & set(self.rule.stats))
+        return bool({"held", "weight", "mark", "place", "number"} & set(self.rule[Statistics].stats))
 
     def one(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, position: int) -> None:
-        if not self.rule.spread:
-            self.state = with_room(self.state, self.rule.kept(position + 1))
+        if not self.rule[ShareOut].share:
+            self.state = with_room(self.state, kept(self.rule, position + 1))
         elif self.spare < 1:
             self.state, self.spare = with_spare(self.state, 3)
         self.spare -= 1
@@ -55,22 +61,22 @@ class Site:
         first = not self.state
         if first:
             self.state = SlotStore.empty_state(self.rule, tokens, k, k.shape[0], k.shape[1], DIM, DIM)
-        elif self.rule.spread:
+        elif self.rule[ShareOut].share:
             self.state = evened(self.state, q.shape[2])
         else:
-            self.state = with_room(self.state, self.rule.kept(tokens))
+            self.state = with_room(self.state, kept(self.rule, tokens))
         if not first:
             k, v, pos, past = join_slots(*self.state, k, v, position)
         _, stats, valid = prefill_attend(q, k, v, pos, mask, DIM**-0.5, False, rule)
         beside: dict[str, Any] = {}
         if self.arrives:
-            reads = {"rows", "logits"} & set(self.rule.reads)
+            reads = {"rows", "logits"} & set(self.rule[Scoring].reads)
             rows = window_rows(q, k, pos, mask, valid, DIM**-0.5, False, rule) if reads else None
             beside = {"k": k, "v": v, "rows": rows, "wo": self.projection}
         shown = mask if pos is not None else None
         before = self.state[4], position, rule
         score, stats, cursor = score_slots(stats, past, pos, valid, *before, mask=shown, **beside)
-        room = score.shape[2] if self.rule.ragged else self.state[0].shape[2]
+        room = score.shape[2] if self.rule[Ragged].ragged else self.state[0].shape[2]
         compact_slots(k, v, pos, stats, select_slots(score, cursor, room), cursor, *self.state)
 
     def positions(self) -> torch.Tensor:
@@ -121,7 +127,7 @@ class Layers:
             for site, (state, free) in zip(self.sites, states, strict=True):
                 site.state, site.spare = state, free
         for site in self.sites:
-            if site.rule.reindex:
+            if site.rule[Reindex].reindex:
                 reindex(site.state, site.rule, self.simulator.angles)
         self.tokens = total
         self.simulator.follow([site.positions() for site in self.sites])

@@ -9,6 +9,7 @@ of the dense cache, beside what the policy's rule allows. Some 15 minutes on one
 
 from __future__ import annotations
 
+from kvpass.kernels.budget import kept
 import argparse
 import sys
 import tempfile
@@ -67,7 +68,7 @@ def with_weights(name: str, folder: Path) -> Policy:
 def allowed(policy: Policy, layers: int, tokens: int) -> float:
     """Slots that the rule allows after so many tokens, mean of the layers, of the tokens."""
     rules = [rule_of(policy, at, layers) for at in range(layers)]
-    return sum(rule.kept(tokens) for rule in rules) / layers / tokens
+    return sum(kept(rule, tokens) for rule in rules) / layers / tokens
 
 
 def run(name: str, folder: Path, model: Any, ids: torch.Tensor, new: int) -> dict[str, Any]:

@@ -6,19 +6,20 @@ from typing import Any
 
 import torch
 
+from kvpass.kernels.rank.marks import Marks
 from kvpass.kernels.rule import Rule
 from kvpass.runtime.marks import check_read, marks_of
 from kvpass.runtime.step import CallFacts, Moment, SharedInput, Step
 from kvpass.terms import CacheForm, Phase
 
 
-class Marks(SharedInput):
+class MarksInput(SharedInput):
     """int32 [B, S], 0 where nothing was said."""
 
     name, axes = "marks", ("B", "S")
 
     def applies(self, rule: Rule, phase: Phase, form: CacheForm) -> bool:
-        return rule.marked
+        return rule[Marks].marked
 
     def value(self, call: CallFacts) -> torch.Tensor:
         """Raises:
@@ -28,7 +29,7 @@ class Marks(SharedInput):
         return marks_of(first.sizes["B"](call.args), call.new, call.stores[0].tokens, first.device)
 
 
-MARKS = Marks()
+MARKS = MarksInput()
 
 
 class CheckMarks(Step):

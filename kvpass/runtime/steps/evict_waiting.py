@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kvpass.kernels.rule import Rule
+from kvpass.kernels.timing import Timing
 from kvpass.runtime.step import CallFacts, Moment, Step
 from kvpass.terms import Phase
 
@@ -18,10 +19,10 @@ class EvictWaiting(Step):
         for binding, store in call.sites:
             store.waiting = store.waiting + 1 if binding.phase is Phase.DECODE else 0
             if store.waiting == _tokens(binding.rule):
-                store.evict_late()
+                store.evict_deferred()
                 store.outside += 1
 
 
 def _tokens(rule: Rule) -> int:
     """How many generated tokens come before something is evicted; 1 if nothing waits."""
-    return rule.every
+    return rule[Timing].every

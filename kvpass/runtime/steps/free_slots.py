@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kvpass.kernels.rule import Rule
+from kvpass.kernels.timing import Timing
 from kvpass.runtime.step import CallFacts, Moment, Step
 from kvpass.terms import Phase
 
@@ -14,7 +15,7 @@ class FreeSlots(Step):
     about = "slots that only this call or the tokens before it needed are freed"
 
     def applies(self, rule: Rule, phase: Phase) -> bool:
-        return rule.when == "calls" and phase is not Phase.DECODE
+        return rule[Timing].when == "calls" and phase is not Phase.DECODE
 
     def run(self, call: CallFacts) -> None:
         for binding, store in call.sites:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from kvpass.kernels.budget import kept
+from kvpass.kernels.rank.allocate import ShareOut
 from kvpass.kernels.rule import Rule
 from kvpass.runtime.step import CallFacts, Moment, Step
 from kvpass.runtime.store import spare_slots
@@ -13,13 +15,13 @@ class ShareSlots(Step):
     about = "layers share slots out by the call's data and drop what is too much, one by one"
 
     def applies(self, rule: Rule, phase: Phase) -> bool:
-        return bool(rule.spread) and phase is not Phase.DECODE
+        return bool(rule[ShareOut].share) and phase is not Phase.DECODE
 
     def run(self, call: CallFacts) -> None:
         from kvpass.kernels.after_call.layers import shared_out
 
         stores, rules = call.stores, [store.rule for store in call.stores]
-        spare = spare_slots(rules[0].kept(stores[0].tokens + call.new))
+        spare = spare_slots(kept(rules[0], stores[0].tokens + call.new))
         states = shared_out([store.state for store in stores], rules, spare)
         for store, (state, free) in zip(stores, states, strict=True):
             store.state, store.spare = state, free

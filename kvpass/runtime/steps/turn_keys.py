@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kvpass.kernels.after_call.reindex import checked, new_places, reindex, step_between
+from kvpass.kernels.after_call.reindex import Reindex, checked, new_places, reindex, step_between
 from kvpass.kernels.errors import RotationError
 from kvpass.kernels.rule import Rule
 from kvpass.runtime.angles import Angles
@@ -21,7 +21,7 @@ class TurnKeys(Step):
     about = "keys are turned to their places in the cache"
 
     def applies(self, rule: Rule, phase: Phase) -> bool:
-        return rule.reindex and rule.evicts
+        return rule[Reindex].reindex and rule.evicts
 
     def run(self, call: CallFacts) -> None:
         """Raises:
@@ -52,7 +52,7 @@ def turn_keys(sites: Sequence[tuple[Angles | None, SlotStore]], args: Sequence[A
 
 def _learn(angles: Angles, stores: Sequence[SlotStore], args: Sequence[Any], count: int) -> None:
     """Learn the step from a cache's first call; of each call see that its keys stand where their places say."""
-    with torch.autocast(stores[0].state[0].device.type, enabled=False):
+    with torch.autocast(stores[0].state.k.device.type, enabled=False):
         turn = angles.turns(angles.call(args))
         step = stores[0].step if stores[0].step is not None else angles.step(args)
     # a token that comes alone is kept by all layers, or stands nowhere
