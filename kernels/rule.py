@@ -174,11 +174,17 @@ class Rule:
         return Rule(**values)
 
 
+def all_words() -> dict[str, Any]:
+    """Every word that a rule may say, with its default."""
+    _meet_all_records()
+    return {word: getattr(kind(), word) for word, kind in sorted(_SAID_BY.items())}
+
+
 def _said_by(word: str) -> type[Record]:
     if word not in _SAID_BY:
         _meet_all_records()
     if word not in _SAID_BY:
-        raise TypeError(f"no record of a rule says {word!r}: known are {', '.join(sorted(_SAID_BY))}")
+        raise TypeError(f"no record of a rule says {word!r}: known are {', '.join(all_words())}")
     return _SAID_BY[word]
 
 

@@ -25,7 +25,7 @@ from kvpass.policy.layers import of_layer
 from kvpass.policy.load import PRESETS, names
 from kvpass.policy.policy import Policy
 from kvpass.policy.schema import json_schema, schema_text
-from kvpass.runtime.store import SlotStore
+from kvpass.runtime.store import empty_state
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DOCS = ROOT / "docs"
@@ -59,8 +59,8 @@ def test_the_list_has_every_policy_in_columns(capsys):
 def test_bytes_are_those_of_the_state(name):
     (row,) = [row for row in catalogue() if row.name == name]
     like = torch.zeros(())
-    state = SlotStore.empty_state(example_rule(Policy.load(name)), 500, like, b=1, hkv=1, d=4, dv=4)
-    assert sum(t.nbytes for t in state[2:4]) == row.bytes * state[0].shape[2]
+    state = empty_state(example_rule(Policy.load(name)), 500, like, {"B": 1, "Hkv": 1, "D": 4, "Dv": 4})
+    assert state.pos.nbytes + state.stats.nbytes == row.bytes * state.slots
 
 
 @pytest.mark.parametrize("name", names())

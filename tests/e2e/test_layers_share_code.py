@@ -9,7 +9,7 @@ import torch
 from models import tiny
 
 import kvpass
-from kvpass import inner as inner_compilers
+from kvpass.pipeline import inner as inner_compilers
 
 LAYERS = 4
 PADDING = 9

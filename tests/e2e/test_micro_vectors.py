@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from kvpass.kernels.budget import budget
-from kvpass.kernels.slots.cursor import FIRST, LIVE
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from kvpass.kernels.budget import budget
 from kvpass.kernels.prefill_attend import prefill_attend
 from kvpass.kernels.rank.allocate import head_counts
 from kvpass.kernels.rank.ranking import slot_scores
@@ -20,6 +19,7 @@ from kvpass.kernels.rank.smooth import pooled, smoothed
 from kvpass.kernels.rank.weights import value_weights
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.select_slots import select_slots
+from kvpass.kernels.slots.cursor import FIRST, LIVE
 
 
 def close(ours: torch.Tensor, expected: list[float], digits: float = 1e-4) -> None:
@@ -44,7 +44,7 @@ def test_pool(kind: str, expected: list[float]) -> None:
 def test_pyramid(slots: int, layers: int, first: int, last: int) -> None:
     """R6's ends, the window of 32 on top, whatever the length; equal steps in between, and no more than even budgets
     together (R6 rounds its steps down, and so its sum up)."""
-    rules = [Rule(queries=32, slots=slots, taper=20, layer=layer, layers=layers) for layer in range(layers)]
+    rules = [Rule(queries=32, slots=slots, beta=20, layer=layer, layers=layers) for layer in range(layers)]
     for seen in (40, slots, 8 * slots):
         budgets = [budget(rule, seen) - 32 for rule in rules]
         assert (budgets[0], budgets[-1]) == (first, last)
@@ -55,7 +55,7 @@ def test_pyramid(slots: int, layers: int, first: int, last: int) -> None:
 
 def test_pyramid_without_a_base_is_even() -> None:
     """Where beta leaves the last layer nothing."""
-    assert {Rule(queries=32, slots=48, taper=20, layer=at, layers=4).budget(60) for at in range(4)} == {48}
+    assert {budget(Rule(queries=32, slots=48, beta=20, layer=at, layers=4), 60) for at in range(4)} == {48}
 
 
 @pytest.mark.parametrize("safe", [(1, 5), (1, 2)])
@@ -167,7 +167,7 @@ def test_lag() -> None:
 
 def test_retention() -> None:
     """TRIM-KV: log-retention times age, t = 100."""
-    rule = Rule(stats=("held",), score="held", scorer="knorm", decay=True, slots=2)
+    rule = Rule(stats=("scored",), score="scored", scorer="knorm", decay=True, slots=2)
     held = torch.tensor([[[[-0.01, -0.001, -0.1]]]])
     close(slot_scores(held, torch.tensor([[[0, 50, 98]]]), rule, 100), [-1, -0.05, -0.2])
 

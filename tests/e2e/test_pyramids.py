@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from kvpass.kernels.budget import budget, kept
 import inspect
 from typing import Any
 
 import pytest
 import torch
+from kvpass.kernels.budget import budget, kept
 from kvpass.kernels.rule import Rule
 from models import tiny
 from oracle.drive import Conversation
@@ -89,7 +89,7 @@ def test_budgets_never_fall(budget: float | int, layers: int) -> None:
 
 def test_a_share_above_a_half_is_less_steep() -> None:
     """The first layer keeps all that it has seen, and no more."""
-    first, last = (Rule(queries=32, num=3, den=4, floor=64, taper=20, layer=at, layers=2).budget(4000) for at in (0, 1))
+    first, last = (budget(Rule(queries=32, num=3, den=4, floor=64, beta=20, layer=at, layers=2), 4000) for at in (0, 1))
     assert 3950 <= first <= 4000
     assert first + last == 6000
 

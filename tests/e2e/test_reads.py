@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from kvpass.kernels.attention.observation import Observation, emitted
 from typing import Any
 
 import pytest
 import torch
+from kvpass.kernels.attention.observation import Observation, emitted
 from kvpass.kernels.prefill_attend import reference
 from models import tiny
 from spelling import with_cache

@@ -6,13 +6,12 @@ are compared as the row's own tokens, counted from 0.
 
 from __future__ import annotations
 
-from kvpass.kernels.after_call.reindex import Reindex
 from typing import Any
 
 import pytest
 import torch
 from kvpass.kernels.after_call.layers import shared_out
-from kvpass.kernels.after_call.reindex import reindex
+from kvpass.kernels.after_call.reindex import Reindex, reindex
 from models import tiny
 from oracle.ops import DIM, Site
 

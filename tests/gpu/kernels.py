@@ -17,7 +17,8 @@ from kvpass.kernels.decode_attend import decode_attend
 from kvpass.kernels.prefill_attend import prefill_attend
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.select_slots import select_slots
-from kvpass.kernels.testing import State, causal_mask, empty_state
+from kvpass.kernels.slots.state import State
+from kvpass.kernels.testing import causal_mask, empty_state
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -130,7 +131,7 @@ def step(policy: str, batch: int, slots: int) -> dict[str, Any]:
     def call() -> Tensor:
         if policy == "full":
             state.cursor.copy_(start)
-        return decode_attend(*new, None, *state.tensors(), slots, SCALE, encoded)
+        return decode_attend(*new, None, state.tensors(), slots, SCALE, encoded)
 
     found = checked(call(), scaled_dot_product_attention(new[0], keys, values, enable_gqa=True))
     del keys, values
@@ -171,7 +172,7 @@ def compaction(batch: int, tokens: int) -> dict[str, Any]:
     k, v = (random(batch, KV_HEADS, tokens, DIM) for _ in range(2))
     stats = torch.rand(1, batch, KV_HEADS, tokens, device=DEVICE)
     chosen = select_slots(stats[0], cursor, kept)
-    ms = median_ms(lambda: compact_slots(k, v, None, stats, chosen, cursor, *state.tensors()))
+    ms = median_ms(lambda: compact_slots((k, v, None, stats), chosen, cursor, state.tensors(), encoded))
     return rates(ms, moved=2 * batch * KV_HEADS * kept * 2 * DIM * DTYPE.itemsize)
 
 

@@ -14,11 +14,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from kvpass.kernels.attention.softmax import Softmax
 from kvpass.kernels.compact_slots import triton as compact_slots
+from kvpass.kernels.decode_attend import reference
 from kvpass.kernels.decode_attend import triton as decode_attend
+from kvpass.kernels.decode_attend.call import Call, Token
 from kvpass.kernels.prefill_attend import triton as prefill_attend
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.select_slots import triton as select_slots
+from kvpass.kernels.slots.state import State
 from kvpass.kernels.testing import causal_mask
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -85,9 +89,31 @@ def on_device(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 prefill_attend_triton = on_device(prefill_attend.prefill_attend_triton)
-decode_attend_triton = on_device(decode_attend.decode_attend_triton)
+
+
+def _decode_attend(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """An implementation of a step, with the op's arguments."""
+
+    def given(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, state: list[Tensor], position: int, scale: float,
+        rule: str, sinks: Tensor | None = None, softcap: float = 0.0,
+    ) -> Tensor:  # fmt: skip
+        plan = Rule.parse(rule)
+        call = Call(mask, position, Softmax(scale, sinks, softcap), plan)
+        return run(Token(q, k, v), State.of(state, plan), call)
+
+    return given
+
+
+decode_attend_triton = on_device(_decode_attend(decode_attend.decode_attend_triton))
+decode_attend_reference = _decode_attend(reference.decode_attend_reference)
 select_slots_triton = on_device(select_slots.select_slots_triton)
-compact_slots_triton = on_device(compact_slots.compact_slots_triton)
+
+
+@on_device
+def compact_slots_triton(keys: tuple[Tensor | None, ...], idx: Tensor, cursor: Tensor, state: list[Tensor]) -> None:
+    compact_slots.compact_slots_triton(keys, idx, cursor, State(state))
+
 
 ALL = ("sum", "sumsq", "count")
 RULES = {

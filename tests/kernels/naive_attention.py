@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from kvpass.kernels.attention.observation import Observation
 from kvpass.kernels.budget import budget
 from kvpass.kernels.rank.criterion import Ranking, Scope
 from kvpass.kernels.rank.places import Protected
+from kvpass.kernels.rank.ranking import reach_of, recent_of
+from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.cursor import FIRST, FREE, LIVE, SEEN
 from kvpass.kernels.slots.statistics import Statistics, stat
-import torch
-from kvpass.kernels.rule import Rule
 from kvpass.kernels.testing import State
 from torch import Tensor
 
@@ -64,7 +65,11 @@ def naive_prefill(
             shown = wide[b] if wide.dtype == torch.bool else wide[b] > hidden(wide)
             valid[b] = torch.tensor([bool(shown[:, :, j].any()) for j in range(length)])
         observing = [j for j in range(length) if valid[b, j]]
-        observing = observing if rule[Observation].queries < 0 else observing[max(len(observing) - rule[Observation].queries, 0) :]
+        observing = (
+            observing
+            if rule[Observation].queries < 0
+            else observing[max(len(observing) - rule[Observation].queries, 0) :]
+        )
         for h in range(k.shape[1]):
             for i in range(length):
                 rows, seen = [], []
@@ -150,13 +155,15 @@ def _settle(state: State, b: int, h: int, position: int, rule: Rule) -> None:
         return
     pos = state.pos[b, h].tolist()
     first = int(cursor[FIRST])
-    protected = {s for s in range(used) if pos[s] < first + rule[Protected].sinks or pos[s] > position - rule.recent_of(n)}
+    protected = {
+        s for s in range(used) if pos[s] < first + rule[Protected].sinks or pos[s] > position - recent_of(rule, n)
+    }
     open_slots = [s for s in range(used) if s not in protected]
     kept: set[int] = set()
     if rule[Scope].scope_num:
         spread = {s: _spread(state, b, h, s, rule) for s in open_slots}
         order = sorted(open_slots, key=lambda s: (-spread[s], pos[s]))
-        kept = set(order[: max(rule.untouchable_of(n) - len(protected), 0)])
+        kept = set(order[: max((reach_of(rule, n) or 0) - len(protected), 0)])
     score = {s: _score(state, b, h, s, rule) if s not in kept else 3.0e38 for s in open_slots}
     victim = min(open_slots, key=lambda s: (score[s], -pos[s]))
     state.pos[b, h, victim] = -1

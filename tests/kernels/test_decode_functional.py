@@ -1,10 +1,11 @@
 """decode_step against decode_attend: the same tokens kept, the same numbers, nothing changed in place."""
 
-from kvpass.kernels.budget import kept
 import pytest
 import torch
+from kvpass.kernels.budget import kept
 from kvpass.kernels.decode_attend import decode_attend
 from kvpass.kernels.decode_attend.functional import decode_step
+from kvpass.kernels.rank.criterion import Ranking
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.testing import assert_close, bits, empty_state, qkv, random_state
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -59,12 +60,12 @@ def step_both(state, q, k, v, mask, position, rule):
     """One step with both forms; `state` moves on in place."""
     before = state.clone()
     args = (q, k, v, mask)
-    out, *new = decode_step(*args, *state.tensors(), position, SCALE, rule.encode())
+    out, *new = decode_step(*args, state.tensors(), position, SCALE, rule.encode())
     assert all(torch.equal(bits(a), bits(b)) for a, b in zip(state.tensors(), before.tensors(), strict=True))
-    want = decode_attend(*args, *state.tensors(), position, SCALE, rule.encode())
+    want = decode_attend(*args, state.tensors(), position, SCALE, rule.encode())
     assert out.dtype == q.dtype
     assert_close(out, want, what=f"out at {position}")
-    same_state(type(state)(*new), before, state)
+    same_state(type(state)(new), before, state)
 
 
 @pytest.mark.parametrize("kind", ["none", "bool", "per head", "bias"])
@@ -81,7 +82,7 @@ def test_a_run_of_steps_keeps_the_same_tokens(name, kind):
     assert not rule.evicts or (state.cursor[..., 0] < STEPS).all()
 
 
-@pytest.mark.parametrize("name", [name for name in RULES if RULES[name].heads == "each"])
+@pytest.mark.parametrize("name", [name for name in RULES if RULES[name][Ranking].heads == "each"])
 def test_ragged_live_counts(name):
     rule = RULES[name]
     state = random_state(torch.tensor([[7, 3], [0, 9]]), 24, 16, rule, seen=30)
@@ -126,7 +127,7 @@ def test_sinks_and_softcap_against_a_dense_float64_attention(with_sinks, softcap
     state = empty_state(2, 2, 14, 16, RULES["full"]).tensors()
     for t in range(12):
         now = slice(t, t + 1)
-        args = (q[:, :, now], k[:, :, now], v[:, :, now], None, *state, t, SCALE, RULES["full"].encode())
+        args = (q[:, :, now], k[:, :, now], v[:, :, now], None, state, t, SCALE, RULES["full"].encode())
         out, *state = decode_step(*args, sinks, softcap)
     keys, values = (x.double().repeat_interleave(3, 1) for x in (k, v))
     logits = q[:, :, -1:].double() @ keys.mT * SCALE
@@ -142,14 +143,14 @@ def test_a_trace_of_one_step_serves_any_other():
     q, k, v = qkv(1, 4, 2, 20, 16)
 
     def one(q, k, v, past, *state):
-        return decode_step(q, k, v, None, *state, past.shape[0], SCALE, rule.encode())
+        return decode_step(q, k, v, None, list(state), past.shape[0], SCALE, rule.encode())
 
     slots, traced = state.clone().tensors(), None
     for t in range(20):
         args = tuple(x[:, :, t : t + 1] for x in (q, k, v))
         if traced is None:
             traced = make_fx(one, tracing_mode="symbolic")(*args, torch.empty(7, 0), *state.tensors())
-        want = decode_attend(*args, None, *state.tensors(), t, SCALE, rule.encode())
+        want = decode_attend(*args, None, state.tensors(), t, SCALE, rule.encode())
         out, *slots = traced(*args, torch.empty(t, 0), *slots)
         assert_close(out, want, what=f"out at {t}")
         assert torch.equal(slots[2], state.pos)
@@ -158,4 +159,4 @@ def test_a_trace_of_one_step_serves_any_other():
 def test_a_rule_of_other_statistics_is_refused():
     state = empty_state(1, 2, 12, 16, RULES["h2o"])
     with pytest.raises(ValueError, match="keeps 3 statistics, got 1"):
-        decode_step(*qkv(1, 4, 2, 1, 16), None, *state.tensors(), 0, SCALE, RULES["roco"].encode())
+        decode_step(*qkv(1, 4, 2, 1, 16), None, state.tensors(), 0, SCALE, RULES["roco"].encode())

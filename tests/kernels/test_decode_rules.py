@@ -1,23 +1,23 @@
 """The whole chain, prefill and then token by token, against a simulation that keeps plain Python lists of tokens."""
 
-from kvpass.kernels.attention.observation import Observation
-from kvpass.kernels.budget import budget, kept
-from kvpass.kernels.rank.criterion import Ranking, Scope
-from kvpass.kernels.rank.places import Protected
-from kvpass.kernels.rank.smooth import Pool
-from kvpass.kernels.slots.cursor import FREE, LIVE, SEEN
-from kvpass.kernels.slots.statistics import Statistics
 import math
 
 import pytest
 import torch
+from kvpass.kernels.attention.observation import Observation
+from kvpass.kernels.budget import budget, kept
 from kvpass.kernels.compact_slots import compact_slots
 from kvpass.kernels.decode_attend import decode_attend
 from kvpass.kernels.prefill_attend import prefill_attend
+from kvpass.kernels.rank.criterion import Ranking, Scope
+from kvpass.kernels.rank.places import Protected
 from kvpass.kernels.rank.scores import score_slots
+from kvpass.kernels.rank.smooth import Pool
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.select_slots import select_slots
+from kvpass.kernels.slots.cursor import FREE, LIVE, SEEN
 from kvpass.kernels.slots.join_slots import join_slots
+from kvpass.kernels.slots.statistics import Statistics
 from kvpass.kernels.testing import assert_close, bits, empty_state, qkv
 
 BUDGET = {"num": 1, "den": 2, "floor": 4}
@@ -178,18 +178,18 @@ class Site:
         sentinels = [bits(t) for t in (s.k, s.v)]
         if q.shape[2] == 1:
             before = s.cursor[..., LIVE].clone()
-            out = decode_attend(q, k, v, mask, *s.tensors(), self.position, self.scale, code)
+            out = decode_attend(q, k, v, mask, s.tensors(), self.position, self.scale, code)
         else:
             past = None
             pos = None
             if self.position:
-                k, v, pos, past = join_slots(s.k, s.v, s.pos, s.stats, s.cursor, k, v, self.position)
+                k, v, pos, past = join_slots(s.tensors(), k, v, self.position, code)
             causal = mask is None and pos is None
             out, stats, valid = prefill_attend(q, k, v, pos, mask, self.scale, causal, code)
             score, stats, cursor = score_slots(stats, past, pos, valid, s.cursor, self.position, code, mask)
             idx = select_slots(score, cursor, s.pos.shape[-1])
             before = cursor[..., LIVE].clone()
-            compact_slots(k, v, pos, stats, idx, cursor, *s.tensors())
+            compact_slots((k, v, pos, stats), idx, cursor, s.tensors(), code)
         beyond = torch.arange(s.pos.shape[-1]) > before[..., None]
         for t, old in zip((s.k, s.v), sentinels, strict=True):
             assert torch.equal(bits(t)[beyond], old[beyond]), "a slot beyond LIVE was written"

@@ -39,16 +39,16 @@ def calls():
         "prefill_attend capped": (q, k, v, None, mask, 0.25, False, TEXT, sinks, 5.0),
         "prefill_attend strided": (*strided, None, None, 0.25, True, ""),
         "prefill_attend extend": (q, k, v, pos, mask, 0.25, False, TEXT),
-        "join_slots": (*now, k, v, 30),
+        "join_slots": (now, k, v, 30, TEXT),
         "score_slots": (stats, None, None, alive, cursor, 0, TEXT),
         "score_slots extend": (stats, stats.clone(), pos, alive, cursor, 0, TEXT),
         "score_slots full": (stats, None, None, alive, cursor, 0, Rule(stats=("sum",)).encode()),
         "select_slots": (stats[0], cursor, 4),
-        "compact_slots": (k, v, None, stats, idx, cursor, *state()),
-        "compact_slots extend": (k, v, pos, stats, idx, cursor, *state()),
-        "decode_attend": (*one, None, *state(), 30, 0.25, TEXT),
-        "decode_attend masked": (*one, row, *state(), 30, 0.25, TEXT),
-        "decode_attend capped": (*one, row, *state(), 30, 0.25, TEXT, sinks, 5.0),
+        "compact_slots": ([k, v, None, stats], idx, cursor, state(), TEXT),
+        "compact_slots extend": ([k, v, pos, stats], idx, cursor, state(), TEXT),
+        "decode_attend": (*one, None, state(), 30, 0.25, TEXT),
+        "decode_attend masked": (*one, row, state(), 30, 0.25, TEXT),
+        "decode_attend capped": (*one, row, state(), 30, 0.25, TEXT, sinks, 5.0),
     }
 
 
@@ -63,7 +63,7 @@ def test_fakes_put_no_guard_on_capacity():
     """One trace serves every capacity, length and position."""
 
     def step(q, k_new, v_new, k, v, pos, stats, cursor, position):
-        return torch.ops.kvpass.decode_attend(q, k_new, v_new, None, k, v, pos, stats, cursor, position, 0.25, TEXT)
+        return torch.ops.kvpass.decode_attend(q, k_new, v_new, None, [k, v, pos, stats, cursor], position, 0.25, TEXT)
 
     counter = CompileCounter()
     run = torch.compile(step, backend=counter, dynamic=True)
@@ -75,7 +75,9 @@ def test_fakes_put_no_guard_on_capacity():
 
 
 def decode(q, k_new, v_new, k, v, pos, stats, cursor, position):
-    out = torch.ops.kvpass.decode_attend(q * 2, k_new + 1, v_new, None, k, v, pos, stats, cursor, position, 0.25, TEXT)
+    out = torch.ops.kvpass.decode_attend(
+        q * 2, k_new + 1, v_new, None, [k, v, pos, stats, cursor], position, 0.25, TEXT
+    )
     return out.transpose(1, 2).flatten(2) + 1
 
 
@@ -108,16 +110,20 @@ def prefill(q, k, v, state_k, state_v, pos, stats, cursor):
     out, seen, valid = torch.ops.kvpass.prefill_attend(q, k, v, None, None, 0.25, True, TEXT)
     score, seen, after = torch.ops.kvpass.score_slots(seen, None, None, valid, cursor, 0, TEXT)
     idx = torch.ops.kvpass.select_slots(score, after, pos.shape[-1])
-    torch.ops.kvpass.compact_slots(k, v, None, seen, idx, after, state_k, state_v, pos, stats, cursor)
+    torch.ops.kvpass.compact_slots([k, v, None, seen], idx, after, [state_k, state_v, pos, stats, cursor], TEXT)
     return out * 2
 
 
 def extend(q, k, v, state_k, state_v, pos, stats, cursor, mask, position):
-    keys, values, where, past = torch.ops.kvpass.join_slots(state_k, state_v, pos, stats, cursor, k, v, position)
+    keys, values, where, past = torch.ops.kvpass.join_slots(
+        [state_k, state_v, pos, stats, cursor], k, v, position, TEXT
+    )
     out, seen, valid = torch.ops.kvpass.prefill_attend(q, keys, values, where, mask, 0.25, False, TEXT)
     score, seen, after = torch.ops.kvpass.score_slots(seen, past, where, valid, cursor, position, TEXT)
     idx = torch.ops.kvpass.select_slots(score, after, pos.shape[-1])
-    torch.ops.kvpass.compact_slots(keys, values, where, seen, idx, after, state_k, state_v, pos, stats, cursor)
+    torch.ops.kvpass.compact_slots(
+        [keys, values, where, seen], idx, after, [state_k, state_v, pos, stats, cursor], TEXT
+    )
     return out * 2
 
 

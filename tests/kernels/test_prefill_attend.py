@@ -1,11 +1,11 @@
 """prefill_attend against full matrices in float64."""
 
-from kvpass.kernels.attention.observation import Observation
-from kvpass.kernels.slots.statistics import Statistics
 import pytest
 import torch
+from kvpass.kernels.attention.observation import Observation
 from kvpass.kernels.prefill_attend import prefill_attend, reference
 from kvpass.kernels.rule import Rule
+from kvpass.kernels.slots.statistics import Statistics
 from kvpass.kernels.testing import assert_close, causal_mask, qkv
 
 INF = float("inf")
@@ -102,7 +102,7 @@ def test_head_sizes_and_dtypes(dtype, dim, value_dim):
 @pytest.mark.parametrize("group", ["mean", "max"])
 def test_groups(heads, kv_heads, group):
     q, k, v = qkv(1, heads, kv_heads, 21, 16)
-    check(q, k, v, causal=True, rule=Rule(stats=ALL.stats, queries=-1, group=group))
+    check(q, k, v, causal=True, rule=Rule(stats=ALL[Statistics].stats, queries=-1, group=group))
     check(q, k, v, causal=True, rule=Rule(stats=("sum",), queries=-1, group=group))
 
 

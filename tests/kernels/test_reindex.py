@@ -7,6 +7,7 @@ import torch
 from kvpass.kernels.after_call.reindex import checked, new_places, reindex, step_at, step_between, turns_of
 from kvpass.kernels.errors import RotationError
 from kvpass.kernels.rule import Rule
+from kvpass.kernels.slots.state import State
 
 RULE = Rule(stats=("place",), reindex=True, slots=4)
 STEP = torch.tensor([1.0, 0.1, 0.01], dtype=torch.float64)
@@ -86,7 +87,7 @@ def test_places_of_a_call_are_what_any_head_kept() -> None:
     pos = torch.tensor([[[9, 2, 7, -1], [8, 9, 0, -1]]], dtype=torch.int32)
     stats = torch.tensor([[[[7.0, 2, 5, 0], [6, 7, 0, 0]]]])
     cursor = torch.tensor([[[3, 3, 8, 0]] * 2], dtype=torch.int32)
-    state = [torch.zeros(1, 2, 4, 6), torch.zeros(1, 2, 4, 6), pos, stats, cursor]
+    state = State([torch.zeros(1, 2, 4, 6), torch.zeros(1, 2, 4, 6), pos, stats, cursor])
     assert new_places(state, RULE, 6, 4).tolist() == [[-1, 5, 6, 7]]
 
 
@@ -100,11 +101,11 @@ def test_keys_move_together_and_only_once() -> None:
         for slot, p in enumerate(reversed(positions)):  # slots are in no order
             pos[0, h, slot], k[0, h, slot] = p, rotated(plain[0, h, p], p).float()
     cursor = torch.tensor([[[4, 4, 10, 0]] * 2], dtype=torch.int32)
-    state = [k, torch.zeros(1, 2, 5, 6), pos, pos[None].float(), cursor]
+    state = State([k, torch.zeros(1, 2, 5, 6), pos, pos[None].float(), cursor])
     for _ in range(2):
         reindex(state, RULE, STEP)
         for h, positions in enumerate(kept):
             for place, p in enumerate(positions):
                 wanted = rotated(plain[0, h, p], 6 + place).float()  # the newest stays at 9
-                torch.testing.assert_close(state[0][0, h, 3 - place], wanted, atol=1e-6, rtol=0)
-    assert state[3][0, 0].tolist() == [[9, 8, 7, 6, -1]] * 2
+                torch.testing.assert_close(state.k[0, h, 3 - place], wanted, atol=1e-6, rtol=0)
+    assert state.stats[0, 0].tolist() == [[9, 8, 7, 6, -1]] * 2

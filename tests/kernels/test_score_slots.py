@@ -1,7 +1,5 @@
 """score_slots, select_slots, compact_slots, join_slots and the choice of implementation, each on its own."""
 
-from kvpass.kernels.rank.criterion import UNTOUCHABLE
-from kvpass.kernels.slots.cursor import FIRST, FREE, LIVE, SEEN
 import subprocess
 import sys
 
@@ -9,10 +7,12 @@ import pytest
 import torch
 from kvpass.kernels.choose import implementation, use
 from kvpass.kernels.compact_slots import compact_slots
+from kvpass.kernels.rank.criterion import UNTOUCHABLE
 from kvpass.kernels.rank.ranking import ordered, slot_scores, untouchable
 from kvpass.kernels.rank.scores import score_slots
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.select_slots import select_slots
+from kvpass.kernels.slots.cursor import FIRST, FREE, LIVE, SEEN
 from kvpass.kernels.slots.join_slots import join_slots
 from kvpass.kernels.testing import assert_close, bits, empty_state, qkv, random_state
 
@@ -178,7 +178,7 @@ def test_compact_gathers_and_leaves_the_rest(dtype, given, strided):
     cursor[..., SEEN], cursor[..., FIRST] = 30, 1
     score = torch.rand(2, 2, 14)
     idx = select_slots(score, cursor, 8)
-    compact_slots(k, v, pos, stats, idx, cursor, *state.tensors())
+    compact_slots((k, v, pos, stats), idx, cursor, state.tensors(), rule.encode())
     assert torch.equal(state.cursor, cursor)
     for b in range(2):
         for h in range(2):
@@ -197,7 +197,7 @@ def test_join_sorts_the_past_and_cleans_empties():
     rule = Rule(stats=("sum",))
     state = random_state(torch.tensor([[4, 0], [7, 2]]), 9, 16, rule, seen=30, value_dim=8)
     _, k_new, v_new = qkv(2, 2, 2, 3, 16, value_dim=8)
-    k, v, pos, stats = join_slots(*state.tensors(), k_new, v_new, 30)
+    k, v, pos, stats = join_slots(state.tensors(), k_new, v_new, 30, rule.encode())
     assert k.shape == (2, 2, 12, 16)
     assert v.shape == (2, 2, 12, 8)
     used = state.used()
@@ -251,11 +251,11 @@ def test_nothing_imports_triton_on_cpu():
         lambda: select_slots(torch.zeros(1, 1, 3), fresh_cursor().long(), 2),
         lambda: score_slots(torch.zeros(2, 1, 1, 3), None, None, valid(3), fresh_cursor(), 0, ""),
         lambda: compact_slots(
-            torch.zeros(1, 1, 3, 8), torch.zeros(1, 1, 3, 8), None, torch.zeros(0, 1, 1, 3),
-            torch.zeros(1, 1, 2, dtype=torch.int32), fresh_cursor(), *empty_state(1, 1, 4, 16, Rule()).tensors(),
+            (torch.zeros(1, 1, 3, 8), torch.zeros(1, 1, 3, 8), None, torch.zeros(0, 1, 1, 3)),
+            torch.zeros(1, 1, 2, dtype=torch.int32), fresh_cursor(), empty_state(1, 1, 4, 16, Rule()).tensors(), "",
         ),
         lambda: join_slots(
-            *empty_state(1, 1, 4, 16, Rule()).tensors(), torch.zeros(1, 2, 3, 16), torch.zeros(1, 2, 3, 16), 0
+            empty_state(1, 1, 4, 16, Rule()).tensors(), torch.zeros(1, 2, 3, 16), torch.zeros(1, 2, 3, 16), 0, ""
         ),
     ],
     ids=["dtype", "cursor", "statistics", "compact", "join"],

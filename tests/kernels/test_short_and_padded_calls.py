@@ -3,32 +3,31 @@ row: row by row what each keeps alone. The ops of two layers on random tensors, 
 
 from __future__ import annotations
 
-from kvpass.kernels.budget import kept
-from kvpass.kernels.rank.allocate import ShareOut
-from kvpass.kernels.rank.marks import Marks
-from kvpass.kernels.rank.scored import Scoring
-from kvpass.kernels.slots.ragged import Ragged
-from kvpass.kernels.slots.statistics import Statistics
 from typing import Any
 
 import pytest
 import torch
 from kvpass.kernels.after_call.layers import shared_out
-from kvpass.kernels.rank.window_rows import window_rows
+from kvpass.kernels.budget import kept
 from kvpass.kernels.compact_slots import compact_slots
 from kvpass.kernels.decode_attend import decode_attend
 from kvpass.kernels.prefill_attend import prefill_attend
-from kvpass.kernels.rank.scored import arrivals
+from kvpass.kernels.rank.allocate import ShareOut
+from kvpass.kernels.rank.marks import Marks
+from kvpass.kernels.rank.scored import Scoring, arrivals
 from kvpass.kernels.rank.scorers.registry import find_scorer, scorers
 from kvpass.kernels.rank.scores import score_slots
+from kvpass.kernels.rank.window_rows import window_rows
 from kvpass.kernels.select_slots import select_slots
 from kvpass.kernels.slots.join_slots import join_slots
-from kvpass.kernels.slots.ragged import even, evened, with_spare
+from kvpass.kernels.slots.moves import even, evened, with_spare
+from kvpass.kernels.slots.ragged import Ragged
+from kvpass.kernels.slots.statistics import Statistics
 
 from kvpass.plan.rule import rule_of
 from kvpass.policy.load import names
 from kvpass.policy.policy import Policy
-from kvpass.runtime.store import SlotStore, with_room
+from kvpass.runtime.store import empty_state, with_room
 
 HEADS, KV, DIM, LAYERS, MOST = 4, 2, 16, 2, 200
 BUDGETS = {"vatp": 64, "nacl": 80, "criticalkv": 96, "critical_ada": 96, "pyramidkv": 64, "ada_pyramid": 64}
@@ -95,23 +94,23 @@ class Host:
             self.states[layer], self.spares[layer] = with_spare(self.states[layer], 3)
         self.spares[layer] -= 1
         state, text = self.states[layer], rule.encode()
-        held = bool({"held", "weight", "mark", "place"} & set(rule[Statistics].stats))
-        arrive = arrivals(*qkv[1:], state[4], position, text, self.wo) if held else None
-        decode_attend(*qkv, mask, *state, position, DIM**-0.5, text, arrive=arrive)
+        held = bool({"scored", "weight", "mark", "place"} & set(rule[Statistics].stats))
+        arrive = arrivals(*qkv[1:], state.cursor, position, text, self.wo) if held else None
+        decode_attend(*qkv, mask, state.tensors(), position, DIM**-0.5, text, arrive=arrive)
 
     def _many(self, layer: int, rule: Any, qkv: Any, mask: torch.Tensor, position: int, own: torch.Tensor) -> None:
         (q, k, v), text, tokens = qkv, rule.encode(), position + qkv[0].shape[2]
         pos = past = None
         if position == 0:
-            state = SlotStore.empty_state(rule, tokens, k, len(k), KV, DIM, DIM)
+            state = empty_state(rule, tokens, k, {"B": len(k), "Hkv": KV, "D": DIM, "Dv": DIM})
         else:
             state = self.states[layer]
             state = evened(state, q.shape[2]) if rule[ShareOut].share else with_room(state, kept(rule, tokens))
-            k, v, pos, past = join_slots(*state, k, v, position)
+            k, v, pos, past = join_slots(state.tensors(), k, v, position, text)
         self.states[layer] = state
         _, stats, valid = prefill_attend(q, k, v, pos, mask, DIM**-0.5, False, text)
         beside: dict[str, Any] = {}
-        if {"held", "weight", "mark", "place"} & set(rule[Statistics].stats):
+        if {"scored", "weight", "mark", "place"} & set(rule[Statistics].stats):
             rows = None
             if {"rows", "logits"} & set(rule[Scoring].reads):
                 rows = window_rows(q, k, pos, mask, valid, DIM**-0.5, False, text)
@@ -123,14 +122,14 @@ class Host:
         if rule[Marks].marked:
             beside["marks"] = torch.zeros(valid.shape, dtype=torch.int32)
         shown = mask if pos is not None else None
-        score, stats, cursor = score_slots(stats, past, pos, valid, state[4], position, text, mask=shown, **beside)
-        room = score.shape[2] if rule[Ragged].ragged else state[0].shape[2]
-        compact_slots(k, v, pos, stats, select_slots(score, cursor, room), cursor, *state)
+        score, stats, cursor = score_slots(stats, past, pos, valid, state.cursor, position, text, mask=shown, **beside)
+        room = score.shape[2] if rule[Ragged].ragged else state.slots
+        compact_slots((k, v, pos, stats), select_slots(score, cursor, room), cursor, state.tensors(), text)
 
     def kept(self, row: int) -> list[list[list[int]]]:
         """Which of its own tokens a row keeps, by layer and head."""
         own = (self.valid[row].cumsum(0) - 1).tolist()
-        held = [even(state)[2][row].tolist() for state in self.states]
+        held = [even(state).pos[row].tolist() for state in self.states]
         return [[sorted(own[p] for p in head if p >= 0) for head in layer] for layer in held]
 
 

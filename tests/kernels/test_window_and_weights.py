@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from kvpass.kernels.rank.criterion import UNTOUCHABLE
 import math
 
 import pytest
 import torch
-from kvpass.kernels.rank.window_rows import window_rows
 from kvpass.kernels.rank.allocate import head_counts, ragged_columns, table_counts
+from kvpass.kernels.rank.criterion import UNTOUCHABLE
 from kvpass.kernels.rank.scorers.chance import gumbel_rows
 from kvpass.kernels.rank.scorers.seen import Seen
 from kvpass.kernels.rank.scorers.window import keyformer
 from kvpass.kernels.rank.smooth import by_granule, fair_shares
 from kvpass.kernels.rank.weights import value_weights
+from kvpass.kernels.rank.window_rows import window_rows
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.testing import assert_close, causal_mask, qkv
 

@@ -5,11 +5,6 @@ Not collected by a plain `pytest`: test_triton_interpreter.py and tests/gpu run 
 
 from __future__ import annotations
 
-from kvpass.kernels.budget import Budget
-from kvpass.kernels.rank.criterion import Ranking
-from kvpass.kernels.slots.cursor import FREE, LIVE, SEEN
-from kvpass.kernels.slots.statistics import Statistics
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,19 +14,25 @@ from interpreted import (
     SCALE,
     SINKS,
     compact_slots_triton,
+    decode_attend_reference,
     decode_attend_triton,
     masks,
     prefill_attend_triton,
     select_slots_triton,
 )
+from kvpass.kernels.budget import Budget
 from kvpass.kernels.compact_slots.reference import compact_slots_reference
-from kvpass.kernels.decode_attend.reference import decode_attend_reference
 from kvpass.kernels.decode_attend.triton import _splits
 from kvpass.kernels.prefill_attend.reference import prefill_attend_reference
+from kvpass.kernels.rank.criterion import Ranking
+from kvpass.kernels.rank.places import Protected
 from kvpass.kernels.rank.scores import score_slots
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.select_slots.reference import select_slots_reference
-from kvpass.kernels.testing import State, assert_close, bits, empty_state, qkv, random_state
+from kvpass.kernels.slots.cursor import FREE, LIVE, SEEN
+from kvpass.kernels.slots.state import State
+from kvpass.kernels.slots.statistics import Statistics
+from kvpass.kernels.testing import assert_close, bits, empty_state, qkv, random_state
 from kvpass.kernels.triton_shared.triton_launch import Target
 from naive_attention import naive_decode
 from torch import Tensor
@@ -54,8 +55,8 @@ def run_decode(
         new = qkv(batch, group * kv_heads, kv_heads, 1, dim, value_dim=state.v.shape[3], seed=i, dtype=dtype)
         given = masks(mask, batch, group * kv_heads, 1, start + i + 1)
         before, args = got.clone(), (start + i, SCALE, rule.encode(), *extras)
-        x = decode_attend_triton(*new, given, *got.tensors(), *args)
-        y = decode_attend_reference(*new, given, *want.tensors(), *args)
+        x = decode_attend_triton(*new, given, got.tensors(), *args)
+        y = decode_attend_reference(*new, given, want.tensors(), *args)
         assert_close(x, y, dtype, what=f"out at step {i}")
         check_state(got, want, before, dtype, i)
 
@@ -128,8 +129,8 @@ def test_decode_sinks_in_splits(mask: str, live: int) -> None:
 @pytest.mark.parametrize("name", RULES)
 def test_decode_from_nothing(name: str) -> None:
     """From an empty cache to six evictions; with heads="all" every head holds the same tokens."""
-    rule = replace(RULES[name], recent=min(RULES[name].recent, 3))
-    rule = replace(rule, slots=8) if rule[Budget].slots else replace(rule, floor=8)
+    rule = RULES[name].replace(recent=min(RULES[name][Protected].recent, 3))
+    rule = rule.replace(slots=8) if rule[Budget].slots else rule.replace(floor=8)
     state = empty_state(1, 2, 17, 16, rule)
     run_decode(rule, state, "none", 2, 0, 14)
     if rule[Ranking].heads == "all":
@@ -139,7 +140,7 @@ def test_decode_from_nothing(name: str) -> None:
 @pytest.mark.parametrize("change", [{"when": "calls"}, {"every": 3}], ids=str)
 def test_decode_that_waits(change: dict[str, Any]) -> None:
     """A step under such a rule appends and observes; nothing goes, though the budget is passed."""
-    rule = replace(RULES["h2o"], **change)
+    rule = RULES["h2o"].replace(**change)
     state = random_state(torch.tensor([[20, 20]]), 26, 16, rule, seen=60)
     run_decode(rule, state, "none", 2, 60, 5)
     assert state.cursor[..., LIVE].tolist() == [[25, 25]]
@@ -158,7 +159,7 @@ def test_decode_naive(name: str) -> None:
     for i in range(3):
         new = qkv(2, 4, 2, 1, 16, seed=i)
         extras = (SINKS, 0.8) if i else (None, 0.0)
-        out = decode_attend_triton(*new, None, *got.tensors(), 64 + i, SCALE, rule.encode(), *extras)
+        out = decode_attend_triton(*new, None, got.tensors(), 64 + i, SCALE, rule.encode(), *extras)
         expected = naive_decode(*new, state, 64 + i, SCALE, rule, *extras)
         assert_close(out, expected, what="out")
         assert torch.equal(got.pos, state.pos)
@@ -176,8 +177,8 @@ def test_decode_pads(name: str) -> None:
     mask[2, :, :, :30] = False
     got, want = state.clone(), state.clone()
     args = (*qkv(3, 4, 2, 1, 16), mask)
-    x = decode_attend_triton(*args, *got.tensors(), 30, SCALE, rule.encode())
-    y = decode_attend_reference(*args, *want.tensors(), 30, SCALE, rule.encode())
+    x = decode_attend_triton(*args, got.tensors(), 30, SCALE, rule.encode())
+    y = decode_attend_reference(*args, want.tensors(), 30, SCALE, rule.encode())
     assert_close(x, y, what="out")
     check_state(got, want, state, torch.float32, 0)
     for name, a, b in zip(("k", "v", "pos", "stats", "cursor"), got.tensors(), state.tensors(), strict=True):
@@ -187,7 +188,7 @@ def test_decode_pads(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["h2o", "tova", "roco", "snapkv"])
 def test_decode_ties(name: str) -> None:
-    """Equal statistics everywhere: the newer goes, and equal spreads put the older in the scope."""
+    """Equal statistics everywhere: the newer goes, and equal deviations put the older in the scope."""
     rule = RULES[name]
     state = random_state(torch.tensor([[20, 20]]), 24, 16, rule, seen=70)
     if rule[Ranking].heads == "all":
@@ -198,10 +199,14 @@ def test_decode_ties(name: str) -> None:
     state.k[state.used()] = 0.25  # the same key everywhere keeps the sums equal
     args = (*qkv(1, 2, 2, 1, 16), None)
     want = state.clone()
-    decode_attend_triton(*args, *state.tensors(), 70, SCALE, rule.encode())
-    decode_attend_reference(*args, *want.tensors(), 70, SCALE, rule.encode())
+    decode_attend_triton(*args, state.tensors(), 70, SCALE, rule.encode())
+    decode_attend_reference(*args, want.tensors(), 70, SCALE, rule.encode())
     assert torch.equal(state.pos, want.pos)
     assert torch.equal(state.cursor, want.cursor)
+
+
+def _compact_reference(keys: Any, idx: Tensor, cursor: Tensor, state: list[Tensor]) -> None:
+    compact_slots_reference(keys, idx, cursor, State(state))
 
 
 @pytest.mark.parametrize("mask", ["none", "left"])
@@ -214,13 +219,13 @@ def test_pipeline(name: str, mask: str) -> None:
     states = []
     for prefill, select, compact in (
         (prefill_attend_triton, select_slots_triton, compact_slots_triton),
-        (prefill_attend_reference, select_slots_reference, compact_slots_reference),
+        (prefill_attend_reference, select_slots_reference, _compact_reference),
     ):
         state = empty_state(2, 2, 24 if rule.evicts else length + 6, 16, rule)
         _, stats, valid = prefill(q, k, v, None, given, SCALE, given is None, rule.encode())
         score, stats, cursor = score_slots(stats, None, None, valid, state.cursor, 0, rule.encode())
         idx = select(score, cursor, state.k.shape[2] - 1)
-        compact(k, v, None, stats, idx, cursor, *state.tensors())
+        compact((k, v, None, stats), idx, cursor, state.tensors())
         states.append(state)
     check_state(states[0], states[1], states[0], torch.float32, 0)
     run_decode(rule, states[0], mask, 2, length, 4)

@@ -5,8 +5,6 @@ Not collected by a plain `pytest`: test_triton_interpreter.py and tests/gpu run 
 
 from __future__ import annotations
 
-from kvpass.kernels.slots.cursor import LIVE
-from kvpass.kernels.slots.statistics import Statistics
 import pytest
 import torch
 from interpreted import (
@@ -22,7 +20,9 @@ from interpreted import (
 from kvpass.kernels.compact_slots.reference import compact_slots_reference
 from kvpass.kernels.prefill_attend.reference import prefill_attend_reference
 from kvpass.kernels.select_slots.reference import select_slots_reference
+from kvpass.kernels.slots.cursor import LIVE
 from kvpass.kernels.slots.join_slots import join_slots
+from kvpass.kernels.slots.statistics import Statistics
 from kvpass.kernels.testing import assert_close, bits, qkv, random_state
 from naive_attention import naive_prefill, naive_select
 from torch import Tensor
@@ -107,7 +107,7 @@ def test_extend(name: str, mask: str) -> None:
     rule, queries, seen = RULES[name], 13, 40
     state = random_state(torch.tensor([[20, 5], [0, 12]]), 26, 24, rule, seen=seen, value_dim=20)
     q, k_new, v_new = qkv(2, 6, 2, queries, 24, value_dim=20, seed=4)
-    k, v, pos, _ = join_slots(*state.tensors(), k_new, v_new, seen)
+    k, v, pos, _ = join_slots(state.tensors(), k_new, v_new, seen, rule.encode())
     given = masks(mask, 2, 6, queries, seen + queries)
     check_prefill((q, k, v, pos, given, SCALE, False, rule.encode()))
     if mask in ("left", "holes"):
@@ -151,8 +151,8 @@ def test_compact(name: str, given: bool) -> None:
     idx = select_slots_reference(torch.rand(2, 2, length), cursor, 66)
     got = random_state(torch.full((2, 2), 60), slots, 24, rule, seen=100, value_dim=20)
     want, before = got.clone(), got.clone()
-    compact_slots_triton(k, v, pos, stats, idx, cursor, *got.tensors())
-    compact_slots_reference(k, v, pos, stats, idx, cursor, *want.tensors())
+    compact_slots_triton((k, v, pos, stats), idx, cursor, got.tensors())
+    compact_slots_reference((k, v, pos, stats), idx, cursor, want)
     for part in ("k", "v", "pos", "stats", "cursor"):
         assert torch.equal(bits(getattr(got, part)), bits(getattr(want, part))), part
     beyond = torch.arange(slots) >= cursor[..., LIVE, None]

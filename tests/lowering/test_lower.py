@@ -18,7 +18,7 @@ from torch import fx
 import kvpass
 from kvpass.errors import VerificationError
 from kvpass.graph.calls import example
-from kvpass.lowering.lower import STATE, Lowered, lower
+from kvpass.lowering.lower import Lowered, lower
 from kvpass.plan.plan import Plan, plan
 from kvpass.policy.policy import Policy
 from kvpass.proof.verify import verify
@@ -77,7 +77,7 @@ def test_state_comes_last_and_the_cache_does_not_come_out(phase):
     _, lowered = rewritten(gm)
     old, new = ([n for n in g.graph.nodes if n.op == "placeholder"] for g in (gm, lowered.gm))
     assert [n.name for n in new[: len(old)]] == [n.name for n in old]
-    assert [n.name for n in new[len(old) :]] == [f"kvpass_0_{name}" for name in STATE]
+    assert [n.name for n in new[len(old) :]] == [f"kvpass_0_{name}" for name in ("k", "v", "pos", "stats", "cursor")]
     assert lowered.outputs == 3
     assert len(next(iter(reversed(lowered.gm.graph.nodes))).args[0]) == 1
     (binding,) = lowered.bindings

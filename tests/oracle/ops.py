@@ -3,33 +3,32 @@ compiler, so that many policies and shapes can be compared."""
 
 from __future__ import annotations
 
-from kvpass.kernels.after_call.reindex import Reindex
-from kvpass.kernels.budget import kept
-from kvpass.kernels.rank.allocate import ShareOut
-from kvpass.kernels.rank.scored import Scoring
-from kvpass.kernels.slots.ragged import Ragged
-from kvpass.kernels.slots.statistics import Statistics
 from typing import Any
 
 import torch
 from kvpass.kernels.after_call.layers import shared_out
-from kvpass.kernels.after_call.reindex import reindex
-from kvpass.kernels.rank.window_rows import window_rows
+from kvpass.kernels.after_call.reindex import Reindex, reindex
+from kvpass.kernels.budget import kept
 from kvpass.kernels.compact_slots import compact_slots
 from kvpass.kernels.decode_attend import decode_attend
 from kvpass.kernels.prefill_attend import prefill_attend
-from kvpass.kernels.rank.scored import arrivals
+from kvpass.kernels.rank.allocate import ShareOut
+from kvpass.kernels.rank.scored import Scoring, arrivals
 from kvpass.kernels.rank.scores import score_slots
+from kvpass.kernels.rank.window_rows import window_rows
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.select_slots import select_slots
 from kvpass.kernels.slots.join_slots import join_slots
-from kvpass.kernels.slots.ragged import even, evened, with_spare
+from kvpass.kernels.slots.moves import even, evened, with_spare
+from kvpass.kernels.slots.ragged import Ragged
+from kvpass.kernels.slots.state import State
+from kvpass.kernels.slots.statistics import Statistics
 from oracle.base import Policy
 from oracle.simulator import Simulator
 
 from kvpass.plan.rule import rule_of
 from kvpass.policy.policy import Policy as RealPolicy
-from kvpass.runtime.store import SlotStore, with_room
+from kvpass.runtime.store import empty_state, with_room
 
 DIM = 16
 
@@ -39,11 +38,11 @@ class Site:
 
     def __init__(self, rule: Rule, projection: torch.Tensor) -> None:
         self.rule, self.projection, self.spare = rule, projection, 0
-        self.state: list[torch.Tensor] = []
+        self.state: State | None = None
 
     @property
     def arrives(self) -> bool:
-        return bool({"held", "weight", "mark", "place", "number"} & set(self.rule[Statistics].stats))
+        return bool({"scored", "weight", "mark", "place", "number"} & set(self.rule[Statistics].stats))
 
     def one(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, position: int) -> None:
         if not self.rule[ShareOut].share:
@@ -51,22 +50,22 @@ class Site:
         elif self.spare < 1:
             self.state, self.spare = with_spare(self.state, 3)
         self.spare -= 1
-        rule, cursor = self.rule.encode(), self.state[4]
+        rule, cursor = self.rule.encode(), self.state.cursor
         arrive = arrivals(k, v, cursor, position, rule, self.projection) if self.arrives else None
-        decode_attend(q, k, v, mask, *self.state, position, DIM**-0.5, rule, arrive=arrive)
+        decode_attend(q, k, v, mask, self.state.tensors(), position, DIM**-0.5, rule, arrive=arrive)
 
     def many(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, position: int) -> None:
         rule, tokens = self.rule.encode(), position + q.shape[2]
         pos = past = None
         first = not self.state
         if first:
-            self.state = SlotStore.empty_state(self.rule, tokens, k, k.shape[0], k.shape[1], DIM, DIM)
+            self.state = empty_state(self.rule, tokens, k, {"B": k.shape[0], "Hkv": k.shape[1], "D": DIM, "Dv": DIM})
         elif self.rule[ShareOut].share:
             self.state = evened(self.state, q.shape[2])
         else:
             self.state = with_room(self.state, kept(self.rule, tokens))
         if not first:
-            k, v, pos, past = join_slots(*self.state, k, v, position)
+            k, v, pos, past = join_slots(self.state.tensors(), k, v, position, rule)
         _, stats, valid = prefill_attend(q, k, v, pos, mask, DIM**-0.5, False, rule)
         beside: dict[str, Any] = {}
         if self.arrives:
@@ -74,13 +73,13 @@ class Site:
             rows = window_rows(q, k, pos, mask, valid, DIM**-0.5, False, rule) if reads else None
             beside = {"k": k, "v": v, "rows": rows, "wo": self.projection}
         shown = mask if pos is not None else None
-        before = self.state[4], position, rule
+        before = self.state.cursor, position, rule
         score, stats, cursor = score_slots(stats, past, pos, valid, *before, mask=shown, **beside)
-        room = score.shape[2] if self.rule[Ragged].ragged else self.state[0].shape[2]
-        compact_slots(k, v, pos, stats, select_slots(score, cursor, room), cursor, *self.state)
+        room = score.shape[2] if self.rule[Ragged].ragged else self.state.slots
+        compact_slots((k, v, pos, stats), select_slots(score, cursor, room), cursor, self.state.tensors(), rule)
 
     def positions(self) -> torch.Tensor:
-        return even(self.state)[2]
+        return even(self.state).pos
 
 
 class Layers:

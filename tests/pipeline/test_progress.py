@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import fx
 
-from kvpass import progress
+from kvpass.pipeline import progress
 from kvpass.pipeline.progress import compiling, durations, fingerprint, remember, tracing
 
 

@@ -274,7 +274,7 @@ def test_the_least_of_a_pyramid_is_what_its_rule_gives(slots, share):
     budget = slots if share is None else share
     policy = Policy.load({"name": "mine", **PYRAMID, "min_slots": slots}).with_budget(budget)
     least = min(
-        rule_of(policy, layer, layers).budget(seen)
+        budget(rule_of(policy, layer, layers), seen)
         for layers in (2, 21)
         for layer in (layers - 1,)
         for seen in [*range(33, 1000), 5000]

@@ -78,7 +78,7 @@ def test_views_are_found_by_storage(model):
 
 def test_the_store_dies_with_the_cache(model):
     cache = read(model)
-    store, slots = weakref.ref(find(cache[0][0])), weakref.ref(find(cache[0][0]).state[0])
+    store, slots = weakref.ref(find(cache[0][0])), weakref.ref(find(cache[0][0]).state.k)
     del cache
     gc.collect()
     assert store() is None
@@ -152,10 +152,10 @@ def test_shells_that_the_host_wrote_into(model, copied):
 def test_a_call_that_failed_halfway(model):
     cache = step(model, read(model))[1]
     saved, state = copy.deepcopy(cache), find(cache[1][0]).state
-    held, state[4] = state[4], None
+    held, state.cursor = state.cursor, None
     with pytest.raises(AttributeError, match="dtype"):
         step(model, cache)
-    state[4] = held
+    state.cursor = held
     with pytest.raises(StaleCacheError, match="failed halfway"):
         step(model, cache)
     step(model, saved)

@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-from kvpass.kernels.budget import kept
-from kvpass.kernels.slots.cursor import FIRST, LIVE
 import copy
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kvpass.kernels.budget import kept
 from kvpass.kernels.rule import Rule
+from kvpass.kernels.slots.cursor import FIRST, LIVE
 
 from kvpass.runtime.identity import Origin
 from kvpass.runtime.shell import find, make, unwrap
-from kvpass.runtime.store import SlotStore, capacity
+from kvpass.runtime.store import SlotStore, capacity, empty_state
 from kvpass.terms import Layout
 
 RULES = [Rule(stats=("sum",), num=1, den=5, floor=64), Rule(slots=100), Rule()]
 
 
 def store(rule: Rule = RULES[0], tokens: int = 500, dtype: torch.dtype = torch.float32) -> SlotStore:
-    state = SlotStore.empty_state(rule, tokens, torch.empty(0, dtype=dtype), 2, 3, 16, 24)
+    state = empty_state(rule, tokens, torch.empty(0, dtype=dtype), {"B": 2, "Hkv": 3, "D": 16, "Dv": 24})
     return SlotStore("site", 0, rule, (Layout.BHTD, Layout.BHTD), Origin("p", 0.2), state, tokens)
 
 
 @given(st.sampled_from(RULES), st.integers(0, 100_000))
 def test_capacity_is_the_budget_one_more_and_at_most_a_fortieth(rule, tokens):
-    kept, slots = kept(rule, tokens), capacity(rule, tokens)
-    assert kept < slots <= kept * 1.025 + 1
+    used, slots = kept(rule, tokens), capacity(rule, tokens)
+    assert used < slots <= used * 1.025 + 1
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -36,32 +36,32 @@ def test_there_is_always_room_for_one_more(rule):
     """Token by token over 3,000 tokens: room before each append, bytes near the budget, few copies."""
     grown, copies = store(rule, 0), 0
     for tokens in range(1, 3_000):
-        before = grown.state[0].data_ptr()
+        before = grown.state.k.data_ptr()
         grown.make_room(1, step=True)
         grown.tokens = tokens
-        copies += grown.state[0].data_ptr() != before
+        copies += grown.state.k.data_ptr() != before
         assert kept(rule, tokens) < grown.slots <= kept(rule, tokens) * 1.025 + 2
     assert copies < 300
 
 
 def test_growing_keeps_what_is_there():
     grown = store()
-    before = [t.copy_(torch.randint(0, 9, t.shape)).clone() for t in grown.state]
+    before = [t.copy_(torch.randint(0, 9, t.shape)).clone() for t in grown.state.tensors()]
     slots = grown.slots
     grown.make_room(500, step=False)
     assert grown.slots == capacity(grown.rule, 1_000) > slots
-    for old, new, dim in zip(before, grown.state, (2, 2, 2, 3, 2), strict=True):
+    for old, new, dim in zip(before, grown.state.tensors(), (2, 2, 2, 3, 2), strict=True):
         assert torch.equal(new.narrow(dim, 0, old.shape[dim]), old)
         assert new.is_contiguous()
-    assert (grown.state[2][..., slots:] == -1).all()
-    assert (grown.state[3][..., slots:] == 0).all()
+    assert (grown.state.pos[..., slots:] == -1).all()
+    assert (grown.state.stats[..., slots:] == 0).all()
 
 
 def test_no_growth_when_there_is_room():
-    kept = store()
-    tensors = list(kept.state)
-    kept.make_room(0, step=True)
-    assert all(a is b for a, b in zip(tensors, kept.state, strict=True))
+    same = store()
+    tensors = same.state.tensors()
+    same.make_room(0, step=True)
+    assert all(a is b for a, b in zip(tensors, same.state.tensors(), strict=True))
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2), (torch.float16, 2)])
@@ -74,7 +74,7 @@ def test_bytes(dtype, size):
 
 
 def test_an_empty_state():
-    k, v, pos, stats, cursor = store().state
+    k, v, pos, stats, cursor = store().state.tensors()
     assert [tuple(t.shape) for t in (k, v, pos, stats, cursor)] == [
         (2, 3, 102, 16),
         (2, 3, 102, 24),

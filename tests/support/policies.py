@@ -9,13 +9,14 @@ of the dense cache, beside what the policy's rule allows. Some 15 minutes on one
 
 from __future__ import annotations
 
-from kvpass.kernels.budget import kept
 import argparse
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from kvpass.kernels.budget import kept
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
