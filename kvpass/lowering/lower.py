@@ -120,8 +120,8 @@ class _Lowering:
         for name, value in zip(STATE, self._state_examples(planned), strict=True):
             with self.graph.inserting_after(self.last_input):
                 node = self.graph.placeholder(f"kvpass_{planned.site.layer}_{name}")
-            marks = {"site": planned.site.name, "layer": planned.site.layer, "state": name}
-            node.meta = {"example_value": value, "kvpass": marks}
+            about = {"site": planned.site.name, "layer": planned.site.layer, "state": name}
+            node.meta = {"example_value": value, "kvpass": about}
             self.last_input = node
             nodes.append(node)
         return nodes
