@@ -126,8 +126,8 @@ class _Lowering:
         for field, value in zip(held.fields, held.tensors(), strict=True):
             with self.graph.inserting_after(self.last_input):
                 node = self.graph.placeholder(f"kvpass_{planned.site.layer}_{field.name}")
-            marks = {"site": planned.site.name, "layer": planned.site.layer, "state": field.name}
-            node.meta = {"example_value": value, "kvpass": marks}
+            about = {"site": planned.site.name, "layer": planned.site.layer, "state": field.name}
+            node.meta = {"example_value": value, "kvpass": about}
             self.last_input = node
             nodes[field.name] = node
         self.state_inputs.append(list(nodes.values()))

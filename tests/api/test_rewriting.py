@@ -12,9 +12,11 @@ from models.exported import Step, export
 from torch.export import Dim
 
 import kvpass
-from kvpass.errors import DeclinedError, PolicyError
+from kvpass.errors import CacheError, DeclinedError, PolicyError
 from kvpass.lowering.exported import any_size
 from kvpass.lowering.pure import decompositions
+from kvpass.runtime import step as seam
+from kvpass.runtime import steps
 
 STATE = [f"kvpass_{layer}_{name}" for layer in (0, 1) for name in ("k", "v", "pos", "stats", "cursor")]
 
@@ -41,6 +43,36 @@ def test_inputs_and_outputs(step: Any) -> None:
     assert str(rewritten.plan) in str(rewritten)
     assert "kvpass_1_cursor" in str(rewritten)
     assert str(step.graph) == before
+
+
+class Sweep(seam.Step):
+    """Made up: does nothing, around each call."""
+
+    name, about = "sweep", "does nothing"
+
+    def __init__(self, moment: seam.Moment) -> None:
+        self.moment, self.calls = moment, 0
+
+    def applies(self, rule: Any, phase: Any) -> bool:
+        return True
+
+    def run(self, call: Any) -> None:
+        self.calls += 1
+
+
+def test_steps_around_a_call(step: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program stands alone: it can check its calls, but nothing happens between them."""
+    check = Sweep(seam.Moment.CHECK)
+    monkeypatch.setattr(steps, "STEPS", (*steps.STEPS, check))
+    rewritten = kvpass.rewrite(step, "h2o", 8)
+    rewritten.step(plain.tokens(2, 1), tokens=0, state=rewritten.empty_state())
+    assert check.calls == 1
+    with kvpass.marked(keep=torch.ones(2, 1).bool()), pytest.raises(CacheError, match="reads no marks"):
+        rewritten.step(plain.tokens(2, 1), tokens=0, state=rewritten.empty_state())
+    for moment in (seam.Moment.BEFORE, seam.Moment.AFTER):
+        monkeypatch.setattr(steps, "STEPS", (Sweep(moment),))
+        with pytest.raises(PolicyError, match="cannot express"):
+            kvpass.rewrite(step, "h2o", 8)
 
 
 def test_a_graph_module_is_as_good(step: Any) -> None:
