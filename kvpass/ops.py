@@ -43,6 +43,7 @@ HOMES = {
     "join_slots": "slots.join_slots",
     "score_slots": "rank.scores",
     "arrivals": "rank.held",
+    "window_rows": "attention.window_rows",
 }
 """Modules of kvpass.kernels whose name is not the op's."""
 

@@ -12,7 +12,7 @@ from kvpass.kernels import choose
 from torch import Tensor, nn
 
 import kvpass
-from kvpass import check_sites
+from kvpass.proof import check_sites
 from kvpass.errors import VerificationError
 
 
