@@ -12,8 +12,8 @@ from kvpass.kernels import choose
 from torch import Tensor, nn
 
 import kvpass
-from kvpass.proof import check_sites
 from kvpass.errors import VerificationError
+from kvpass.proof import check_sites
 
 
 class Layer(nn.Module):
