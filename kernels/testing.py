@@ -121,11 +121,16 @@ def random_state(
             state.v[b, h, used] = torch.randn(n, state.v.shape[-1], generator=g).to(dtype)
             state.pos[b, h, used] = torch.randperm(seen, generator=g)[:n].int()
             state.cursor[b, h] = torch.tensor([n, free, seen, 0])
-            for i, name in enumerate(rule[Statistics].stats):
-                values = torch.rand(n, generator=g)
-                scale = {"sum": 3.0, "sumsq": 4.0, "count": 0.0}[name]
-                state.stats[i, b, h, used] = values * scale if name != "count" else (1 + values * 5).floor()
+            _draw_statistics(state.stats[:, b, h], used, rule, g)
     return state.mapped(lambda _, tensor: tensor.to(device))
+
+
+def _draw_statistics(stats: Tensor, used: list[int], rule: Rule, generator: torch.Generator) -> None:
+    """stats [N, C] of one head, those of used slots."""
+    for i, name in enumerate(rule[Statistics].stats):
+        values = torch.rand(len(used), generator=generator)
+        scale = {"sum": 3.0, "sumsq": 4.0, "count": 0.0}[name]
+        stats[i, used] = values * scale if name != "count" else (1 + values * 5).floor()
 
 
 def causal_mask(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import statistics
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -18,13 +19,16 @@ LOOSE = {"__init__", "__main__", "errors", "terms", "ops"}
 """Files of kvpass/ that are in no room: what Python asks for by name, the words of all rooms, and the
 ops' registration: what graphs and kernels share."""
 
+RULES = {"kernels.rule", "kernels.budget", "kernels.timing"}
+"""Records that every room may read: the rule itself, and the two that all features ask."""
+
 ARROWS = {
     "graph": set(),
     "patterns": {"graph", "sites.site"},
     "sites": {"graph"},
-    "policy": {"kernels.rank", "kernels.rule"},
-    "plan": {"graph", "sites", "policy", "runtime", "kernels.rule", "kernels.rank"},
-    "runtime": {"ops", "kernels.rule", "kernels.slots", "kernels.after_call"},
+    "policy": {"kernels.rank", "kernels.attention", *RULES},
+    "plan": {"graph", "sites", "policy", "runtime", "kernels"},
+    "runtime": {"ops", "kernels.slots", "kernels.rank", "kernels.after_call", *RULES},
     "lowering": {"graph", "sites", "plan", "runtime", "ops", "kernels"},
     "proof": {"graph", "sites", "plan", "lowering", "runtime", "kernels"},
     "debug": {"graph", "sites", "plan", "lowering"},
@@ -51,24 +55,33 @@ ARROWS = {
     # the rooms of kernels/
     "kernels.rule": set(),
     "kernels.errors": set(),
+    "kernels.budget": {"kernels.rule"},
+    "kernels.timing": {"kernels.rule"},
     "kernels.choose": {"kernels"},  # imports the implementation that it chose
     "kernels.slots": {"kernels.rule"},
-    "kernels.attention": {"kernels.rule"},
-    "kernels.rank": {"kernels.rule", "kernels.attention"},
+    "kernels.attention": {"kernels.rule", "kernels.slots"},
+    "kernels.rank": {"kernels.slots", "kernels.attention", *RULES},
     "kernels.triton_shared": {"kernels.attention"},
     "kernels.select_slots": {"kernels.rule", "kernels.choose", "kernels.slots", "kernels.triton_shared"},
     "kernels.compact_slots": {"kernels.rule", "kernels.choose", "kernels.slots", "kernels.triton_shared"},
     "kernels.prefill_attend": {"kernels.rule", "kernels.choose", "kernels.attention", "kernels.triton_shared"},
-    "kernels.decode_attend": {"kernels.rule", "kernels.choose", "kernels.attention", "kernels.slots", "kernels.rank"}
-    | {"kernels.triton_shared"},
+    "kernels.decode_attend": {
+        "kernels.choose",
+        "kernels.attention",
+        "kernels.slots",
+        "kernels.rank",
+        "kernels.triton_shared",
+        *RULES,
+    },
     "kernels.after_call": {
-        "kernels.rule",
+        "kernels.attention",
         "kernels.slots",
         "kernels.rank",
         "kernels.select_slots",
         "kernels.compact_slots",
+        *RULES,
     },
-    "kernels.testing": {"kernels.rule"},
+    "kernels.testing": {"kernels.rule", "kernels.slots"},
     "kernels.compile_report": {"kernels"},
     "kernels": set(),
 }
@@ -216,3 +229,53 @@ def test_kernels_stay_within_120_lines():
 @pytest.mark.parametrize("file", FILES, ids=ids)
 def test_every_module_says_what_it_is(file: Path):
     assert ast.get_docstring(tree(file))
+
+
+def identifiers(node: ast.AST) -> set[str]:
+    """What a piece of code names: variables, attributes, arguments, keywords."""
+    found = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+    found |= {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
+    return found | {n.arg for n in ast.walk(node) if isinstance(n, (ast.arg, ast.keyword)) and n.arg}
+
+
+def test_no_function_names_all_state_tensors() -> None:
+    """A state has the fields that its rule gives it: whoever spells them out leaves some behind."""
+    from kvpass.kernels.slots.state import FIELDS
+
+    everything = {field.name for field in FIELDS}
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    naming = {
+        f"{ids(file)}:{node.lineno} {node.name}"
+        for file in FILES
+        for node in ast.walk(tree(file))
+        if isinstance(node, kinds) and any(everything <= group for group in spelled_together(node))
+    }
+    assert not naming
+
+
+def spelled_together(function: ast.AST) -> Iterator[set[str]]:
+    """Attributes that a function reads of one thing, and names that stand side by side in a tuple, a list or a call."""
+    of: dict[str, set[str]] = {}
+    for node in ast.walk(function):
+        if isinstance(node, ast.Attribute):
+            of.setdefault(ast.unparse(node.value), set()).add(node.attr)
+        elif isinstance(node, (ast.Tuple, ast.List)):
+            yield {n.id for n in node.elts if isinstance(n, ast.Name)}
+        elif isinstance(node, ast.Call):
+            yield {n.id for n in node.args if isinstance(n, ast.Name)} | {k.arg for k in node.keywords if k.arg}
+    yield from of.values()
+
+
+def test_the_rule_knows_no_record() -> None:
+    """Each feature's words stand in its own file; the rule, the budget and the steps around a call name none of them."""
+    from kvpass.kernels.rule import all_words
+
+    said = set(all_words())
+    rule = tree(ROOT / "kernels/rule.py")
+    assert not identifiers(rule) & (said - {"decode", "layer", "share"} - dir_of(str))
+    bound = tree(ROOT / "kvpass/runtime/bind.py")
+    assert "rule" not in identifiers(bound)
+
+
+def dir_of(kind: type) -> set[str]:
+    return set(dir(kind))

@@ -44,11 +44,16 @@ def _judged(state: State, rule: Rule) -> Tensor:
     """The statistics with scores given anew: [N, B, Hkv, C]."""
     stats = state.stats.clone()
     beside = stats[stat(rule, SCORED)], stats[stat(rule, MARK)] if rule[Marks].marked else None
-    where = slot_places(state.pos, state.cursor, stats, rule)
-    keys, own = (where, state.pos >= 0, where.amax(-1, keepdim=True) + 1), (state.slots, None)
-    read = Read(state.k, state.v)
-    stats[stat(rule, SCORED)], _ = scorer_scores(stats[:0], keys, state.cursor, read, beside, own, rule)
+    read, own = Read(state.k, state.v), (state.slots, None)
+    scores = scorer_scores(stats[:0], _places(state, rule), state.cursor, read, beside, own, rule)
+    stats[stat(rule, SCORED)] = scores[0]
     return stats
+
+
+def _places(state: State, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
+    """Places of the slots, which are in use, and one past the last place."""
+    where = slot_places(state.pos, state.cursor, state.stats, rule)
+    return where, state.pos >= 0, where.amax(-1, keepdim=True) + 1
 
 
 def _judges_again(rule: Rule) -> bool:

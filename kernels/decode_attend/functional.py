@@ -76,10 +76,15 @@ def _now(position: int, q: Tensor) -> Tensor:
     return torch.scalar_tensor(position, dtype=torch.int32, device=q.device)
 
 
+def _free_slot(state: State) -> Tensor:
+    """bool [B, Hkv, C]"""
+    slot = torch.arange(state.slots, dtype=torch.int32, device=state.cursor.device)
+    return slot == _column(state.cursor, FREE)
+
+
 def _appended(state: State, token: Token, position: int, arrived: Tensor) -> State:
     """The state with the token in its slots, and 0 for its statistics."""
-    slot = torch.arange(state.slots, dtype=torch.int32, device=token.q.device)
-    here = (slot == _column(state.cursor, FREE)) & arrived
+    here = _free_slot(state) & arrived
     return state.replaced(
         k=torch.where(here[..., None], token.k, state.k),
         v=torch.where(here[..., None], token.v, state.v),

@@ -13,34 +13,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvpass.kernels.slots.state import FIELDS, State
 from kvpass.ops import NAMESPACE, decode_attend
 
+STATE = slice(4, 4 + len(FIELDS))
+"""Places of the state among the arguments: one by one, because other compilers take no lists."""
+
 SCHEMA = (
-    "(Tensor q, Tensor k_new, Tensor v_new, Tensor? mask, Tensor[] state, SymInt position, float scale, str rule, "
-    "Tensor? sinks=None, float softcap=0.0) -> Tensor[]"
+    f"(Tensor q, Tensor k_new, Tensor v_new, Tensor? mask, {', '.join(f'Tensor {field.name}' for field in FIELDS)}, "
+    "SymInt position, float scale, str rule, Tensor? sinks=None, float softcap=0.0) "
+    f"-> (Tensor{', Tensor' * len(FIELDS)})"
 )
-STATE = 4
-"""Place of the state among the arguments."""
 
 
-def _body(*args: Any) -> list[Tensor]:
+def _body(*args: Any) -> tuple[Tensor, ...]:
     state = [t.clone() for t in args[STATE]]
-    return [decode_attend(*args[:STATE], state, *args[STATE + 1 :]), *state]
+    return (decode_attend(*args[: STATE.start], state, *args[STATE.stop :]), *state)
 
 
-def _fake(q: Tensor, k_new: Tensor, v_new: Tensor, mask: Tensor | None, state: Any, *rest: Any) -> list[Tensor]:
-    from kvpass.kernels.rule import Rule
-    from kvpass.kernels.slots.state import State
-
-    held = State.of(state, Rule.parse(rest[2]))
-    for field, tensor in zip(held.fields, state, strict=True):
-        torch._check(tensor.shape[field.rows] == q.shape[0])
+def _fake(q: Tensor, k_new: Tensor, v_new: Tensor, mask: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    held = State(rest[: len(FIELDS)])
+    for field, tensor in zip(FIELDS, held.tensors(), strict=True):
         if field.per_slot:
-            torch._check(tensor.shape[field.dims.index("C")] == held.slots)
-    for new in (k_new, v_new):
-        torch._check(new.shape[0] == q.shape[0])
+            torch._check(tensor.shape[field.dims.index("C")] == held.k.shape[2])
+    for rows in (q, k_new, v_new):
+        torch._check(rows.shape[0] == held.k.shape[0])
+    for field, tensor in zip(FIELDS, held.tensors(), strict=True):
+        torch._check(tensor.shape[field.rows] == held.k.shape[0])
     out = q.new_empty(q.shape[0], q.shape[1], q.shape[2], v_new.shape[3])
-    return [out, *(t.new_empty(t.shape) for t in state)]
+    return out, *(t.new_empty(t.shape) for t in held.tensors())
 
 
 def _register() -> torch.library.Library | None:
@@ -63,4 +64,9 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     """Each op of a pure program as plain torch, for `ExportedProgram.run_decompositions`."""
     from kvpass.kernels.decode_attend.functional import decode_step as step
 
-    return {decode_step: step}
+    run: Callable[..., list[Tensor]] = step
+
+    def flat(*args: Any) -> tuple[Tensor, ...]:
+        return tuple(run(*args[: STATE.start], args[STATE], *args[STATE.stop :]))
+
+    return {decode_step: flat}

@@ -159,12 +159,13 @@ def _without_mutation(graph: fx.Graph) -> dict[Any, fx.Node]:
     after: dict[Any, fx.Node] = {}
     for node in graph.find_nodes(op="call_function", target=decode_attend):
         with graph.inserting_before(node):
-            step = graph.call_function(decode_step, node.args)
-            parts = [graph.call_function(operator.getitem, (step, at)) for at in range(len(node.args[STATE]) + 1)]
+            before, state, behind = node.args[: STATE.start], node.args[STATE.start], node.args[STATE.start + 1 :]
+            step = graph.call_function(decode_step, (*before, *state, *behind))
+            parts = [graph.call_function(operator.getitem, (step, at)) for at in range(len(state) + 1)]
         for made in (step, *parts):
             made.meta = {key: value for key, value in node.meta.items() if key != "example_value"}
         parts[0].meta["example_value"] = example(node)
         node.replace_all_uses_with(parts[0])
-        after.update(zip(node.args[STATE], parts[1:], strict=True))
+        after.update(zip(state, parts[1:], strict=True))
         graph.erase_node(node)
     return after

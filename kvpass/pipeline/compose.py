@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from kvpass.debug.graphs import GraphRecord, Graphs, capture_seconds
 from kvpass.errors import DeclinedError, KVPassError, TrainingError
 from kvpass.graph.calls import example
 from kvpass.pipeline.arguments import check_options, checked_patterns
+from kvpass.pipeline.graphs import GraphRecord, Graphs, capture_seconds
 from kvpass.pipeline.inner import compile_inner
 from kvpass.policy.policy import Policy
 from kvpass.runtime.active import current

@@ -79,7 +79,7 @@ def test_show_takes_files_and_budgets(capsys):
     out = capsys.readouterr().out
     assert "budget: 128\n" in out
     assert "scorer=loud options=order:float:1.0 reads=values" in out
-    assert "each slot keeps: position + held, 8 bytes beside K and V" in out
+    assert "each slot keeps: position + scored, 8 bytes beside K and V" in out
     assert main(["policies", "show", "h20"]) == 1
     assert "did you mean 'h2o'" in capsys.readouterr().err
 

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 import kvpass
 from kvpass import debug
 from kvpass.debug import drawing, neighbourhood, output_code, page, report, source
-from kvpass.debug.graphs import GraphRecord
+from kvpass.pipeline.graphs import GraphRecord
 from kvpass.sites.table import SiteTable
 
 STAGES = (

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from kvpass.kernels.budget import budget as budget_of
 
 import kvpass
 from kvpass.errors import PolicyError
@@ -271,10 +272,10 @@ def test_the_least_of_a_pyramid_is_what_its_rule_gives(slots, share):
     """No layer of a model falls below what was checked; at some length one gets down to it, or to one more."""
     from kvpass.policy.check import smallest_budget
 
-    budget = slots if share is None else share
-    policy = Policy.load({"name": "mine", **PYRAMID, "min_slots": slots}).with_budget(budget)
+    asked = slots if share is None else share
+    policy = Policy.load({"name": "mine", **PYRAMID, "min_slots": slots}).with_budget(asked)
     least = min(
-        budget(rule_of(policy, layer, layers), seen)
+        budget_of(rule_of(policy, layer, layers), seen)
         for layers in (2, 21)
         for layer in (layers - 1,)
         for seen in [*range(33, 1000), 5000]

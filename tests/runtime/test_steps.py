@@ -120,7 +120,7 @@ class MadeUp(Step):
         return budget(rule, 1000) == 12
 
     def run(self, call: CallFacts) -> None:
-        cursors = [int(store.state[4][0, 0, 2]) for store in call.stores]
+        cursors = [int(store.state.cursor[0, 0, 2]) for store in call.stores]
         names = tuple(b.name for b in call.bindings)
         assert not torch.is_grad_enabled()
         assert not torch.is_inference_mode_enabled() or self.moment is Moment.CHECK
@@ -228,11 +228,11 @@ def test_a_check_that_refuses_leaves_the_caches_alone(monkeypatch: pytest.Monkey
     model = compiled()
     cache = call(model, call(model, tokens=40))
     store = find(cache[1][0])
-    before, made.error = (store.held, store.slots, store.tokens), CacheError("not now")
+    before, made.error = (store.used, store.slots, store.tokens), CacheError("not now")
     for _ in range(30):
         with pytest.raises(CacheError, match="not now"):
             call(model, cache)
-    assert (store.held, store.slots, store.tokens) == before
+    assert (store.used, store.slots, store.tokens) == before
     made.error = None
     call(model, cache)
 
