@@ -117,12 +117,17 @@ def random_state(
             n = int(live[b, h])
             free = int(torch.randint(n + 1, (), generator=g)) if holes else n
             used = [s for s in range(n + 1) if s != free]
-            state.k[b, h, used] = torch.randn(n, state.k.shape[-1], generator=g).to(dtype)
-            state.v[b, h, used] = torch.randn(n, state.v.shape[-1], generator=g).to(dtype)
-            state.pos[b, h, used] = torch.randperm(seen, generator=g)[:n].int()
+            for entries in (state.k, state.v):
+                entries[b, h, used] = torch.randn(n, entries.shape[-1], generator=g).to(dtype)
+            _draw_positions(state.pos[b, h], used, seen, g)
             state.cursor[b, h] = torch.tensor([n, free, seen, 0])
             _draw_statistics(state.stats[:, b, h], used, rule, g)
     return state.mapped(lambda _, tensor: tensor.to(device))
+
+
+def _draw_positions(pos: Tensor, used: list[int], seen: int, generator: torch.Generator) -> None:
+    """pos [C] of one head, those of used slots."""
+    pos[used] = torch.randperm(seen, generator=generator)[: len(used)].int()
 
 
 def _draw_statistics(stats: Tensor, used: list[int], rule: Rule, generator: torch.Generator) -> None:

@@ -267,7 +267,7 @@ def spelled_together(function: ast.AST) -> Iterator[set[str]]:
 
 
 def test_the_rule_knows_no_record() -> None:
-    """Each feature's words stand in its own file; the rule, the budget and the steps around a call name none of them."""
+    """Each feature's words stand in its own file; the rule and the code around a call name none of them."""
     from kvpass.kernels.rule import all_words
 
     said = set(all_words())
