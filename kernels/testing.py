@@ -119,23 +119,20 @@ def random_state(
             used = [s for s in range(n + 1) if s != free]
             for entries in (state.k, state.v):
                 entries[b, h, used] = torch.randn(n, entries.shape[-1], generator=g).to(dtype)
-            _draw_positions(state.pos[b, h], used, seen, g)
             state.cursor[b, h] = torch.tensor([n, free, seen, 0])
-            _draw_statistics(state.stats[:, b, h], used, rule, g)
+            _draw(state, (b, h), used, seen, rule, g)
     return state.mapped(lambda _, tensor: tensor.to(device))
 
 
-def _draw_positions(pos: Tensor, used: list[int], seen: int, generator: torch.Generator) -> None:
-    """pos [C] of one head, those of used slots."""
-    pos[used] = torch.randperm(seen, generator=generator)[: len(used)].int()
-
-
-def _draw_statistics(stats: Tensor, used: list[int], rule: Rule, generator: torch.Generator) -> None:
-    """stats [N, C] of one head, those of used slots."""
+def _draw(
+    state: State, head: tuple[int, int], used: list[int], seen: int, rule: Rule, generator: torch.Generator
+) -> None:
+    """Positions and statistics of one head's used slots."""
+    state.pos[(*head, used)] = torch.randperm(seen, generator=generator)[: len(used)].int()
     for i, name in enumerate(rule[Statistics].stats):
         values = torch.rand(len(used), generator=generator)
         scale = {"sum": 3.0, "sumsq": 4.0, "count": 0.0}[name]
-        stats[i, used] = values * scale if name != "count" else (1 + values * 5).floor()
+        state.stats[(i, *head, used)] = values * scale if name != "count" else (1 + values * 5).floor()
 
 
 def causal_mask(
