@@ -1,7 +1,7 @@
 """Rule: what an op observes and how it picks victims, as a few small records.
 
-The tensor-level form of a planned policy (docs/design/0006-rules-and-state.md). It knows no policy names, no graphs, no
-models and no feature: each record stands beside the code that reads it, and says its own words, checks and effects.
+The tensor-level form of a planned policy (docs/design/0008-rules-state-and-steps.md). It knows no policy names, no
+graphs, no models and no feature: each record stands beside the code that reads it, and says its words, checks, effects.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class Token(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What is the same for all heads. Facts of three kinds, by when they are known (docs/design/0006): `rule`, `latent`
+    """What is the same for all heads. Facts of three kinds, by when they are known (docs/design/0008): `rule`, `latent`
     and `softmax` but for its sinks when the graph is compiled; `position` on the host, once per call; `mask` and sinks
     on the device.
     """

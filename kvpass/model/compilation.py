@@ -64,7 +64,7 @@ class Compilation:
             function: what to call, and its first arguments: a method of the module, and the module.
 
         Raises:
-            KVPassError: what `Call.settle` and Dynamo's limit say, and whatever the graphs raise.
+            KVPassError: what `Call.compare` and Dynamo's limit say, and whatever the graphs raise.
         """
         outer = current()
         if outer is not None and outer.owner is self:
@@ -94,7 +94,7 @@ class Compilation:
         try:
             with limits():
                 result = self.compiled(*function, *args, **kwargs)
-            after = call.settle(args, kwargs, result, list(self._kept(new=not call.graphs)) if strict else [])
+            after = call.compare(args, kwargs, result, list(self._kept(new=not call.graphs)) if strict else [])
         finally:
             call.end()
         reachable = {id(one.tensor) for one in after}

@@ -10,7 +10,7 @@ from kvpass.kernels.attention.observation import Observation, emitted
 from kvpass.kernels.rank.marks import Marks
 from kvpass.kernels.rank.scored import Sample, Scoring
 from kvpass.kernels.rank.scorers.registry import Scorer
-from kvpass.kernels.rank.scorers.seen import ASIDE
+from kvpass.kernels.rank.scorers.seen import NOT_FROM_GRAPH
 from kvpass.kernels.rank.weights import Weight
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.statistics import Statistics
@@ -80,7 +80,7 @@ def _reads(rule: Rule) -> list[str]:
         decode = " and of generated tokens" if observation.decode != "none" and count > 0 else ""
         found.append(f"{kind} of {whose}{decode}")
     words = {"hidden": "hidden states", "queries": "unrotated queries"}
-    found += [words.get(what, what) for what in scoring.reads if what not in ASIDE | {"rows", "logits"}]
+    found += [words.get(what, what) for what in scoring.reads if what not in NOT_FROM_GRAPH | {"rows", "logits"}]
     if weight.weight != "none" and "values" not in found:
         found.append("values")
     found += ["output projection"] if weight.projected else []

@@ -24,7 +24,7 @@ from kvpass.kernels.rank.allocate import ShareOut
 from kvpass.kernels.rank.layer import Layer
 from kvpass.kernels.rank.pyramid import Pyramid
 from kvpass.kernels.rank.scored import Scoring
-from kvpass.kernels.rank.scorers.seen import ASIDE
+from kvpass.kernels.rank.scorers.seen import NOT_FROM_GRAPH
 from kvpass.kernels.rank.weights import Weight
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.ragged import Ragged
@@ -211,7 +211,7 @@ def _check_files(policy: Spec, planned: SitePlan, layers: int) -> None:
 def _unmet(planned: SitePlan) -> Iterator[tuple[bool, str, str]]:
     """Whether something is missing, what was asked, and the fix."""
     site, rule = planned.site, planned.rule
-    reads = [word for word in rule[Scoring].reads if word not in ASIDE]
+    reads = [word for word in rule[Scoring].reads if word not in NOT_FROM_GRAPH]
     reads += ["weight"] if rule[Weight].weight != "none" else []
     shared = site.core.latent is not None or site.mixed is not None
     what = "keeps latents instead of keys and values" if site.core.latent else "keeps all heads side by side"

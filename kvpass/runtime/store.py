@@ -124,7 +124,7 @@ class SlotStore:
 
     def make_room(self, new: int, step: bool) -> None:
         """Grow the slots, if needed, for a call of `new` tokens, which is a step or not. Copies this one layer, once in
-        about n/40 kept tokens; under a rule with `spread` also before each call of several tokens.
+        about n/40 kept tokens; where layers share out also before each call of several tokens.
         """
         tokens = self.tokens + new
         if not self.rule[ShareOut].share:

@@ -74,7 +74,7 @@ class Call(Ledger):
         ACTIVE.calls.remove(self)
         veil(t for t in self.made if t.untyped_storage().nbytes() <= t.element_size())
 
-    def settle(self, args: Any, kwargs: Any, result: Any, kept: list[Found]) -> list[Found]:
+    def compare(self, args: Any, kwargs: Any, result: Any, kept: list[Found]) -> list[Found]:
         """Compare what the call left with what its graphs noted. Returns what it left, beside `kept`: what is in the
         model's attributes now.
 

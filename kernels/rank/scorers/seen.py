@@ -15,7 +15,7 @@ which costs that layers no longer share what is computed for a graph; `own`: the
 slots stay (as with `hidden`); `places`: `Seen.pos` exactly, which costs a number per slot.
 """
 
-ASIDE = frozenset({"statistics", "layer", "marks", "own", "places"})
+NOT_FROM_GRAPH = frozenset({"statistics", "layer", "marks", "own", "places"})
 """Words of `READS` for which nothing more is taken from a graph."""
 
 Asked = TypeVar("Asked", Tensor, int)

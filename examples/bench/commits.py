@@ -1,0 +1,140 @@
+"""Two checkouts of kvpass against each other, prefill by prefill and decode step by decode step, in turns.
+
+    python -P examples/bench/commits.py OTHER_PYTHON [--cases 2048x8,4096x1] [--policies full,h2o,..] [--rounds 30]
+
+OTHER_PYTHON is the interpreter of an environment in which the other checkout is installed (its .venv/bin/python). Each
+side is a process of its own with the same script, weights and prompt; the driver lets them work by turns, so that the
+machine's drift hits both alike. Prints medians, ratios (this one / the other) and whether both said the same tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+WARM_UP = 4
+"""Decode steps; by then the first decode (static lengths) and the general one are compiled."""
+
+
+class Side:
+    """One checkout at work in a process of its own."""
+
+    def __init__(self, python: str, job: dict[str, Any]) -> None:
+        command = [python, "-P", __file__, "--work", json.dumps(job)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.version = self.answer()["kvpass"]
+
+    def answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.process.args[0]} failed (exit {self.process.wait()}; its words are above)")
+        answered: dict[str, Any] = json.loads(line)
+        return answered
+
+    def ask(self, what: str) -> Any:
+        assert self.process.stdin is not None
+        self.process.stdin.write(what + "\n")
+        self.process.stdin.flush()
+        return self.answer()["said"]
+
+    def close(self) -> None:
+        self.process.communicate("")
+
+
+def work(job: dict[str, Any]) -> None:
+    """A side: reads `prefill`, `step` or `tokens` from stdin, answers seconds or token ids."""
+    import smollm2
+    import torch
+
+    import kvpass
+    from bench.case import prompt, timed
+    from bench.contenders import Contender, Spec
+
+    with torch.no_grad():
+        model, tokenizer = smollm2.load()
+        ids = prompt(tokenizer, job["context"], job["batch"])
+        contender = Contender(Spec("", "eager", job["policy"], job["budget"]), model, job["context"] + 100)
+        print(json.dumps({"kvpass": str(Path(kvpass.__file__).parent)}), flush=True)
+        asked = {
+            "prefill": lambda: timed(lambda: contender.prefill(ids)),
+            "step": lambda: timed(contender.step),
+            "tokens": lambda: contender.said,
+        }
+        for line in sys.stdin:
+            print(json.dumps({"said": asked[line.strip()]()}), flush=True)
+
+
+def compared(sides: list[Side], prefills: int, rounds: int) -> dict[str, Any]:
+    """Median seconds of each side, their ratio, and its quartiles over the rounds."""
+    for side in sides:
+        side.ask("prefill")  # compiles
+    read = [turned([side.ask("prefill") for side in turned(sides, at)], at) for at in range(prefills)]
+    for side in sides:
+        for _ in range(WARM_UP):
+            side.ask("step")
+    steps = [turned([side.ask("step") for side in turned(sides, at)], at) for at in range(rounds)]
+    same = sides[0].ask("tokens") == sides[1].ask("tokens")
+    return {"prefill": summary(read), "step": summary(steps), "same": same}
+
+
+def turned(items: list[Any], at: int) -> list[Any]:
+    """Two items, in the other order at every second turn."""
+    return items[::-1] if at % 2 else items
+
+
+def summary(times: list[list[float]]) -> dict[str, Any]:
+    ratios = sorted(new / old for new, old in times)
+    quartiles = (
+        statistics.quantiles(ratios, n=4) if len(ratios) > 3 else [ratios[0], ratios[len(ratios) // 2], ratios[-1]]
+    )
+    medians = [statistics.median(column) for column in zip(*times, strict=True)]
+    return {"new": medians[0], "old": medians[1], "ratio": statistics.median(ratios), "quartiles": quartiles}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("other", nargs="?", help="python of the other checkout's environment")
+    parser.add_argument("--cases", default="2048x8,4096x1", help="context x batch, with commas")
+    parser.add_argument("--policies", default="full,h2o,snapkv,ada_snapkv")
+    parser.add_argument("--prefills", type=int, default=2, help="timed prefills of each side")
+    parser.add_argument("--rounds", type=int, default=30, help="timed decode steps of each side")
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.work:
+        work(json.loads(args.work))
+        return
+    if not args.other:
+        parser.error("say which python has the other checkout installed")
+    print("| case | policy | prefill, s: this, other | ratio | step, ms: this, other | ratio (quartiles) | tokens |")
+    print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
+    start = time.time()
+    for case in args.cases.split(","):
+        context, batch = (int(part) for part in case.split("x"))
+        for policy in args.policies.split(","):
+            job = {"context": context, "batch": batch, "policy": policy, "budget": 1.0 if policy == "full" else 0.2}
+            sides = [Side(python, job) for python in (sys.executable, args.other)]
+            found = compared(sides, args.prefills, args.rounds)
+            prefill, step = found["prefill"], found["step"]
+            low, _, high = step["quartiles"]
+            print(
+                f"| {case} | {policy} | {prefill['new']:.2f}, {prefill['old']:.2f} | {prefill['ratio']:.3f} | "
+                f"{1e3 * step['new']:.1f}, {1e3 * step['old']:.1f} | {step['ratio']:.3f} ({low:.3f} to {high:.3f}) | "
+                f"{'the same' if found['same'] else 'DIFFER'} |",
+                flush=True,
+            )
+            for side in sides:
+                side.close()
+    print(f"\nthis: {sides[0].version}; other: {sides[1].version}; {time.time() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
