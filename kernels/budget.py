@@ -39,8 +39,11 @@ def budget(rule: Rule, seen: Any) -> Any:
     """Slots that each KV head may hold after `seen` valid tokens, int or int64 tensor as they are; where heads have
     budgets of their own, on average over them.
     """
+    resizing = rule.derived.get(budget)
+    if resizing is None:
+        resizing = rule.derived[budget] = [one for one in rule if type(one).resized is not Record.resized]
     size = rule[Budget].of(seen)
-    for record in rule:
+    for record in resizing:
         size = record.resized(size, rule)
     return size
 

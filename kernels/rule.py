@@ -37,6 +37,21 @@ class Record:
                 raise TypeError(f"the word {word!r} of {cls.__qualname__} is {other.__qualname__}'s")
             _SAID_BY[word] = cls
 
+    def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raises ValueError for what no reader of it would understand."""
+
+    def work(self, rule: Rule) -> Iterator[str]:
+        """What it costs a prefill of T tokens beside attention's own work, for people: `T*T`, `32*T`."""
+        return iter(())
+
+    @property
+    def slot_bytes(self) -> int:
+        """What it costs each slot of each KV head beside key, value and position."""
+        return 0
+
     @property
     def evicts(self) -> bool:
         """Whether slots go because of it."""
@@ -76,6 +91,13 @@ class Record:
 R = TypeVar("R", bound=Record)
 
 
+def one_of(record: Record, word: str, *known: str) -> None:
+    """Raises ValueError if a word of a record says something else."""
+    said = getattr(record, word)
+    if said not in known:
+        raise ValueError(f"{type(record).__name__}: {word} is {said!r}, not one of {', '.join(map(repr, known))}")
+
+
 class Rule:
     """Records by their kind; those that are not given are as their defaults say. Immutable, and equal if its records
     are.
@@ -83,6 +105,9 @@ class Rule:
     Args:
         records: of different kinds, in the order of the text.
         words: the same by fields of records.
+
+    Attributes:
+        derived: what readers computed of it once, each by a key of its own: rules are asked in every step.
 
     Raises:
         TypeError: a word that no record says, or two records of one kind.
@@ -97,6 +122,7 @@ class Rule:
             found[kind] = replace(found.get(kind) or kind(), **own)  # type: ignore[type-var]
         self._records = {kind: one for kind, one in found.items() if one != kind()}
         self._hash = hash(frozenset(self._records.values()))
+        self.derived: dict[Any, Any] = {}
 
     def __getitem__(self, kind: type[R]) -> R:
         found: Any = self._records.get(kind) or _DEFAULTS.get(kind)

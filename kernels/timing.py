@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvpass.kernels.rule import Record
+from kvpass.kernels.rule import Record, one_of
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,9 @@ class Timing(Record):
 
     when: str = "always"
     every: int = 1
+
+    def check(self) -> None:
+        one_of(self, "when", "always", "calls", "first")
 
     def acts(self, position: int | None) -> bool:
         if position is None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
-from kvpass.kernels.rule import Record, Rule
+from kvpass.kernels.rule import Record, Rule, one_of
 from kvpass.kernels.slots.statistics import Statistics
 
 STATISTICS = ("sum", "sumsq", "count", "important", "last")
@@ -33,16 +33,32 @@ class Observation(Record):
     carry: bool = True
     decode: str = "none"
 
+    def check(self) -> None:
+        one_of(self, "group", "mean", "max")
+        one_of(self, "decode", "none", "add", "replace")
+
+    def work(self, rule: Rule) -> Iterator[str]:
+        if self.queries and emitted(rule):
+            yield self.rows
+
+    @property
+    def rows(self) -> str:
+        """How much of attention's matrix is looked at again, for people."""
+        return "T*T" if self.queries < 0 else f"{self.queries}*T"
+
     @property
     def window(self) -> int:
         """Queries of the observation window, 0 if all are observed or none."""
         return max(self.queries, 0)
 
 
-@lru_cache(maxsize=256)
 def emitted(rule: Rule) -> tuple[str, ...]:
     """The statistics that a multi-token call computes, in order."""
-    return rule[Observation].emits or tuple(name for name in rule[Statistics].stats if name in STATISTICS)
+    found: tuple[str, ...] | None = rule.derived.get(emitted)
+    if found is None:
+        found = rule[Observation].emits or tuple(name for name in rule[Statistics].stats if name in STATISTICS)
+        rule.derived[emitted] = found
+    return found
 
 
 def emission(rule: Rule, name: str) -> int:

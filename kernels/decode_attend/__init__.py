@@ -49,9 +49,9 @@ def decode_attend(
     if q.shape[0] != batch or q.shape[3] != dim or q.shape[1] % heads or q.shape[2] != 1 or k_new.shape[2] != 1:
         shape = list(held.k.shape)
         raise ValueError(f"decode_attend: q {list(q.shape)}, k_new {list(k_new.shape)} do not fit k {shape}")
-    if any(tensor.shape[field.dims.index("C")] != slots for field, tensor in held.per_slot()):
-        names = ", ".join(field.name for field, _ in held.per_slot())
-        raise ValueError(f"decode_attend: {names} must have the {slots} slots of k")
+    for field, tensor in held.per_slot():
+        if tensor.shape[field.rows + 2] != slots:
+            raise ValueError(f"decode_attend: {field.name} {list(tensor.shape)} must have the {slots} slots of k")
     _check_dtypes(q, held)
     if sinks is not None or softcap:
         check_softmax("decode_attend", q.shape[1], sinks, softcap)

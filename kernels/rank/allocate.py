@@ -11,7 +11,7 @@ from kvpass.kernels.errors import TableError
 from kvpass.kernels.rank.criterion import INF, UNTOUCHABLE
 from kvpass.kernels.rank.layer import Layer
 from kvpass.kernels.rank.tables import layer_of
-from kvpass.kernels.rule import Record, Rule
+from kvpass.kernels.rule import Record, Rule, one_of
 from kvpass.kernels.slots.cursor import EXTRA
 from torch import Tensor
 
@@ -42,6 +42,9 @@ class ShareOut(Record):
 
     share: str = ""
     cut: float = -INF
+
+    def check(self) -> None:
+        one_of(self, "share", "", "model", "preference", "threshold")
 
     @property
     def evicts(self) -> bool:

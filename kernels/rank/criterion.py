@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvpass.kernels.rule import Record
+from kvpass.kernels.rule import Record, one_of
 from kvpass.kernels.slots.statistics import brought
 
 SCORES = ("position", "sum", "mean", "important", "last")
@@ -29,6 +29,9 @@ class Ranking(Record):
 
     score: str = "position"
     heads: str = "each"
+
+    def check(self) -> None:
+        one_of(self, "heads", "each", "all")
 
     @property
     def together(self) -> bool:

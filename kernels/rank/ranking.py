@@ -47,15 +47,16 @@ def base_scores(stats: Tensor, pos: Tensor, rule: Rule, now: Tensor | int) -> Te
     """Scores of each head before any value weight, the shape of pos. TRIM-KV's are log-retentions that count once for
     each token since (arXiv 2512.03324).
     """
-    if rule[Ranking].score == "position":
+    by = rule[Ranking].score
+    if by == "position":
         return pos.float()
-    if rule[Ranking].score == "mean":
+    if by == "mean":
         return stats[stat(rule, "sum")] / stats[stat(rule, "count")].clamp(min=1)
-    if rule[Ranking].score == "important":
+    if by == "important":
         return stats[stat(rule, "important")] / stats[stat(rule, "count")].clamp(min=1)
-    if rule[Ranking].score == "last":
+    if by == "last":
         return stats[stat(rule, "last")] - 1 - now
-    score = stats[stat(rule, rule[Ranking].score)]
+    score = stats[stat(rule, by)]
     return score * (now - (stats[stat(rule, NUMBER)] if keeps(rule, NUMBER) else pos)) if rule[Scoring].decay else score
 
 

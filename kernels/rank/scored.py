@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,6 +24,9 @@ from kvpass.kernels.slots.cursor import SEEN
 from kvpass.kernels.slots.statistics import Statistics, keeps, stat
 from torch import Tensor
 
+GROWING = {"r_kv": "T*T cosines", "compactor": "256*T"}
+"""Work of scorers that grows faster than what they read."""
+
 
 @dataclass(frozen=True)
 class Scoring(Record):
@@ -40,6 +44,12 @@ class Scoring(Record):
     reads: tuple[str, ...] = ()
     decay: bool = False
     seed: int = 0
+
+    def work(self, rule: Rule) -> Iterator[str]:
+        if self.windowed and rule[Observation].queries:
+            yield rule[Observation].rows
+        if self.scorer in GROWING:
+            yield GROWING[self.scorer]
 
     @property
     def windowed(self) -> bool:

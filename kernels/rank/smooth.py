@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from kvpass.kernels.attention.observation import Observation
 from kvpass.kernels.rank.allocate import ranks
 from kvpass.kernels.rank.places import ordered_by, restored
-from kvpass.kernels.rule import Record, Rule
+from kvpass.kernels.rule import Record, Rule, one_of
 from torch import Tensor
 
 
@@ -20,6 +20,9 @@ class Pool(Record):
     pool: str = "none"
     pool_size: int = 1
 
+    def check(self) -> None:
+        one_of(self, "pool", "none", "avg", "max")
+
 
 @dataclass(frozen=True)
 class Granule(Record):
@@ -27,6 +30,9 @@ class Granule(Record):
 
     granule: int = 1
     granule_by: str = "mean"
+
+    def check(self) -> None:
+        one_of(self, "granule_by", "mean", "top_half")
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from kvpass.kernels.rule import Record
+from kvpass.kernels.rule import Record, Rule
 from kvpass.kernels.slots.statistics import brought
 from torch import Tensor
 
@@ -27,6 +28,10 @@ class Weight(Record):
     weight_floor: float = 0.0
     top_num: int = 0
     top_den: int = 1
+
+    def work(self, rule: Rule) -> Iterator[str]:
+        if self.projected:
+            yield "T*(v W_O)"
 
     @property
     def projected(self) -> bool:

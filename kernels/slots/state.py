@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,14 +37,14 @@ class Field:
     dtype: torch.dtype | None
     fill: float | tuple[int, ...] | None
 
-    @property
+    @cached_property
     def per_slot(self) -> bool:
         """Whether it moves with the slots."""
         return "C" in self.dims
 
-    @property
+    @cached_property
     def rows(self) -> int:
-        """The dim of the sequences."""
+        """The dim of the sequences; that of the slots is two behind, where there are any."""
         return self.dims.index("B")
 
     @property
@@ -75,10 +75,13 @@ FIELDS = (
 """
 
 
-@lru_cache(maxsize=256)
 def fields_of(rule: Rule) -> tuple[Field, ...]:
     """The fields of a state under a rule, in the order in which ops take its tensors."""
-    return (*FIELDS, *(field for record in rule for field in record.state_fields))
+    found: tuple[Field, ...] | None = rule.derived.get(fields_of)
+    if found is None:
+        more = [field for record in rule for field in record.state_fields]
+        found = rule.derived[fields_of] = (*FIELDS, *more) if more else FIELDS
+    return found
 
 
 class State:
@@ -148,7 +151,7 @@ class State:
 
     def per_slot(self) -> list[tuple[Field, Tensor]]:
         """What moves with the slots."""
-        return [(f, t) for f, t in zip(self.fields, self.tensors(), strict=True) if f.per_slot]
+        return [(field, getattr(self, field.name)) for field in self.fields if field.per_slot]
 
     def bytes(self, entries: bool) -> int:
         """Bytes of keys and values, or of everything else."""
@@ -158,5 +161,5 @@ class State:
 
 def flat(field: Field, tensor: Tensor) -> Tensor:
     """A per-slot tensor with B, H and C as one dim, `field.rows`: a view of contiguous memory."""
-    at = field.rows
-    return tensor.view(*tensor.shape[:at], tensor.shape[at : at + 3].numel(), *tensor.shape[at + 3 :])
+    at, shape = field.rows, tensor.shape
+    return tensor.view(*shape[:at], shape[at] * shape[at + 1] * shape[at + 2], *shape[at + 3 :])

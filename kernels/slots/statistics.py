@@ -22,6 +22,10 @@ class Statistics(Record):
     stats: tuple[str, ...] = ()
 
     @property
+    def slot_bytes(self) -> int:
+        return 4 * len(self.stats)
+
+    @property
     def arrives(self) -> bool:
         return bool(_BROUGHT & set(self.stats))
 

@@ -22,9 +22,6 @@ HEADINGS = ("policy", "reads", "extra at prefill", "bytes a slot", "paper")
 EXAMPLE_BUDGET = 0.2
 """Rules hold a budget; this one is shown for policies that bring none."""
 
-_ALSO = {"r_kv": "T*T cosines", "compactor": "256*T"}
-"""Work of scorers that grows faster than what they read."""
-
 
 @dataclass(frozen=True)
 class Row:
@@ -55,7 +52,7 @@ def catalogue() -> list[Row]:
 def row_of(policy: Spec) -> Row:
     """What a checked policy costs."""
     rule = example_rule(policy)
-    size = 4 + 4 * len(rule[Statistics].stats)
+    size = 4 + sum(record.slot_bytes for record in rule)
     extra = " + ".join(_extra(rule)) or "none"
     return Row(policy.name, ", ".join(_reads(rule)), extra, size, policy.paper, policy.source, policy.notes)
 
@@ -90,17 +87,8 @@ def _reads(rule: Rule) -> list[str]:
 
 
 def _extra(rule: Rule) -> list[str]:
-    count, scorer, weight = rule[Observation].queries, rule[Scoring].scorer, rule[Weight]
-    found = []
-    if _attended(rule):
-        found.append("T*T" if count < 0 else f"{count}*T")
-    if scorer in _ALSO:
-        found.append(_ALSO[scorer])
-    if weight.projected:
-        found.append("T*(v W_O)")
-    if not found and (scorer or weight.weight != "none"):
-        found.append("T")
-    return found
+    found = list(dict.fromkeys(work for record in rule for work in record.work(rule)))
+    return found or (["T"] if rule[Scoring].scorer or rule[Weight].weight != "none" else [])
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -151,7 +139,7 @@ def emission(policy: Spec) -> list[str]:
     return [
         f"a multi-token call emits: {computed}",
         f"a one-token call does with its row: {rule[Observation].decode}",
-        f"each slot keeps: {kept}, {4 + 4 * len(rule[Statistics].stats)} bytes beside K and V",
+        f"each slot keeps: {kept}, {4 + sum(record.slot_bytes for record in rule)} bytes beside K and V",
         f"rule at budget {policy.budget if own else EXAMPLE_BUDGET}: {rule.encode()}",
         *(f"rule of layers {key}: {example_rule(other).encode()}" for key, other in variants(policy).items()),
     ]
