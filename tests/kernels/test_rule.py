@@ -36,7 +36,7 @@ def test_a_word_that_nobody_says() -> None:
 
 
 def test_a_word_that_is_anothers() -> None:
-    with pytest.raises(TypeError, match="the word 'pool_size' of .*Mine is Pool's"):
+    with pytest.raises(TypeError, match=r"the word 'pool_size' of .*Mine is Pool's"):
 
         @dataclass(frozen=True)
         class Mine(Record):

@@ -93,7 +93,7 @@ def tail() -> str:
 
 def entry(module: str, name: str) -> str:
     thing = getattr(import_module(module), name)
-    text, lists = read(thing.__doc__ or "")
+    text, lists = read_all(thing)
     lines = [f"\n### {module}.{name}\n", *signature_lines(thing, name), f"\n{text}\n"]
     tables = {part: "".join(rows_of(thing, lists.get(part, {}), part)) for part in ("Args", "Attributes")}
     lines += [f"\n| {part[:-1].lower()} | |\n| --- | --- |\n{rows}" for part, rows in tables.items() if rows]
@@ -130,7 +130,8 @@ def names(key: str) -> str:
 
 def methods(thing: Any) -> Iterator[tuple[str, str]]:
     """Public methods and properties, but those of enums' and dataclasses' making, with their text."""
-    for name, member in vars(thing).items() if inspect.isclass(thing) else ():
+    found = {name: member for kind in reversed(ours(thing)) for name, member in vars(kind).items()}
+    for name, member in found.items():
         shown = isinstance(member, (property, staticmethod, cached_property)) or inspect.isfunction(member)
         if name.startswith("_") or not shown:
             continue
@@ -163,6 +164,20 @@ def signature(call: Any, skip: bool = False) -> str:
     return re.sub(r"(: |-> )'([^']*)'", r"\1\2", text)
 
 
+def ours(thing: Any) -> list[type]:
+    """A class and those of its bases that are kvpass' own: what they say of fields and methods is said of it."""
+    kinds = thing.__mro__ if inspect.isclass(thing) else ()
+    return [kind for kind in kinds if kind is thing or kind.__module__.startswith("kvpass.policy.")]
+
+
+def read_all(thing: Any) -> tuple[str, dict[str, dict[str, str]]]:
+    """The prose of a thing's docstring, and the entries of its lists, or of its bases' where it has none."""
+    text, lists = read(thing.__doc__ or "")
+    for kind in ours(thing)[1:]:
+        lists = read(kind.__doc__ or "")[1] | lists
+    return text, lists
+
+
 def read(doc: str) -> tuple[str, dict[str, dict[str, str]]]:
     """The prose of a docstring, and the entries of its lists."""
     prose: list[str] = []
@@ -190,7 +205,7 @@ def undocumented() -> list[str]:
     found = []
     for module, name in (pair for pairs in SECTIONS.values() for pair in pairs):
         thing = getattr(import_module(module), name)
-        text, lists = read(thing.__doc__ or "")
+        text, lists = read_all(thing)
         told = {key for part in lists.values() for keys in part for key in keys.split(", ")}
         wanted = list(field_facts(thing))
         if not inspect.isclass(thing):
