@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from fractions import Fraction
 from typing import Any
 
@@ -28,6 +29,7 @@ BUDGETS = {"vatp": 64, "nacl": 80, "criticalkv": 96, "critical_ada": 96, "pyrami
 VOCABULARY = 1024
 
 
+@functools.cache
 def model(heads: int, kv_heads: int, layers: int = 2) -> Any:
     """With so many words that none comes twice: keys of the same word have the same length, which is a tie."""
     made = tiny.llama(heads, kv_heads, layers=layers)
@@ -85,11 +87,11 @@ COMPILED = [
 """One for each way in which ops are joined in a graph; `test_ops` has them all."""
 
 
+@pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("policy", COMPILED)
 def test_conversation(policy: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Prompts of 150 and 110 tokens, 40 single ones, a second turn of 60, 3 single ones."""
-    shape = SHAPES[NEW.index(policy) % 3]
-    conversation = Conversation(model(*shape), policy, BUDGETS.get(policy, 48), inner="eager")
+    conversation = Conversation(model(6, 2), policy, BUDGETS.get(policy, 48), inner="eager")
     converse(conversation, [(150, 40), (60, 3)], [150, 110])
     finish(conversation, capsys, 45)
 
