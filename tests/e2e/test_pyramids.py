@@ -18,6 +18,8 @@ import kvpass
 from kvpass.plan.rule import rule_of
 from kvpass.policy.policy import Policy
 
+pytestmark = pytest.mark.usefixtures("one_trace")
+
 LAYERS = 4
 PAST = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 """What transformers calls it."""
@@ -51,7 +53,7 @@ PYRAMIDS = [pytest.param("pyramidkv", 80, marks=pytest.mark.wide), ("pyramidkv",
 def test_a_budget_holds_while_tokens_come(policy: str, budget: float | int) -> None:
     """Prompts shorter than the budget, equal to it, within twice, and longer, and short rows beside long ones; then
     generated tokens, a second turn of rows as unequal, and more."""
-    model = kvpass.compile(tiny.llama(4, 2, layers=LAYERS), policy, budget, inner="eager")
+    model = kvpass.compile(tiny.one_llama(4, 2, layers=LAYERS), policy, budget, inner="eager")
     one = torch.ones(1, 1, dtype=torch.long)
     conversations = (([20], 200, [40]), ([80], 40, [9]), ([110], 20, [2]), ([400], 20, [300]))
     for first, alone, second in (*conversations, ([300, 70, 9], 60, [5, 90, 40])):
@@ -100,7 +102,7 @@ def test_a_padded_pyramid(when: str) -> None:
     meaning = PyramidKV()
     meaning.when = when
     policy = {"name": "late", "extends": "pyramidkv", "when": when}
-    conversation = Conversation(tiny.llama(4, 2, layers=3), policy, 64, meaning=meaning, inner="eager")
+    conversation = Conversation(tiny.one_llama(4, 2, layers=3), policy, 64, meaning=meaning, inner="eager")
     mask = torch.ones(2, 130, dtype=torch.long)
     mask[1, :80] = 0
     conversation.call(tiny.tokens(2, 130) * mask, mask)
@@ -112,7 +114,7 @@ def test_a_padded_pyramid(when: str) -> None:
 
 def test_a_pyramid_whose_second_turn_is_padded() -> None:
     """One row says little in the second turn, and stays below the first layer's budget, which the other reaches."""
-    conversation = Conversation(tiny.llama(4, 2, layers=3), "pyramidkv", 64, meaning=PyramidKV(), inner="eager")
+    conversation = Conversation(tiny.one_llama(4, 2, layers=3), "pyramidkv", 64, meaning=PyramidKV(), inner="eager")
     conversation.call(tiny.tokens(2, 50), torch.ones(2, 50, dtype=torch.long))
     mask = torch.ones(2, 70, dtype=torch.long)
     mask[1, :65] = 0

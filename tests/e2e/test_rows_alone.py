@@ -177,10 +177,11 @@ def cache_of(out: Any) -> Any:
     return out["cache"] if "cache" in out else out["past_key_values"]
 
 
+@pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("policy", ["h2o", "ada_snapkv"])
 def test_a_chat_in_a_batch(policy: str) -> None:
     """Through a compiled model and generate: answers and kept tokens, after turns of 11 and 3 tokens, 2 and 9."""
-    compiled = kvpass.compile(tiny.llama(4, 2), policy, 48, inner="eager")
+    compiled = kvpass.compile(tiny.one_llama(4, 2), policy, 48, inner="eager")
     asked = [[torch.randint(1, 60, (1, n), generator=torch.Generator().manual_seed(10 * n + b))
               for b, n in enumerate(lengths)] for lengths in ((100, 100), (11, 3), (2, 9))]  # fmt: skip
     spoken, shown, out = torch.zeros(2, 0, dtype=torch.long), torch.zeros(2, 0, dtype=torch.long), None
