@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from kvpass.kernels.budget import budget, kept
+from kvpass.kernels.budget import budget as slots_after
+from kvpass.kernels.budget import kept
 from kvpass.kernels.rule import Rule
 from models import tiny
 from oracle.drive import Conversation
@@ -80,7 +81,7 @@ def test_budgets_never_fall(budget: float | int, layers: int) -> None:
     rules = [rule_of(Policy.load("pyramidkv").with_budget(budget), at, layers) for at in range(layers)]
     before = [0] * layers
     for seen in range(1, 1500):
-        now = [budget(rule, seen) for rule in rules]
+        now = [slots_after(rule, seen) for rule in rules]
         assert all(a <= b for a, b in zip(before, now, strict=True)), seen
         assert sum(now) <= layers * even(budget, seen)
         assert now == sorted(now, reverse=True)
@@ -91,7 +92,7 @@ def test_budgets_never_fall(budget: float | int, layers: int) -> None:
 
 def test_a_share_above_a_half_is_less_steep() -> None:
     """The first layer keeps all that it has seen, and no more."""
-    first, last = (budget(Rule(queries=32, num=3, den=4, floor=64, beta=20, layer=at, layers=2), 4000) for at in (0, 1))
+    first, last = (slots_after(Rule(queries=32, num=3, den=4, floor=64, beta=20, layer=at, layers=2), 4000) for at in (0, 1))
     assert 3950 <= first <= 4000
     assert first + last == 6000
 
