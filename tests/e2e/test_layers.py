@@ -71,7 +71,9 @@ def test_each_layer_has_its_own(tmp_path: Any, capsys: pytest.CaptureFixture[str
     ids=["beyond", "twice", "before"],
 )
 def test_layers_that_are_not_there(layers: dict[str, Any], what: str) -> None:
-    compiled = kvpass.compile(tiny.one_llama(4, 2), {"name": "mine", "extends": "h2o", "layers": layers}, 48, inner="eager")
+    compiled = kvpass.compile(
+        tiny.one_llama(4, 2), {"name": "mine", "extends": "h2o", "layers": layers}, 48, inner="eager"
+    )
     with torch.no_grad(), pytest.raises(PolicyError, match=what):
         compiled(tiny.tokens(1, 60))
 

@@ -96,10 +96,15 @@ def test_conversation(policy: str, capsys: pytest.CaptureFixture[str]) -> None:
     finish(conversation, capsys, 45)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("policy", NEW)
+ONE_SHAPE = [(policy, SHAPES[i % 3]) for i, policy in enumerate(NEW)]
+OTHERS = [(policy, shape) for policy in NEW for shape in SHAPES if (policy, shape) not in ONE_SHAPE]
+
+
+@pytest.mark.parametrize(
+    ("policy", "shape"), [*ONE_SHAPE, *(pytest.param(*other, marks=pytest.mark.wide) for other in OTHERS)]
+)
 def test_ops(policy: str, shape: tuple[int, int], capsys: pytest.CaptureFixture[str]) -> None:
-    """The same without a model, for every group size."""
+    """The same without a model, for every group size; a third of the policies for each, the rest in `make wide`."""
     layers = Layers(policy, BUDGETS.get(policy, 48), shape)
     layers.converse([(150, 40), (60, 3)], [150, 110])
     finish(layers, capsys, 45)

@@ -92,7 +92,9 @@ def test_budgets_never_fall(budget: float | int, layers: int) -> None:
 
 def test_a_share_above_a_half_is_less_steep() -> None:
     """The first layer keeps all that it has seen, and no more."""
-    first, last = (slots_after(Rule(queries=32, num=3, den=4, floor=64, beta=20, layer=at, layers=2), 4000) for at in (0, 1))
+    first, last = (
+        slots_after(Rule(queries=32, num=3, den=4, floor=64, beta=20, layer=at, layers=2), 4000) for at in (0, 1)
+    )
     assert 3950 <= first <= 4000
     assert first + last == 6000
 
