@@ -104,5 +104,10 @@ def set_aside() -> None:
     gc.freeze()
 
 
+def pytest_configure() -> None:
+    """Dynamo makes so many objects that by Python's thresholds a sixth of a run goes into looking at them."""
+    gc.set_threshold(50_000, 20, 50)
+
+
 def pytest_collection_finish() -> None:
     set_aside()

@@ -21,7 +21,7 @@ from kvpass.policy.policy import Policy
 
 pytestmark = pytest.mark.usefixtures("one_trace")
 
-LAYERS = 4
+LAYERS = 3
 PAST = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 """What transformers calls it."""
 
