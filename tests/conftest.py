@@ -65,14 +65,25 @@ def nothing_deprecated() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
+def fresh(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.manual_seed(0)
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-    forget_guards()
+    if "one_trace" in request.fixturenames:  # the next test that does not share traces resets
+        yield
+    else:
+        torch._dynamo.reset()
+        yield
+        torch._dynamo.reset()
+        forget_guards()
     if next(TESTS) % 25 == 0:
         set_aside()
+
+
+@pytest.fixture
+def one_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compilations of one and the same module share what Dynamo traced (models/traced.py)."""
+    from models import traced
+
+    monkeypatch.setattr("kvpass.model.compilation.isolated", traced.isolated)
 
 
 def forget_guards() -> None:
@@ -91,6 +102,11 @@ def set_aside() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+def pytest_configure() -> None:
+    """Dynamo makes so many objects that by Python's thresholds a sixth of a run goes into looking at them."""
+    gc.set_threshold(50_000, 20, 50)
 
 
 def pytest_collection_finish() -> None:

@@ -32,8 +32,7 @@ def own(cache: Any) -> bool:
     )
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(
+NESTS = given(
     fault=st.sampled_from([None, *nest.FAULTS]),
     where=st.integers(0, 1),
     wrappers=st.lists(st.sampled_from(list(nest.WRAPPERS)), max_size=2),
@@ -41,7 +40,13 @@ def own(cache: Any) -> bool:
     entry=st.sampled_from(list(nest.ENTRIES)),
     used=st.booleans(),
 )
-def test_nests_of_hosts(fault: Any, where: int, wrappers: Any, copied: str, entry: str, used: bool) -> None:
+
+
+def some(examples: int) -> Any:
+    return settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+def nested(fault: Any, where: int, wrappers: Any, copied: str, entry: str, used: bool) -> None:
     torch._dynamo.reset()
     model = nest.decoder()
     if fault is not None:
@@ -63,6 +68,15 @@ def test_nests_of_hosts(fault: Any, where: int, wrappers: Any, copied: str, entr
     assert own(cache), "dense in silence"
 
 
+def test_nests_of_hosts() -> None:
+    some(10)(NESTS(nested))()
+
+
+@pytest.mark.wide
+def test_more_nests_of_hosts() -> None:
+    some(25)(NESTS(nested))()
+
+
 DOORS = [
     *((wrapper, entry) for wrapper in ("delegate", "by forward") for entry in ("call", "forward", "generate", "inner")),
     *((wrapper, entry) for wrapper in ("attributes", "torch.compile") for entry in ("call", "forward")),
@@ -80,7 +94,7 @@ def test_every_door_of_a_wrapper_evicts(wrapper: str, entry: str) -> None:
 @pytest.mark.parametrize("used", [False, True])
 @pytest.mark.parametrize("how", list(nest.COPIES))
 def test_copies_evict(how: str, used: bool) -> None:
-    compiled, ids = kvpass.compile(tiny.llama(), **EAGER), tiny.tokens(1, 60)
+    compiled, ids = kvpass.compile(tiny.llama(layers=1), **EAGER), tiny.tokens(1, 60)
     if used:
         generated(compiled, ids)
     assert held(generated(nest.COPIES[how](compiled), ids)) == BUDGET
@@ -287,7 +301,7 @@ def test_what_is_beside_or_instead_of_a_cache(kind: Any) -> None:
 @pytest.mark.parametrize("family", ["bert", "mamba", "mistral"])
 def test_nothing_to_rewrite_is_said_once(family: str) -> None:
     model = without_a_full_cache(family)
-    compiled, ids = kvpass.compile(model, **EAGER), tiny.tokens(1, 60)
+    compiled, ids = kvpass.compile(model, **EAGER), tiny.tokens(1, 20)
     with torch.no_grad(), pytest.warns(NothingRewritten, match=type(model).__name__):
         compiled(ids)
     with torch.no_grad(), warnings.catch_warnings():

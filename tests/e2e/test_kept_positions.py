@@ -33,27 +33,30 @@ def finish(conversation: Conversation, capsys: pytest.CaptureFixture[str], expec
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), SHAPES)
+@pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("policy", EVICTING)
 def test_tiny(policy: str, heads: int, kv_heads: int, capsys: pytest.CaptureFixture[str]) -> None:
     """A fraction as budget: 64 slots until 213 tokens, one more with every third or fourth token from there."""
-    conversation = Conversation(tiny.llama(heads, kv_heads), policy, 0.3, inner="eager")
+    conversation = Conversation(tiny.one_llama(heads, kv_heads), policy, 0.3, inner="eager")
     conversation.decode(conversation.call(tiny.tokens(1, 190)), 40)
     finish(conversation, capsys, 41)
 
 
+@pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("policy", EVICTING)
 def test_tiny_left_padded_batch(policy: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Rows of unequal length: one evicts from the start, one in the middle, one never."""
-    conversation = Conversation(tiny.llama(6, 2), policy, 48, inner="eager")
+    conversation = Conversation(tiny.one_llama(6, 2), policy, 48, inner="eager")
     ids, mask = tiny.left_padded([90, 30, 5])
     conversation.decode(conversation.call(ids, mask), 40)
     finish(conversation, capsys, 41)
 
 
+@pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("policy", EVICTING)
 def test_tiny_mixed_calls(policy: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Prompt, decode, several tokens at once (fewer and more than the budget), decode again."""
-    conversation = Conversation(tiny.llama(6, 2), policy, 48, inner="eager")
+    conversation = Conversation(tiny.one_llama(6, 2), policy, 48, inner="eager")
     token = conversation.decode(conversation.call(tiny.tokens(2, 70)), 5)
     for length in (2, 9, 40, 100):
         token = conversation.call(torch.cat([token, tiny.tokens(2, length - 1, seed=length)], dim=1))
@@ -61,10 +64,11 @@ def test_tiny_mixed_calls(policy: str, capsys: pytest.CaptureFixture[str]) -> No
     finish(conversation, capsys, 1 + 5 + 4 * 4)
 
 
+@pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("policy", EVICTING)
 def test_tiny_padded_extend(policy: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A second turn whose rows are unequally long too: padding in the middle of a sequence gets no slot."""
-    conversation = Conversation(tiny.llama(6, 2), policy, 48, inner="eager")
+    conversation = Conversation(tiny.one_llama(6, 2), policy, 48, inner="eager")
     ids, mask = tiny.left_padded([60, 45])
     conversation.decode(conversation.call(ids, mask), 3)
     ids, mask = tiny.left_padded([4, 20], seed=5)
@@ -92,6 +96,7 @@ def real(request: Any) -> tuple[Any, torch.Tensor]:
 
 
 @pytest.mark.model
+@pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("policy", REAL)
 def test_smollm2(policy: str, real: tuple[Any, torch.Tensor], capsys: pytest.CaptureFixture[str]) -> None:
     model, ids = real

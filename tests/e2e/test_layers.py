@@ -20,6 +20,8 @@ from kvpass.errors import PolicyError
 from kvpass.policy.layers import of_layer
 from kvpass.policy.policy import Policy
 
+pytestmark = pytest.mark.usefixtures("one_trace")
+
 FILE = """
 name: mixed
 extends: snapkv
@@ -47,7 +49,7 @@ def test_each_layer_has_its_own(tmp_path: Any, capsys: pytest.CaptureFixture[str
     file = tmp_path / "mixed.yaml"
     file.write_text(FILE)
     assert main(["policies", "check", str(file), "--budget", "48"]) == 0
-    conversation = Conversation(tiny.llama(6, 2, layers=6), str(file), 48, meaning=SnapKV(), inner="eager")
+    conversation = Conversation(tiny.one_llama(6, 2, layers=6), str(file), 48, meaning=SnapKV(), inner="eager")
     parts = [(SnapKV(), 1.0), (SnapKV(), 1.0), (Knorm(), 36), (AdaSnapKV(), 48), (SnapKV(), 48), (StreamingLLM(), 48)]
     for policy, _ in parts:
         policy.steady = True
@@ -69,7 +71,9 @@ def test_each_layer_has_its_own(tmp_path: Any, capsys: pytest.CaptureFixture[str
     ids=["beyond", "twice", "before"],
 )
 def test_layers_that_are_not_there(layers: dict[str, Any], what: str) -> None:
-    compiled = kvpass.compile(tiny.llama(4, 2), {"name": "mine", "extends": "h2o", "layers": layers}, 48, inner="eager")
+    compiled = kvpass.compile(
+        tiny.one_llama(4, 2), {"name": "mine", "extends": "h2o", "layers": layers}, 48, inner="eager"
+    )
     with torch.no_grad(), pytest.raises(PolicyError, match=what):
         compiled(tiny.tokens(1, 60))
 

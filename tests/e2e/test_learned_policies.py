@@ -4,6 +4,7 @@ tested is that the right numbers reach the right slots, in prefill, in a second 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,8 @@ from transformers import DynamicCache
 
 import kvpass
 from kvpass.errors import PolicyError
+
+pytestmark = pytest.mark.usefixtures("one_trace")
 
 LAYERS, HEADS, KV_HEADS, DIM = 2, 6, 2, 16
 SIZE, WIDE = HEADS * DIM, 12
@@ -77,14 +80,24 @@ class Recorder:
     later layers compute, so that the reference must score those very numbers."""
 
     def __init__(self, model: Any) -> None:
-        self.hidden: list[list[np.ndarray]] = [[] for _ in range(LAYERS)]
+        self.hidden: list[Any] = [None] * LAYERS
         for at, layer in enumerate(model.model.layers):
-            layer.input_layernorm.register_forward_hook(
-                lambda m, a, out, at=at: self.hidden[at].append(self.plain(out))
-            )
+            layer.input_layernorm.register_forward_hook(lambda m, a, out, at=at: self.keep(at, out))
 
-    def plain(self, out: torch.Tensor) -> np.ndarray:
-        return out[0].detach().double().numpy()
+    def keep(self, at: int, out: torch.Tensor) -> None:
+        self.hidden[at] = out
+
+    def last(self, layer: int) -> np.ndarray:
+        """[S, size] of the latest call."""
+        found: np.ndarray = self.hidden[layer][0].detach().double().numpy()
+        return found
+
+
+@functools.cache
+def recorded() -> tuple[Any, Recorder]:
+    """One model for all policies, which share its traces."""
+    model = tiny.llama(HEADS, KV_HEADS, DIM, LAYERS)
+    return model, Recorder(model)
 
 
 def keys_and_values(model: Any, layer: int, hidden: np.ndarray, start: int) -> tuple[np.ndarray, np.ndarray]:
@@ -104,8 +117,7 @@ def keys_and_values(model: Any, layer: int, hidden: np.ndarray, start: int) -> t
 @pytest.mark.parametrize("policy", SHAPES)
 def test_kept_positions(policy: str, tmp_path: Path) -> None:
     path, table = weights(policy, tmp_path)
-    model = tiny.llama(HEADS, KV_HEADS, DIM, LAYERS)
-    recorder = Recorder(model)
+    model, recorder = recorded()
     spec = {"name": "mine", "extends": policy, "options": {"file": path}}
     compiled = kvpass.compile(model, policy=spec, budget=SLOTS, inner="eager")
     ids, cache, start = tiny.tokens(1, sum(CALLS)), DynamicCache(config=model.config), 0
@@ -116,7 +128,7 @@ def test_kept_positions(policy: str, tmp_path: Path) -> None:
             compiled(ids[:, start : start + count], **with_cache(compiled, cache))
         end = start + count
         for layer, view in enumerate(kvpass.inspect(cache).layers):
-            hidden = recorder.hidden[layer][-1]
+            hidden = recorder.last(layer)
             k, v = keys_and_values(model, layer, hidden, start)
             w = {name: value[layer] for name, value in table.items()}
             for h in range(KV_HEADS):
@@ -139,8 +151,7 @@ def test_delayed_eviction(tmp_path: Path) -> None:
     g = torch.Generator().manual_seed(5)
     table = {"weight": torch.randn(LAYERS, KV_HEADS, SIZE, generator=g), "bias": torch.zeros(LAYERS, KV_HEADS)}
     torch.save(table, tmp_path / "gate.pt")
-    model = tiny.llama(HEADS, KV_HEADS, DIM, LAYERS)
-    recorder = Recorder(model)
+    model, recorder = recorded()
     spec = {"name": "mine", "extends": "dms", "options": {"file": str(tmp_path / "gate.pt")}, "protect": {"recent": 6}}
     compiled = kvpass.compile(model, policy=spec, inner="eager")
     ids, cache, start = tiny.tokens(1, sum(CALLS)), DynamicCache(config=model.config), 0
@@ -152,7 +163,7 @@ def test_delayed_eviction(tmp_path: Path) -> None:
         for layer, view in enumerate(kvpass.inspect(cache).layers):
             for h, own in enumerate(scores[layer]):
                 w = table["weight"][layer, h].double().numpy()
-                own += [float(w @ x) for x in recorder.hidden[layer][-1]]
+                own += [float(w @ x) for x in recorder.last(layer)]
                 kept = [p for p, score in enumerate(own) if score >= 0 or p >= start - 6]
                 held = view.positions[0, h]
                 assert held[held >= 0].tolist() == kept, f"layer {layer}, head {h}, after {start} tokens"
@@ -165,7 +176,7 @@ def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "short.pt"
     torch.save({"filters": torch.zeros(1, KV_HEADS, DIM)}, path)
     spec = {"name": "mine", "extends": "q_filters", "options": {"file": str(path)}}
-    compiled = kvpass.compile(tiny.llama(HEADS, KV_HEADS, DIM, LAYERS), policy=spec, budget=SLOTS, inner="eager")
+    compiled = kvpass.compile(tiny.one_llama(HEADS, KV_HEADS, DIM, LAYERS), policy=spec, budget=SLOTS, inner="eager")
     with torch.no_grad(), pytest.raises(PolicyError, match=r"'filters' is \[1, 2, 16\], so layers is 1, but 2 in"):
         compiled(tiny.tokens(1, 60))
 
@@ -189,7 +200,7 @@ def test_heads_by_a_table(tmp_path: Path) -> None:
     path = tmp_path / "heads.pt"
     torch.save({"heads": torch.tensor([[1.0, 0.0], [0.0, 1.0]])}, path)
     spec = {"name": "mine", "extends": "duo_attention", "allocate": {"file": str(path)}}
-    model = tiny.llama(HEADS, KV_HEADS, DIM, LAYERS)
+    model = tiny.one_llama(HEADS, KV_HEADS, DIM, LAYERS)
     compiled = kvpass.compile(model, policy=spec, budget=SLOTS, inner="eager")
     ids, cache = tiny.tokens(2, 150), DynamicCache(config=model.config)
     with torch.no_grad():

@@ -13,12 +13,14 @@ from transformers import DynamicCache
 import kvpass
 from kvpass.errors import CacheError
 
+pytestmark = pytest.mark.usefixtures("one_trace")
+
 SLOTS = 48
 
 
 def conversation(policy: Any, steps: int = 6, **marks: torch.Tensor) -> list[torch.Tensor]:
     """Positions [B, Hkv, C] of both layers after a prompt of two rows and `steps` tokens."""
-    model = tiny.llama(6, 2)
+    model = tiny.one_llama(6, 2)
     compiled = kvpass.compile(model, policy=policy, budget=SLOTS, inner="eager")
     cache, ids = DynamicCache(config=model.config), tiny.tokens(2, 150)
     with torch.no_grad(), kvpass.marked(**marks):

@@ -76,6 +76,7 @@ class Run:
         assert rest <= allowed, f"{rest} bytes beside K and V, positions and statistics need {allowed:.0f}"
 
 
+@pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize(
     (
         "policy",
@@ -95,13 +96,14 @@ class Run:
 )
 def test_live_storage(policy: str, budget: Any, extra: int, lengths: tuple[int, ...]) -> None:
     """After 1, 500 and (h2o; the others under `make wide`) 2,000 generated tokens, from a prompt of 150."""
-    run = Run(tiny.llama(2, 1, HEAD_DIM, layers=1), tiny.tokens(2, 150), policy, budget)
+    run = Run(tiny.one_llama(2, 1, HEAD_DIM, layers=1), tiny.tokens(2, 150), policy, budget)
     for generated in lengths:
         run.step(generated + 150 - run.seen)
         slots = {96: 96, 0.2: max(64, run.seen // 5), None: run.seen}[budget]
         run.check(slots, extra)
 
 
+@pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize(
     ("policy", "budget", "extra"),
     [
@@ -114,7 +116,7 @@ def test_live_storage(policy: str, budget: Any, extra: int, lengths: tuple[int, 
 )
 def test_uneven_heads_and_layers_in_a_batch(policy: str, budget: Any, extra: int) -> None:
     """What heads and layers share is the budget in total, from the prompt on and while tokens come."""
-    run = Run(tiny.llama(4, 2, HEAD_DIM, layers=3), tiny.tokens(4, 400), policy, budget)
+    run = Run(tiny.one_llama(4, 2, HEAD_DIM, layers=3), tiny.tokens(4, 400), policy, budget)
     for generated in (1, 60):
         run.step(generated + 400 - run.seen)
         run.check(96 if budget == 96 else run.seen // 5, extra)
@@ -162,11 +164,12 @@ def allocations(run: Run) -> list[int]:
     return [event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0]
 
 
+@pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("policy", ["h2o", "roco", "tova", "snapkv", "streaming_llm"])
 def test_decode_allocates_nothing_of_cache_size(policy: str) -> None:
     """The slots are overwritten in place. A layer's keys (or values) are the yardstick; the largest allocation may
     be a tenth of it."""
-    run = Run(tiny.llama(2, 1, HEAD_DIM), tiny.tokens(2, 1200), policy, 1000)
+    run = Run(tiny.one_llama(2, 1, HEAD_DIM), tiny.tokens(2, 1200), policy, 1000)
     run.step(4)
     keys = 2 * 1000 * HEAD_DIM * 4
     seen = allocations(run)

@@ -24,9 +24,10 @@ def turn(model: Any, ids: torch.Tensor, new: int, cache: Any = None) -> Any:
 
 
 @pytest.mark.parametrize("policy", EVICTING)
+@pytest.mark.usefixtures("one_trace")
 def test_generate_twice(policy: str) -> None:
     """The second turn feeds the last token of the first, then new ones, at once: an extend call on compressed slots."""
-    model = tiny.llama(6, 2)
+    model = tiny.one_llama(6, 2)
     compiled, oracle = kvpass.compile(model, policy, 48, inner="eager"), Oracle(model, policy, 48)
     prompt, more = tiny.tokens(1, 80), tiny.tokens(1, 17, seed=4)
     first = turn(compiled, prompt, 12)
@@ -41,9 +42,10 @@ def test_generate_twice(policy: str) -> None:
 
 
 @pytest.mark.parametrize("policy", EVICTING)
+@pytest.mark.usefixtures("one_trace")
 def test_prompt_in_chunks(policy: str) -> None:
     """Each chunk sees what the chunks before left, and evicts in its turn."""
-    conversation = Conversation(tiny.llama(6, 2), policy, 48, inner="eager")
+    conversation = Conversation(tiny.one_llama(6, 2), policy, 48, inner="eager")
     for chunk in tiny.tokens(2, 170).split(40, dim=1):
         token = conversation.call(chunk)
     conversation.decode(token, 5)

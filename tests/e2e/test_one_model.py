@@ -39,7 +39,7 @@ def same(compiled: Any, model: Any) -> torch.Tensor:
 def lora() -> Any:
     torch.manual_seed(3)
     config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    model = get_peft_model(tiny.llama(), config)
+    model = get_peft_model(tiny.llama(layers=1), config)
     model.add_adapter("other", config)
     return model.eval()
 
@@ -75,7 +75,7 @@ def test_generate_of_an_adapted_model_evicts(inside: bool) -> None:
     """PEFT's generate calls the model inside; a compiled model may also be what is adapted."""
     if inside:
         config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
-        model = get_peft_model(kvpass.compile(tiny.llama(), "h2o", 24, inner="eager"), config)
+        model = get_peft_model(kvpass.compile(tiny.llama(layers=1), "h2o", 24, inner="eager"), config)
     else:
         model = kvpass.compile(lora(), "h2o", 24, inner="eager")
     out = model.generate(input_ids=IDS, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
@@ -106,7 +106,7 @@ def hook(model: Any) -> None:
 
 
 def hook_on_a_layer(model: Any) -> None:
-    model.model.layers[1].mlp.register_forward_hook(lambda module, args, out: out * 3)
+    model.model.layers[0].mlp.register_forward_hook(lambda module, args, out: out * 3)
 
 
 def convert(model: Any) -> None:
@@ -119,7 +119,7 @@ CHANGES = [assign, resize, replace_module, replace_parameter, hook, hook_on_a_la
 @pytest.mark.parametrize("on_compiled", [False, True], ids=["on the model", "on the compiled one"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_is_seen_by_both(change: Callable[[Any], None], on_compiled: bool) -> None:
-    model = tiny.llama()
+    model = tiny.llama(layers=1)
     compiled = full(model)
     before = same(compiled, model)
     change(compiled if on_compiled else model)
@@ -128,7 +128,7 @@ def test_a_change_is_seen_by_both(change: Callable[[Any], None], on_compiled: bo
 
 
 def test_a_hook_that_leaves() -> None:
-    model = tiny.llama()
+    model = tiny.llama(layers=1)
     compiled = full(model)
     before, handle = same(compiled, model), model.model.norm.register_forward_hook(lambda *given: given[2] * 2)
     assert not torch.allclose(same(compiled, model), before)
@@ -137,7 +137,7 @@ def test_a_hook_that_leaves() -> None:
 
 
 def test_saving_and_loading(tmp_path: Any) -> None:
-    model = tiny.llama()
+    model = tiny.llama(layers=1)
     compiled = full(model)
     same(compiled, model)
     assert compiled.state_dict().keys() == model.state_dict().keys()

@@ -18,13 +18,14 @@ from transformers import DynamicCache
 
 import kvpass
 
+pytestmark = pytest.mark.usefixtures("one_trace")
 BUDGET = 48
 Steps = list[tuple[torch.Tensor, list[torch.Tensor]]]
 
 
 def record(policy: str) -> Steps:
     """(tokens fed, positions kept) of a prompt, 12 decode steps and two multi-token calls."""
-    model = tiny.llama(6, 2)
+    model = tiny.one_llama(6, 2)
     compiled = kvpass.compile(model, policy, BUDGET, inner="eager")
     cache, steps = DynamicCache(config=model.config), []
     for i, length in enumerate([90, *[1] * 12, 9, 33, 1, 1]):
@@ -48,7 +49,7 @@ def recorded() -> Callable[[str], Steps]:
 
 
 def replay(steps: Steps, policy: str, budget: int = BUDGET) -> Any:
-    oracle = Oracle(tiny.llama(6, 2), policy, budget)
+    oracle = Oracle(tiny.one_llama(6, 2), policy, budget)
     for ids, positions in steps:
         oracle(ids)
         oracle.simulator.follow(positions)

@@ -12,9 +12,10 @@ from oracle.simulator import ROUNDING
 
 
 @pytest.mark.model
+@pytest.mark.parametrize("layers", [8, pytest.param(None, marks=pytest.mark.wide)], ids=["8 layers", "all layers"])
 @pytest.mark.parametrize("policy", ["tova", "h2o"])  # one query's probabilities, and sums over all queries
-def test_float32_moves_scores_by_less(policy: str) -> None:
-    model, tokenizer = smollm2.load()
+def test_float32_moves_scores_by_less(policy: str, layers: int | None) -> None:
+    model, tokenizer = smollm2.load(layers=layers)
     ids = tokenizer(smollm2.text(3000), return_tensors="pt").input_ids[:, :400]
     single, double = Oracle(model, policy, 0.2), Oracle(copy.deepcopy(model).double(), policy, 0.2)
     single(ids)

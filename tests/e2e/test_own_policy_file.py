@@ -20,6 +20,8 @@ from oracle.windowed import Fair
 import kvpass
 from kvpass.api.cli import main
 
+pytestmark = pytest.mark.usefixtures("one_trace")
+
 Array = np.ndarray
 
 FILE = """
@@ -58,7 +60,7 @@ def test_a_composed_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     file = tmp_path / "mine.yaml"
     file.write_text(FILE)
     assert main(["policies", "check", str(file)]) == 0
-    model = tiny.llama(6, 2)
+    model = tiny.one_llama(6, 2)
     keep = torch.zeros(2, 150, dtype=torch.bool)
     keep[:, MARKED] = True
     conversation = Conversation(model, str(file), 48, meaning=Mine(), inner="eager")
@@ -83,7 +85,7 @@ class Whitelisted(SnapKV):
 def test_a_whitelist() -> None:
     keep = torch.zeros(1, 150, dtype=torch.bool)
     keep[:, MARKED] = True
-    conversation = Conversation(tiny.llama(6, 2), "whitelist", 48, meaning=Whitelisted(), inner="eager")
+    conversation = Conversation(tiny.one_llama(6, 2), "whitelist", 48, meaning=Whitelisted(), inner="eager")
     with kvpass.marked(keep=keep):
         conversation.decode(conversation.call(tiny.tokens(1, 150)), 40)
         conversation.call(tiny.tokens(1, 60, seed=1))
@@ -95,7 +97,7 @@ def test_fair_spans() -> None:
     spans[:, 40:60], spans[:, 60:100] = 1, 2
     meaning = Fair()
     meaning.spans = spans[0].numpy()
-    conversation = Conversation(tiny.llama(6, 2), "fair", 64, meaning=meaning, inner="eager")
+    conversation = Conversation(tiny.one_llama(6, 2), "fair", 64, meaning=meaning, inner="eager")
     with kvpass.marked(spans=spans):
         conversation.decode(conversation.call(tiny.tokens(1, 150)), 40)
         conversation.call(tiny.tokens(1, 60, seed=1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from fractions import Fraction
 from typing import Any
 
@@ -28,6 +29,7 @@ BUDGETS = {"vatp": 64, "nacl": 80, "criticalkv": 96, "critical_ada": 96, "pyrami
 VOCABULARY = 1024
 
 
+@functools.cache
 def model(heads: int, kv_heads: int, layers: int = 2) -> Any:
     """With so many words that none comes twice: keys of the same word have the same length, which is a tie."""
     made = tiny.llama(heads, kv_heads, layers=layers)
@@ -85,19 +87,24 @@ COMPILED = [
 """One for each way in which ops are joined in a graph; `test_ops` has them all."""
 
 
+@pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("policy", COMPILED)
 def test_conversation(policy: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Prompts of 150 and 110 tokens, 40 single ones, a second turn of 60, 3 single ones."""
-    shape = SHAPES[NEW.index(policy) % 3]
-    conversation = Conversation(model(*shape), policy, BUDGETS.get(policy, 48), inner="eager")
+    conversation = Conversation(model(6, 2), policy, BUDGETS.get(policy, 48), inner="eager")
     converse(conversation, [(150, 40), (60, 3)], [150, 110])
     finish(conversation, capsys, 45)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("policy", NEW)
+ONE_SHAPE = [(policy, SHAPES[i % 3]) for i, policy in enumerate(NEW)]
+OTHERS = [(policy, shape) for policy in NEW for shape in SHAPES if (policy, shape) not in ONE_SHAPE]
+
+
+@pytest.mark.parametrize(
+    ("policy", "shape"), [*ONE_SHAPE, *(pytest.param(*other, marks=pytest.mark.wide) for other in OTHERS)]
+)
 def test_ops(policy: str, shape: tuple[int, int], capsys: pytest.CaptureFixture[str]) -> None:
-    """The same without a model, for every group size."""
+    """The same without a model, for every group size; a third of the policies for each, the rest in `make wide`."""
     layers = Layers(policy, BUDGETS.get(policy, 48), shape)
     layers.converse([(150, 40), (60, 3)], [150, 110])
     finish(layers, capsys, 45)

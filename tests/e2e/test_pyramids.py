@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from kvpass.kernels.budget import budget, kept
+from kvpass.kernels.budget import budget as slots_after
+from kvpass.kernels.budget import kept
 from kvpass.kernels.rule import Rule
 from models import tiny
 from oracle.drive import Conversation
@@ -18,7 +19,9 @@ import kvpass
 from kvpass.plan.rule import rule_of
 from kvpass.policy.policy import Policy
 
-LAYERS = 4
+pytestmark = pytest.mark.usefixtures("one_trace")
+
+LAYERS = 3
 PAST = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 """What transformers calls it."""
 
@@ -51,7 +54,7 @@ PYRAMIDS = [pytest.param("pyramidkv", 80, marks=pytest.mark.wide), ("pyramidkv",
 def test_a_budget_holds_while_tokens_come(policy: str, budget: float | int) -> None:
     """Prompts shorter than the budget, equal to it, within twice, and longer, and short rows beside long ones; then
     generated tokens, a second turn of rows as unequal, and more."""
-    model = kvpass.compile(tiny.llama(4, 2, layers=LAYERS), policy, budget, inner="eager")
+    model = kvpass.compile(tiny.one_llama(4, 2, layers=LAYERS), policy, budget, inner="eager")
     one = torch.ones(1, 1, dtype=torch.long)
     conversations = (([20], 200, [40]), ([80], 40, [9]), ([110], 20, [2]), ([400], 20, [300]))
     for first, alone, second in (*conversations, ([300, 70, 9], 60, [5, 90, 40])):
@@ -78,7 +81,7 @@ def test_budgets_never_fall(budget: float | int, layers: int) -> None:
     rules = [rule_of(Policy.load("pyramidkv").with_budget(budget), at, layers) for at in range(layers)]
     before = [0] * layers
     for seen in range(1, 1500):
-        now = [budget(rule, seen) for rule in rules]
+        now = [slots_after(rule, seen) for rule in rules]
         assert all(a <= b for a, b in zip(before, now, strict=True)), seen
         assert sum(now) <= layers * even(budget, seen)
         assert now == sorted(now, reverse=True)
@@ -89,7 +92,9 @@ def test_budgets_never_fall(budget: float | int, layers: int) -> None:
 
 def test_a_share_above_a_half_is_less_steep() -> None:
     """The first layer keeps all that it has seen, and no more."""
-    first, last = (budget(Rule(queries=32, num=3, den=4, floor=64, beta=20, layer=at, layers=2), 4000) for at in (0, 1))
+    first, last = (
+        slots_after(Rule(queries=32, num=3, den=4, floor=64, beta=20, layer=at, layers=2), 4000) for at in (0, 1)
+    )
     assert 3950 <= first <= 4000
     assert first + last == 6000
 
@@ -100,7 +105,7 @@ def test_a_padded_pyramid(when: str) -> None:
     meaning = PyramidKV()
     meaning.when = when
     policy = {"name": "late", "extends": "pyramidkv", "when": when}
-    conversation = Conversation(tiny.llama(4, 2, layers=3), policy, 64, meaning=meaning, inner="eager")
+    conversation = Conversation(tiny.one_llama(4, 2, layers=3), policy, 64, meaning=meaning, inner="eager")
     mask = torch.ones(2, 130, dtype=torch.long)
     mask[1, :80] = 0
     conversation.call(tiny.tokens(2, 130) * mask, mask)
@@ -112,7 +117,7 @@ def test_a_padded_pyramid(when: str) -> None:
 
 def test_a_pyramid_whose_second_turn_is_padded() -> None:
     """One row says little in the second turn, and stays below the first layer's budget, which the other reaches."""
-    conversation = Conversation(tiny.llama(4, 2, layers=3), "pyramidkv", 64, meaning=PyramidKV(), inner="eager")
+    conversation = Conversation(tiny.one_llama(4, 2, layers=3), "pyramidkv", 64, meaning=PyramidKV(), inner="eager")
     conversation.call(tiny.tokens(2, 50), torch.ones(2, 50, dtype=torch.long))
     mask = torch.ones(2, 70, dtype=torch.long)
     mask[1, :65] = 0

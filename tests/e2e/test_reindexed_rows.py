@@ -36,10 +36,11 @@ def chat(model: Any, ids: torch.Tensor, mask: torch.Tensor, turns: list[int], fi
     return torch.stack(logits, 1), cache
 
 
+@pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("policy", ["streaming_llm_reindexed", "cascading", "finch"])
 def test_rows_are_what_they_are_alone(policy: str) -> None:
     """Prompts of 100 and 60 tokens, second turns of 20 and 3, padding at position 0 and at 1."""
-    model = kvpass.compile(tiny.llama(4, 2, layers=1), policy, 40, inner="eager")
+    model = kvpass.compile(tiny.one_llama(4, 2, layers=1), policy, 40, inner="eager")
     lengths = [[100, 20], [60, 3]]
     ids = tiny.tokens(2, 120)
     mask = torch.stack(
@@ -53,15 +54,17 @@ def test_rows_are_what_they_are_alone(policy: str) -> None:
         torch.testing.assert_close(found, torch.cat(alone), atol=1e-4, rtol=0)
 
 
+@pytest.mark.usefixtures("one_trace")
 def test_a_first_call_of_one_token() -> None:
     """Streamed from the first token on, against keys that are turned in float64."""
-    conversation = Conversation(tiny.llama(4, 2, layers=1), "streaming_llm_reindexed", 24, inner="eager")
+    conversation = Conversation(tiny.one_llama(4, 2, layers=1), "streaming_llm_reindexed", 24, inner="eager")
     for token in tiny.tokens(1, 40).split(1, 1):
         conversation.call(token)
 
 
+@pytest.mark.usefixtures("one_trace")
 def test_positions_that_do_not_rise_by_one_are_refused_at_their_call() -> None:
-    model = kvpass.compile(tiny.llama(4, 2, layers=1), "streaming_llm_reindexed", 24, inner="eager")
+    model = kvpass.compile(tiny.one_llama(4, 2, layers=1), "streaming_llm_reindexed", 24, inner="eager")
     ids, gap = tiny.tokens(2, 30), torch.arange(30).repeat(2, 1)
     gap[1, 20:] += 5
     with torch.no_grad(), pytest.raises(CacheError, match="positions of row 1 do not rise by one") as told:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from kvpass.kernels.after_call.layers import shared_out
 from kvpass.kernels.after_call.reindex import Reindex, reindex
+from kvpass.kernels.rank.allocate import ShareOut
 from models import tiny
 from oracle.ops import DIM, Site
 
@@ -67,7 +68,7 @@ class Batch:
                 for target, source in zip(tensors, self.streams.of[row][at], strict=True):
                     target[b][:, own[b]] = source[0, :, new]
             (site.one if count == 1 and start else site.many)(*tensors, mask, start)
-        if self.sites[0].rule.spread and (count > 1 or not start):
+        if self.sites[0].rule[ShareOut].share and (count > 1 or not start):
             states = shared_out([site.state for site in self.sites], [site.rule for site in self.sites], 2)
             for site, (state, free) in zip(self.sites, states, strict=True):
                 site.state, site.spare = state, free
@@ -148,7 +149,7 @@ PLAIN = sorted(set(names()) - LEARNED - NEEDS_MODEL - {"full"})
 
 def conversations(policy: Any) -> list[list[tuple[Call, str]]]:
     """Where layers share by data a row's single word is not a step: its layers are shared out anew."""
-    steady = rule_of(Policy.load(policy).with_budget(96), 0, LAYERS).spread == ""
+    steady = rule_of(Policy.load(policy).with_budget(96), 0, LAYERS)[ShareOut].share == ""
     return [calls for what, calls in CONVERSATIONS.items() if steady or what != "single words"]
 
 
@@ -177,10 +178,11 @@ def cache_of(out: Any) -> Any:
     return out["cache"] if "cache" in out else out["past_key_values"]
 
 
+@pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("policy", ["h2o", "ada_snapkv"])
 def test_a_chat_in_a_batch(policy: str) -> None:
     """Through a compiled model and generate: answers and kept tokens, after turns of 11 and 3 tokens, 2 and 9."""
-    compiled = kvpass.compile(tiny.llama(4, 2), policy, 48, inner="eager")
+    compiled = kvpass.compile(tiny.one_llama(4, 2), policy, 48, inner="eager")
     asked = [[torch.randint(1, 60, (1, n), generator=torch.Generator().manual_seed(10 * n + b))
               for b, n in enumerate(lengths)] for lengths in ((100, 100), (11, 3), (2, 9))]  # fmt: skip
     spoken, shown, out = torch.zeros(2, 0, dtype=torch.long), torch.zeros(2, 0, dtype=torch.long), None

@@ -20,6 +20,8 @@ from transformers import DynamicCache
 
 import kvpass
 
+pytestmark = pytest.mark.usefixtures("one_trace")
+
 BUDGET = 48
 
 
@@ -49,7 +51,7 @@ def test_positions_are_the_oracles(name: Any, kind: type[Policy], when: str, eve
     meaning.when, meaning.every = when, every
     base = {"extends": name} if isinstance(name, str) else name
     policy = {"name": "late", **base, "when": when, "every": every}
-    conversation = Conversation(tiny.llama(6, 2), policy, BUDGET, meaning=meaning, inner="eager")
+    conversation = Conversation(tiny.one_llama(6, 2), policy, BUDGET, meaning=meaning, inner="eager")
     mask = torch.ones(2, 90, dtype=torch.long)
     mask[1, :23] = 0
     token = conversation.call(tiny.tokens(2, 90) * mask, mask)
@@ -62,7 +64,7 @@ def test_positions_are_the_oracles(name: Any, kind: type[Policy], when: str, eve
 
 def held(policy: dict[str, Any], turns: list[tuple[int, int]]) -> list[int]:
     """Slots allocated for each head after each call of several tokens, and after the steps behind it."""
-    compiled = kvpass.compile(tiny.llama(4, 2), {"name": "late", **policy}, BUDGET, inner="eager")
+    compiled = kvpass.compile(tiny.one_llama(4, 2), {"name": "late", **policy}, BUDGET, inner="eager")
     cache, out = DynamicCache(config=compiled.config), []
     for turn, (together, alone) in enumerate(turns):
         calls = [tiny.tokens(1, together, seed=turn), *(tiny.tokens(1, 1, seed=i) for i in range(alone))]
@@ -95,6 +97,6 @@ def test_a_fraction() -> None:
     meaning = H2O()
     meaning.every = 5
     policy = {"name": "late", "extends": "h2o", "every": 5, "min_slots": 16}
-    conversation = Conversation(tiny.llama(4, 2), policy, 0.3, meaning=meaning, inner="eager")
+    conversation = Conversation(tiny.one_llama(4, 2), policy, 0.3, meaning=meaning, inner="eager")
     conversation.simulator.budget = type(conversation.simulator.budget)(fraction=Fraction(3, 10), floor=16)
     conversation.decode(conversation.call(tiny.tokens(1, 100)), 24)

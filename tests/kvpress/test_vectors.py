@@ -35,6 +35,8 @@ def _model() -> ModuleType:
 
 tiny = _model()
 STORED = json.loads((HERE / "vectors.json").read_text())
+pytestmark = pytest.mark.usefixtures("one_trace")
+
 WINDOW, TOKENS = STORED["window"], STORED["tokens"]
 VECTORS = STORED["vectors"]
 

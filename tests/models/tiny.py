@@ -3,6 +3,7 @@ far from tied."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -28,6 +29,12 @@ def llama(heads: int = 4, kv_heads: int = 2, head_dim: int = 16, layers: int = 2
         **extra,
     )
     return LlamaForCausalLM(config).eval()
+
+
+@functools.cache
+def one_llama(*args: Any, **kwargs: Any) -> Any:
+    """The same object for the same arguments, for tests that share traces (`one_trace`) and change nothing in it."""
+    return llama(*args, **kwargs)
 
 
 def gpt2(attention: str) -> Any:
