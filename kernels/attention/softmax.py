@@ -1,6 +1,6 @@
 """What the attention ops may add to a plain softmax: a cap on the logits, and one learned logit per query head.
 
-Gemma 2 caps, gpt-oss learns sinks. Not to be confused with `Rule.sinks`, the first tokens that are never evicted.
+Gemma 2 caps, gpt-oss learns sinks. Not to be confused with `Protected.sinks`, the first tokens that are never evicted.
 """
 
 from __future__ import annotations

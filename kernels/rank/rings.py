@@ -1,6 +1,6 @@
 """Rings of slots: old tokens thin out instead of leaving all at once (Cascading KV cache, arXiv 2406.17808).
 
-After the sinks come `Rule.rings` rings of equal size. Every token enters ring 0; ring i takes every 2**i-th token, and
+After the sinks come `Rings.rings` rings of equal size. Every token enters ring 0; ring i takes every 2**i-th token, and
 what it takes drives out its oldest, which goes on to ring i + 1. A token that is not taken duels with the ring's newest
 for its slot, by score. While slots are free every ring takes what comes. A statistic of the slots says which ring each
 is in; nothing moves in memory.

@@ -22,7 +22,7 @@ from kvpass.policy.load import names
 from kvpass.policy.policy import Policy
 
 POLICIES = names() if GPU else ["h2o"]
-"""On a CPU Triton is forced upon every op, so only rules that are `Rule.plain` could run."""
+"""On a CPU Triton is forced upon every op, so only rules that it supports could run."""
 LENGTHS = [120, 77] if GPU else [12, 7]
 NEW, BUDGET = (16, 0.3) if GPU else (3, 8)
 SHAPE = {"layers": 3} if GPU else {"layers": 1, "heads": 2, "kv_heads": 1}
