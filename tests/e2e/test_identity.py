@@ -73,18 +73,26 @@ def test_smollm2_left_padded_batch(some_layers: Any) -> None:
 @pytest.mark.parametrize(
     ("policy", "inner"),
     [
-        *((policy, "eager") for policy in FULL),
-        (FULL[1], "aot_eager"),
         (FULL[1], "inductor"),
         *(
             pytest.param(p, inner, marks=pytest.mark.wide)
-            for p in (FULL[0], FULL[2])
+            for p in FULL
             for inner in ("aot_eager", "inductor")
+            if (p, inner) != (FULL[1], "inductor")
         ),
     ],
 )
 def test_tiny_left_padded_batch(policy: Any, inner: str) -> None:
-    model = tiny.llama(6, 2)
+    padded_batch(tiny.llama(6, 2), policy, inner)
+
+
+@pytest.mark.usefixtures("one_trace")
+@pytest.mark.parametrize("policy", FULL)
+def test_tiny_left_padded_batch_eager(policy: Any) -> None:
+    padded_batch(tiny.one_llama(6, 2), policy, "eager")
+
+
+def padded_batch(model: Any, policy: Any, inner: str) -> None:
     compiled = kvpass.compile(model, policy[0], policy[1], inner=inner)
     ids, mask = tiny.left_padded([50, 31, 8, 49])
     same_tokens(*(m.generate(ids, attention_mask=mask, max_new_tokens=30, **GREEDY) for m in (compiled, model)))
