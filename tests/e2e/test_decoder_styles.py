@@ -23,7 +23,7 @@ from models.styles import (
     softcap,
     stacked,
 )
-from models.styles.style import DIM, LAYERS, Attention, greedy, make
+from models.styles.style import DIM, LAYERS, Attention, greedy, make, one
 from oracle.simulator import Simulator
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -138,10 +138,11 @@ def normalised(logits: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor
     return torch.cat([logits, column], -1).softmax(-1)[..., :-1]
 
 
+@pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("kind", KINDS, ids=name)
 def test_every_attention_is_matched(kind: Any) -> None:
     """In the prefill and in both decode graphs."""
-    model = kvpass.compile(make(kind), "full", inner="eager")
+    model = kvpass.compile(one(kind), "full", inner="eager")
     greedy(model, tokens(BATCH, PROMPT), 3)
     graphs = [record.table for record in model.kvpass.graphs]
     assert len(graphs) in (2, 3)
@@ -151,13 +152,18 @@ def test_every_attention_is_matched(kind: Any) -> None:
     assert all(site.phase is not Phase.DECODE for site in graphs[0])
 
 
-@pytest.mark.parametrize(
-    ("kind", "inner"),
-    [(kind, "eager") for kind in KINDS] + [pytest.param(kind, "inductor", marks=_wide(kind)) for kind in INDUCTOR],
-    ids=lambda value: value if isinstance(value, str) else name(value),
-)
-def test_full_budget_is_the_model(kind: Any, inner: str) -> None:
-    model = make(kind)
+@pytest.mark.usefixtures("one_trace")
+@pytest.mark.parametrize("kind", KINDS, ids=name)
+def test_full_budget_is_the_model(kind: Any) -> None:
+    same_at_full_budget(one(kind), "eager")
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=_wide(kind)) for kind in INDUCTOR], ids=name)
+def test_full_budget_is_the_model_in_inductor(kind: Any) -> None:
+    same_at_full_budget(make(kind), "inductor")
+
+
+def same_at_full_budget(model: Any, inner: str) -> None:
     prompt = tokens(BATCH, PROMPT)
     chosen, logits, _ = greedy(copy.deepcopy(model), prompt, 8)
     found, theirs, _ = greedy(kvpass.compile(model, "h2o", 1.0, inner=inner), prompt, 8)
@@ -165,11 +171,12 @@ def test_full_budget_is_the_model(kind: Any, inner: str) -> None:
     torch.testing.assert_close(theirs, logits, **FLOAT32)
 
 
+@pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("kind", KINDS, ids=name)
 def test_eviction_is_the_oracles(kind: Any) -> None:
     """Prompt, tokens one by one, several at once, one by one again."""
-    original = make(kind)
-    compiled = kvpass.compile(copy.deepcopy(original), "h2o", BUDGET, inner="eager")
+    original = one(kind)
+    compiled = kvpass.compile(original, "h2o", BUDGET, inner="eager")
     oracle, cache, start = Oracle(original, "h2o", BUDGET), compiled.init_cache(BATCH, 128), 0
     calls = [PROMPT, 1, 1, 1, 1, 1, 1 if kind in TOP_LEFT else 9, 1, 1, 1]
     for length in calls:

@@ -29,8 +29,8 @@ FAMILIES = [
     ("gemma2", "eager"),  # softcap, sliding layers
     ("granite_swa", "eager"),  # sinks by logsumexp, after the attention
     ("gpt_oss", "eager"),  # sinks, sliding layers
-    ("deepseek_v3", "sdpa"),  # latent attention: values narrower than keys
-    ("deepseek_v32", "sdpa"),  # a mask by an indexer, as wide as the expanded keys
+    pytest.param("deepseek_v3", "sdpa", marks=pytest.mark.wide),  # latent attention: values narrower than keys
+    ("deepseek_v32", "sdpa"),  # latent attention too, and a mask by an indexer, as wide as the expanded keys
     ("qwen3_next", "sdpa"),  # linear attention beside
     pytest.param("bamba", "sdpa", marks=pytest.mark.wide),  # state-space layers beside
     pytest.param("diffllama", "eager", marks=pytest.mark.wide),  # two attentions read one cache

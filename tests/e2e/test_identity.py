@@ -15,15 +15,10 @@ GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None}
 FULL = [("full", None), ("h2o", 1.0), ("snapkv", 1.0)]
 
 
-@pytest.fixture(scope="module")
-def real() -> Any:
-    return smollm2.load()
-
-
-@pytest.fixture(scope="module")
-def some_layers() -> Any:
-    """A third of the time to trace and compile, and the same code."""
-    return smollm2.load(layers=8)
+@pytest.fixture(scope="module", params=[8, pytest.param(None, marks=pytest.mark.wide)], ids=["8 layers", "all layers"])
+def real(request: Any) -> Any:
+    """With some layers: a third of the time to trace and compile, and the same code."""
+    return smollm2.load(layers=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -50,16 +45,16 @@ def test_smollm2_eager(policy: Any, real: Any, prompt: torch.Tensor, expected: t
 
 
 @pytest.mark.model
-def test_smollm2_inductor(some_layers: Any, prompt: torch.Tensor) -> None:
+def test_smollm2_inductor(real: Any, prompt: torch.Tensor, expected: torch.Tensor) -> None:
     """The h2o rule in Inductor's graphs; a frozen SymInt would make the text go wrong after a few tokens."""
-    model = kvpass.compile(some_layers[0], "h2o", 1.0, inner="inductor")
-    wants = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 64, **GREEDY}
-    same_tokens(*(m.generate(prompt, **wants) for m in (model, some_layers[0])))
+    model = kvpass.compile(real[0], "h2o", 1.0, inner="inductor")
+    got = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=64, **GREEDY)
+    same_tokens(got, expected)
 
 
 @pytest.mark.model
-def test_smollm2_left_padded_batch(some_layers: Any) -> None:
-    model, tokenizer = some_layers
+def test_smollm2_left_padded_batch(real: Any) -> None:
+    model, tokenizer = real
     whole = tokenizer(smollm2.text(3000), return_tensors="pt").input_ids[0]
     lengths = [300, 211, 120, 7]
     ids = torch.full((4, 300), tokenizer.eos_token_id)
@@ -73,18 +68,26 @@ def test_smollm2_left_padded_batch(some_layers: Any) -> None:
 @pytest.mark.parametrize(
     ("policy", "inner"),
     [
-        *((policy, "eager") for policy in FULL),
-        (FULL[1], "aot_eager"),
         (FULL[1], "inductor"),
         *(
             pytest.param(p, inner, marks=pytest.mark.wide)
-            for p in (FULL[0], FULL[2])
+            for p in FULL
             for inner in ("aot_eager", "inductor")
+            if (p, inner) != (FULL[1], "inductor")
         ),
     ],
 )
 def test_tiny_left_padded_batch(policy: Any, inner: str) -> None:
-    model = tiny.llama(6, 2)
+    padded_batch(tiny.llama(6, 2), policy, inner)
+
+
+@pytest.mark.usefixtures("one_trace")
+@pytest.mark.parametrize("policy", FULL)
+def test_tiny_left_padded_batch_eager(policy: Any) -> None:
+    padded_batch(tiny.one_llama(6, 2), policy, "eager")
+
+
+def padded_batch(model: Any, policy: Any, inner: str) -> None:
     compiled = kvpass.compile(model, policy[0], policy[1], inner=inner)
     ids, mask = tiny.left_padded([50, 31, 8, 49])
     same_tokens(*(m.generate(ids, attention_mask=mask, max_new_tokens=30, **GREEDY) for m in (compiled, model)))

@@ -50,9 +50,20 @@ def greedy(step: Step, ids: torch.Tensor, steps: int) -> torch.Tensor:
     return torch.cat(chosen, dim=1)
 
 
-@pytest.mark.parametrize("inner", ["eager", "inductor"])
-@pytest.mark.parametrize("policy", [("full", None), ("h2o", 1.0)])
-@pytest.mark.parametrize("kind", KINDS)
+FULL = [("full", None), ("h2o", 1.0)]
+INDUCTOR = [(kind, FULL[i % 2], "inductor") for i, kind in enumerate(KINDS)]
+"""Inductor sees no policy, but the ops that observe or do not: once for each way of carrying the cache."""
+MORE = [(kind, FULL[1 - i % 2], "inductor") for i, kind in enumerate(KINDS)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "policy", "inner"),
+    [
+        *((kind, policy, "eager") for kind in KINDS for policy in FULL),
+        *INDUCTOR,
+        *(pytest.param(*more, marks=pytest.mark.wide) for more in MORE),
+    ],
+)
 def test_full_budget_is_the_model(kind: Any, policy: tuple[str, float | None], inner: str) -> None:
     name, budget = policy
     model = plain.make(kind)
@@ -65,10 +76,11 @@ def test_full_budget_is_the_model(kind: Any, policy: tuple[str, float | None], i
         torch.testing.assert_close(got(following[:, t : t + 1]), expected(following[:, t : t + 1]), **FLOAT32)
 
 
+@pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("policy", EVICTING)
 @pytest.mark.parametrize("kind", KINDS)
 def test_eviction_is_the_oracles(kind: Any, policy: str) -> None:
-    model = plain.make(kind)
+    model = plain.one(kind)
     simulator = Simulator(policy, 48)
     expected, got = (
         Chat(naive(model, simulator)),

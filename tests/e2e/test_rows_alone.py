@@ -155,8 +155,22 @@ def conversations(policy: Any) -> list[list[tuple[Call, str]]]:
 
 @pytest.mark.parametrize("policy", PLAIN)
 def test_every_policy(policy: str) -> None:
+    """Three turns with padding before and around them, and rows that say nothing in a turn."""
+    for what in ("three turns", "silent rows"):
+        same_as_alone(policy, BUDGETS.get(policy, 48), CONVERSATIONS[what])
+
+
+PATHS = ["h2o", "tova", "snapkv", "roco", "keydiff", "r_kv", "critical_ada", "cake", "corm", "cascading", "ada_pyramid"]
+"""One for each way to rank, to share slots out and to lay keys out; the others in `make wide`."""
+
+
+@pytest.mark.parametrize(
+    "policy", [policy if policy in PATHS else pytest.param(policy, marks=pytest.mark.wide) for policy in PLAIN]
+)
+def test_every_conversation(policy: str) -> None:
     for calls in conversations(policy):
-        same_as_alone(policy, BUDGETS.get(policy, 48), calls)
+        if calls not in (CONVERSATIONS["three turns"], CONVERSATIONS["silent rows"]):
+            same_as_alone(policy, BUDGETS.get(policy, 48), calls)
 
 
 @pytest.mark.parametrize("policy", MIXED)

@@ -46,6 +46,7 @@ def refused(model: Any, cache: Any, match: str, length: int = 1) -> None:
     assert "blocks.0" in caught.value.where
 
 
+@pytest.mark.usefixtures("one_trace")
 def test_another_policy_or_budget() -> None:
     """Every ordered pair, in a step or in a turn; each cache is still good where it came from."""
     original = plain.make(plain.Decoder)

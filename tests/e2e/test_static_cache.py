@@ -62,7 +62,7 @@ def test_a_reset_cache_begins_anew() -> None:
     compiled = kvpass.compile(model, "h2o", 24, inner="eager")
     cache, fresh = (StaticCache(config=model.config, max_cache_len=80) for _ in range(2))
     ids = tiny.tokens(2, 60, seed=3)
-    call(compiled, tiny.tokens(2, 70), cache)
+    call(compiled, tiny.tokens(2, 60), cache)
     call(compiled, tiny.tokens(2, 1), cache)
     cache.reset()
     assert torch.equal(call(compiled, ids, cache, at=0), call(compiled, ids, fresh))

@@ -6,6 +6,8 @@ Positions enter through rotary embeddings.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -189,6 +191,12 @@ class Uncached(nn.Module):
 def make(kind: type[nn.Module]) -> nn.Module:
     torch.manual_seed(2)
     return kind().eval()
+
+
+@functools.cache
+def one(kind: type[nn.Module]) -> nn.Module:
+    """The same object each time, for tests that share traces (`one_trace`)."""
+    return make(kind)
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> Tensor:

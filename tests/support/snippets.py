@@ -150,10 +150,10 @@ def given_for(page: str) -> dict[str, Any]:
 
 def without_inductor() -> None:
     """Whatever a snippet names as its inner compiler, the rewritten graph runs node by node: minutes less."""
-    from kvpass import inner
+    from kvpass.pipeline import compose
 
-    real = inner.compile_inner
-    inner.compile_inner = lambda name, *rest, **more: real("eager", *rest, **more)
+    real: Any = compose.compile_inner
+    compose.compile_inner = lambda name, *rest, **more: real("eager", *rest, **more)
 
 
 @contextlib.contextmanager

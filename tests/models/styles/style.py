@@ -7,6 +7,7 @@ that the attention may read (a buffer with room for more, or the tokens so far),
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -111,6 +112,12 @@ def make(kind: Any) -> Any:
         if weight.dim() == 2 and any(part in name for part in ("wq", "wk", "wqkv", "c_attn", "in_proj")):
             nn.init.normal_(weight, std=0.4)
     return model
+
+
+@functools.cache
+def one(kind: Any) -> Any:
+    """The same object each time, for tests that share traces (`one_trace`)."""
+    return make(kind)
 
 
 def greedy(model: Any, prompt: Tensor, steps: int, room: int = 128) -> tuple[Tensor, list[Tensor], Any]:
