@@ -61,17 +61,18 @@ def part(size: Any, num: int, den: int) -> Any:
 
 
 def smaller(one: Any, other: Any) -> Any:
-    """The smaller of both: ints, or a tensor and either."""
-    return _each(torch.minimum, min, one, other)
+    """The smaller of both: ints, or tensors."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.minimum(one, other)
+    if isinstance(other, Tensor):
+        one, other = other, one
+    return one.clamp(max=other) if isinstance(one, Tensor) else min(one, other)
 
 
 def larger(one: Any, other: Any) -> Any:
     """The larger of both, likewise."""
-    return _each(torch.maximum, max, one, other)
-
-
-def _each(tensors: Any, ints: Any, one: Any, other: Any) -> Any:
-    known = next((x for x in (one, other) if isinstance(x, Tensor)), None)
-    if known is None:
-        return ints(one, other)
-    return tensors(*(torch.as_tensor(x, dtype=known.dtype, device=known.device) for x in (one, other)))
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.maximum(one, other)
+    if isinstance(other, Tensor):
+        one, other = other, one
+    return one.clamp(min=other) if isinstance(one, Tensor) else max(one, other)

@@ -121,7 +121,7 @@ class Layers:
             self.past[index : index + 1] = [joined]
             (site.one if count == 1 and self.tokens else site.many)(q, k, v, sees, self.tokens)
             self.simulator.attend(index, q, *joined, sees, DIM**-0.5)
-        if self.sites[0].rule.spread and not (count == 1 and self.tokens):
+        if self.sites[0].rule[ShareOut].share and not (count == 1 and self.tokens):
             states = shared_out([site.state for site in self.sites], [site.rule for site in self.sites], 2)
             for site, (state, free) in zip(self.sites, states, strict=True):
                 site.state, site.spare = state, free

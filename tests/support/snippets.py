@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-RUN, SHOWN = ("python", "yaml", "sh"), ("text", "diff", "mlir")
+RUN, SHOWN = ("python", "yaml", "sh"), ("text", "diff", "mlir", "mermaid")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
