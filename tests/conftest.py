@@ -111,3 +111,8 @@ def pytest_configure() -> None:
 
 def pytest_collection_finish() -> None:
     set_aside()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests that run processes of their own come first: what is behind them can be taken by the other worker."""
+    items.sort(key=lambda item: not item.nodeid.startswith(("tests/kernels/test_triton_interpreter", "tests/gpu")))

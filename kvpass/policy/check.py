@@ -10,13 +10,9 @@ from fractions import Fraction
 from math import isfinite
 
 from kvpass.errors import PolicyError
-from kvpass.kernels.attention.observation import STATISTICS, Observation
-from kvpass.kernels.budget import Budget, budget
+from kvpass.kernels.attention.observation import STATISTICS
 from kvpass.kernels.rank.criterion import SCORES
-from kvpass.kernels.rank.layer import Layer
-from kvpass.kernels.rank.pyramid import Pyramid
 from kvpass.kernels.rank.scorers.registry import Scorer, scorers
-from kvpass.kernels.rule import Rule
 from kvpass.policy.limits import MOST, check_options, no_number, oversized
 from kvpass.policy.spec import Spec
 
@@ -234,6 +230,12 @@ def smallest_budget(p: Spec) -> int:
     slots = p.budget if isinstance(p.budget, int) else p.min_slots
     if p.allocate.layers != "pyramid":
         return slots
+    from kvpass.kernels.attention.observation import Observation
+    from kvpass.kernels.budget import Budget, budget
+    from kvpass.kernels.rank.layer import Layer
+    from kvpass.kernels.rank.pyramid import Pyramid
+    from kvpass.kernels.rule import Rule
+
     window = p.observe.queries if isinstance(p.observe.queries, int) else 0
     share = fraction(1.0 if isinstance(p.budget, int) else p.budget or 1.0)
     asked = Budget(slots) if isinstance(p.budget, int) else Budget(0, share.numerator, share.denominator, slots)
