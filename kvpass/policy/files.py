@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from kvpass.errors import PolicyError
 from kvpass.kernels.errors import TableError
-from kvpass.kernels.rank.allocate import Heads
-from kvpass.kernels.rank.scored import Scoring
 from kvpass.kernels.rank.scorers.registry import decode_options, find_scorer
 from kvpass.kernels.rank.tables import HEADS, check_table
-from kvpass.kernels.rule import Rule
 from kvpass.policy.spec import Spec
+
+if TYPE_CHECKING:
+    from kvpass.kernels.rule import Rule
 
 Wanted = tuple[str, str, Mapping[str, str], str]
 """A field, the path in it, the tensors of the file, and what it is in words."""
@@ -54,6 +55,9 @@ def check_fit(name: str, rule: Rule, sizes: Mapping[str, int], where: str) -> No
     Raises:
         PolicyError: they are not.
     """
+    from kvpass.kernels.rank.allocate import Heads
+    from kvpass.kernels.rank.scored import Scoring
+
     files = [(unquote(rule[Heads].table), HEADS)] if rule[Heads].table else []
     if rule[Scoring].scorer and find_scorer(rule[Scoring].scorer).tensors:
         files.append(
