@@ -6,10 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kvpass.policy.check import check_budget
-from kvpass.policy.files import check_files
-from kvpass.policy.limits import plain_number
-from kvpass.policy.load import load, variants
 from kvpass.policy.spec import Spec
 
 
@@ -24,6 +20,8 @@ class Policy(Spec):
         Raises:
             PolicyError: unknown name or key (with the nearest valid one), wrong type, impossible combination.
         """
+        from kvpass.policy.load import load
+
         return Policy(**vars(load(policy)))
 
     def with_budget(self, budget: int | float | None) -> Policy:
@@ -32,6 +30,10 @@ class Policy(Spec):
         Raises:
             PolicyError: no budget at all, or one that is impossible for this policy.
         """
+        from kvpass.policy.check import check_budget
+        from kvpass.policy.files import check_files
+        from kvpass.policy.limits import plain_number
+        from kvpass.policy.load import variants
 
         chosen = self if budget is None else replace(self, budget=plain_number(budget))
         check_budget(chosen, given=budget is not None, own=self.budget)
@@ -45,6 +47,8 @@ class Policy(Spec):
     @property
     def marks(self) -> tuple[str, ...]:
         """Which marks of the caller (`kvpass.marked`) it reads, in any layer: of `keep`, `spans` and `drop`."""
+        from kvpass.policy.load import variants
+
         all_of_them = [self, *variants(self).values()]
         marked = [one for one in all_of_them if one.protect.tokens or one.fair]
         asked = {
