@@ -8,10 +8,11 @@ from urllib.parse import unquote
 import torch
 from kvpass.kernels.budget import part
 from kvpass.kernels.errors import TableError
-from kvpass.kernels.rank.criterion import INF, UNTOUCHABLE
+from kvpass.kernels.rank.criterion import UNTOUCHABLE
 from kvpass.kernels.rank.layer import Layer
+from kvpass.kernels.rank.share_out import ShareOut as ShareOut
 from kvpass.kernels.rank.tables import layer_of
-from kvpass.kernels.rule import Record, Rule, one_of
+from kvpass.kernels.rule import Record, Rule
 from kvpass.kernels.slots.cursor import EXTRA
 from torch import Tensor
 
@@ -28,30 +29,6 @@ class Heads(Record):
     table: str = ""
     safe_num: int = 0
     safe_den: int = 1
-
-
-@dataclass(frozen=True)
-class ShareOut(Record):
-    """Slots that are shared out when a call is over, and all its keys are known (`kvpass.kernels.after_call.layers`).
-
-    Attributes:
-        share: `model`: among all layers and heads, by score; `preference`: among layers, by what their scorer prefers;
-            `threshold`: each head keeps what scores at least `cut`, and the budget is a bound.
-        cut: also what a step's token must score, or a slot goes.
-    """
-
-    share: str = ""
-    cut: float = -INF
-
-    def check(self) -> None:
-        one_of(self, "share", "", "model", "preference", "threshold")
-
-    @property
-    def evicts(self) -> bool:
-        return self.cut > -INF
-
-    def growing(self) -> ShareOut:
-        return ShareOut(self.share)
 
 
 def ranks(score: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 
 from kvpass.errors import CacheError
 from kvpass.kernels.budget import kept
-from kvpass.kernels.rank.allocate import ShareOut
+from kvpass.kernels.rank.share_out import ShareOut
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.cursor import LIVE, SEEN
 from kvpass.kernels.slots.moves import evened, with_slots, with_spare

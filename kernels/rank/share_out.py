@@ -1,0 +1,32 @@
+"""Slots that are shared out when a call is over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvpass.kernels.rank.criterion import INF
+from kvpass.kernels.rule import Record, one_of
+
+
+@dataclass(frozen=True)
+class ShareOut(Record):
+    """Slots that are shared out when a call is over, and all its keys are known (`kvpass.kernels.after_call.layers`).
+
+    Attributes:
+        share: `model`: among all layers and heads, by score; `preference`: among layers, by what their scorer prefers;
+            `threshold`: each head keeps what scores at least `cut`, and the budget is a bound.
+        cut: also what a step's token must score, or a slot goes.
+    """
+
+    share: str = ""
+    cut: float = -INF
+
+    def check(self) -> None:
+        one_of(self, "share", "", "model", "preference", "threshold")
+
+    @property
+    def evicts(self) -> bool:
+        return self.cut > -INF
+
+    def growing(self) -> ShareOut:
+        return ShareOut(self.share)
