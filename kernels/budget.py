@@ -60,19 +60,15 @@ def part(size: Any, num: int, den: int) -> Any:
     return size * num // den
 
 
-def smaller(one: Any, other: Any) -> Any:
-    """The smaller of both: ints, or tensors."""
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return torch.minimum(one, other)
-    if isinstance(other, Tensor):
-        one, other = other, one
-    return one.clamp(max=other) if isinstance(one, Tensor) else min(one, other)
-
-
 def larger(one: Any, other: Any) -> Any:
-    """The larger of both, likewise."""
+    """The larger of both: ints, or tensors."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return torch.maximum(one, other)
     if isinstance(other, Tensor):
         one, other = other, one
     return one.clamp(min=other) if isinstance(one, Tensor) else max(one, other)
+
+
+def smaller(one: Any, other: Any) -> Any:
+    """The smaller of both, likewise."""
+    return -larger(-one, -other)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from importlib import import_module
 from typing import Any, TypeVar
@@ -21,10 +21,11 @@ of compiled graphs that Inductor keeps on disk: an older one must not be taken f
 _SAID_BY: dict[str, type[Record]] = {}
 """The record that says a word."""
 
+_DEFAULTS: dict[type[Record], Any] = {}
+"""Each record as it is when nobody gives it."""
 
-_DEFAULTS: dict[type[Record], Record] = {}
 
-
+@dataclass(frozen=True)
 class Record:
     """One part of a rule: a frozen dataclass whose fields are words of a rule's text. Defaults mean that nothing is
     asked. A word belongs to one record only.
@@ -32,10 +33,10 @@ class Record:
 
     def __init_subclass__(cls) -> None:
         for word in cls.__annotations__:
-            other = _SAID_BY.setdefault(word, cls)
+            other = _SAID_BY.get(word, cls)
             if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
                 raise TypeError(f"the word {word!r} of {cls.__qualname__} is {other.__qualname__}'s")
-            _SAID_BY[word] = cls
+        _SAID_BY.update(dict.fromkeys(cls.__annotations__, cls))
 
     def __post_init__(self) -> None:
         self.check()
@@ -81,7 +82,7 @@ class Record:
 
     def words(self) -> Iterator[str]:
         """Its part of the text: the fields that differ from their defaults."""
-        for f in fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
+        for f in fields(self):
             value = getattr(self, f.name)
             if value != f.default:
                 text = "+".join(value) if isinstance(value, tuple) else int(value) if isinstance(value, bool) else value
@@ -119,23 +120,21 @@ class Rule:
             raise TypeError(f"a rule has one record of a kind, got {records}")
         for kind in dict.fromkeys(_said_by(word) for word in words):
             own = {word: value for word, value in words.items() if _SAID_BY[word] is kind}
-            found[kind] = replace(found.get(kind) or kind(), **own)  # type: ignore[type-var]
-        self._records = {kind: one for kind, one in found.items() if one != kind()}
-        self._hash = hash(frozenset(self._records.values()))
+            found[kind] = replace(found.get(kind) or kind(), **own)
+        self._given: dict[type[Record], Any] = {kind: one for kind, one in found.items() if one != kind()}
+        self._hash = hash(frozenset(self._given.values()))
         self.derived: dict[Any, Any] = {}
 
     def __getitem__(self, kind: type[R]) -> R:
-        found: Any = self._records.get(kind) or _DEFAULTS.get(kind)
-        if found is None:
-            found = _DEFAULTS[kind] = kind()
-        return found  # type: ignore[no-any-return]
+        found: R = self._given.get(kind) or _DEFAULTS.get(kind) or _DEFAULTS.setdefault(kind, kind())
+        return found
 
     def __iter__(self) -> Iterator[Record]:
         """The records that ask for something."""
-        return iter(self._records.values())
+        return iter(self._given.values())
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, Rule) and self._records == other._records)
+        return self is other or (isinstance(other, Rule) and self._given == other._given)
 
     def __hash__(self) -> int:
         return self._hash
@@ -149,7 +148,7 @@ class Rule:
 
     def only(self, *kinds: type[Record]) -> bool:
         """Whether no record of another kind asks for anything: what an implementation asks that knows these."""
-        return all(kind in kinds for kind in self._records)
+        return all(kind in kinds for kind in self._given)
 
     @cached_property
     def evicts(self) -> bool:

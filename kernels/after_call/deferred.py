@@ -9,7 +9,7 @@ from kvpass.kernels.rank.criterion import SCORED
 from kvpass.kernels.rank.marks import MARK, Marks
 from kvpass.kernels.rank.places import slot_places
 from kvpass.kernels.rank.ranking import shared_by_heads, state_scores
-from kvpass.kernels.rank.scored import Read, Scoring, scorer_scores
+from kvpass.kernels.rank.scored import Beside, Scoring, scorer_scores
 from kvpass.kernels.rank.scorers.registry import find_scorer
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.select_slots import select_slots
@@ -43,9 +43,9 @@ def evicted(state: State, rule: Rule) -> State:
 def _judged(state: State, rule: Rule) -> Tensor:
     """The statistics with scores given anew: [N, B, Hkv, C]."""
     stats = state.stats.clone()
-    beside = stats[stat(rule, SCORED)], stats[stat(rule, MARK)] if rule[Marks].marked else None
-    read, own = Read(state.k, state.v), (state.slots, None)
-    scores = scorer_scores(stats[:0], _places(state, rule), state.cursor, read, beside, own, rule)
+    had = stats[stat(rule, SCORED)], stats[stat(rule, MARK)] if rule[Marks].marked else None
+    read, own = Beside(state.k, state.v), (state.slots, None)
+    scores = scorer_scores(stats[:0], _places(state, rule), state.cursor, read, had, own, rule)
     stats[stat(rule, SCORED)] = scores[0]
     return stats
 

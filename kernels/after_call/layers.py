@@ -13,9 +13,10 @@ import torch
 from kvpass.kernels.after_call.compacted import compacted
 from kvpass.kernels.attention.observation import Observation
 from kvpass.kernels.budget import budget
-from kvpass.kernels.rank.allocate import ShareOut, head_counts, preference_of
+from kvpass.kernels.rank.allocate import head_counts, preference_of
 from kvpass.kernels.rank.criterion import INF
 from kvpass.kernels.rank.ranking import state_scores
+from kvpass.kernels.rank.share_out import ShareOut
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.select_slots import select_slots
 from kvpass.kernels.slots.cursor import EXTRA, FREE, LIVE, SEEN

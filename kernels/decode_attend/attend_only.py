@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from kvpass.kernels.attention.masks import additive, at_positions, by_kv_head, visible
 from kvpass.kernels.decode_attend.call import Call
-from kvpass.kernels.slots.cursor import FREE, LIVE
 from kvpass.kernels.slots.moves import even
 from kvpass.kernels.slots.state import State
 from torch import Tensor
@@ -18,9 +17,8 @@ def attend_only(q: Tensor, state: State, call: Call) -> Tensor:
     """
     state, mask, softmax = even(state), call.mask, call.softmax
     assert mask is not None
-    heads, slots = state.pos.shape[1:]
-    slot, cursor = torch.arange(slots, device=q.device), state.cursor
-    used = (slot <= cursor[..., LIVE, None]) & (slot != cursor[..., FREE, None])
+    heads = state.pos.shape[1]
+    used = state.used()
     here = at_positions(by_kv_head(mask, heads), state.pos).squeeze(3)
     shown = visible(here) & used.unsqueeze(2)
     keys, values = (x.float().masked_fill(~used[..., None], 0.0) for x in (state.k, call.values(state)))

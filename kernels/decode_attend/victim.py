@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 from kvpass.kernels.decode_attend.step import StepFacts
-from kvpass.kernels.rank.allocate import ShareOut
 from kvpass.kernels.rank.criterion import INF, SCORED, UNTOUCHABLE, Ranking
 from kvpass.kernels.rank.marks import Marks, must_stay
 from kvpass.kernels.rank.places import NUMBER, Protected
 from kvpass.kernels.rank.ranking import preference, reach_of, recent_of, slot_scores, untouchable
 from kvpass.kernels.rank.rings import RING, Rings, enter
+from kvpass.kernels.rank.share_out import ShareOut
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.cursor import FIRST, FREE, LIVE, SEEN
 from kvpass.kernels.slots.ragged import is_ragged, padded, starts

@@ -10,7 +10,6 @@ from kvpass.kernels.budget import part
 from kvpass.kernels.errors import TableError
 from kvpass.kernels.rank.criterion import UNTOUCHABLE
 from kvpass.kernels.rank.layer import Layer
-from kvpass.kernels.rank.share_out import ShareOut as ShareOut
 from kvpass.kernels.rank.tables import layer_of
 from kvpass.kernels.rule import Record, Rule
 from kvpass.kernels.slots.cursor import EXTRA

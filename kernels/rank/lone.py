@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 from kvpass.kernels.attention.observation import Observation, emission, emitted
 from kvpass.kernels.budget import budget
-from kvpass.kernels.rank.allocate import ShareOut
 from kvpass.kernels.rank.criterion import SCORED
 from kvpass.kernels.rank.places import NUMBER, PLACE
 from kvpass.kernels.rank.rings import RING
 from kvpass.kernels.rank.scored import Scoring, later
 from kvpass.kernels.rank.scorers.registry import find_scorer
+from kvpass.kernels.rank.share_out import ShareOut
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.cursor import EXTRA, FREE, LIVE, SEEN, SHIFT
 from kvpass.kernels.slots.statistics import Statistics

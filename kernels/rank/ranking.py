@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from kvpass.kernels.budget import budget, part, smaller
-from kvpass.kernels.rank.allocate import Heads, ShareOut, head_counts, ragged_columns, table_counts
+from kvpass.kernels.rank.allocate import Heads, head_counts, ragged_columns, table_counts
 from kvpass.kernels.rank.criterion import INF, SCORED, UNTOUCHABLE, Ranking, Scope
 from kvpass.kernels.rank.marks import Marks, check_marks, must_stay
 from kvpass.kernels.rank.places import NUMBER, Protected, protected_places, slot_places
 from kvpass.kernels.rank.scored import UNSCORED, Scoring
+from kvpass.kernels.rank.share_out import ShareOut
 from kvpass.kernels.rank.weights import WEIGHT, Weight
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.cursor import EXTRA, FREE, LIVE, SEEN, SHIFT

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from kvpass.kernels.attention.observation import Observation, emitted
 from kvpass.kernels.budget import budget, part
-from kvpass.kernels.rank.allocate import ShareOut, ranks
+from kvpass.kernels.rank.allocate import ranks
 from kvpass.kernels.rank.criterion import SCORED, Ranking
 from kvpass.kernels.rank.layer import Layer
 from kvpass.kernels.rank.marks import KEEP, MARK
@@ -17,6 +17,7 @@ from kvpass.kernels.rank.places import NUMBER, PLACE, Protected, ordered_by, res
 from kvpass.kernels.rank.scorers.chance import gumbel
 from kvpass.kernels.rank.scorers.registry import find_scorer
 from kvpass.kernels.rank.scorers.seen import Seen
+from kvpass.kernels.rank.share_out import ShareOut
 from kvpass.kernels.rank.smooth import Fair, Granule, Pool, by_granule, fair_shares, pooled
 from kvpass.kernels.rank.weights import WEIGHT, Weight, value_weights
 from kvpass.kernels.rule import Record, Rule
@@ -82,23 +83,33 @@ LUCK = 18.0
 """More than any Gumbel number that a float32 of 24 random bits gives (17)."""
 
 
-class Read(NamedTuple):
-    """Tensors that a scorer may read, as in `Seen`: k, v, rows, hidden states, unrotated queries and their angles."""
+class Beside(NamedTuple):
+    """What a rule may read beside attention's statistics."""
 
     k: Tensor | None = None
+    """[B, Hkv, L, D], keys as cached."""
     v: Tensor | None = None
+    """[B, Hkv, L, Dv]"""
     rows: Tensor | None = None
+    """Of `window_rows`."""
+    wo: Tensor | None = None
+    """[out, Hq * Dv], the output projection's weight."""
     hidden: Tensor | None = None
+    """[B, S, size]"""
+    marks: Tensor | None = None
+    """int32 [B, S], of the call's tokens, for rules that are `marked`."""
     queries: Tensor | None = None
+    """[B, Hq, S, D], before their rotation."""
     turns: Tensor | None = None
+    """[2, 1 or B, S, D], cosines and sines of that rotation."""
 
 
 def scorer_scores(
     stats: Tensor,
     keys: tuple[Tensor, Tensor, Tensor],
     cursor: Tensor,
-    tensors: Read,
-    beside: tuple[Tensor | None, Tensor | None],
+    beside: Beside,
+    had: tuple[Tensor | None, Tensor | None],
     own: tuple[int, Tensor | None],
     rule: Rule,
 ) -> tuple[Tensor, Tensor | None]:
@@ -106,25 +117,25 @@ def scorer_scores(
     layers share by it.
 
     stats: [M, B, Hkv, L] that the call emitted; keys: places, candidates and end, as in `Seen`; cursor: after the
-    call; tensors: what the scorer reads; beside: [B, Hkv, L] each, what the slots held, and their marks; own: how many
+    call; beside: what the scorer reads; had: [B, Hkv, L] each, what the slots held, and their marks; own: how many
     of the keys are the call's, and the order in which keys are neighbours, if not theirs (`side_by_side`).
     """
-    (pos, candidate, end), (past, marks), (called, order) = keys, beside, own
+    (pos, candidate, end), (past, marks), (called, order) = keys, had, own
     chosen = find_scorer(rule[Scoring].scorer)
     if rule[Scoring].of_new_tokens:
         new = slice(pos.shape[-1] - called, None)
-        k, v = (t if t is None else t[:, :, new] for t in tensors[:2])
-        seen = _seen(pos[..., new], candidate[..., new], end, cursor, tensors._replace(k=k, v=v), rule, {})
+        k, v = (t if t is None else t[:, :, new] for t in beside[:2])
+        seen = _seen(pos[..., new], candidate[..., new], end, cursor, beside._replace(k=k, v=v), rule, {})
         score = chosen.score(seen, rule[Scoring].options)
         return score if past is None else torch.cat([past[..., : new.start], score], -1), None
     if order is not None:
         keys = ordered_by(pos, order), ordered_by(candidate, order), end
         stats = torch.stack([ordered_by(x, order) for x in stats]) if len(stats) else stats
         marks = marks if marks is None else ordered_by(marks, order)
-        tensors = _in_order(tensors, order, called, rule)
-        score, preferred = scorer_scores(stats, keys, cursor, tensors, (None, marks), (called, None), rule)
+        beside = _in_order(beside, order, called, rule)
+        score, preferred = scorer_scores(stats, keys, cursor, beside, (None, marks), (called, None), rule)
         return restored(score, order), preferred
-    seen = _seen(pos, candidate, end, cursor, tensors, rule, dict(zip(emitted(rule), stats, strict=True)), marks)
+    seen = _seen(pos, candidate, end, cursor, beside, rule, dict(zip(emitted(rule), stats, strict=True)), marks)
     score = chosen.score(seen, rule[Scoring].options)
     if rule[Pool].pool != "none":
         score = pooled(score, pos, candidate, end, rule)
@@ -141,7 +152,7 @@ def scorer_scores(
     return torch.where(window, later(pos), score), preferred
 
 
-def _in_order(tensors: Read, order: Tensor, called: int, rule: Rule) -> Read:
+def _in_order(tensors: Beside, order: Tensor, called: int, rule: Rule) -> Beside:
     """What the scorer reads, keys in another order, the call's queries likewise."""
     own = order[..., -called:] - (order.shape[-1] - called)
 
@@ -149,7 +160,7 @@ def _in_order(tensors: Read, order: Tensor, called: int, rule: Rule) -> Read:
         return x if x is None else ordered_by(x, by, dim)
 
     turns = tensors.turns
-    return Read(
+    return tensors._replace(
         k=moved(tensors.k, 2) if "keys" in rule[Scoring].reads else None,
         v=moved(tensors.v, 2) if "values" in rule[Scoring].reads else None,
         rows=moved(tensors.rows, -1),
@@ -168,7 +179,7 @@ def _seen(
     candidate: Tensor,
     end: Tensor,
     cursor: Tensor,
-    tensors: Read,
+    tensors: Beside,
     rule: Rule,
     statistics: dict[str, Tensor],
     marks: Tensor | None = None,
@@ -230,7 +241,7 @@ def arrivals(
     batch, heads = k_new.shape[:2]
     out = torch.zeros(len(plan[Statistics].stats), batch, heads, device=k_new.device)
     if keeps(plan, SCORED):
-        out[stat(plan, SCORED)] = _arriving(Read(k_new, v_new, hidden=hidden), cursor, plan)
+        out[stat(plan, SCORED)] = _arriving(Beside(k_new, v_new, hidden=hidden), cursor, plan)
     if keeps(plan, MARK) and marks is not None:
         out[stat(plan, MARK)] = marks.float()
     for name in {PLACE, NUMBER} & set(plan[Statistics].stats):
@@ -240,7 +251,7 @@ def arrivals(
     return out
 
 
-def _arriving(tensors: Read, cursor: Tensor, rule: Rule) -> Tensor:
+def _arriving(tensors: Beside, cursor: Tensor, rule: Rule) -> Tensor:
     """What a token of a one-token call holds: float32 [B, Hkv]."""
     pos = cursor[..., SEEN, None]
     chosen = find_scorer(rule[Scoring].scorer)

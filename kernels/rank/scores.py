@@ -7,21 +7,20 @@ how slots rank is in `kvpass.kernels.rank.ranking`. Selects nothing.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from kvpass.kernels.attention.masks import check_shown
 from kvpass.kernels.attention.observation import Observation, emission, emitted
 from kvpass.kernels.budget import budget
-from kvpass.kernels.rank.allocate import ShareOut, with_preference
+from kvpass.kernels.rank.allocate import with_preference
 from kvpass.kernels.rank.criterion import INF, SCORED
 from kvpass.kernels.rank.lone import as_in_steps, lone, stepped
 from kvpass.kernels.rank.marks import DROP, MARK, marks_of_keys
 from kvpass.kernels.rank.places import NUMBER, PLACE, key_places, new_places, side_by_side
 from kvpass.kernels.rank.ranking import ranked, shared_by_heads, slot_scores
 from kvpass.kernels.rank.rings import RING, Rings, ringed
-from kvpass.kernels.rank.scored import Read, Scoring, scorer_scores
+from kvpass.kernels.rank.scored import Beside, Scoring, scorer_scores
 from kvpass.kernels.rank.scorers.registry import find_scorer
+from kvpass.kernels.rank.share_out import ShareOut
 from kvpass.kernels.rank.smooth import Pool, pooled
 from kvpass.kernels.rank.weights import WEIGHT, Weight, value_weights
 from kvpass.kernels.rule import Rule
@@ -29,27 +28,6 @@ from kvpass.kernels.slots.cursor import EXTRA, FIRST, FREE, LIVE, SEEN, SHIFT
 from kvpass.kernels.slots.ragged import Ragged, columns
 from kvpass.kernels.slots.statistics import Statistics, keeps, stat
 from torch import Tensor
-
-
-class Beside(NamedTuple):
-    """What a rule may read beside attention's statistics."""
-
-    k: Tensor | None = None
-    """[B, Hkv, L, D], keys as cached."""
-    v: Tensor | None = None
-    """[B, Hkv, L, Dv]"""
-    rows: Tensor | None = None
-    """Of `window_rows`."""
-    wo: Tensor | None = None
-    """[out, Hq * Dv], the output projection's weight."""
-    hidden: Tensor | None = None
-    """[B, S, size]"""
-    marks: Tensor | None = None
-    """int32 [B, S], of the call's tokens, for rules that are `marked`."""
-    queries: Tensor | None = None
-    """[B, Hq, S, D], before their rotation."""
-    turns: Tensor | None = None
-    """[2, 1 or B, S, D], cosines and sines of that rotation."""
 
 
 def score_slots(
@@ -104,7 +82,7 @@ def score_slots(
             stats,
             (where, candidate, end),
             after,
-            Read(beside.k, beside.v, beside.rows, beside.hidden, beside.queries, beside.turns),
+            beside,
             (past_scores, marked),
             (valid.shape[1], order),
             plan,

@@ -55,13 +55,6 @@ def padded(x: Tensor, cursor: Tensor, width: int, fill: float) -> Tensor:
     return flat.view(*x.shape[:-3], *index.shape).masked_fill_(~exist, fill)
 
 
-def padded_rows(x: Tensor, cursor: Tensor, width: int) -> Tensor:
-    """[B, Hkv, C, D] -> [B, Hkv, width, D]: the same for keys or values, 0 where a head has no slot. A copy."""
-    index, exist = places(cursor, x.shape[2], width)
-    rows = x.reshape(-1, x.shape[3])[index.flatten()].view(*index.shape, x.shape[3])
-    return rows.masked_fill_(~exist[..., None], 0.0)
-
-
 def used_slots(cursor: Tensor) -> int:
     """Slots in use in the fullest head, a hole included."""
     return int(cursor[..., LIVE].max()) + 1

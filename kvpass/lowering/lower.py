@@ -19,7 +19,7 @@ from kvpass.graph.dataflow import flat_outputs
 from kvpass.graph.extract import function_of, functions_of
 from kvpass.graph.shapes import shape_of
 from kvpass.graph.symbols import SizeReader, free_size
-from kvpass.kernels.rank.allocate import ShareOut
+from kvpass.kernels.rank.share_out import ShareOut
 from kvpass.kernels.slots.state import State
 from kvpass.lowering.emit import Emitter
 from kvpass.lowering.retire import Retirement

@@ -20,11 +20,11 @@ from kvpass.graph.output_projection import OutputProjection, output_projection
 from kvpass.graph.projections import block_input
 from kvpass.graph.rope import Rotation, rotation, unrounded
 from kvpass.kernels.after_call.reindex import Reindex
-from kvpass.kernels.rank.allocate import ShareOut
 from kvpass.kernels.rank.layer import Layer
 from kvpass.kernels.rank.pyramid import Pyramid
 from kvpass.kernels.rank.scored import Scoring
 from kvpass.kernels.rank.scorers.seen import NOT_FROM_GRAPH
+from kvpass.kernels.rank.share_out import ShareOut
 from kvpass.kernels.rank.weights import Weight
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.ragged import Ragged

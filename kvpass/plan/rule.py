@@ -9,7 +9,7 @@ from urllib.parse import quote
 from kvpass.kernels.after_call.reindex import Reindex
 from kvpass.kernels.attention.observation import Observation
 from kvpass.kernels.budget import Budget
-from kvpass.kernels.rank.allocate import Heads, ShareOut
+from kvpass.kernels.rank.allocate import Heads
 from kvpass.kernels.rank.criterion import INF, SCORED, SCORES, Ranking, Scope
 from kvpass.kernels.rank.layer import Layer
 from kvpass.kernels.rank.marks import MARK, Marks
@@ -18,6 +18,7 @@ from kvpass.kernels.rank.pyramid import Pyramid
 from kvpass.kernels.rank.rings import RING, Rings
 from kvpass.kernels.rank.scored import Sample, Scoring
 from kvpass.kernels.rank.scorers.registry import encode_options, find_scorer
+from kvpass.kernels.rank.share_out import ShareOut
 from kvpass.kernels.rank.smooth import Fair, Granule, Pool
 from kvpass.kernels.rank.weights import WEIGHT, Weight
 from kvpass.kernels.rule import Record, Rule

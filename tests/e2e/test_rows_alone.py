@@ -12,7 +12,7 @@ import pytest
 import torch
 from kvpass.kernels.after_call.layers import shared_out
 from kvpass.kernels.after_call.reindex import Reindex, reindex
-from kvpass.kernels.rank.allocate import ShareOut
+from kvpass.kernels.rank.share_out import ShareOut
 from models import tiny
 from oracle.ops import DIM, Site
 

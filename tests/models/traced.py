@@ -25,7 +25,8 @@ class Running:
     """Whose call is running: its backend, and what it made of each trace."""
 
     def __init__(self, backend: Backend) -> None:
-        self.backend, self.made = backend, {}  # type: ignore[var-annotated]
+        self.backend = backend
+        self.made: dict[Trace, Callable[..., Any]] = {}
 
 
 RUNNING: list[Running] = []

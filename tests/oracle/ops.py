@@ -12,9 +12,9 @@ from kvpass.kernels.budget import kept
 from kvpass.kernels.compact_slots import compact_slots
 from kvpass.kernels.decode_attend import decode_attend
 from kvpass.kernels.prefill_attend import prefill_attend
-from kvpass.kernels.rank.allocate import ShareOut
 from kvpass.kernels.rank.scored import Scoring, arrivals
 from kvpass.kernels.rank.scores import score_slots
+from kvpass.kernels.rank.share_out import ShareOut
 from kvpass.kernels.rank.window_rows import window_rows
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.select_slots import select_slots

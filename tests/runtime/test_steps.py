@@ -238,10 +238,12 @@ def test_a_check_that_refuses_leaves_the_caches_alone(monkeypatch: pytest.Monkey
 
 
 def test_call_facts_of_some_sites() -> None:
-    whole = CallFacts((), ("a", "b", "c"), 4, "here", ("A", "B", "C"), (0, 0, 0))  # type: ignore[arg-type]
+    bindings: Any = ("a", "b", "c")  # what stands in their places is handed on, whatever it is
+    stores: Any = ("A", "B", "C")
+    whole = CallFacts((), bindings, 4, "here", stores, (0, 0, 0))
     assert whole.of((0, 1, 2)) is whole
     assert whole.of((0, 2)).sites == [("a", "A"), ("c", "C")]
-    unopened = CallFacts((), ("a", "b", "c"), 4, "here")  # type: ignore[arg-type]
+    unopened = CallFacts((), bindings, 4, "here")
     assert unopened.of((1,)).bindings == ("b",)
     with pytest.raises(ValueError, match="shorter"):
         _ = unopened.of((1,)).sites
