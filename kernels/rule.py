@@ -21,9 +21,6 @@ of compiled graphs that Inductor keeps on disk: an older one must not be taken f
 _SAID_BY: dict[str, type[Record]] = {}
 """The record that says a word."""
 
-_DEFAULTS: dict[type[Record], Any] = {}
-"""Each record as it is when nobody gives it."""
-
 
 @dataclass(frozen=True)
 class Record:
@@ -99,6 +96,14 @@ def one_of(record: Record, word: str, *known: str) -> None:
         raise ValueError(f"{type(record).__name__}: {word} is {said!r}, not one of {', '.join(map(repr, known))}")
 
 
+class _WithDefaults(dict[type[Record], Any]):
+    """Records by kind, those that were not given as their defaults say, from the first question on."""
+
+    def __missing__(self, kind: type[Record]) -> Record:
+        default = self[kind] = kind()
+        return default
+
+
 class Rule:
     """Records by their kind; those that are not given are as their defaults say. Immutable, and equal if its records
     are.
@@ -121,12 +126,13 @@ class Rule:
         for kind in dict.fromkeys(_said_by(word) for word in words):
             own = {word: value for word, value in words.items() if _SAID_BY[word] is kind}
             found[kind] = replace(found.get(kind) or kind(), **own)
-        self._given: dict[type[Record], Any] = {kind: one for kind, one in found.items() if one != kind()}
+        self._given = {kind: one for kind, one in found.items() if one != kind()}
+        self._all = _WithDefaults(self._given)
         self._hash = hash(frozenset(self._given.values()))
         self.derived: dict[Any, Any] = {}
 
     def __getitem__(self, kind: type[R]) -> R:
-        found: R = self._given.get(kind) or _DEFAULTS.get(kind) or _DEFAULTS.setdefault(kind, kind())
+        found: R = self._all[kind]
         return found
 
     def __iter__(self) -> Iterator[Record]:
