@@ -105,8 +105,14 @@ def set_aside() -> None:
 
 
 def pytest_configure() -> None:
-    """Dynamo makes so many objects that by Python's thresholds a sixth of a run goes into looking at them."""
+    """Dynamo makes so many objects that by Python's thresholds a sixth of a run goes into looking at them.
+    What it remembers of single ops costs more than it saves in models of two layers: a third of a trace; and for
+    pytest's log handler it would print every graph. Examples and others in processes of their own trace as users do.
+    """
     gc.set_threshold(50_000, 20, 50)
+    torch._dynamo.config.fake_tensor_cache_enabled = False
+    torch._dynamo.config.run_gc_after_compile = False
+    logging.getLogger("torch.__trace").propagate = True  # pytest listens to loggers that do not propagate
 
 
 def pytest_collection_finish() -> None:

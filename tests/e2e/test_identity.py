@@ -15,7 +15,7 @@ GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None}
 FULL = [("full", None), ("h2o", 1.0), ("snapkv", 1.0)]
 
 
-@pytest.fixture(scope="module", params=[8, pytest.param(None, marks=pytest.mark.wide)], ids=["8 layers", "all layers"])
+@pytest.fixture(scope="module", params=[4, pytest.param(None, marks=pytest.mark.wide)], ids=["4 layers", "all layers"])
 def real(request: Any) -> Any:
     """With some layers: a third of the time to trace and compile, and the same code."""
     return smollm2.load(layers=request.param)

@@ -88,7 +88,7 @@ def test_tiny_inner_compilers(policy: str, inner: str, capsys: pytest.CaptureFix
 REAL = [p if p in ("h2o", "snapkv") else pytest.param(p, marks=pytest.mark.wide) for p in EVICTING]
 
 
-@pytest.fixture(scope="module", params=[8, pytest.param(None, marks=pytest.mark.wide)], ids=["8 layers", "all layers"])
+@pytest.fixture(scope="module", params=[4, pytest.param(None, marks=pytest.mark.wide)], ids=["4 layers", "all layers"])
 def real(request: Any) -> tuple[Any, torch.Tensor]:
     """SmolLM2 and 1,000 tokens of real text."""
     model, tokenizer = smollm2.load(layers=request.param)

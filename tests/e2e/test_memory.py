@@ -123,7 +123,7 @@ def test_uneven_heads_and_layers_in_a_batch(policy: str, budget: Any, extra: int
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("layers", [8, pytest.param(30, marks=pytest.mark.wide)])
+@pytest.mark.parametrize("layers", [4, pytest.param(30, marks=pytest.mark.wide)])
 def test_uneven_heads_smollm2(layers: int) -> None:
     """A batch of 4 at 20 %: 20 % of the dense cache within 3 %, where others mask and hold all of it."""
     model, tokenizer = smollm2.load(layers=layers)
@@ -138,7 +138,7 @@ def test_uneven_heads_smollm2(layers: int) -> None:
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("layers", [8, pytest.param(30, marks=pytest.mark.wide)])
+@pytest.mark.parametrize("layers", [4, pytest.param(30, marks=pytest.mark.wide)])
 def test_live_storage_smollm2(layers: int) -> None:
     model, tokenizer = smollm2.load(layers=layers)
     ids = tokenizer(smollm2.text(4000), return_tensors="pt").input_ids[:, :800]

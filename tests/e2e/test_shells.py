@@ -16,12 +16,14 @@ from transformers import DynamicCache
 
 import kvpass
 
+pytestmark = pytest.mark.usefixtures("one_trace")
+
 
 class Started:
     """A tiny model that has read 90 tokens and chosen one."""
 
     def __init__(self) -> None:
-        self.original = tiny.llama(6, 2)
+        self.original = tiny.one_llama(6, 2)
         self.model = kvpass.compile(self.original, "h2o", 48, inner="eager")
         self.cache = DynamicCache(config=self.original.config)
         self.prompt = tiny.tokens(2, 90)

@@ -7,6 +7,7 @@ call's tensors are carried there and back: a case compares with the references o
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from functools import wraps
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import triton.language as tl
 from kvpass.kernels.attention.softmax import Softmax
 from kvpass.kernels.compact_slots import triton as compact_slots
 from kvpass.kernels.decode_attend import reference
@@ -44,6 +46,21 @@ def _dot(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, d: TensorHa
     return TensorHandle(np.matmul(x, y) + d.data, d.dtype.scalar)
 
 
+class _Patched:
+    """In the place of a scope that patches: nothing to restore."""
+
+    def restore(self) -> None:
+        pass
+
+
+def _patch_once(fn: Callable[..., Any], patch: Callable[..., Any] = interpreter._patch_lang) -> Any:
+    """The interpreter patches the language for a kernel, and once more at each call of a function in it: a third of
+    its time.
+    """
+    languages = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
+    return patch(fn) if any(tl.core.is_builtin(language.load) for language in languages) else _Patched()
+
+
 def _patch_tensor(tensor: type, scope: object, patch: Callable[[type, object], None] = _patch_lang_tensor) -> None:
     """The interpreter of triton 3.6 makes ints of arrays of shape (1,), which numpy 2.4 refuses."""
     patch(tensor, scope)
@@ -53,6 +70,11 @@ def _patch_tensor(tensor: type, scope: object, patch: Callable[[type, object], N
 if INTERPRETED:
     InterpreterBuilder.create_dot = _dot
     interpreter._patch_lang_tensor = _patch_tensor
+    interpreter._patch_lang = _patch_once
+    # Sums of integers are made once more in int64 to see whether they overflow: another quarter.
+    options = interpreter.interpreter_builder.options
+    sanitized = os.environ.get("KVPASS_SANITIZE_OVERFLOW") == "1"
+    interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=sanitized)
 
 
 class _Carried:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ def export(
         return torch.export.export(step, (torch.ones(batch, 1, dtype=torch.long), *caches), dynamic_shapes=shapes)
 
 
+@functools.cache
 def program(name: str, batch: int = 2) -> tuple[Any, ExportedProgram]:
     """(model, its exported step) of `plain`, `grouped` (no mask) or `llama`, two layers each."""
     if name == "llama":

@@ -32,7 +32,7 @@ class Compiled:
             for op in module.body.operations:
                 op.attributes["llvm.emit_c_interface"] = ir.UnitAttr.get()
             PassManager.parse(f"builtin.module({' '.join(PASSES.split())})").run(module.operation)
-            self.engine = ExecutionEngine(module, opt_level=2)
+            self.engine = ExecutionEngine(module, opt_level=0)
 
     def __call__(self, args: Any, like: Any) -> list[torch.Tensor]:
         """like: tensors of the results' ranks and dtypes."""

@@ -34,6 +34,8 @@ class MadeUp(Record):
         return (number, Field("weight", "BH", torch.float32, UNSET)) if self.made_up else ()
 
 
+pytestmark = pytest.mark.usefixtures("one_trace")
+
 POLICIES = {
     "evicts": ("h2o", 12),
     "grows": ("h2o", 0.6),
@@ -59,7 +61,7 @@ class Chat:
 
     def __init__(self, policy: Any, budget: Any) -> None:
         spec = {"name": "small", "extends": policy, "min_slots": 4} if isinstance(policy, str) else policy
-        self.model = kvpass.compile(plain.make(plain.Decoder), spec, budget, inner="eager")
+        self.model = kvpass.compile(plain.one(plain.Decoder), spec, budget, inner="eager")
         self.cache: Any = None
         self.marked = 0
 

@@ -16,10 +16,12 @@ import kvpass
 from kvpass.errors import ForeignCacheError, KVPassError, ShellDataError, StaleCacheError, TrainingError
 from kvpass.runtime.shell import find
 
+pytestmark = pytest.mark.usefixtures("one_trace")
+
 
 @pytest.fixture
 def model() -> Any:
-    return kvpass.compile(plain.make(plain.Decoder), "h2o", 24, inner="eager")
+    return kvpass.compile(plain.one(plain.Decoder), "h2o", 24, inner="eager")
 
 
 def read(model: Any, length: int = 60, batch: int = 2) -> Any:
@@ -169,7 +171,7 @@ def test_keys_of_one_cache_with_values_of_another(model):
 
 
 def test_gradients_are_refused():
-    model = kvpass.compile(plain.make(plain.Decoder), "h2o", 24, inner="eager")
+    model = kvpass.compile(plain.one(plain.Decoder), "h2o", 24, inner="eager")
     with pytest.raises(TrainingError, match="no gradients"):
         model(plain.tokens(1, 20), None)
 
@@ -187,8 +189,7 @@ def test_a_cache_begun_in_inference_mode_goes_on_without(model):
 def test_growth_through_generation():
     """Bytes held stay near the budget, for a fraction and for slots."""
     for budget in (0.5, 40):
-        torch._dynamo.reset()
-        model = kvpass.compile(plain.make(plain.Decoder), {"name": "mine", "min_slots": 8}, budget, inner="eager")
+        model = kvpass.compile(plain.one(plain.Decoder), {"name": "mine", "min_slots": 8}, budget, inner="eager")
         cache = read(model, 50, 1)
         for _ in range(100):
             _, cache = step(model, cache, batch=1)
