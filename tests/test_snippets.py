@@ -26,11 +26,17 @@ OURS = re.compile(r"^\s*(import kvpass|from kvpass|kvpass \w+|make \w+|.*\bkvpas
 NEEDS = {"docs/export.md": "torch_mlir"}  # an optional package, see the Makefile
 
 
-@pytest.mark.parametrize("page", WITH_CODE)
-def test_the_snippets_of_a_page_run_as_printed(page: str) -> None:
-    if page in NEEDS and importlib.util.find_spec(NEEDS[page]) is None:
-        pytest.skip(f"{NEEDS[page]} is not installed")
-    command = [sys.executable, "-P", str(SCRIPT), page]
+ALONE = [page for page in WITH_CODE if page in NEEDS or page == "README.md"]
+PROCESSES = [*([page] for page in ALONE), [page for page in WITH_CODE if page not in ALONE]]
+"""Most pages share a process: to import torch and transformers takes longer than a page."""
+
+
+@pytest.mark.parametrize("pages", PROCESSES, ids=" ".join)
+def test_the_snippets_of_pages_run_as_printed(pages: list[str]) -> None:
+    for page in pages:
+        if page in NEEDS and importlib.util.find_spec(NEEDS[page]) is None:
+            pytest.skip(f"{NEEDS[page]} is not installed")
+    command = [sys.executable, "-P", str(SCRIPT), *pages]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     foreign = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("kvpass")]

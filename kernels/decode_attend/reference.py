@@ -80,16 +80,17 @@ def _arrived(mask: Tensor, position: int, batch: int) -> list[bool]:
 
 def _append(token: Token, state: State, facts: StepFacts) -> None:
     """Write what the token brings into its slots, and what other fields begin with."""
-    brought: dict[str, Any] = {"k": token.k, "v": token.v, "pos": facts.position, "stats": token.arrive}
+    arrive = None if token.arrive is None else token.arrive.unsqueeze(-1)
+    brought: dict[str, Any] = {"k": token.k, "v": token.v, "pos": facts.position, "stats": arrive}
     for field, tensor in state.per_slot():
         if not tensor.numel():
             continue
-        value, target, at = brought.get(field.name), flat(field, tensor), field.rows
+        value = brought.get(field.name)
         value = field.fill if value is None else value
         if isinstance(value, Tensor):
-            target.index_copy_(at, facts.rows, value.reshape(*target.shape[:at], -1, *target.shape[at + 1 :]))
+            flat(field, tensor).index_copy_(field.rows, facts.rows, flat(field, value.contiguous()))
         elif isinstance(value, (int, float)):
-            target.index_fill_(at, facts.rows, value)
+            flat(field, tensor).index_fill_(field.rows, facts.rows, value)
 
 
 def _probabilities(

@@ -162,4 +162,8 @@ class State:
 def flat(field: Field, tensor: Tensor) -> Tensor:
     """A per-slot tensor with B, H and C as one dim, `field.rows`: a view of contiguous memory."""
     at, shape = field.rows, tensor.shape
+    if tensor.numel() and len(field.dims) < 5:  # a step's; where sizes are unpacked, torch takes twice as long
+        if at:
+            return tensor.view(shape[0], -1)
+        return tensor.view(-1) if len(shape) == 3 else tensor.view(-1, shape[3])
     return tensor.view(*shape[:at], shape[at] * shape[at + 1] * shape[at + 2], *shape[at + 3 :])

@@ -20,7 +20,6 @@ from oracle.hf import Oracle
 FAMILIES = [
     pytest.param("llama", "sdpa", marks=pytest.mark.wide),  # what most tests of this folder run
     pytest.param("llama", "eager", marks=pytest.mark.wide),
-    ("gpt2", "eager"),
     ("bloom", "eager"),  # ALiBi by baddbmm, heads and sequences in one axis
     pytest.param("mpt", "eager", marks=pytest.mark.wide),  # ALiBi added to the logits
     pytest.param("falcon", "eager", marks=pytest.mark.wide),  # one KV head
@@ -28,7 +27,6 @@ FAMILIES = [
     pytest.param("gpt_neox", "eager", marks=pytest.mark.wide),
     pytest.param("gemma2", "eager", marks=pytest.mark.wide),  # softcap (a style has it), sliding layers
     ("granite_swa", "eager"),  # sinks by logsumexp, after the attention
-    ("gpt_oss", "eager"),  # sinks, sliding layers
     pytest.param("deepseek_v3", "sdpa", marks=pytest.mark.wide),  # latent attention: values narrower than keys
     ("deepseek_v32", "sdpa"),  # latent attention too, and a mask by an indexer, as wide as the expanded keys
     ("qwen3_next", "sdpa"),  # linear attention beside
@@ -38,13 +36,23 @@ FAMILIES = [
 ]
 
 
+def check(family: str, attention: str, *skip: str) -> None:
+    result = case.run(family, attention, skip=skip)
+    assert scoreboard.runs(result), result
+    assert scoreboard.passes(result), scoreboard.reason(result)
+
+
 @pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize(("family", "attention"), FAMILIES)
 def test_family(family: str, attention: str) -> None:
-    """Graphs without kvpass are traced for two of them only; `make support ARGS=--graphs` counts those of all."""
-    result = case.run(family, attention, skip=() if family in ("gpt2", "gpt_oss") else ("graphs",))
-    assert scoreboard.runs(result), result
-    assert scoreboard.passes(result), scoreboard.reason(result)
+    """Not how many graphs there are without kvpass: `make support ARGS=--graphs` counts those of all families."""
+    check(family, attention, "graphs")
+
+
+@pytest.mark.parametrize(("family", "attention"), [("gpt2", "eager"), ("gpt_oss", "eager")])
+def test_family_and_its_graphs(family: str, attention: str) -> None:
+    """The second has sinks, sliding layers, and experts whose sizes Dynamo guards."""
+    check(family, attention)
 
 
 def test_a_wrong_policy_is_noticed() -> None:

@@ -50,9 +50,9 @@ def compiled_nodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     ("policy", "inner", "graphs"),
     [
         ("h2o", "inductor", 3),  # before the layers, a layer, after them; and the same for the step
-        pytest.param("snapkv", "aot_eager", 3, marks=pytest.mark.wide),  # alike in h2o's way
+        pytest.param("snapkv", "aot_eager", 3, marks=pytest.mark.wide),  # this and full: alike in h2o's way
         ("pyramidkv", "aot_eager", LAYERS),  # at least: each layer has slots of its own
-        ("full", "aot_eager", 3),
+        pytest.param("full", "aot_eager", 3, marks=pytest.mark.wide),
     ],
 )
 def test_values_are_those_of_the_graph(policy: str, inner: str, graphs: int, compiled_nodes: list[int]) -> None:

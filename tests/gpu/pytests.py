@@ -34,7 +34,7 @@ class Rows:
 def run(chosen: list[str], record: Record) -> None:
     """`chosen`: files or single tests, as pytest names them."""
     workers = min(WORKERS, os.cpu_count() or 1) if GPU and importlib.util.find_spec("xdist") else 0
-    options = ["-q", "--no-header", "-p", "no:cacheprovider", *(["-n", str(workers)] if workers else [])]
+    options = ["-q", "--no-header", "-m", "", "-p", "no:cacheprovider", *(["-n", str(workers)] if workers else [])]
     code = pytest.main([*options, *chosen], plugins=[Rows(record)])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         record.add({"case": "pytest", "error": f"pytest ended with {code!r}"})

@@ -32,7 +32,7 @@ def tool() -> str | None:
 def check(command: str, kind: str, seconds: float) -> dict[str, Any]:
     """Raises AssertionError if the tool finds something, or if a case fails under it."""
     chosen = [f"{FOLDER}/triton_cases_{file}.py::{case}" for file, cases in CASES.items() for case in cases]
-    pytest = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen]
+    pytest = [sys.executable, "-P", "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider", *chosen]
     done = subprocess.run(
         ["timeout", "-k", "5", f"{seconds:.0f}", command, "--tool", kind, "--target-processes", "all", *pytest],
         env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # else torch's pool hides what is out of bounds

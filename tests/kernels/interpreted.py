@@ -14,6 +14,7 @@ from functools import wraps
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import triton.language as tl
 from kvpass.kernels.attention.softmax import Softmax
@@ -164,6 +165,13 @@ SHAPES = {
     "single": (1, 3, 1, 1, 16, 16),
 }
 """B, Hq, Hkv, S, D, Dv: odd lengths, head sizes that are no powers of two, Dv != D."""
+
+
+def mostly(rule: str, mask: str, *rules: str) -> Any:
+    """A case of a rule and a mask, under `make wide` unless the rule is one of `rules`: what a kernel does with masks
+    hangs on a rule only where rows are counted (windows) or reduced otherwise (max).
+    """
+    return pytest.param(rule, mask, marks=[] if rule in rules else pytest.mark.wide)
 
 
 def masks(name: str, batch: int, heads: int, queries: int, total: int) -> Tensor | None:

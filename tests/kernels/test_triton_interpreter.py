@@ -15,9 +15,8 @@ HERE = Path(__file__).parent
 GROUPS = [
     ("prefill", "test_prefill"),
     ("prefill", "not test_prefill"),
-    ("decode", "test_pipeline or (test_decode_ragged and (left or holes))"),
+    ("decode", "test_pipeline or ragged"),
     ("decode", "test_decode and not ragged"),
-    pytest.param("decode", "test_decode_ragged and not (left or holes)", marks=pytest.mark.wide),
 ]
 
 
@@ -29,18 +28,18 @@ def test_interpreter(file: str, chosen: str) -> None:
 
 @pytest.mark.wide
 @pytest.mark.parametrize("file", ["prefill", "decode"])
-def test_integers_do_not_overflow(file: str) -> None:
-    """All cases once more; each sum and product of integers is compared with int64's."""
-    run(file, "test_", KVPASS_SANITIZE_OVERFLOW="1")
+def test_all_cases(file: str) -> None:
+    """Those of `make wide` too; each sum and product of integers is compared with int64's."""
+    run(file, "test_", "-m", "", KVPASS_SANITIZE_OVERFLOW="1")
 
 
-def run(file: str, chosen: str, **variables: str) -> None:
+def run(file: str, chosen: str, *options: str, **variables: str) -> None:
     file = str(HERE / f"triton_cases_{file}.py")
     command = [sys.executable, "-P", "-m", "pytest", "-q", "-rA", "--no-header", "-p", "no:cacheprovider", file]
     paths = [str(HERE), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     environment |= variables
-    done = subprocess.run([*command, "-k", chosen], env=environment, capture_output=True, text=True)
+    done = subprocess.run([*command, "-k", chosen, *options], env=environment, capture_output=True, text=True)
     print(done.stdout[-20000:])
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     assert re.search(r"\d+ passed", done.stdout)

@@ -1,6 +1,6 @@
 """The code blocks of README.md and docs/, run as they are printed.
 
-    python -P tests/support/snippets.py PAGE            # run one page, print what its blocks print
+    python -P tests/support/snippets.py PAGE ..         # run pages one after the other, print what their blocks print
     python -P tests/support/snippets.py --write [PAGE]  # renew the outputs that pages show
 
 Blocks of a page share a namespace, top to bottom, and an empty folder; what the reader already has (a model, its
@@ -28,7 +28,6 @@ import tempfile
 import tomllib
 import types
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,15 +155,12 @@ def without_inductor() -> None:
     compose.compile_inner = lambda name, *rest, **more: real("eager", *rest, **more)
 
 
-@contextlib.contextmanager
-def as_a_user() -> Iterator[None]:
-    """An empty folder, and every warning that a user would see on stderr, those from lines of kvpass too."""
+def as_a_user() -> None:
+    """Every warning that a user would see on stderr, those from lines of kvpass too."""
     without_inductor()
     warnings.simplefilter("default", append=True)
     for of in (DeprecationWarning, PendingDeprecationWarning):
         warnings.filterwarnings("always", category=of, module=r"(kvpass|kernels|patterns)(\.|$)")
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        yield
 
 
 def expected(shown: str) -> str:
@@ -205,23 +201,25 @@ def renewed(page: str, results: list[tuple[Block, str]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("page", nargs="?")
+    parser.add_argument("pages", nargs="*")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
-    if args.page is None:
+    if not args.pages:
         for page in pages():
             if any(block.kind == "output" for block in blocks((ROOT / page).read_text())):
                 subprocess.run([sys.executable, "-P", __file__, "--write", page], check=True)
         return
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
-    with as_a_user():
-        results = run_page(args.page)
-    for block, text in results:
-        print(f"--- {args.page}:{block.line} {block.kind}\n{text}", end="")
-    if args.write:
-        (ROOT / args.page).write_text(renewed(args.page, results))
-    elif wrong := mismatch(args.page, results):
-        raise SystemExit(wrong)
+    as_a_user()
+    for page in args.pages:
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+            results = run_page(page)
+        for block, text in results:
+            print(f"--- {page}:{block.line} {block.kind}\n{text}", end="")
+        if args.write:
+            (ROOT / page).write_text(renewed(page, results))
+        elif wrong := mismatch(page, results):
+            raise SystemExit(wrong)
 
 
 if __name__ == "__main__":
