@@ -87,10 +87,11 @@ def _append(token: Token, state: State, facts: StepFacts) -> None:
             continue
         value = brought.get(field.name)
         value = field.fill if value is None else value
+        target, at = flat(field, tensor), field.rows
         if isinstance(value, Tensor):
-            flat(field, tensor).index_copy_(field.rows, facts.rows, flat(field, value.contiguous()))
+            target.index_copy_(at, facts.rows, flat(field, value.contiguous()))
         elif isinstance(value, (int, float)):
-            flat(field, tensor).index_fill_(field.rows, facts.rows, value)
+            target.index_fill_(at, facts.rows, value)
 
 
 def _probabilities(

@@ -11,6 +11,7 @@ import dataclasses
 import os
 from collections.abc import Callable
 from functools import wraps
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -47,19 +48,14 @@ def _dot(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, d: TensorHa
     return TensorHandle(np.matmul(x, y) + d.data, d.dtype.scalar)
 
 
-class _Patched:
-    """In the place of a scope that patches: nothing to restore."""
-
-    def restore(self) -> None:
-        pass
-
-
 def _patch_once(fn: Callable[..., Any], patch: Callable[..., Any] = interpreter._patch_lang) -> Any:
     """The interpreter patches the language for a kernel, and once more at each call of a function in it: a third of
     its time.
     """
     languages = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
-    return patch(fn) if any(tl.core.is_builtin(language.load) for language in languages) else _Patched()
+    if any(tl.core.is_builtin(language.load) for language in languages):
+        return patch(fn)
+    return SimpleNamespace(restore=lambda: None)
 
 
 def _patch_tensor(tensor: type, scope: object, patch: Callable[[type, object], None] = _patch_lang_tensor) -> None:

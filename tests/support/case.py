@@ -39,6 +39,7 @@ def run(
     """All checks but those to `skip`, in order; `save` is handed the result after each, for those who may not see the
     end.
     """
+    torch._dynamo.reset()
     result: Result = {"status": "building"}
     start = time.perf_counter()
     try:
