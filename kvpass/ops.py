@@ -17,25 +17,29 @@ from torch import Tensor
 NAMESPACE = "kvpass"
 
 SCHEMAS = {
-    "prefill_attend": "(Tensor q, Tensor k, Tensor v, Tensor? pos, Tensor? mask, float scale, bool causal, str rule, "
-    "Tensor? sinks=None, float softcap=0.0) -> (Tensor, Tensor, Tensor)",
+    "prefill_attend": "(Tensor q, Tensor k, Tensor v, Tensor? pos, Tensor? mask, float scale, str sees, str rule, "
+    "Tensor? sinks=None, float softcap=0.0, Tensor? tokens=None, Tensor? bounds=None, SymInt position=0) "
+    "-> (Tensor, Tensor, Tensor)",
     "join_slots": "(Tensor[] state, Tensor k_new, Tensor v_new, SymInt position, str rule) -> Tensor[]",
     "score_slots": "(Tensor stats, Tensor? past_stats, Tensor? pos, Tensor valid, Tensor cursor, SymInt position, "
-    "str rule, Tensor? mask=None, Tensor? k=None, Tensor? v=None, Tensor? rows=None, Tensor? wo=None, "
+    "str rule, str sees='', Tensor? mask=None, Tensor? bounds=None, Tensor? k=None, Tensor? v=None, Tensor? rows=None, Tensor? wo=None, "
     "Tensor? hidden=None, Tensor? marks=None, Tensor? queries=None, Tensor? turns=None) "
     "-> (Tensor, Tensor, Tensor)",
     "select_slots": "(Tensor score, Tensor cursor, SymInt capacity) -> Tensor",
     "compact_slots": "(Tensor?[] keys, Tensor idx, Tensor cursor_new, Tensor(a!)[] state, str rule) -> ()",
     "decode_attend": "(Tensor q, Tensor k_new, Tensor v_new, Tensor? mask, Tensor(a!)[] state, SymInt position, "
-    "float scale, str rule, Tensor? sinks=None, float softcap=0.0, int latent=0, Tensor? arrive=None) -> Tensor",
+    "float scale, str rule, Tensor? sinks=None, float softcap=0.0, int latent=0, Tensor? arrive=None, str sees='', "
+    "Tensor? tokens=None, Tensor? bounds=None) -> Tensor",
+    "token_bounds": "(Tensor tokens, SymInt position, SymInt queries) -> Tensor",
     "written": "(Tensor mask, SymInt end) -> Tensor",
-    "window_rows": "(Tensor q, Tensor k, Tensor? pos, Tensor? mask, Tensor valid, float scale, bool causal, str rule, "
-    "Tensor? sinks=None, float softcap=0.0) -> Tensor",
+    "window_rows": "(Tensor q, Tensor k, Tensor? pos, Tensor? mask, Tensor valid, float scale, str sees, str rule, "
+    "Tensor? sinks=None, float softcap=0.0, Tensor? tokens=None, SymInt position=0) -> Tensor",
     "arrivals": "(Tensor k_new, Tensor v_new, Tensor cursor, SymInt position, str rule, Tensor? wo=None, "
     "Tensor? hidden=None, Tensor? marks=None) -> Tensor",
 }
 
 HOMES = {
+    "token_bounds": "attention.visibility",
     "written": "attention.masks",
     "window_rows": "rank.window_rows",
     "join_slots": "slots.join_slots",
@@ -78,10 +82,9 @@ def _fake_prefill_attend(
     pos: Tensor | None,
     mask: Tensor | None,
     scale: float,
-    causal: bool,
+    sees: str,
     rule: str,
-    sinks: Tensor | None = None,
-    softcap: float = 0.0,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from kvpass.kernels.attention.observation import emitted
 
@@ -136,7 +139,7 @@ def _fake_window_rows(
     mask: Tensor | None,
     valid: Tensor,
     scale: float,
-    causal: bool,
+    sees: str,
     rule: str,
     *rest: Any,
 ) -> Tensor:
@@ -153,6 +156,10 @@ def _fake_arrivals(
     return k_new.new_empty(_statistics(rule), *cursor.shape[:2], dtype=torch.float32)
 
 
+def _fake_token_bounds(tokens: Tensor, position: int, queries: int) -> Tensor:
+    return tokens.new_empty(tokens.shape[0], 4, dtype=torch.int32)
+
+
 def _fake_written(mask: Tensor, end: int) -> Tensor:
     return mask.new_empty(*mask.shape[:-1], end)
 
@@ -164,6 +171,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "select_slots": _fake_select_slots,
     "compact_slots": _fake_compact_slots,
     "decode_attend": _fake_decode_attend,
+    "token_bounds": _fake_token_bounds,
     "written": _fake_written,
     "window_rows": _fake_window_rows,
     "arrivals": _fake_arrivals,

@@ -66,17 +66,6 @@ def at_positions(mask: Tensor, pos: Tensor) -> Tensor:
     return wide.gather(-1, index.expand(batch, heads, *mask.shape[2:4], length))
 
 
-def arrivals(mask: Tensor | None, batch: int, queries: int, start: int, device: torch.device) -> Tensor:
-    """Which of the call's own tokens are valid: [B, S] bool.
-
-    Token s sits at column start + s and is valid if some query of the call, in some head, may see it.
-    """
-    if mask is None:
-        return torch.ones(batch, queries, dtype=torch.bool, device=device)
-    own = mask if mask.shape[-1] == 1 else mask[..., start : start + queries]
-    return visible(own).any(2).any(1).expand(batch, queries).contiguous()
-
-
 def causal_span(mask: Tensor) -> tuple[int, int] | None:
     """(first, end) if the bool mask [S, S] is exactly "row i sees columns first .. min(i, end - 1)", else None.
 
@@ -130,20 +119,22 @@ def written(mask: Tensor, end: int) -> Tensor:
     return mask[..., :end].clone()
 
 
-def check_shown(mask: Tensor | None, seen: Tensor, position: int) -> None:
-    """Refuse a mask that shows tokens which were taken for padding when they came, and so never got a slot.
+def count_shown(mask: Tensor, position: int) -> Tensor:
+    """How many of the columns before `position` a mask shows to some query, int64 [1 or B]."""
+    wide = mask.shape[-1] > 1
+    count = visible(mask[..., :position] if wide else mask).count_nonzero(-1).flatten(1).amax(1)
+    return count if wide else count * position
 
-    mask: None shows everything. seen [B]: valid tokens before this call, the first of whose tokens is at `position`. Of
-    the columns before it only those of seen tokens may be shown, evicted ones included, so a query that is shown more
-    than `seen` is shown padding. A mask that shows as many, but others, is not found out. Raises MaskError; on a GPU
-    the check is an assertion of the device.
+
+def check_shown(shown: Tensor | int, seen: Tensor) -> None:
+    """Refuse to show tokens which were taken for padding when they came, and so never got a slot.
+
+    shown: int [1 or B], how many tokens before this call some query of it may see. seen [B]: valid tokens before this
+    call. Only those may be shown, evicted ones included, so a query that is shown more than `seen` is shown padding. A
+    mask that shows as many, but others, is not found out. Raises MaskError; on a GPU the check is an assertion of the
+    device.
     """
-    if mask is None:
-        good = (seen >= position).all()
-    else:
-        wide = mask.shape[-1] > 1
-        shown = visible(mask[..., :position] if wide else mask).count_nonzero(-1).flatten(1).amax(1)
-        good = ((shown if wide else shown * position) <= seen).all()
+    good = (seen >= shown).all()
     if good.device.type != "cpu":
         torch._assert_async(good, "the mask shows tokens that were taken for padding")
     elif not bool(good):

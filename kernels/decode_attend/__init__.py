@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from kvpass.kernels.attention.softmax import Softmax, check_softmax
+from kvpass.kernels.attention.visibility import Sees, folded, token_bounds
 from kvpass.kernels.choose import kernel
 from kvpass.kernels.decode_attend.call import Call, Token
 from kvpass.kernels.rule import Rule
@@ -29,13 +30,17 @@ def decode_attend(
     softcap: float = 0.0,
     latent: int = 0,
     arrive: Tensor | None = None,
+    sees: str = "",
+    tokens: Tensor | None = None,
+    bounds: Tensor | None = None,
 ) -> Tensor:
     """Append one token, attend over the slots in use, update statistics, evict one slot if over budget.
 
     q [B, Hq, 1, D], k_new [B, Hkv, 1, D], v_new [B, Hkv, 1, Dv], one float dtype; mask None, bool or additive float,
     broadcastable to [B, Hq, 1, T], looked up at the slots' positions. state: the tensors of `State` under the rule,
-    changed in place; contiguous, C > LIVE. A row whose mask hides `position` from its own query in every head (padding)
-    changes nothing. softcap: above 0, logits become softcap * tanh(logit / softcap) before the mask is added. sinks:
+    changed in place; contiguous, C > LIVE. sees: the words of `Sees`, what the query sees besides; tokens: bool
+    [1 or B, T], hides columns that hold no token; bounds: of `token_bounds`, once for all layers (None: found here). A
+    row in which `position` is hidden from its own query in every head (padding) changes nothing. softcap: above 0, logits become softcap * tanh(logit / softcap) before the mask is added. sinks:
     any float dtype [Hq], one more logit per query head in the softmax's denominator, neither capped nor masked. latent:
     above 0, the values are the first `latent` entries of the keys (multi-head latent attention), v_new and v have no
     entries. arrive: float32 [N, B, Hkv], the statistics of the token's slot before this query adds to them
@@ -55,7 +60,13 @@ def decode_attend(
     _check_dtypes(q, held)
     if sinks is not None or softcap:
         check_softmax("decode_attend", q.shape[1], sinks, softcap)
-    token, call = Token(q, k_new, v_new, arrive), Call(mask, position, Softmax(scale, sinks, softcap), plan, latent)
+    words = Sees.parse(sees)
+    if mask is not None:
+        mask, words, tokens, bounds = folded(mask, words, tokens, position), Sees(), None, None
+    elif tokens is not None and bounds is None:
+        bounds = token_bounds(tokens, position, 1)
+    token, softmax = Token(q, k_new, v_new, arrive), Softmax(scale, sinks, softcap)
+    call = Call(mask, position, softmax, plan, latent, words, tokens, bounds)
     out: Tensor = kernel("decode_attend", q.device, token, held, call)(token, held, call)
     return out
 

@@ -15,16 +15,30 @@ def attend_only(q: Tensor, state: State, call: Call) -> Tensor:
 
     Rows that see nothing get zeros.
     """
-    state, mask, softmax = even(state), call.mask, call.softmax
-    assert mask is not None
+    state, softmax = even(state), call.softmax
     heads = state.pos.shape[1]
     used = state.used()
-    here = at_positions(by_kv_head(mask, heads), state.pos).squeeze(3)
-    shown = visible(here) & used.unsqueeze(2)
+    shown, added = seen_slots(call, torch.where(used, state.pos, -1))
     keys, values = (x.float().masked_fill(~used[..., None], 0.0) for x in (state.k, call.values(state)))
     logits = softmax.capped((q.float() * softmax.factor).reshape(len(q), heads, -1, q.shape[3]) @ keys.mT)
-    if mask.dtype != torch.bool:
-        logits = logits + additive(here, torch.float32)
+    logits = logits if added is None else logits + added
     probs = softmax.probabilities(logits.masked_fill(~shown, float("-inf")))
     probs = probs.masked_fill(~shown.any(-1, keepdim=True), 0.0)
     return (probs @ values).to(q.dtype).view(*q.shape[:3], values.shape[3])
+
+
+def seen_slots(call: Call, pos: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Which slots at positions pos, int32 [B, Hkv, n], -1 = empty, the query sees, bool [B, Hkv, 1 or G, n]; and what is
+    added to their logits, float32, or None.
+    """
+    shown = (pos >= 0).unsqueeze(2)
+    if call.mask is not None:
+        here = at_positions(by_kv_head(call.mask, pos.shape[1]), pos).squeeze(3)
+        added = None if call.mask.dtype == torch.bool else additive(here, torch.float32)
+        return shown & visible(here), added
+    if call.low > 0:
+        shown = shown & (pos >= call.low).unsqueeze(2)
+    if call.tokens is not None:
+        tokens = call.tokens[:, None].expand(len(pos), pos.shape[1], -1)
+        shown = shown & tokens.gather(2, pos.clamp(min=0).long()).unsqueeze(2)
+    return shown, None

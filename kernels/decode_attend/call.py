@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from kvpass.kernels.attention.softmax import Softmax
+from kvpass.kernels.attention.visibility import Sees
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.state import State
 from torch import Tensor
@@ -31,8 +32,8 @@ class Token(NamedTuple):
 
 class Call(NamedTuple):
     """What is the same for all heads. Facts of three kinds, by when they are known (docs/design/0008): `rule`, `latent`
-    and `softmax` but for its sinks when the graph is compiled; `position` on the host, once per call; `mask` and sinks
-    on the device.
+    `sees` and `softmax` but for its sinks when the graph is compiled; `position` on the host, once per call; `mask`,
+    `tokens`, `bounds` and sinks on the device.
     """
 
     mask: Tensor | None
@@ -43,6 +44,22 @@ class Call(NamedTuple):
     rule: Rule
     latent: int = 0
     """Above 0, the values are the first so many entries of the keys."""
+    sees: Sees = Sees()
+    """What the query sees; with a mask, the mask says it all."""
+    tokens: Tensor | None = None
+    """bool [1 or B, T], hides columns that hold no token; None with a mask."""
+    bounds: Tensor | None = None
+    """Of `token_bounds`, with `tokens`."""
+
+    @property
+    def low(self) -> int:
+        """The first position that the query sees."""
+        return self.sees.lowest(self.position)
+
+    def of(self, b: int) -> Call:
+        """That of one sequence."""
+        cut = [x if x is None or x.shape[0] == 1 else x[b : b + 1] for x in (self.mask, self.tokens, self.bounds)]
+        return self._replace(mask=cut[0], tokens=cut[1], bounds=cut[2])
 
     def values(self, state: State) -> Tensor:
         """[B, Hkv, C, Dv]"""

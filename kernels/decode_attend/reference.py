@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from kvpass.kernels.attention.masks import additive, at_positions, by_kv_head, check_shown, shows_padding, visible
+from kvpass.kernels.attention.masks import check_shown, count_shown, shows_padding, visible
 from kvpass.kernels.attention.observation import Observation, emitted
 from kvpass.kernels.attention.softmax import Softmax
-from kvpass.kernels.decode_attend.attend_only import attend_only
+from kvpass.kernels.decode_attend.attend_only import attend_only, seen_slots
 from kvpass.kernels.decode_attend.call import Call, Token
 from kvpass.kernels.decode_attend.step import StepFacts, step_facts
 from kvpass.kernels.decode_attend.victim import evict_one, used_positions
@@ -31,24 +31,43 @@ def decode_attend_reference(token: Token, state: State, call: Call) -> Tensor:
     """See `kvpass.kernels.decode_attend.decode_attend`."""
     plan, mask, position = call.rule.of_steps, call.mask, call.position
     cells = state.cursor.view(-1, columns(plan)).tolist()
-    if mask is None and any(c[SEEN] < position for c in cells[:: state.k.shape[1]]):
-        raise shows_padding()
-    if mask is not None and _hides_nothing(mask, cells, position):
-        mask = None
-    if mask is not None:
-        check_shown(mask, state.cursor[:, 0, SEEN], position)
-        arrived = _arrived(mask, position, len(token.q))
-        if not all(arrived):
-            return _with_padding(token, state, call, mask, arrived)
+    if mask is None:
+        arrived, hides = _by_bounds(call, cells, len(token.q))
+    elif _hides_nothing(mask, cells, position):
+        arrived, hides = [True], False
+    else:
+        check_shown(count_shown(mask, position), state.cursor[:, 0, SEEN])
+        arrived, hides = _arrived(mask, position, len(token.q)), True
+    if not all(arrived):
+        return _with_padding(token, state, call, arrived)
     facts = step_facts(cells, state, position, plan)
     _append(token, state, facts)
-    probs, seen = _probabilities(token.q, state, mask, facts, call)
+    probs, seen = _probabilities(token.q, state, hides, facts, call)
     if emitted(plan) and plan[Observation].decode != "none":
         _observe(state.stats, probs, seen, facts, plan)
     values = call.values(state)
     out = _mix(probs, values, facts).to(token.q.dtype).view(*token.q.shape[:3], values.shape[3])
     evict_one(state, facts, plan)
     return out
+
+
+def _by_bounds(call: Call, cells: list[list[int]], batch: int) -> tuple[list[bool], bool]:
+    """Per batch row, is the token valid; and whether words and tokens hide slots. Raises MaskError if they show columns
+    that never got one.
+    """
+    position, low = call.position, call.low
+    share, bounds = len(cells) // batch, None if call.bounds is None else call.bounds.tolist()
+    arrived, hides = [], False
+    for b in range(batch):
+        here = cells[b * share : (b + 1) * share]
+        first, end, before, count = (0, position + 1, position, 1) if bounds is None else bounds[b % len(bounds)]
+        if min(before, position - low) > here[0][SEEN]:
+            raise shows_padding()
+        arrived.append(end == position + 1 and count > 0)
+        begin = min(c[FIRST] if c[FIRST] >= 0 else position for c in here)
+        apart = before == 0 or first > begin or before != position - first
+        hides = hides or (begin < position and (low > begin or apart))
+    return arrived, hides
 
 
 def _hides_nothing(mask: Tensor, cells: list[list[int]], position: int) -> bool:
@@ -95,9 +114,11 @@ def _append(token: Token, state: State, facts: StepFacts) -> None:
 
 
 def _probabilities(
-    q: Tensor, state: State, mask: Tensor | None, step: StepFacts, call: Call
+    q: Tensor, state: State, hides: bool, step: StepFacts, call: Call
 ) -> tuple[Tensor, Tensor | None]:
-    """float32 [B*Hkv, G, n], 0 on empty slots; and if masked bool [B*Hkv, n], what some query of the group sees."""
+    """float32 [B*Hkv, G, n], 0 on empty slots; and if some are hidden bool [B*Hkv, n], what some query of the group
+    sees.
+    """
     k, softmax = state.k, call.softmax
     queries = q.reshape(k.shape[0] * k.shape[1], -1, q.shape[3])
     if len(step.ranges) == 1:
@@ -110,19 +131,17 @@ def _probabilities(
         for heads in step.ranges:
             part = torch.bmm(scaled[heads.first : heads.last], heads.rows(k).float().mT)
             logits[heads.first : heads.last, :, : heads.slots] = softmax.capped(part)
-    if mask is None:
+    if not hides:
         return softmax.probabilities(logits), None
-    return _masked_softmax(logits, mask, used_positions(state, step), softmax)
+    return _masked_softmax(logits, call, used_positions(state, step), softmax)
 
 
-def _masked_softmax(logits: Tensor, mask: Tensor, pos: Tensor, softmax: Softmax) -> tuple[Tensor, Tensor]:
-    """Softmax over what the mask shows: probabilities (0 in rows that see nothing), and what any of the group sees."""
+def _masked_softmax(logits: Tensor, call: Call, pos: Tensor, softmax: Softmax) -> tuple[Tensor, Tensor]:
+    """Softmax over what is shown: probabilities (0 in rows that see nothing), and what any of the group sees."""
     batch, heads, slots = pos.shape
-    here = at_positions(by_kv_head(mask, heads), pos).squeeze(3)
-    shown = visible(here) & (pos >= 0).unsqueeze(2)
+    shown, added = seen_slots(call, pos)
     logits = logits.view(batch, heads, -1, slots)
-    if mask.dtype != torch.bool:
-        logits = logits + additive(here, torch.float32)
+    logits = logits if added is None else logits + added
     probs = softmax.probabilities(logits.masked_fill(~shown, -INF))
     probs = probs.masked_fill_(~shown.any(-1, keepdim=True), 0.0)
     return probs.flatten(0, 1), shown.any(2).expand(pos.shape).flatten(0, 1)
@@ -164,11 +183,11 @@ def _observe(stats: Tensor, probs: Tensor, seen: Tensor | None, step: StepFacts,
                     target.copy_(torch.where(hit, number + 1.0, target))
 
 
-def _with_padding(token: Token, state: State, call: Call, mask: Tensor, arrived: list[bool]) -> Tensor:
+def _with_padding(token: Token, state: State, call: Call, arrived: list[bool]) -> Tensor:
     """Some rows carry a pad token: one row at a time, pad rows only look."""
     outs = []
     for b, real in enumerate(arrived):
-        row, own = row_of(state, b), call._replace(mask=mask if mask.shape[0] == 1 else mask[b : b + 1])
+        row, own = row_of(state, b), call.of(b)
         if not real:
             outs.append(attend_only(token.q[b : b + 1], row, own))
             continue

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import torch
 from kvpass.kernels.attention.masks import visible
-from kvpass.kernels.attention.softmax import check_softmax
+from kvpass.kernels.attention.softmax import Softmax, check_softmax
+from kvpass.kernels.attention.visibility import Sees, Shown, token_bounds
 from kvpass.kernels.choose import kernel
+from kvpass.kernels.rule import Rule
 from torch import Tensor
 
 
@@ -19,20 +21,24 @@ def prefill_attend(
     pos: Tensor | None,
     mask: Tensor | None,
     scale: float,
-    causal: bool,
+    sees: str,
     rule: str,
     sinks: Tensor | None = None,
     softcap: float = 0.0,
+    tokens: Tensor | None = None,
+    bounds: Tensor | None = None,
+    position: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attend, and observe the rows of probabilities that the rule asks for.
 
     q [B, Hq, S, D], k [B, Hkv, L, D], v [B, Hkv, L, Dv], one float dtype, Hq a multiple of Hkv. pos None: L == S and
     key l has position l; else int32 [B, Hkv, L], -1 = empty (finite k and v), the last S keys are the call's own. mask:
-    bool (True = attend) or additive float, broadcastable to [B, Hq, S, T], looked up at the keys' positions. causal:
-    query i sees positions <= i (top-left, as in torch). softcap: above 0, logits become softcap * tanh(logit / softcap)
+    bool (True = attend) or additive float, broadcastable to [B, Hq, S, T], looked up at the keys' positions. sees: the
+    words of `Sees`, what queries see besides, at positions `position` + i; tokens: bool [1 or B, T], hides columns that
+    hold no token; bounds: of `token_bounds`, once for all layers (None: found here). softcap: above 0, logits become softcap * tanh(logit / softcap)
     before the mask is added. sinks: any float dtype [Hq], one more logit per query head in the softmax's denominator,
-    neither capped nor masked. A query that a float mask shows no key gets the mean of v, as softmax gives it; with a
-    bool mask, zeros.
+    neither capped nor masked. A query that sees no key gets the mean of v, as softmax gives it, if that is a float
+    mask's doing, or the words say so; else zeros.
 
     Returns (out [B, Hq, S, Dv] = softmax(q k^T scale + mask) v, in memory [B, S, Hq, Dv]: models transpose and view
     it so; statistics of this call (`emitted(rule)`), float32 [M, B, Hkv, L]; valid bool [B, S]). Raises ValueError on
@@ -40,19 +46,28 @@ def prefill_attend(
     """
     _check(q, k, v, pos, mask)
     check_softmax("prefill_attend", q.shape[1], sinks, softcap)
+    if tokens is not None and bounds is None:
+        bounds = token_bounds(tokens, position, q.shape[2])
+    shown = Shown(Sees.parse(sees).within(q.shape[2], position), q.shape[2], position, tokens, bounds, mask)
     run = kernel("prefill_attend", q.device, q, rule)
-    out, stats, valid = run(q, k, v, pos, mask, scale, causal, rule, sinks, softcap)
-    if mask is not None and mask.dtype != torch.bool and pos is None and sinks is None:
-        out = _blind_rows_averaged(out, v, mask)
+    out, stats, valid = run(q, k, v, pos, shown, Softmax(scale, sinks, softcap), Rule.parse(rule))
+    if pos is None and sinks is None:
+        out = _blind_rows_averaged(out, v, shown)
     return out.transpose(1, 2).contiguous().transpose(1, 2), stats, valid
 
 
-def _blind_rows_averaged(out: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Queries that a float mask shows no key: all their logits are the smallest number, so softmax weighs all keys
-    alike. They are padding, but some models read the output of padding.
+def _blind_rows_averaged(out: Tensor, v: Tensor, shown: Shown) -> Tensor:
+    """Queries to which numbers, not truths, show no key: all their logits are the smallest number, so softmax weighs
+    all keys alike. They are padding, but some models read the output of padding.
     """
-    blind = ~visible(mask[..., : v.shape[2]]).any(-1, keepdim=True)
-    if mask.device.type == "cpu" and not bool(blind.any()):
+    mask, blind = shown.mask, None
+    if mask is not None and mask.dtype != torch.bool:
+        blind = ~visible(mask[..., : v.shape[2]]).any(-1, keepdim=True)
+    hidden = shown.blind() if shown.sees.mean else None
+    if hidden is not None:
+        hidden = hidden[:, None, :, None]
+        blind = hidden if blind is None else blind | hidden
+    if blind is None or (blind.device.type == "cpu" and not bool(blind.any())):
         return out
     mean = v.float().mean(2, keepdim=True).to(out.dtype).repeat_interleave(out.shape[1] // v.shape[1], 1)
     return torch.where(blind, mean, out)

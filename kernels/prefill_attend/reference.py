@@ -8,11 +8,12 @@ kernel: then blocks of rows are attended to plainly.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from kvpass.kernels.attention.masks import (
     additive,
-    arrivals,
     at_positions,
     by_kv_head,
     causal_span,
@@ -21,6 +22,7 @@ from kvpass.kernels.attention.masks import (
 )
 from kvpass.kernels.attention.observation import Observation, emitted
 from kvpass.kernels.attention.softmax import Softmax
+from kvpass.kernels.attention.visibility import Sees, Shown
 from kvpass.kernels.prefill_attend.observe import NEVER, Piece, observe
 from kvpass.kernels.rule import Rule
 from torch import Tensor
@@ -34,33 +36,21 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def prefill_attend_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pos: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
-    causal: bool,
-    rule: str,
-    sinks: Tensor | None = None,
-    softcap: float = 0.0,
+    q: Tensor, k: Tensor, v: Tensor, pos: Tensor | None, shown: Shown, softmax: Softmax, rule: Rule
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `kvpass.kernels.prefill_attend.prefill_attend`."""
-    softmax = Softmax(scale, sinks, softcap)
-    plan = Rule.parse(rule)
-    batch, _, queries, _ = q.shape
-    start = 0 if pos is None else int(pos[0, 0, k.shape[2] - queries])
-    mask = None if mask is None else simplified(mask)
-    pieces, valid = _cut(q, k, pos, mask, causal)
+    batch = len(q)
+    shown = shown if shown.mask is None else shown._replace(mask=simplified(shown.mask))
+    pieces, valid = _cut(q, k, pos, shown)
     if valid is None:
-        valid = arrivals(mask, batch, queries, start, q.device)
-    watched = _watched(valid, plan)
-    stats = q.new_zeros(len(emitted(plan)), batch, *k.shape[1:3], dtype=torch.float32)
+        valid = shown.arrived(batch, q.device)
+    watched = _watched(valid, rule)
+    stats = q.new_zeros(len(emitted(rule)), batch, *k.shape[1:3], dtype=torch.float32)
     out = None if len(pieces) == 1 else q.new_zeros(*q.shape[:3], v.shape[3])
     for piece in pieces:
         bias = None
         if piece.kind == "bias":
-            piece, bias = _trimmed(piece, _bias(piece, q, k, pos, mask, causal))
+            piece, bias = _trimmed(piece, _bias(piece, k, pos, shown))
         result, lse = _attend(piece, q, k, v, bias, softmax)
         if out is None and result.shape[:3] == q.shape[:3]:
             out = result.contiguous()
@@ -68,7 +58,7 @@ def prefill_attend_reference(
             out = q.new_zeros(*q.shape[:3], v.shape[3]) if out is None else out
             out[piece.batch, :, slice(*piece.rows)] = result
         if watched is not None:
-            observe(piece, q, k, lse, bias, softmax, watched, plan, stats, start)
+            observe(piece, q, k, lse, bias, softmax, watched, rule, stats, shown.position)
     return out if out is not None else q.new_zeros(*q.shape[:3], v.shape[3]), stats, valid
 
 
@@ -81,21 +71,60 @@ def _watched(valid: Tensor, plan: Rule) -> Tensor | None:
     return valid & (valid.flip(-1).cumsum(-1).flip(-1) <= plan[Observation].queries)
 
 
-def _cut(
-    q: Tensor, k: Tensor, pos: Tensor | None, mask: Tensor | None, causal: bool
-) -> tuple[list[Piece], Tensor | None]:
+def _cut(q: Tensor, k: Tensor, pos: Tensor | None, shown: Shown) -> tuple[list[Piece], Tensor | None]:
     """Cut a call into pieces; gives `valid` too where the cut already knows it."""
     batch, _, queries, _ = q.shape
-    keys = k.shape[2]
+    keys, mask = k.shape[2], shown.mask
     if pos is None and mask is None:
-        return [Piece(slice(0, batch), (0, queries), (0, keys), "causal" if causal else "full")], None
-    if pos is None and mask is not None and mask.dtype == torch.bool and mask.shape[1:] == (1, queries, keys):
+        return [piece for rows in _alike(shown, batch) for piece in _pieces(*rows, keys, shown)], None
+    whole = mask is not None and mask.dtype == torch.bool and mask.shape[1:] == (1, queries, keys)
+    if pos is None and mask is not None and whole and shown.sees == Sees() and shown.tokens is None:
         spans = [causal_span(m[0]) for m in mask]
         known = [s for s in spans if s is not None]
         if len(known) == len(spans):
             return _triangles(known, batch, queries, q.device)
-    starts = range(0, queries, BLOCK)
-    return [Piece(slice(0, batch), (i, min(i + BLOCK, queries)), (0, keys), "bias") for i in starts], None
+    return list(_blocks(slice(0, batch), (0, keys), queries)), None
+
+
+def _alike(shown: Shown, batch: int) -> list[tuple[slice, tuple[int, int], bool]]:
+    """Neighbouring sequences whose first and last token stand in the same columns: which, the span of these columns,
+    and whether others stand between.
+    """
+    if shown.bounds is None:
+        return [(slice(0, batch), (0, shown.queries), False)]
+    found: list[tuple[slice, tuple[int, int], bool]] = []
+    for b, (first, end, _, count) in enumerate(shown.bounds.tolist()):
+        looks = (first, end), end - first != count
+        if found and found[-1][1:] == looks and not looks[1]:
+            found[-1] = (slice(found[-1][0].start, b + 1), *looks)
+        else:
+            found.append((slice(b, b + 1), *looks))
+    return [(slice(0, batch), *found[0][1:])] if len(shown.bounds) == 1 else found
+
+
+def _pieces(batch: slice, span: tuple[int, int], holes: bool, keys: int, shown: Shown) -> Iterator[Piece]:
+    """Pieces of sequences whose tokens are in the columns of `span`."""
+    queries, sees = shown.queries, shown.sees
+    if holes or sees.window:
+        yield from _blocks(batch, (0, keys), queries)
+        return
+    size = sees.chunk or max(queries, 1)
+    for at in range(0, queries, size):
+        top, bottom = at, min(at + size, queries)
+        first, end = max(span[0], top if sees.chunk else 0), min(span[1], bottom if sees.chunk else keys)
+        if first >= end:
+            continue
+        if not sees.causal:
+            yield Piece(batch, (top, bottom), (first, end), "full")
+            continue
+        yield Piece(batch, (first, end), (first, end), "causal")
+        if end < bottom:
+            yield Piece(batch, (end, bottom), (first, end), "full")
+
+
+def _blocks(batch: slice, cols: tuple[int, int], queries: int) -> Iterator[Piece]:
+    for i in range(0, queries, BLOCK):
+        yield Piece(batch, (i, min(i + BLOCK, queries)), cols, "bias")
 
 
 def _triangles(
@@ -106,31 +135,27 @@ def _triangles(
         groups = [(slice(0, batch), spans[0])]
     else:
         groups = [(slice(b, b + 1), span) for b, span in enumerate(spans)]
-    pieces = []
-    for rows, (first, end) in groups:
-        pieces.append(Piece(rows, (first, end), (first, end), "causal"))
-        if end < queries:
-            pieces.append(Piece(rows, (end, queries), (first, end), "full"))
+    causal = Shown(Sees(causal=True), queries)
+    pieces = [piece for rows, span in groups for piece in _pieces(rows, span, False, queries, causal)]
     index = torch.arange(queries, device=device)
     bounds = torch.tensor(spans, device=device)
     valid = (index >= bounds[:, :1]) & (index < bounds[:, 1:])
     return pieces, valid.expand(batch, queries).contiguous()
 
 
-def _bias(piece: Piece, q: Tensor, k: Tensor, pos: Tensor | None, mask: Tensor | None, causal: bool) -> Tensor:
+def _bias(piece: Piece, k: Tensor, pos: Tensor | None, shown: Shown) -> Tensor:
     """What to add to the logits of a piece: float32 [1|B, 1|Hkv, 1|G, rows, cols], -inf = hidden."""
     heads, (top, bottom) = k.shape[1], piece.rows
-    where = torch.arange(k.shape[2], device=q.device)[None, None] if pos is None else pos
-    where = where[:, :, None, None, :]
-    shown = where >= 0
-    if causal:
-        shown = shown & (where <= torch.arange(top, bottom, device=q.device)[:, None])
+    shown = shown.of_rows(piece.batch)
+    where = torch.arange(k.shape[2], device=k.device)[None, None] if pos is None else pos[piece.batch]
+    seen = shown.keys(where, top, bottom)[:, :, None]
+    mask = shown.mask
     if mask is None:
-        return additive(shown, torch.float32)
+        return additive(seen, torch.float32)
     rows = by_kv_head(mask if mask.shape[2] == 1 else mask[:, :, top:bottom], heads)
-    here = at_positions(rows, pos) if pos is not None else rows[..., : k.shape[2]]
-    shown = shown & visible(here)
-    return additive(shown, torch.float32) if mask.dtype == torch.bool else here.float().masked_fill(~shown, -INF)
+    here = at_positions(rows, where) if pos is not None else rows[..., : k.shape[2]]
+    seen = seen & visible(here)
+    return additive(seen, torch.float32) if mask.dtype == torch.bool else here.float().masked_fill(~seen, -INF)
 
 
 def _trimmed(piece: Piece, bias: Tensor) -> tuple[Piece, Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from kvpass.kernels.attention.masks import check_shown
+from kvpass.kernels.attention.visibility import Sees, shown_before
 from kvpass.kernels.attention.observation import Observation, emission, emitted
 from kvpass.kernels.budget import budget
 from kvpass.kernels.rank.allocate import with_preference
@@ -38,7 +39,9 @@ def score_slots(
     cursor: Tensor,
     position: int,
     rule: str,
+    sees: str = "",
     mask: Tensor | None = None,
+    bounds: Tensor | None = None,
     *given: Tensor | None,
     **named: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,8 +50,8 @@ def score_slots(
     stats: float32 [M, B, Hkv, L], what this call emitted (`emitted(rule)`). past_stats: float32 [N, B, Hkv, L], what
     the slots kept (`Statistics`; sums are added if the rule lets them `carry`). pos: int32 [B, Hkv, L] in ascending
     order, -1 = empty, or None (key l is at position l). valid: bool [B, S], the last S keys'. cursor: int32
-    [B, Hkv, 4 or 6] before the call. position: of the call's first token. mask: of the attention, checked if there is a
-    past. given, named: of `Beside`, for rules with a scorer, a value weight or marks that reads them.
+    [B, Hkv, 4 or 6] before the call. position: of the call's first token. sees, mask, bounds: of the attention, checked if there
+    is a past. given, named: of `Beside`, for rules with a scorer, a value weight or marks that reads them.
 
     Returns (score float32 [B, Hkv, L]: +inf protected, 3e38 untouchable, -inf no candidate; the statistics to keep
     [N, B, Hkv, L]; the new cursor). Raises ValueError if stats do not fit the rule, MaskError as `check_shown`.
@@ -57,7 +60,7 @@ def score_slots(
     if stats.dim() != 4 or stats.shape[0] != len(emitted(plan)):
         raise ValueError(f"score_slots: stats must be [{len(emitted(plan))}, B, Hkv, L], got {list(stats.shape)}")
     if pos is not None:
-        check_shown(mask, cursor[:, 0, SEEN], position)
+        check_shown(shown_before(Sees.parse(sees), bounds, mask, position), cursor[:, 0, SEEN])
     batch, heads, length = stats.shape[1:]
     candidate = _candidates(pos, valid, batch, heads, length)
     marked = marks_of_keys(beside.marks, past_stats, candidate, plan) if keeps(plan, MARK) else None

@@ -6,6 +6,7 @@ import torch
 from kvpass.kernels.attention.masks import additive, at_positions, by_kv_head, visible
 from kvpass.kernels.attention.observation import Observation
 from kvpass.kernels.attention.softmax import Softmax
+from kvpass.kernels.attention.visibility import Sees, Shown
 from kvpass.kernels.rank.scored import Scoring
 from kvpass.kernels.rule import Rule
 from torch import Tensor
@@ -20,10 +21,12 @@ def window_rows(
     mask: Tensor | None,
     valid: Tensor,
     scale: float,
-    causal: bool,
+    sees: str,
     rule: str,
     sinks: Tensor | None = None,
     softcap: float = 0.0,
+    tokens: Tensor | None = None,
+    position: int = 0,
 ) -> Tensor:
     """Attention of the last `queries` valid queries of a call over all keys: a matrix of w x L per query head.
 
@@ -38,9 +41,8 @@ def window_rows(
     rows = rows.unflatten(1, (heads, group))
     logits = softmax.capped((rows * softmax.factor) @ k.float().mT[:, :, None])
     where = torch.arange(k.shape[2], device=q.device)[None, None] if pos is None else pos
-    shown = (where >= 0)[:, :, None, None] & there[:, None, None, :, None]
-    if causal:
-        shown = shown & (where[:, :, None, None] <= index[:, None, None, :, None])
+    seen = Shown(Sees.parse(sees), q.shape[2], position, tokens).at(where, index)
+    shown = seen[:, :, None] & there[:, None, None, :, None]
     if mask is not None:
         here = _looked_up(mask, index, pos, heads, k.shape[2])
         shown = shown & visible(here)
