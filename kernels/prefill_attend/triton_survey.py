@@ -1,8 +1,9 @@
 """Device code of prefill_attend: one look at the mask before attention.
 
 A model's mask is a tensor even if it is causal, so nothing says statically which tiles are empty. The survey reads the
-mask once and notes which tokens are valid and, per tile of queries (keys), the span of tiles of keys (queries) that it
-can see. Attention and statistics then loop over spans, without branches.
+mask once and notes which tokens are valid, per tile of queries (keys) the span of tiles of keys (queries) that it can
+see, and per pair of tiles whether it sees all. Attention and statistics then loop over spans, and read the mask only
+where it shows a part of a tile.
 """
 
 # mypy: ignore-errors
@@ -28,6 +29,18 @@ def covered(p_span, start, tiles, limit, SIZE: tl.constexpr):
     return first * TILE, tl.minimum(tl.max(b_last, 0) * TILE, limit)
 
 
+@triton.jit
+def whole(p_whole, i_m, i_n, tiles_q, tiles_k, BM: tl.constexpr, BN: tl.constexpr):
+    """Whether the mask shows queries i_m .. i_m + BM all of keys i_n .. i_n + BN, and adds nothing to their logits.
+
+    p_whole: uint8 [tiles_q, tiles_k] of one head. A block that is smaller than a tile must lie in one.
+    """
+    o_q = i_m // TILE + tl.arange(0, (BM + TILE - 1) // TILE)[:, None]
+    o_k = i_n // TILE + tl.arange(0, (BN + TILE - 1) // TILE)[None, :]
+    b_w = tl.load(p_whole + o_q * tiles_k + o_k, mask=(o_q < tiles_q) & (o_k < tiles_k), other=1)
+    return tl.min(tl.min(b_w.to(tl.int32), 1), 0) != 0
+
+
 @triton.jit(do_not_specialize=["S", "L", "tiles_q", "tiles_k", "s_mb", "s_mh", "s_mq"])
 def survey_kernel(
     p_mask,
@@ -36,6 +49,7 @@ def survey_kernel(
     p_end,
     p_qspan,
     p_kspan,
+    p_whole,
     s_mb,
     s_mh,
     s_mq,
@@ -51,9 +65,10 @@ def survey_kernel(
     MASK: tl.constexpr,
     HIDDEN: tl.constexpr,
 ):
-    """Mask -> valid [B, S] uint8, end [B] (one past the last valid token), spans of query and of key tiles.
+    """Mask -> valid [B, S] uint8, end [B] (one past the last valid token), spans of query and of key tiles, and which
+    pairs of tiles are seen wholly, uint8 [B, H, tiles_q, tiles_k].
 
-    Spans [B, H, tiles_q, 2] and [B, HK, tiles_k, 2]. All outputs start at zero. Program: (b, surveyed head) x query
+    Spans [B, H, tiles_q, 2] and [B, HK, tiles_k, 2]. The other outputs start at zero. Program: (b, surveyed head) x query
     tile x key tile. H: heads that can differ (1, Hkv or Hq); HK: their KV heads (1 or Hkv); the last S keys are the
     call's own tokens.
     """
@@ -67,10 +82,12 @@ def survey_kernel(
     if POS:
         b_pos = tl.load(p_pos + (i_b * HKV + i_k) * L + o_n, mask=m_n, other=-1)
         m_n = b_pos >= 0
-    m_s = (o_m < S)[:, None] & m_n[None, :]
+    m_e = (o_m < S)[:, None] & m_n[None, :]
     p_mask += i_b * s_mb + i_h * s_mh + tl.cast(i_m * TILE, tl.int64) * s_mq
     o_mask = tl.arange(0, TILE)[:, None] * s_mq + b_pos[None, :] * s_mt
-    _, m_s = masked(tl.zeros([TILE, TILE], tl.float32), p_mask, o_mask, m_s, MASK, HIDDEN)
+    b_s, m_s = masked(tl.zeros([TILE, TILE], tl.float32), p_mask, o_mask, m_e, MASK, HIDDEN)
+    b_whole = tl.min(tl.min(((b_s == 0.0) | (m_e == 0)).to(tl.int32), 1), 0)
+    tl.store(p_whole + ((i_b * H + i_h) * tiles_q + i_m) * tiles_k + i_n, b_whole.to(tl.uint8))
     b_seen = tl.max(m_s.to(tl.int32), 0)  # [TILE]
     if tl.max(b_seen, 0) > 0:
         p_row = p_qspan + ((i_b * H + i_h) * tiles_q + i_m) * 2
