@@ -34,11 +34,11 @@ def calls():
     row = torch.ones(2, 1, 1, 31, dtype=torch.bool)
     sinks = torch.tensor([0.5, -1.0, 2.0, 0.0])
     return {
-        "prefill_attend": (q, k, v, None, None, 0.25, True, TEXT),
-        "prefill_attend masked": (q, k, v, None, mask, 0.25, False, TEXT),
-        "prefill_attend capped": (q, k, v, None, mask, 0.25, False, TEXT, sinks, 5.0),
+        "prefill_attend": (q, k, v, None, None, 0.25, "causal", TEXT),
+        "prefill_attend masked": (q, k, v, None, mask, 0.25, "", TEXT),
+        "prefill_attend capped": (q, k, v, None, mask, 0.25, "", TEXT, sinks, 5.0),
         "prefill_attend strided": (*strided, None, None, 0.25, True, ""),
-        "prefill_attend extend": (q, k, v, pos, mask, 0.25, False, TEXT),
+        "prefill_attend extend": (q, k, v, pos, mask, 0.25, "", TEXT),
         "join_slots": (now, k, v, 30, TEXT),
         "score_slots": (stats, None, None, alive, cursor, 0, TEXT),
         "score_slots extend": (stats, stats.clone(), pos, alive, cursor, 0, TEXT),
@@ -107,7 +107,7 @@ def assert_no_copy_of_state(code, op):
 
 
 def prefill(q, k, v, state_k, state_v, pos, stats, cursor):
-    out, seen, valid = torch.ops.kvpass.prefill_attend(q, k, v, None, None, 0.25, True, TEXT)
+    out, seen, valid = torch.ops.kvpass.prefill_attend(q, k, v, None, None, 0.25, "causal", TEXT)
     score, seen, after = torch.ops.kvpass.score_slots(seen, None, None, valid, cursor, 0, TEXT)
     idx = torch.ops.kvpass.select_slots(score, after, pos.shape[-1])
     torch.ops.kvpass.compact_slots([k, v, None, seen], idx, after, [state_k, state_v, pos, stats, cursor], TEXT)
@@ -118,7 +118,7 @@ def extend(q, k, v, state_k, state_v, pos, stats, cursor, mask, position):
     keys, values, where, past = torch.ops.kvpass.join_slots(
         [state_k, state_v, pos, stats, cursor], k, v, position, TEXT
     )
-    out, seen, valid = torch.ops.kvpass.prefill_attend(q, keys, values, where, mask, 0.25, False, TEXT)
+    out, seen, valid = torch.ops.kvpass.prefill_attend(q, keys, values, where, mask, 0.25, "", TEXT)
     score, seen, after = torch.ops.kvpass.score_slots(seen, past, where, valid, cursor, position, TEXT)
     idx = torch.ops.kvpass.select_slots(score, after, pos.shape[-1])
     torch.ops.kvpass.compact_slots(
