@@ -15,7 +15,7 @@ import sympy  # type: ignore[import-untyped]  # it has no types
 import torch
 from torch import fx
 
-from kvpass.graph.calls import example
+from kvpass.graph.calls import changes, example, operand
 from kvpass.graph.elements import Element, Elements, truth
 from kvpass.graph.shapes import is_one, shape_of
 from kvpass.terms import MaskKind
@@ -105,7 +105,8 @@ def _proved(found: Visibility, term: tuple[fx.Node, MaskKind, str, float], posit
         raise Unproved(f"axes {axes}")
     formula = elements.at(node, index)
     if kind is MaskKind.ADD:
-        low = max(torch.finfo(example(node).dtype).min / 2, LOW)
+        dtype = example(node).dtype
+        low = max(torch.finfo(dtype).min / 2, LOW) if dtype.is_floating_point else LOW
         formula = switched(formula * factor if factor != 1.0 else formula, low)
         found = replace(found, mean=True)
     elif kind is MaskKind.HIDE:
@@ -167,6 +168,8 @@ def _token(condition: Any, elements: Elements) -> fx.Node | None:
         return None
     name, *index = element.args
     node = elements.nodes[str(name)]
+    if any(changes(user) and operand(user) is node for user in node.users):
+        return None
     return node if len(index) == 2 and index[1] == K and index[0] in (B, 0) else None
 
 
