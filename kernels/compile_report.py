@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import triton  # type: ignore[import-untyped]  # no types in it
 from kvpass.kernels.attention.softmax import Softmax
+from kvpass.kernels.attention.visibility import Sees, Shown, token_bounds
 from kvpass.kernels.decode_attend.call import Call, Token
 from kvpass.kernels.slots.state import State
 from kvpass.kernels.slots.statistics import Statistics
@@ -28,6 +29,7 @@ from triton.compiler import ASTSource  # type: ignore[import-untyped]  # no type
 
 from .compact_slots.triton import compact_slots_triton
 from .decode_attend.triton import decode_attend_triton
+from .prefill_attend.providers.choose import use_provider
 from .prefill_attend.triton import prefill_attend_triton
 from .rule import Rule
 from .select_slots.triton import select_slots_triton
@@ -36,9 +38,10 @@ from .triton_shared.triton_launch import Launch, Target, record
 TARGETS = {
     "sm_80": (Target("cuda", 80, 108), GPUTarget("cuda", 80, 32)),
     "sm_90": (Target("cuda", 90, 132), GPUTarget("cuda", 90, 32)),
+    "sm_100": (Target("cuda", 100, 148), GPUTarget("cuda", 100, 32)),
     "gfx942": (Target("hip", 0, 304), GPUTarget("hip", "gfx942", 64)),
 }
-SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 """Shared memory that one block may have, in bytes."""
 
 _H2O = Rule(stats=("sum",), queries=-1, decode="add", score="sum", recent_num=1, recent_den=2, num=1, den=5)
@@ -59,21 +62,25 @@ class Case:
     dim: int
     group: int
     mask: str
-    """none (is_causal), bool, or float."""
+    """Words, or `bool` or `float`: a mask instead."""
     extends: bool
     rule: Rule
+    tokens: bool = False
     sinks: bool = False
     softcap: float = 0.0
 
 
 CASES = (
-    Case("bf16 d64 causal h2o", torch.bfloat16, 64, 3, "none", False, _H2O),
+    Case("bf16 d64 causal h2o", torch.bfloat16, 64, 3, "causal", False, _H2O),
+    Case("bf16 d128 causal tokens h2o", torch.bfloat16, 128, 4, "causal", False, _H2O, tokens=True),
+    Case("fp16 d128 window tokens snapkv", torch.float16, 128, 4, "causal window=512", False, _SNAPKV, tokens=True),
+    Case("bf16 d128 extend chunk roco", torch.bfloat16, 128, 4, "causal chunk=256", True, _ROCO, tokens=True),
     Case("bf16 d64 mha float tova", torch.bfloat16, 64, 1, "float", False, _TOVA),
     Case("bf16 d128 bool roco", torch.bfloat16, 128, 4, "bool", False, _ROCO),
     Case("bf16 d80 extend bool h2o", torch.bfloat16, 80, 8, "bool", True, _H2O),
     Case("fp16 d256 extend float snapkv", torch.float16, 256, 8, "float", True, _SNAPKV),
     Case("fp32 d64 bool roco", torch.float32, 64, 3, "bool", False, _ROCO),
-    Case("fp32 d128 causal h2o", torch.float32, 128, 4, "none", False, _H2O),
+    Case("fp32 d128 causal h2o", torch.float32, 128, 4, "causal", False, _H2O),
     Case("fp32 d256 bool h2o", torch.float32, 256, 4, "bool", False, _H2O),
     Case("bf16 d64 bool sinks h2o", torch.bfloat16, 64, 8, "bool", False, _H2O, sinks=True),
     Case("bf16 d256 bool softcap snapkv", torch.bfloat16, 256, 2, "bool", False, _SNAPKV, softcap=50.0),
@@ -103,14 +110,14 @@ def launches(case: Case, on: Target) -> list[Launch]:
     pos = torch.zeros(1, heads, length, dtype=torch.int32) if case.extends else None
     stats = torch.zeros(len(case.rule[Statistics].stats), 1, heads, length)
     state = State.empty(case.rule, k, B=1, H=heads, C=slots, D=case.dim, V=case.dim)
-    rule, one = case.rule.encode(), slice(0, 1)
-    extras = torch.zeros(heads * case.group, dtype=case.dtype) if case.sinks else None, case.softcap
-    with record(on) as listed:
-        prefill_attend_triton(q, k, v, pos, _mask(case, queries, length), 0.125, case.mask == "none", rule, *extras)
+    one = slice(0, 1)
+    softmax = Softmax(0.125, torch.zeros(heads * case.group, dtype=case.dtype) if case.sinks else None, case.softcap)
+    with record(on) as listed, use_provider("triton"):
+        prefill_attend_triton(q, k, v, pos, _shown(case, queries, length), softmax, case.rule)
         idx = select_slots_triton(torch.zeros(1, heads, length), state.cursor, slots)
         compact_slots_triton((k, v, pos, stats), idx, state.cursor.clone(), state)
         token = Token(q[:, :, one], k[:, :, one], v[:, :, one])
-        call = Call(_mask(case, 1, length), length, Softmax(0.125, *extras), case.rule)
+        call = Call(_mask(case, 1, length), length, softmax, case.rule)
         decode_attend_triton(token, state, call)
     return listed
 
@@ -119,8 +126,17 @@ def _sizes(heads: int, group: int, queries: int, length: int) -> list[tuple[int,
     return [(heads * group, queries), (heads, length), (heads, length)]
 
 
+def _shown(case: Case, queries: int, length: int) -> Shown:
+    mask = _mask(case, queries, length)
+    position = length - queries
+    tokens = torch.ones(1, length, dtype=torch.bool) if case.tokens else None
+    bounds = None if tokens is None else token_bounds(tokens, position, queries)
+    sees = Sees() if mask is not None else Sees.parse(case.mask)
+    return Shown(sees.within(queries, position), queries, position, tokens, bounds, mask)
+
+
 def _mask(case: Case, queries: int, length: int) -> Tensor | None:
-    dtype = {"none": None, "bool": torch.bool, "float": case.dtype}[case.mask]
+    dtype = {"bool": torch.bool, "float": case.dtype}.get(case.mask)
     return None if dtype is None else torch.zeros(1, 1, queries, length, dtype=dtype)
 
 

@@ -75,7 +75,9 @@ def attend_keys(
             if TOKENS:
                 m_key = by_tokens(m_key, p_tokens, b_pos, token, end, holes)
             o_m = i_m * BM + o_i
-            m_s = by_words((o_m < S)[:, None] & m_key[None, :], b_pos[None, :], o_m[:, None], position, CAUSAL, WINDOW, CHUNK)
+            m_s = by_words(
+                (o_m < S)[:, None] & m_key[None, :], b_pos[None, :], o_m[:, None], position, CAUSAL, WINDOW, CHUNK
+            )
             if MASK:
                 if not whole(p_whole, i_m * BM, i_n, tiles_q, tiles_k, BM, BN):
                     o_mask = o_i[:, None] * s_mq + b_pos[None, :] * s_mt
@@ -180,7 +182,7 @@ def attend_kernel(
             high = tl.where(holes != 0, low, high)
     if MEND:
         done = (token == 0) & (holes == 0) & (end > bottom if CAUSAL > 0 else end == S)
-        m_m = m_m & (done == 0)
+        m_m = o_m < tl.where(done, 0, S)
         last = tl.where(done, 0, last)
     if MASK:
         i_span = i_b * spanning + i_h // (HQ // spanning)

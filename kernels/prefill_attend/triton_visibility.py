@@ -51,7 +51,8 @@ def token_span(p_bounds, end):
 def by_tokens(m, p_tokens, b_pos, first, last, holes):
     """m where columns b_pos hold a token; columns are read only if a row has holes."""
     m = m & (b_pos >= first) & (b_pos < last)
-    return m & (tl.load(p_tokens + b_pos, mask=m & (holes != 0), other=1) != 0)
+    unread = tl.where(holes != 0, first, last)
+    return m & (tl.load(p_tokens + b_pos, mask=m & (b_pos >= unread), other=1) != 0)
 
 
 @triton.jit

@@ -19,6 +19,7 @@ import pytest
 import torch
 import triton.language as tl
 from kvpass.kernels.attention.softmax import Softmax
+from kvpass.kernels.attention.visibility import Sees, Shown, token_bounds
 from kvpass.kernels.compact_slots import triton as compact_slots
 from kvpass.kernels.decode_attend import reference
 from kvpass.kernels.decode_attend import triton as decode_attend
@@ -168,6 +169,33 @@ def mostly(rule: str, mask: str, *rules: str) -> Any:
     hangs on a rule only where rows are counted (windows) or reduced otherwise (max).
     """
     return pytest.param(rule, mask, marks=[] if rule in rules else pytest.mark.wide)
+
+
+def shown(
+    words: str, queries: int, *, position: int = 0, tokens: Tensor | None = None, mask: Tensor | None = None
+) -> Shown:
+    """What a call may see, as the op finds it."""
+    bounds = None if tokens is None else token_bounds(tokens, position, queries)
+    return Shown(Sees.parse(words).within(queries, position), queries, position, tokens, bounds, mask)
+
+
+def real(name: str, batch: int, total: int) -> Tensor | None:
+    """Which of `total` columns hold a token, bool [1 or B, total]: None, or padded, or with holes."""
+    column, row = torch.arange(total), torch.arange(batch)[:, None]
+    if name == "all":
+        return None
+    if name == "left":
+        return column >= 7 * row
+    if name == "right":
+        return column < total - 2 - 3 * row
+    if name == "both":
+        return ((column >= 3) & (column < total - 5))[None]
+    if name == "none":  # rows with a token, and one without any
+        return (column >= 0) & (row > 0)
+    if name == "long":  # what it holds of columns past the call is no matter
+        return torch.cat([column >= 4 * row, torch.rand(batch, 9) > 0.5], 1)
+    assert name == "holes"  # in all rows but the first
+    return (row == 0) | (torch.rand(batch, total, generator=torch.Generator().manual_seed(5)) > 0.3)
 
 
 def masks(name: str, batch: int, heads: int, queries: int, total: int) -> Tensor | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 from kvpass.kernels.attention.observation import Observation
+from kvpass.kernels.attention.softmax import Softmax
+from kvpass.kernels.attention.visibility import Shown
 from kvpass.kernels.budget import budget
 from kvpass.kernels.rank.criterion import Ranking, Scope
 from kvpass.kernels.rank.places import Protected
@@ -40,45 +42,53 @@ def softmax_row(
     return weights / (weights.sum() + (0.0 if sink is None else sink.double().exp())), seen
 
 
+def naive_seen(shown: Shown, b: int, i: int, position: int) -> bool:
+    """Whether words and tokens show query i of row b the key at a position, -1 = none."""
+    sees, p = shown.sees, shown.position + i
+    if position < 0:
+        return False
+    if shown.tokens is not None and not bool(shown.tokens[min(b, len(shown.tokens) - 1), position]):
+        return False
+    if sees.causal and position > (i if sees.corner else p):
+        return False
+    if sees.window and not p - sees.window + 1 <= position:
+        return False
+    return not (sees.chunk and position // sees.chunk != p // sees.chunk)
+
+
 def naive_prefill(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pos: None,
-    mask: Tensor | None,
-    scale: float,
-    causal: bool,
-    rule: Rule,
-    sinks: Tensor | None = None,
-    softcap: float = 0.0,
+    q: Tensor, k: Tensor, v: Tensor, pos: Tensor | None, shown: Shown, softmax: Softmax, rule: Rule
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """prefill_attend without a past."""
-    batch, heads, length, _ = q.shape
-    group = heads // k.shape[1]
-    wide = None if mask is None else mask.expand(batch, heads, length, length)
+    """prefill_attend: (out, statistics, valid)."""
+    batch, heads, queries, _ = q.shape
+    kv_heads, length = k.shape[1], k.shape[2]
+    group, start, mask = heads // kv_heads, shown.position, shown.mask
     out = torch.zeros(*q.shape[:3], v.shape[3])
-    stats = torch.zeros(len(rule[Statistics].stats), batch, k.shape[1], length, dtype=torch.float64)
-    valid = torch.ones(batch, length, dtype=torch.bool)
-    index = torch.arange(length)
+    stats = torch.zeros(len(rule[Statistics].stats), batch, kv_heads, length, dtype=torch.float64)
+    wide = None if mask is None else mask.expand(batch, heads, queries, -1)
+    if wide is not None and wide.shape[3] == 1:
+        wide = wide.expand(-1, -1, -1, start + length)
+    valid = torch.ones(batch, queries, dtype=torch.bool)
     for b in range(batch):
-        if wide is not None:
-            shown = wide[b] if wide.dtype == torch.bool else wide[b] > hidden(wide)
-            valid[b] = torch.tensor([bool(shown[:, :, j].any()) for j in range(length)])
-        observing = [j for j in range(length) if valid[b, j]]
-        observing = (
-            observing
-            if rule[Observation].queries < 0
-            else observing[max(len(observing) - rule[Observation].queries, 0) :]
-        )
-        for h in range(k.shape[1]):
-            for i in range(length):
+        for j in range(queries):
+            if shown.tokens is not None:
+                valid[b, j] = shown.tokens[min(b, len(shown.tokens) - 1), start + j]
+            if wide is not None:
+                column = wide[b, :, :, start + j]
+                valid[b, j] &= bool((column if column.dtype == torch.bool else column > hidden(wide)).any())
+        observing = [j for j in range(queries) if valid[b, j]]
+        if rule[Observation].queries >= 0:
+            observing = observing[max(len(observing) - rule[Observation].queries, 0) :]
+        for h in range(kv_heads):
+            where = list(range(length)) if pos is None else pos[b, h].tolist()
+            for i in range(queries):
+                allowed = torch.tensor([naive_seen(shown, b, i, x) for x in where])
                 rows, seen = [], []
-                for g in range(group):
-                    allowed = index <= i if causal else index >= 0
-                    row = None if wide is None else wide[b, h * group + g, i]
-                    sink = None if sinks is None else sinks[h * group + g]
-                    p, s = softmax_row(q[b, h * group + g, i], k[b, h], scale, row, allowed, sink, softcap)
-                    out[b, h * group + g, i] = (p @ v[b, h].double()).float()
+                for head in range(h * group, h * group + group):
+                    row = None if wide is None else wide[b, head, i][[max(x, 0) for x in where]]
+                    sink = None if softmax.sinks is None else softmax.sinks[head]
+                    p, s = softmax_row(q[b, head, i], k[b, h], softmax.scale, row, allowed, sink, softmax.softcap)
+                    out[b, head, i] = (p @ v[b, h].double()).float()
                     rows.append(p)
                     seen.append(s)
                 if i in observing:

@@ -20,7 +20,9 @@ from interpreted import (
     mostly,
     prefill_attend_triton,
     select_slots_triton,
+    shown,
 )
+from kvpass.kernels.attention.softmax import Softmax
 from kvpass.kernels.budget import Budget
 from kvpass.kernels.compact_slots.reference import compact_slots_reference
 from kvpass.kernels.decode_attend.triton import _splits
@@ -224,13 +226,14 @@ def test_pipeline(name: str, mask: str) -> None:
     rule, length = RULES[name], 40
     q, k, v = qkv(2, 4, 2, length, 16)
     given = masks(mask, 2, 4, length, length)
+    seen = shown("causal" if given is None else "", length, mask=given)
     states = []
     for prefill, select, compact in (
         (prefill_attend_triton, select_slots_triton, compact_slots_triton),
         (prefill_attend_reference, select_slots_reference, _compact_reference),
     ):
         state = empty_state(2, 2, 24 if rule.evicts else length + 6, 16, rule)
-        _, stats, valid = prefill(q, k, v, None, given, SCALE, given is None, rule.encode())
+        _, stats, valid = prefill(q, k, v, None, seen, Softmax(SCALE), rule)
         score, stats, cursor = score_slots(stats, None, None, valid, state.cursor, 0, rule.encode())
         idx = select(score, cursor, state.k.shape[2] - 1)
         compact((k, v, None, stats), idx, cursor, state.tensors())

@@ -5,6 +5,8 @@ Not collected by a plain `pytest`: test_triton_interpreter.py and tests/gpu run 
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from interpreted import (
@@ -16,33 +18,45 @@ from interpreted import (
     masks,
     mostly,
     prefill_attend_triton,
+    real,
     select_slots_triton,
+    shown,
 )
+from kvpass.kernels.attention.softmax import Softmax
+from kvpass.kernels.attention.visibility import Shown
 from kvpass.kernels.compact_slots.reference import compact_slots_reference
+from kvpass.kernels.prefill_attend.providers.choose import use_provider
 from kvpass.kernels.prefill_attend.reference import prefill_attend_reference
+from kvpass.kernels.rule import Rule
 from kvpass.kernels.select_slots.reference import select_slots_reference
 from kvpass.kernels.slots.cursor import LIVE
 from kvpass.kernels.slots.join_slots import join_slots
 from kvpass.kernels.slots.statistics import Statistics
-from kvpass.kernels.testing import assert_close, bits, qkv, random_state
+from kvpass.kernels.testing import assert_close, bits, causal_mask, qkv, random_state
 from naive_attention import naive_prefill, naive_select
 from torch import Tensor
 
 
-def check_prefill(args: tuple, dtype: torch.dtype = torch.float32) -> None:
-    got, want = prefill_attend_triton(*args), prefill_attend_reference(*args)
+def check(got: tuple[Tensor, ...], want: tuple[Tensor, ...], dtype: torch.dtype = torch.float32) -> None:
     assert torch.isfinite(got[0]).all(), "out has NaN or inf"
     for name, x, y in zip(("out", "stats", "valid"), got, want, strict=True):
         assert_close(x, y, dtype, stats=name == "stats", what=name)
 
 
+def check_prefill(args: tuple[Any, ...], dtype: torch.dtype = torch.float32) -> None:
+    check(prefill_attend_triton(*args), prefill_attend_reference(*args), dtype)
+
+
+def seen_by(mask: str, batch: int, heads: int, queries: int) -> Shown:
+    """A mask of `masks` alone; causal for "none"."""
+    return shown("causal" if mask == "none" else "", queries, mask=masks(mask, batch, heads, queries, queries))
+
+
 @pytest.mark.parametrize(
-    ("name", "mask"), [*((name, "causal") for name in RULES), *(mostly(name, "left", "h2o", "max") for name in RULES)]
+    ("name", "mask"), [*((name, "none") for name in RULES), *(mostly(name, "left", "h2o", "max") for name in RULES)]
 )
 def test_prefill_rules(name: str, mask: str) -> None:
-    q, k, v = qkv(2, 6, 2, 45, 24)
-    given = None if mask == "causal" else masks("left", 2, 6, 45, 45)
-    check_prefill((q, k, v, None, given, SCALE, mask == "causal", RULES[name].encode()))
+    check_prefill((*qkv(2, 6, 2, 45, 24), None, seen_by(mask, 2, 6, 45), Softmax(SCALE), RULES[name]))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -50,57 +64,131 @@ def test_prefill_rules(name: str, mask: str) -> None:
 def test_prefill_shapes(shape: str, causal: bool) -> None:
     batch, heads, kv_heads, queries, dim, wide = SHAPES[shape]
     q, k, v = qkv(batch, heads, kv_heads, queries, dim, value_dim=wide)
-    check_prefill((q, k, v, None, None, SCALE, causal, RULES["roco"].encode()))
+    check_prefill((q, k, v, None, shown("causal" if causal else "", queries), Softmax(SCALE), RULES["roco"]))
+
+
+WORDS = ("causal", "", "causal window=9", "causal chunk=16", "window=40", "chunk=23", "causal window=60 chunk=64")
+TOKENS = ("all", "left", "right", "both", "holes", "none", "long")
+
+
+def each(firsts: tuple[str, ...], seconds: tuple[str, ...], *, few: tuple[set[str], set[str]]) -> list[Any]:
+    """Pairs, under `make wide` unless the first is one of few[0] or the second of few[1], but not only by being both."""
+    often = [
+        (a, b) for a in firsts for b in seconds if (a in few[0]) != (b in few[1]) or (a, b) == (firsts[0], seconds[0])
+    ]
+    return [pytest.param(a, b, marks=[] if (a, b) in often else pytest.mark.wide) for a in firsts for b in seconds]
+
+
+@pytest.mark.parametrize(("words", "tokens"), each(WORDS, TOKENS, few=({"causal"}, {"holes"})))
+def test_prefill_words(words: str, tokens: str) -> None:
+    """Long enough for blocks of queries and keys that are seen wholly, in part, and not at all."""
+    q, k, v = qkv(2, 2, 1, 101, 16)
+    seen = shown(words, 101, tokens=real(tokens, 2, 101))
+    check_prefill((q, k, v, None, seen, Softmax(SCALE), RULES["roco"]))
+
+
+@pytest.mark.parametrize("tokens", ["all", "left", "right", "both", "holes"])
+def test_prefill_words_and_observed_window(tokens: str) -> None:
+    q, k, v = qkv(2, 2, 1, 70, 16)
+    seen = shown("causal", 70, tokens=real(tokens, 2, 70))
+    check_prefill((q, k, v, None, seen, Softmax(SCALE), RULES["snapkv"]))
+
+
+@pytest.mark.parametrize(
+    ("words", "tokens"),
+    each(
+        ("causal", "", "causal window=9", "causal chunk=16"), ("all", "left", "right", "holes"), few=({""}, {"holes"})
+    ),
+)
+def test_prefill_words_naive(words: str, tokens: str) -> None:
+    q, k, v = qkv(2, 2, 1, 37, 16, value_dim=24)
+    seen = shown(words, 37, tokens=real(tokens, 2, 37))
+    softmax, rule = (Softmax(0.9, SINKS[:2], 1.5), "snapkv") if tokens == "holes" else (Softmax(SCALE), "max")
+    args = (q, k, v, None, seen, softmax, RULES[rule])
+    check(prefill_attend_triton(*args), naive_prefill(*args))
+
+
+@pytest.mark.parametrize(
+    ("words", "mask"),
+    each(("causal", "causal window=9", "chunk=16"), ("heads", "holes", "wide", "right"), few=({"causal"}, {"holes"})),
+)
+@pytest.mark.parametrize("tokens", ["left", "holes"])
+def test_prefill_words_and_mask(words: str, tokens: str, mask: str) -> None:
+    """All of them hold."""
+    q, k, v = qkv(2, 2, 1, 70, 16)
+    seen = shown(words, 70, tokens=real(tokens, 2, 70), mask=masks(mask, 2, 2, 70, 70))
+    check_prefill((q, k, v, None, seen, Softmax(SCALE), RULES["snapkv" if tokens == "holes" else "max"]))
+
+
+def test_prefill_words_and_mask_naive() -> None:
+    q, k, v = qkv(2, 4, 2, 33, 16)
+    seen = shown("causal window=9", 33, tokens=real("holes", 2, 33), mask=masks("heads", 2, 4, 33, 33))
+    args = (q, k, v, None, seen, Softmax(SCALE), RULES["roco"])
+    check(prefill_attend_triton(*args), naive_prefill(*args))
 
 
 @pytest.mark.parametrize("mask", ["none", "right", "parted", "heads", "holes", "wide"])
 def test_prefill_masks(mask: str) -> None:
     q, k, v = qkv(1, 4, 2, 70, 16)
-    given = masks(mask, 1, 4, 70, 70)
     for rule in ("max", "snapkv"):
-        check_prefill((q, k, v, None, given, SCALE, False, RULES[rule].encode()))
+        check_prefill((q, k, v, None, seen_by(mask, 1, 4, 70), Softmax(SCALE), RULES[rule]))
+
+
+def test_prefill_mask_of_whole_tiles() -> None:
+    """Where a mask shows all of a tile it is not read; where it adds a number, or hides one key, it is."""
+    q, k, v = qkv(1, 4, 2, 200, 16)
+    packed = torch.arange(200) // 130
+    bias = torch.zeros(1, 4, 200, 200).masked_fill(packed[:, None] != packed, float("-inf"))
+    bias[0, 1, 70:75, 3] = 2.5
+    hole = causal_mask(200, 200)
+    hole[0, 0, 150, 20] = False
+    for mask in (bias, bias[:, :1], hole):
+        check_prefill((q, k, v, None, shown("", 200, mask=mask), Softmax(SCALE), RULES["roco"]))
 
 
 def test_prefill_window_of_valid_queries() -> None:
     """The last eight queries that are no padding, three of which are behind them."""
-    q, k, v = qkv(1, 4, 2, 34, 16)
-    args = (q, k, v, None, masks("parted", 1, 4, 34, 34), SCALE, False, RULES["snapkv"])
-    got = prefill_attend_triton(*args[:-1], args[-1].encode())
-    assert_close(got[1], naive_prefill(*args)[1], stats=True, what="stats")
+    args = (*qkv(1, 4, 2, 34, 16), None, seen_by("parted", 1, 4, 34), Softmax(SCALE), RULES["snapkv"])
+    assert_close(prefill_attend_triton(*args)[1], naive_prefill(*args)[1], stats=True, what="stats")
 
 
 @pytest.mark.parametrize("mask", ["none", "left", "heads", "holes"])
 def test_prefill_naive(mask: str) -> None:
-    q, k, v = qkv(2, 4, 2, 21, 16)
-    args = (q, k, v, None, masks(mask, 2, 4, 21, 21), SCALE, mask == "none", RULES["roco"])
-    got = prefill_attend_triton(*args[:-1], args[-1].encode())
-    for name, x, y in zip(("out", "stats", "valid"), got, naive_prefill(*args), strict=True):
-        assert_close(x, y, torch.float32, stats=name == "stats", what=name)
+    args = (*qkv(2, 4, 2, 21, 16), None, seen_by(mask, 2, 4, 21), Softmax(SCALE), RULES["roco"])
+    check(prefill_attend_triton(*args), naive_prefill(*args))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_prefill_half(dtype: torch.dtype) -> None:
-    q, k, v = qkv(1, 4, 2, 40, 32, dtype=dtype)
-    check_prefill((q, k, v, None, masks("left", 1, 4, 40, 40), SCALE, False, RULES["h2o"].encode()), dtype)
+    q, k, v = qkv(2, 4, 2, 40, 32, dtype=dtype)
+    for seen in (seen_by("left", 2, 4, 40), shown("causal", 40, tokens=real("left", 2, 40))):
+        check_prefill((q, k, v, None, seen, Softmax(SCALE), RULES["h2o"]), dtype)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 1.5])
 @pytest.mark.parametrize("mask", ["none", "left", "heads", "holes"])
 def test_prefill_sinks_and_softcap(mask: str, softcap: float) -> None:
-    q, k, v = qkv(2, 4, 2, 21, 16, value_dim=24)
-    args = (q, k, v, None, masks(mask, 2, 4, 21, 21), 1.0, mask == "none")
+    args = (*qkv(2, 4, 2, 21, 16, value_dim=24), None, seen_by(mask, 2, 4, 21))
     for rule, sinks in ((RULES["roco"], SINKS), (RULES["max"], SINKS.bfloat16()), (RULES["snapkv"], None)):
-        got = prefill_attend_triton(*args, rule.encode(), sinks, softcap)
-        want = naive_prefill(*args, rule, sinks, softcap)
-        for name, x, y in zip(("out", "stats", "valid"), got, want, strict=True):
-            assert_close(x, y, torch.float32, stats=name == "stats", what=name)
+        all_args = (*args, Softmax(1.0, sinks, softcap), rule)
+        check(prefill_attend_triton(*all_args), naive_prefill(*all_args))
 
 
 def test_prefill_strided() -> None:
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv(2, 4, 2, 37, 16))
     assert not q.is_contiguous()
     mask = masks("holes", 2, 4, 74, 74)[:, :, ::2, ::2]
-    check_prefill((q, k, v, None, mask, SCALE, False, RULES["roco"].encode()))
+    check_prefill((q, k, v, None, shown("", 37, mask=mask), Softmax(SCALE), RULES["roco"]))
+    tokens = real("holes", 2, 74)[:, ::2]
+    check_prefill((q, k, v, None, shown("causal", 37, tokens=tokens), Softmax(SCALE), RULES["roco"]))
+
+
+def joined(rule: Rule, queries: int, seen: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v and the positions of a call after `seen` tokens, of which some are left."""
+    state = random_state(torch.tensor([[20, 5], [0, 12]]), 26, 24, rule, seen=seen, value_dim=20)
+    q, k_new, v_new = qkv(2, 6, 2, queries, 24, value_dim=20, seed=4)
+    k, v, pos, _ = join_slots(state.tensors(), k_new, v_new, seen, rule.encode())
+    return q, k, v, pos
 
 
 @pytest.mark.parametrize(
@@ -112,14 +200,55 @@ def test_prefill_strided() -> None:
     ],
 )
 def test_extend(name: str, mask: str) -> None:
-    rule, queries, seen = RULES[name], 13, 40
-    state = random_state(torch.tensor([[20, 5], [0, 12]]), 26, 24, rule, seen=seen, value_dim=20)
-    q, k_new, v_new = qkv(2, 6, 2, queries, 24, value_dim=20, seed=4)
-    k, v, pos, _ = join_slots(state.tensors(), k_new, v_new, seen, rule.encode())
-    given = masks(mask, 2, 6, queries, seen + queries)
-    check_prefill((q, k, v, pos, given, SCALE, False, rule.encode()))
+    rule = RULES[name]
+    seen = shown("", 13, position=40, mask=masks(mask, 2, 6, 13, 53))
+    args = (*joined(rule, 13, 40), seen)
+    check_prefill((*args, Softmax(SCALE), rule))
     if mask in ("left", "holes"):
-        check_prefill((q, k, v, pos, given, SCALE, False, rule.encode(), SINKS.repeat(2)[:6], 0.8))
+        check_prefill((*args, Softmax(SCALE, SINKS.repeat(2)[:6], 0.8), rule))
+
+
+@pytest.mark.parametrize(
+    ("words", "tokens"),
+    each(
+        ("causal", "", "causal window=17", "causal chunk=16", "causal corner"),
+        ("all", "left", "right", "holes", "long"),
+        few=({"causal"}, {"holes"}),
+    ),
+)
+def test_extend_words(words: str, tokens: str) -> None:
+    rule = RULES["snapkv" if tokens == "holes" else "roco"]
+    args = (*joined(rule, 37, 40), shown(words, 37, position=40, tokens=real(tokens, 2, 77)), Softmax(SCALE), rule)
+    check_prefill(args)
+
+
+@pytest.mark.parametrize("words", ["causal", "causal window=17", "causal corner"])
+def test_extend_words_naive(words: str) -> None:
+    rule = RULES["roco"]
+    args = (*joined(rule, 19, 40), shown(words, 19, position=40, tokens=real("holes", 2, 59)), Softmax(SCALE), rule)
+    check(prefill_attend_triton(*args), naive_prefill(*args))
+
+
+@pytest.mark.parametrize("mask", ["heads", "holes"])
+def test_extend_words_and_mask(mask: str) -> None:
+    rule = RULES["roco"]
+    seen = shown("causal window=17", 13, position=40, tokens=real("holes", 2, 53), mask=masks(mask, 2, 6, 13, 53))
+    check_prefill((*joined(rule, 13, 40), seen, Softmax(SCALE), rule))
+
+
+@pytest.mark.parametrize(("words", "tokens"), each(("causal", ""), TOKENS, few=({"causal"}, {"holes"})))
+def test_prefill_provider(words: str, tokens: str) -> None:
+    """A vendor's attention and log-sum-exp, that know of no tokens and no sinks: what they do not hold is mended."""
+    q, k, v = qkv(2, 2, 1, 70, 16, value_dim=24)
+    softmax = Softmax(SCALE, SINKS[:2] if tokens in ("all", "left") else None)
+    with use_provider("cpu_flash"):
+        check_prefill((q, k, v, None, shown(words, 70, tokens=real(tokens, 2, 70)), softmax, RULES["roco"]))
+
+
+def test_prefill_provider_that_does_not_fit() -> None:
+    q, k, v = qkv(1, 2, 1, 20, 16)
+    with use_provider("cpu_flash"), pytest.raises(ValueError, match=r"cpu_flash .*does not support"):
+        prefill_attend_triton(q, k, v, None, shown("causal window=4", 20), Softmax(SCALE), RULES["h2o"])
 
 
 def cursor_of(live: Tensor) -> Tensor:
