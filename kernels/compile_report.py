@@ -72,6 +72,7 @@ class Case:
 
 CASES = (
     Case("bf16 d64 causal h2o", torch.bfloat16, 64, 3, "causal", False, _H2O),
+    Case("bf16 d128 causal roco", torch.bfloat16, 128, 4, "causal", False, _ROCO),
     Case("bf16 d128 causal tokens h2o", torch.bfloat16, 128, 4, "causal", False, _H2O, tokens=True),
     Case("fp16 d128 window tokens snapkv", torch.float16, 128, 4, "causal window=512", False, _SNAPKV, tokens=True),
     Case("bf16 d128 extend chunk roco", torch.bfloat16, 128, 4, "causal chunk=256", True, _ROCO, tokens=True),

@@ -10,7 +10,7 @@ from kvpass.kernels.choose import WIDEST
 from kvpass.kernels.prefill_attend.providers import choose
 from kvpass.kernels.prefill_attend.providers.call import Call
 from kvpass.kernels.rule import Rule
-from kvpass.kernels.triton_shared.triton_launch import Target, blocks, check_head_dims, launch, target
+from kvpass.kernels.triton_shared.triton_launch import Target, block_sizes, blocks, check_head_dims, launch, target
 from torch import Tensor
 
 from .triton_call import call_of, shared
@@ -50,7 +50,7 @@ def _observe(call: Call, lse: Tensor, valid: Tensor, stats: Tensor, rule: Rule) 
     """The second pass: fills the statistics [N, B, Hkv, L]."""
     _, batch, heads, length = stats.shape
     survey, q = call.survey, call.q
-    size = config(q.shape[3], q.element_size(), target(q.device))
+    size = config(call, rule, target(q.device))
     parted = survey is not None or call.shown.tokens is not None
     window = rule[Observation].queries > 0
     launch(
@@ -82,21 +82,21 @@ def _start(valid: Tensor, rule: Rule) -> Tensor:
     return (later > rule[Observation].queries).sum(-1, dtype=torch.int32)
 
 
-def config(dim: int, bytes_each: int, on: Target) -> dict[str, int]:
-    """Block sizes of statistics_kernel (BN keys stay, BM queries stream) by head dim and element size, as those of
-    attention (`providers.triton`).
-    """
+def config(call: Call, rule: Rule, on: Target) -> dict[str, int]:
+    """Block sizes of statistics_kernel (BN keys stay, BM queries stream), as those of attention (`providers.triton`)."""
+    dim, bytes_each = call.q.shape[3], call.q.element_size()
     if on.kind == "interpret":
-        return _sizes(16, 32, 4, 1)
+        return block_sizes(16, 32, 4, 1)
     if on.kind == "hip":
-        small = _sizes(64, 64, 4, 1) if dim <= 64 else _sizes(16, 64, 8, 1)
-        return _sizes(32, 32, 4, 1) if bytes_each > 2 else small
+        small = block_sizes(64, 64, 4, 1) if dim <= 64 else block_sizes(16, 64, 8, 1)
+        return block_sizes(32, 32, 4, 1) if bytes_each > 2 else small
     if bytes_each > 2:
-        return _sizes(16, 64, 4, 2) if dim <= 128 else _sizes(16, 32, 8, 1)
-    if dim <= 128 and on.arch >= 90:
-        return _sizes(64, 128, 4, 3)
-    return _sizes(64 if dim <= 64 else 32, 64, 4, 2)
-
-
-def _sizes(bm: int, bn: int, warps: int, stages: int) -> dict[str, int]:
-    return {"BM": bm, "BN": bn, "num_warps": warps, "num_stages": stages}
+        return block_sizes(16, 64, 4, 2) if dim <= 128 else block_sizes(16, 32, 8, 1)
+    if dim > 128 or on.arch < 90:
+        return block_sizes(64 if dim <= 64 else 32, 64, 4, 2)
+    if call.survey is not None or call.pos is not None:
+        return block_sizes(64, 64, 4, 3)
+    if emission(rule, "sumsq") >= 0 or rule[Observation].group != "mean":  # gathers a group's heads in one more tile
+        return block_sizes(32, 64, 4, 2)
+    sees = call.shown.sees
+    return block_sizes(64, 64 if sees.window or sees.chunk else 128, 4, 3)

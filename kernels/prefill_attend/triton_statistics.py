@@ -65,6 +65,7 @@ def observe_queries(
     are those of the group's first head i_q, but p_whole is its row's; `sharing` heads have one survey.
     """
     o_t, o_d = tl.arange(0, BM), tl.arange(0, BD)
+    DIRECT: tl.constexpr = MEAN and SUMSQ < 0  # sums of means need no tile that gathers the heads
     for i_m in range(first, last, BM):
         o_m = i_m + o_t
         m_m = o_m < S
@@ -75,7 +76,8 @@ def observe_queries(
             m_pair = by_words(
                 m_key[:, None] & m_watched[None, :], b_pos[:, None], o_m[None, :], position, CAUSAL, WINDOW, CHUNK
             )
-        b_a = tl.zeros([BN, BM], tl.float32)
+        if not DIRECT:
+            b_a = tl.zeros([BN, BM], tl.float32)
         if MASK:
             b_seen = tl.zeros([BN, BM], tl.float32)
         for g in range(G):
@@ -98,14 +100,17 @@ def observe_queries(
                         b_seen = tl.maximum(b_seen, m_s.to(tl.float32))
                 b_s = tl.where(m_s, b_s, float("-inf"))
             b_p = tl.exp2(b_s - b_lse[None, :])
-            if MEAN:
+            if DIRECT:
+                b_sum += tl.sum(b_p, 1) * (1.0 / G)
+            elif MEAN:
                 b_a += b_p * (1.0 / G)
             else:
                 b_a = tl.maximum(b_a, b_p)
-        if SUM >= 0:
-            b_sum += tl.sum(b_a, 1)
-        if SUMSQ >= 0:
-            b_square += tl.sum(b_a * b_a, 1)
+        if not DIRECT:
+            if SUM >= 0:
+                b_sum += tl.sum(b_a, 1)
+            if SUMSQ >= 0:
+                b_square += tl.sum(b_a * b_a, 1)
         if COUNT >= 0:
             if FULL:
                 b_count += BM

@@ -103,6 +103,11 @@ def blocks(n: int, size: int) -> int:
     return -(-n // size)
 
 
+def block_sizes(bm: int, bn: int, warps: int, stages: int) -> dict[str, int]:
+    """Arguments of a launch that say how its programs are cut."""
+    return {"BM": bm, "BN": bn, "num_warps": warps, "num_stages": stages}
+
+
 def rows_last(x: Tensor) -> Tensor:
     """x itself if its last dimension is contiguous, as kernels need it, else a contiguous copy."""
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -6,7 +6,7 @@ import torch
 from kvpass.kernels.prefill_attend.providers.call import Call, Facts
 from kvpass.kernels.prefill_attend.triton_call import shared
 from kvpass.kernels.prefill_attend.triton_kernel import attend_kernel
-from kvpass.kernels.triton_shared.triton_launch import Target, blocks, launch, power_of_two, target
+from kvpass.kernels.triton_shared.triton_launch import Target, block_sizes, blocks, launch, power_of_two, target
 from torch import Tensor
 
 
@@ -42,7 +42,8 @@ def _run(call: Call, out: Tensor, lse: Tensor, mend: bool) -> None:
     batch, heads, queries, dim = out.shape
     v, sinks, survey = call.v, call.softmax.sinks, call.survey
     wide = power_of_two(dim, 16)
-    size = config(power_of_two(max(dim, call.q.shape[3]), 16), out.element_size(), target(out.device))
+    widest = power_of_two(max(dim, call.q.shape[3]), 16)
+    size = config(widest, out.element_size(), survey is not None, target(out.device))
     launch(
         attend_kernel,
         (batch * heads, blocks(queries, size["BM"])),
@@ -65,27 +66,25 @@ def _run(call: Call, out: Tensor, lse: Tensor, mend: bool) -> None:
     )
 
 
-def config(dim: int, bytes_each: int, on: Target) -> dict[str, int]:
-    """Block sizes of attend_kernel (BM queries stay, BN keys stream) by padded head dim and element size.
+def config(dim: int, bytes_each: int, masked: bool, on: Target) -> dict[str, int]:
+    """Block sizes of attend_kernel (BM queries stay, BN keys stream) by padded head dim, element size, and whether a
+    mask is read.
 
-    Those of half precision up to heads of 128 on sm_90 are the fastest measured on an H200 (docs/gpu.md); others were
-    chosen so that nothing spills when compiled with a mask.
+    Without a mask those of half precision up to heads of 128 on sm_90 are the fastest measured on an H200
+    (docs/gpu.md); others were chosen so that nothing spills.
     """
     if on.kind == "interpret":
-        return sizes(32, 16, 4, 1)
+        return block_sizes(32, 16, 4, 1)
     if on.kind == "hip":
-        wide = sizes(128, 32, 8, 1) if dim <= 128 else sizes(64, 32, 4, 1)
-        return sizes(32, 32, 4, 1) if bytes_each > 2 else sizes(128, 64, 8, 1) if dim <= 64 else wide
+        wide = block_sizes(128, 32, 8, 1) if dim <= 128 else block_sizes(64, 32, 4, 1)
+        return block_sizes(32, 32, 4, 1) if bytes_each > 2 else block_sizes(128, 64, 8, 1) if dim <= 64 else wide
     if bytes_each > 2:
-        wide = sizes(32, 32, 8, 2) if dim <= 128 else sizes(16, 32, 8, 1)
-        return sizes(64, 16, 4, 2) if dim <= 64 else wide
+        wide = block_sizes(32, 32, 8, 2) if dim <= 128 else block_sizes(16, 32, 8, 1)
+        return block_sizes(64, 16, 4, 2) if dim <= 64 else wide
     if dim > 128:
-        return sizes(64, 32, 8, 3 if on.roomy else 2)
-    if on.arch >= 90:
-        return sizes(64, 64, 4, 3)
-    return sizes(128, 64, 8, 3) if dim <= 64 else sizes(64, 32, 8, 2)
-
-
-def sizes(bm: int, bn: int, warps: int, stages: int) -> dict[str, int]:
-    """Arguments of a launch."""
-    return {"BM": bm, "BN": bn, "num_warps": warps, "num_stages": stages}
+        return block_sizes(64, 32, 8, 3 if on.roomy else 2)
+    if on.arch >= 90 and not masked:
+        return block_sizes(64, 64, 4, 3)
+    if dim <= 64:
+        return block_sizes(128, 64, 8, 3)
+    return block_sizes(128, 32, 8, 3) if on.arch >= 90 else block_sizes(64, 32, 8, 2)
