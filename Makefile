@@ -1,4 +1,4 @@
-# kvpass: make demo | test | wide | bench | quality | policies | support | versions | canary | lock | api | lint | clean. Every target makes the environment it needs, once, in $(VENV).
+# kvpass: make demo | test | wide | bench | quality | policies | providers | support | versions | canary | lock | api | lint | clean. Every target makes the environment it needs, once, in $(VENV).
 #
 #   PYTHON  the interpreter to build the environment from (3.11 to 3.13)
 #   TORCH   what pip installs as torch (the line of constraints.txt). It comes first and alone: as somebody's dependency a plain "torch" may pull gigabytes of CUDA packages.
@@ -13,7 +13,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test wide bench quality policies support versions canary lock api lint env clean
+.PHONY: help demo test wide bench quality policies providers support versions canary lock api lint env clean
 
 BIN   := $(VENV)/bin
 PIP   := $(BIN)/python -m pip --disable-pip-version-check -qq
@@ -40,6 +40,10 @@ quality: $(STAMP)
 # Every built-in policy in generate on SmolLM2 at a fifth of the cache: docs/policies-smollm2.md. 15 minutes or so.
 policies: $(STAMP)
 	@$(BIN)/python -P tests/support/policies.py $(ARGS)
+
+# Attention by our kernel and by the vendors', measured on this machine's GPU: the table that a call's provider is chosen by.
+providers: $(STAMP)
+	@$(BIN)/python -P -m kvpass.kernels.prefill_attend.providers.measure $(ARGS)
 
 # Every causal-LM family of transformers, tiny: docs/support.md and docs/support.json. An hour or so.
 support: $(STAMP)

@@ -42,8 +42,18 @@ def prefill_attend_triton(
 
 def _valid(call: Call) -> Tensor:
     """See `Shown.arrived`, of which the survey of a mask knows the mask's part."""
-    arrived = call.shown._replace(mask=None).arrived(len(call.q), call.q.device)
-    return arrived if call.survey is None else arrived & call.survey.valid.view(torch.bool)
+    shown, sizes = call.shown, (len(call.q), call.q.shape[2])
+    if call.survey is not None:
+        valid = call.survey.valid.view(torch.bool)
+        return valid if shown.tokens is None else valid & _own(shown.tokens, shown)
+    if shown.tokens is None:
+        return call.q.new_ones(sizes, dtype=torch.bool)
+    return _own(shown.tokens, shown).expand(sizes).clone(memory_format=torch.contiguous_format)
+
+
+def _own(tokens: Tensor, shown: Shown) -> Tensor:
+    """Columns of the call's own tokens."""
+    return tokens.narrow(1, shown.position, shown.queries)
 
 
 def _observe(call: Call, lse: Tensor, valid: Tensor, stats: Tensor, rule: Rule) -> None:
@@ -83,7 +93,7 @@ def _start(valid: Tensor, rule: Rule) -> Tensor:
 
 
 def config(call: Call, rule: Rule, on: Target) -> dict[str, int]:
-    """Block sizes of statistics_kernel (BN keys stay, BM queries stream), as those of attention (`providers.triton`)."""
+    """Block sizes of statistics_kernel (BN keys stay, BM queries stream), chosen as in `providers.triton`."""
     dim, bytes_each = call.q.shape[3], call.q.element_size()
     if on.kind == "interpret":
         return block_sizes(16, 32, 4, 1)
@@ -91,12 +101,12 @@ def config(call: Call, rule: Rule, on: Target) -> dict[str, int]:
         small = block_sizes(64, 64, 4, 1) if dim <= 64 else block_sizes(16, 64, 8, 1)
         return block_sizes(32, 32, 4, 1) if bytes_each > 2 else small
     if bytes_each > 2:
-        return block_sizes(16, 64, 4, 2) if dim <= 128 else block_sizes(16, 32, 8, 1)
+        return block_sizes(16, 64, 4, 2) if dim <= 128 else block_sizes(32, 16, 8, 1)
     if dim > 128 or on.arch < 90:
-        return block_sizes(64 if dim <= 64 else 32, 64, 4, 2)
+        return block_sizes(64 if dim <= 64 else 16 if dim > 128 and on.arch >= 100 else 32, 64, 4, 2)
     if call.survey is not None or call.pos is not None:
-        return block_sizes(64, 64, 4, 3)
+        return block_sizes(64, 64, 4, 3) if dim in (64, 128) and on.arch < 100 else block_sizes(32, 64, 4, 2)
     if emission(rule, "sumsq") >= 0 or rule[Observation].group != "mean":  # gathers a group's heads in one more tile
         return block_sizes(32, 64, 4, 2)
     sees = call.shown.sees
-    return block_sizes(64, 64 if sees.window or sees.chunk else 128, 4, 3)
+    return block_sizes(64, 64 if sees.window or sees.chunk or on.arch >= 100 else 128, 4, 3)

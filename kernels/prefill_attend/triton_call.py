@@ -54,9 +54,9 @@ def _words(shown: Shown, looked_up: bool) -> dict[str, Any]:
     sees, tokens, bounds = shown.sees, shown.tokens, shown.bounds
     return {
         "p_tokens": None if tokens is None else rows_last(tokens).view(torch.uint8),
-        "p_bounds": None if tokens is None or bounds is None else bounds.contiguous(),
+        "p_bounds": None if tokens is None or bounds is None else rows_last(bounds),
         "s_tb": 0 if tokens is None or len(tokens) == 1 else rows_last(tokens).stride(0),
-        "s_bb": 0 if bounds is None or len(bounds) == 1 else bounds.shape[1],
+        "s_bb": 0 if bounds is None or len(bounds) == 1 else rows_last(bounds).stride(0),
         "position": shown.position,
         "POS": looked_up,
         "TOKENS": tokens is not None,

@@ -65,7 +65,7 @@ def attend_keys(
         o_n = i_n + o_t
         m_n = o_n < L
         p_kn = p_k + tl.cast(i_n, tl.int64) * s_kl + (o_t[None, :] * s_kl + o_d[:, None])
-        if FULL and D == BD:
+        if FULL and D == BD:  # noqa: SIM108 triton decides it at compile time
             b_k = tl.load(p_kn)  # [BD, BN]
         else:
             b_k = tl.load(p_kn, mask=m_n[None, :] & (o_d < D)[:, None], other=0.0)
@@ -78,14 +78,14 @@ def attend_keys(
             m_s = by_words(
                 (o_m < S)[:, None] & m_key[None, :], b_pos[None, :], o_m[:, None], position, CAUSAL, WINDOW, CHUNK
             )
-            if MASK:
+            if MASK:  # noqa: SIM102 triton decides it at compile time
                 if not whole(p_whole, i_m * BM, i_n, tiles_q, tiles_k, BM, BN):
                     o_mask = o_i[:, None] * s_mq + b_pos[None, :] * s_mt
                     b_s, m_s = masked(b_s, p_mask, o_mask, m_s, MASK, HIDDEN)
             b_s = tl.where(m_s, b_s, float("-inf"))
         b_p, b_max, b_sum, b_f = softmax_step(b_s, b_max, b_sum)
         p_vn = p_v + tl.cast(i_n, tl.int64) * s_vl + (o_t[:, None] * s_vl + o_v[None, :])
-        if FULL and DV == BDV:
+        if FULL and DV == BDV:  # noqa: SIM108
             b_v = tl.load(p_vn)  # [BN, BDV]
         else:
             b_v = tl.load(p_vn, mask=m_n[:, None] & (o_v < DV)[None, :], other=0.0)
@@ -151,12 +151,14 @@ def attend_kernel(
     SINKS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     MEND: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     """out [B, Hq, S, Dv] = softmax(q k^T scale + mask) v; lse [B, Hq, S], natural, +inf (or the sink) if blind.
 
     Program: (b, query head) x query block, the longest blocks first. p_span [B, spanning, tiles_q, 2]: which key tiles
     a query tile can see by the mask; p_whole [B, spanning, tiles_q, tiles_k]: which of them it sees all of.
-    MEND: out and lse are right already where a row's tokens are not the matter.
+    MEND: out and lse are right already where a row's tokens are not the matter. SPLIT: blocks of keys that all queries
+    see go without comparisons.
     """
     i_r, i_m = rows(0), tl.num_programs(1) - 1 - tl.program_id(1)
     i_b, i_h = i_r // HQ, i_r % HQ
@@ -201,13 +203,12 @@ def attend_kernel(
         b_max = tl.zeros([BM], tl.float32) + tl.load(p_sinks + i_h).to(tl.float32) * LOG2E
         b_sum += 1.0
     b_o = tl.zeros([BM, BDV], tl.float32)
-    SPLIT: tl.constexpr = not (POS or MASK)
-    if SPLIT:
+    if SPLIT and not (POS or MASK):
         if WINDOW > 0 or CHUNK > 0 or TOKENS:
             b_o, b_max, b_sum = attend_keys(
                 b_q, b_o, b_max, b_sum, first, low, i_m, p_k, p_v, p_pos, p_mask, p_whole, p_tokens, s_kl, s_vl, s_mq,
-                s_mt, scale, position, S, L, tiles_q, tiles_k, token, end, holes, D, DV, BD, BDV, BM, BN, CAUSAL, WINDOW,
-                CHUNK, TOKENS, POS, MASK, HIDDEN, PRECISION, SOFTCAP, False,
+                s_mt, scale, position, S, L, tiles_q, tiles_k, token, end, holes, D, DV, BD, BDV, BM, BN, CAUSAL,
+                WINDOW, CHUNK, TOKENS, POS, MASK, HIDDEN, PRECISION, SOFTCAP, False,
             )  # fmt: skip
         b_o, b_max, b_sum = attend_keys(
             b_q, b_o, b_max, b_sum, low, high, i_m, p_k, p_v, p_pos, p_mask, p_whole, p_tokens, s_kl, s_vl, s_mq,

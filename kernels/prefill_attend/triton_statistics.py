@@ -204,7 +204,7 @@ def statistics_kernel(
     if MASK:
         end = tl.minimum(end, tl.load(p_end + i_b))
     if OBSERVED > 0:
-        if MASK or TOKENS:
+        if MASK or TOKENS:  # noqa: SIM108 triton decides it at compile time
             start = tl.load(p_start + i_b)
         else:
             start = tl.maximum(end - OBSERVED, 0)
@@ -225,33 +225,34 @@ def statistics_kernel(
         seen_from, seen_to = covered(p_span + i_span * tiles_k * 2, i_n * BN, tiles_k, S, BN)
         first, last, high = tl.maximum(first, seen_from), tl.minimum(last, seen_to), low
     first, low, high, last = parted(first, last, low, high, BM)
-    p_q += i_b * s_qb + i_h * G * s_qh
+    i_q = i_h * G
+    p_q += i_b * s_qb + i_q * s_qh
     p_lse += i_r * G * S
     if MASK or TOKENS:
         p_valid += i_b * S
     if MASK:
         p_whole += i_b * (HKV * G // sharing) * tiles_q * tiles_k
-        p_mask += i_b * s_mb + i_h * G * s_mh
+        p_mask += i_b * s_mb + i_q * s_mh
     b_sum = tl.zeros([BN], tl.float32)
     b_square = tl.zeros([BN], tl.float32)
     b_count = tl.zeros([BN], tl.float32)
     SPLIT: tl.constexpr = not (POS or MASK)
     if SPLIT:
         b_sum, b_square, b_count = observe_queries(
-            b_k, b_sum, b_square, b_count, b_pos, m_key, first, low, start, end, i_n, i_h * G, p_q, p_mask, p_whole, p_lse,
-            p_valid, s_qh, s_qs, s_mh, s_mq, s_mt, scale, position, S, sharing, tiles_q, tiles_k, G, D, BD, BM, BN, CAUSAL,
-            WINDOW, CHUNK, TOKENS, MASK, HIDDEN, PRECISION, SOFTCAP, MEAN, SUM, SUMSQ, COUNT, False,
+            b_k, b_sum, b_square, b_count, b_pos, m_key, first, low, start, end, i_n, i_q, p_q, p_mask, p_whole, p_lse,
+            p_valid, s_qh, s_qs, s_mh, s_mq, s_mt, scale, position, S, sharing, tiles_q, tiles_k, G, D, BD, BM, BN,
+            CAUSAL, WINDOW, CHUNK, TOKENS, MASK, HIDDEN, PRECISION, SOFTCAP, MEAN, SUM, SUMSQ, COUNT, False,
         )  # fmt: skip
         b_sum, b_square, b_count = observe_queries(
-            b_k, b_sum, b_square, b_count, b_pos, m_key, low, high, start, end, i_n, i_h * G, p_q, p_mask, p_whole, p_lse,
-            p_valid, s_qh, s_qs, s_mh, s_mq, s_mt, scale, position, S, sharing, tiles_q, tiles_k, G, D, BD, BM, BN, CAUSAL,
-            WINDOW, CHUNK, TOKENS, MASK, HIDDEN, PRECISION, SOFTCAP, MEAN, SUM, SUMSQ, COUNT, True,
+            b_k, b_sum, b_square, b_count, b_pos, m_key, low, high, start, end, i_n, i_q, p_q, p_mask, p_whole, p_lse,
+            p_valid, s_qh, s_qs, s_mh, s_mq, s_mt, scale, position, S, sharing, tiles_q, tiles_k, G, D, BD, BM, BN,
+            CAUSAL, WINDOW, CHUNK, TOKENS, MASK, HIDDEN, PRECISION, SOFTCAP, MEAN, SUM, SUMSQ, COUNT, True,
         )  # fmt: skip
         first = high
     b_sum, b_square, b_count = observe_queries(
-        b_k, b_sum, b_square, b_count, b_pos, m_key, first, last, start, end, i_n, i_h * G, p_q, p_mask, p_whole, p_lse,
-        p_valid, s_qh, s_qs, s_mh, s_mq, s_mt, scale, position, S, sharing, tiles_q, tiles_k, G, D, BD, BM, BN, CAUSAL,
-        WINDOW, CHUNK, TOKENS, MASK, HIDDEN, PRECISION, SOFTCAP, MEAN, SUM, SUMSQ, COUNT, False,
+        b_k, b_sum, b_square, b_count, b_pos, m_key, first, last, start, end, i_n, i_q, p_q, p_mask, p_whole, p_lse,
+        p_valid, s_qh, s_qs, s_mh, s_mq, s_mt, scale, position, S, sharing, tiles_q, tiles_k, G, D, BD, BM, BN,
+        CAUSAL, WINDOW, CHUNK, TOKENS, MASK, HIDDEN, PRECISION, SOFTCAP, MEAN, SUM, SUMSQ, COUNT, False,
     )  # fmt: skip
     plane = tl.num_programs(0).to(tl.int64) * L
     p_row = p_stats + i_r * L + o_n

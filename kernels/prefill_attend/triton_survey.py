@@ -68,9 +68,9 @@ def survey_kernel(
     """Mask -> valid [B, S] uint8, end [B] (one past the last valid token), spans of query and of key tiles, and which
     pairs of tiles are seen wholly, uint8 [B, H, tiles_q, tiles_k].
 
-    Spans [B, H, tiles_q, 2] and [B, HK, tiles_k, 2]. The other outputs start at zero. Program: (b, surveyed head) x query
-    tile x key tile. H: heads that can differ (1, Hkv or Hq); HK: their KV heads (1 or Hkv); the last S keys are the
-    call's own tokens.
+    Spans [B, H, tiles_q, 2] and [B, HK, tiles_k, 2]. The other outputs start at zero. Program: (b, surveyed head) x
+    query tile x key tile. H: heads that can differ (1, Hkv or Hq); HK: their KV heads (1 or Hkv); the last S keys
+    are the call's own tokens.
     """
     i_r, i_m, i_n = rows(0), tl.program_id(1), tl.program_id(2)
     i_b, i_h = i_r // H, i_r % H

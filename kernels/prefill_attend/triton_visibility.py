@@ -41,7 +41,9 @@ def by_words(m, b_pos, b_i, position, CAUSAL: tl.constexpr, WINDOW: tl.constexpr
 
 @triton.jit
 def token_span(p_bounds, end):
-    """First column of a row that holds a token, one past the last (at most `end`), and whether (1 or 0) others stand between."""
+    """Of a row: the first column that holds a token, one past the last (at most `end`), and whether (1 or 0) others
+    stand between.
+    """
     first, last = tl.load(p_bounds + FIRST), tl.load(p_bounds + END)
     holes = tl.load(p_bounds + COUNT) != last - first
     return first, tl.minimum(last, end), holes.to(tl.int32)
@@ -106,7 +108,7 @@ def seeing_queries(
 
 @triton.jit
 def parted(first, last, low, high, BLOCK: tl.constexpr):
-    """Loop bounds (first, low, high, last) of blocks: low .. high are seen by all, what is before and behind in part."""
+    """Loop bounds (first, low, high, last) of blocks: low .. high are seen by all, the others in part."""
     first = first // BLOCK * BLOCK
     end = tl.cdiv(last, BLOCK) * BLOCK
     low = tl.minimum(tl.maximum(tl.cdiv(low, BLOCK) * BLOCK, first), end)

@@ -72,7 +72,7 @@ TOKENS = ("all", "left", "right", "both", "holes", "none", "long")
 
 
 def each(firsts: tuple[str, ...], seconds: tuple[str, ...], *, few: tuple[set[str], set[str]]) -> list[Any]:
-    """Pairs, under `make wide` unless the first is one of few[0] or the second of few[1], but not only by being both."""
+    """Pairs, under `make wide` unless the first is one of few[0] or the second of few[1], but not both."""
     often = [
         (a, b) for a in firsts for b in seconds if (a in few[0]) != (b in few[1]) or (a, b) == (firsts[0], seconds[0])
     ]

@@ -1,4 +1,4 @@
-"""Which provider computes a call's attention: the fastest that was measured for its like (`table.json`), or a forced one."""
+"""Which provider computes a call's attention: the fastest that was measured (`table.json`), or a forced one."""
 
 from __future__ import annotations
 
@@ -94,8 +94,8 @@ def attend(call: Call) -> tuple[Tensor, Tensor]:
 
 def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
     """The same with one more logit per head in the denominator. Changes out."""
-    column = sinks.float()[:, None]
-    return out.mul_(torch.sigmoid(lse - column)[..., None]), torch.logaddexp(lse, column)
+    column = sinks.unsqueeze(1)  # becomes float32 beside the other
+    return out.mul_(torch.sigmoid(lse - column).unsqueeze(-1)), torch.logaddexp(lse, column)
 
 
 @cache
@@ -155,9 +155,10 @@ def described(facts: Facts) -> str:
     """A call in words."""
     words = facts.sees.encode() or "all keys seen"
     extras = [name for name in ("tokens", "mask", "softcap") if getattr(facts, name)]
+    dtype = str(facts.dtype).removeprefix("torch.")
     return (
-        f"{facts.kind} {facts.arch or ''} {str(facts.dtype).removeprefix('torch.')}, {facts.heads}/{facts.kv_heads} heads"
-        f" of {facts.dim}, up to {facts.queries} queries and {facts.keys} keys, {', '.join([words, *extras])}"
+        f"{facts.kind} {facts.arch or ''} {dtype}, {facts.heads}/{facts.kv_heads} heads of {facts.dim},"
+        f" up to {facts.queries} queries and {facts.keys} keys, {', '.join([words, *extras])}"
     )
 
 

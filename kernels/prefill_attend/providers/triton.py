@@ -6,7 +6,15 @@ import torch
 from kvpass.kernels.prefill_attend.providers.call import Call, Facts
 from kvpass.kernels.prefill_attend.triton_call import shared
 from kvpass.kernels.prefill_attend.triton_kernel import attend_kernel
-from kvpass.kernels.triton_shared.triton_launch import Target, block_sizes, blocks, launch, power_of_two, target
+from kvpass.kernels.triton_shared.triton_launch import (
+    Target,
+    block_sizes,
+    blocks,
+    launch,
+    power_of_two,
+    rows_last,
+    target,
+)
 from torch import Tensor
 
 
@@ -54,7 +62,7 @@ def _run(call: Call, out: Tensor, lse: Tensor, mend: bool) -> None:
         **{f"s_o{d}": out.stride(i) for i, d in enumerate("bhs")},
         p_v=v,
         p_span=None if survey is None else survey.queries,
-        p_sinks=None if sinks is None else sinks.contiguous(),
+        p_sinks=None if sinks is None else rows_last(sinks),
         p_out=out,
         HQ=heads,
         G=heads // v.shape[1],
@@ -63,6 +71,7 @@ def _run(call: Call, out: Tensor, lse: Tensor, mend: bool) -> None:
         BDV=wide,
         SINKS=sinks is not None,
         MEND=mend,
+        SPLIT=out.element_size() <= 2 or target(out.device).kind == "interpret",  # float32 would spill
     )
 
 
@@ -76,7 +85,7 @@ def config(dim: int, bytes_each: int, masked: bool, on: Target) -> dict[str, int
     if on.kind == "interpret":
         return block_sizes(32, 16, 4, 1)
     if on.kind == "hip":
-        wide = block_sizes(128, 32, 8, 1) if dim <= 128 else block_sizes(64, 32, 4, 1)
+        wide = block_sizes(128, 32, 8, 1) if dim <= 128 and not masked else block_sizes(64, 32, 4, 1)
         return block_sizes(32, 32, 4, 1) if bytes_each > 2 else block_sizes(128, 64, 8, 1) if dim <= 64 else wide
     if bytes_each > 2:
         wide = block_sizes(32, 32, 8, 2) if dim <= 128 else block_sizes(16, 32, 8, 1)
