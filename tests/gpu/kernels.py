@@ -1,4 +1,4 @@
-"""The kernels alone, beside torch's attention: causal prefill, a decode step, selection and compaction.
+"""The kernels alone, beside torch's attention: causal prefill, its providers, a decode step, selection and compaction.
 
 bfloat16, 32 query heads on 8 KV heads of 128. A row's `difference` is from torch's attention on the same inputs.
 """
@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 from gpu.device import DEVICE, GPU, difference, median_ms, replayed_ms, triton
+from gpu.providers import providers
 from gpu.record import Record
+from kvpass.kernels.attention.visibility import token_bounds
 from kvpass.kernels.compact_slots import compact_slots
 from kvpass.kernels.decode_attend import decode_attend
 from kvpass.kernels.prefill_attend import prefill_attend
+from kvpass.kernels.prefill_attend.providers.choose import use_provider
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.select_slots import select_slots
 from kvpass.kernels.slots.state import State
@@ -32,8 +35,17 @@ SCALE = DIM**-0.5
 PREFILLS = (2048, 8192, 32768) if GPU else (32,)
 MASKED_UP_TO = 8192
 """A mask that is a tensor: tried up to this length."""
-TRIED = (("full", False), ("snapkv", False), ("h2o", False), ("full", True), ("h2o", True))
-"""Policy, and whether the causal mask is given as a tensor."""
+TRIED = (
+    ("full", "words"), ("snapkv", "words"), ("h2o", "words"), ("full", "tokens"), ("h2o", "tokens"), ("full", "mask"),
+    ("h2o", "mask"),
+)  # fmt: skip
+"""Policy, and how it is said that attention is causal: in words; and with tokens that may be padding (none is); or by a
+mask that is a tensor.
+"""
+MASK_COSTS = 1.3
+"""Aim: a mask that is read costs at most that much of the time of the words, both by our kernel."""
+STATISTICS_AT = 300.0
+"""Aim: TFLOP/s of the second pass, q k^T over what is seen, at 8,192 queries and more."""
 STEPS = ((1, 8192), (1, 32768), (8, 8192), (32, 2048), (32, 8192)) if GPU else ((1, 32),)
 """Batch, slots."""
 SELECTED = ((1, 8192), (1, 32768), (8, 4096)) if GPU else ((1, 32),)
@@ -88,10 +100,52 @@ def torch_prefill(length: int, backend: SDPBackend) -> dict[str, Any]:
         return {"groups": k.shape[1] == KV_HEADS} | prefill(attended, q, k, v)
 
 
-def kvpass_prefill(length: int, policy: str, masked: bool) -> dict[str, Any]:
-    mask = causal_mask(length, length, device=DEVICE) if masked else None
-    encoded = rule(policy, 0.2)
-    return prefill(lambda *x: prefill_attend(*x, None, mask, SCALE, not masked, encoded)[0], *prompt(length))
+def kvpass_prefill(length: int, policy: str, said: str) -> dict[str, Any]:
+    mask = causal_mask(length, length, device=DEVICE) if said == "mask" else None
+    tokens = torch.ones(1, length, dtype=torch.bool, device=DEVICE) if said == "tokens" else None
+    bounds = None if tokens is None else token_bounds(tokens, 0, length)
+    encoded, words = rule(policy, 0.2), "" if said == "mask" else "causal"
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return prefill_attend(q, k, v, None, mask, SCALE, words, encoded, tokens=tokens, bounds=bounds)[0]
+
+    return prefill(call, *prompt(length))
+
+
+def masked_costs(length: int) -> dict[str, Any]:
+    """Our kernel with a causal mask that is a tensor, beside the words."""
+    q, k, v = prompt(length)
+    mask = causal_mask(length, length, device=DEVICE)
+    calls = [(None, "causal"), (mask, "")]
+    with use_provider("triton"):
+        words, masked = (
+            median_ms(partial(prefill_attend, q, k, v, None, given, SCALE, said, rule("full", 0.2)))
+            for given, said in calls
+        )
+    return {
+        "ms": masked,
+        "words_ms": words,
+        "times": masked / words,
+        "aim": MASK_COSTS,
+        "met": masked / words <= MASK_COSTS,
+    }
+
+
+def second_pass(length: int, policy: str) -> dict[str, Any]:
+    """What statistics of all queries cost beside attention alone, of which they repeat half."""
+    x = prompt(length)
+    alone, both = (
+        median_ms(partial(prefill_attend, *x, None, None, SCALE, "causal", rule(name, 0.2)))
+        for name in ("full", policy)
+    )
+    rate = HEADS * DIM * length**2 / max(both - alone, 1e-6) / 1e9
+    return {
+        "ms": both,
+        "added_ms": both - alone,
+        "tflop_per_s": rate,
+        "aim": STATISTICS_AT,
+        "met": rate >= STATISTICS_AT,
+    }
 
 
 def prefills(record: Record) -> None:
@@ -99,10 +153,13 @@ def prefills(record: Record) -> None:
         row = {"kernel": "prefill", "batch": 1, "tokens": length}
         for name, backend in BACKENDS.items():
             record.attempt(row | {"what": f"torch, {name}"}, partial(torch_prefill, length, backend))
-        for policy, masked in TRIED:
-            if not masked or length <= MASKED_UP_TO:
-                what = f"kvpass {policy}, mask given" if masked else f"kvpass {policy}"
-                record.attempt(row | {"what": what}, partial(kvpass_prefill, length, policy, masked))
+        for policy, said in TRIED:
+            if said != "mask" or length <= MASKED_UP_TO:
+                what = f"kvpass {policy}" + ("" if said == "words" else f", {said} given")
+                record.attempt(row | {"what": what}, partial(kvpass_prefill, length, policy, said))
+        if length <= MASKED_UP_TO:
+            record.attempt(row | {"what": "a mask read, beside words"}, partial(masked_costs, length))
+        record.attempt(row | {"what": "statistics of all queries"}, partial(second_pass, length, "h2o"))
 
 
 def state_of(encoded: str, batch: int, live: int) -> State:
@@ -188,6 +245,7 @@ if __name__ == "__main__":
     record = Record("kernels", DEVICE, shape={"heads": HEADS, "kv_heads": KV_HEADS, "dim": DIM, "dtype": str(DTYPE)})
     with triton(), torch.no_grad():
         prefills(record)
+        providers(record)
         steps(record)
         selections(record)
     record.finish()

@@ -109,9 +109,14 @@ def alone(stage: Row) -> list[str]:
     def of(*kernels: str) -> list[Row]:
         return [row for row in stage["rows"] if row["kernel"] in kernels]
 
-    columns = ["batch", "tokens", "", "ms", "TFLOP/s"]
+    columns = ["batch", "tokens", "", "ms", "TFLOP/s", "aim"]
     lines = ["## The kernels alone", "", f"`{json.dumps(stage['shape'])}`; medians.", "", "### Causal prefill", ""]
-    lines += table(columns, ([*place(row), row["what"], *cells(row, "ms", "tflop_per_s")] for row in of("prefill")))
+    lines += table(
+        columns, ([*place(row), row["what"], *cells(row, "ms", "tflop_per_s"), aim(row)] for row in of("prefill"))
+    )
+    columns = ["batch", "tokens", "head dim", "", "ms", "TFLOP/s", "chosen"]
+    rows = ([*place(row), str(row["dim"]), *supplied(row)] for row in of("provider"))
+    lines += ["### Causal attention and its log-sum-exp, by provider", "", *table(columns, rows)]
     columns = ["batch", "slots", "", "us", "GB/s of KV", "us in a CUDA graph", "GB/s of KV"]
     lines += ["### A decode step", "", *table(columns, map(stepped, of("decode")))]
     columns = ["batch", "tokens", "kernel", "us", "GB/s"]
@@ -125,6 +130,20 @@ def place(row: Row) -> list[str]:
 
 def cells(row: Row, *names: str) -> list[str]:
     return [outcome(row, lambda r, n=name: number(r.get(n))) for name in names]
+
+
+def aim(row: Row) -> str:
+    """Whether a row's aim is met, and what the row has."""
+    if "aim" not in row:
+        return ""
+    has = row["times"] if "times" in row else row["tflop_per_s"]
+    return f"{'PASS' if row['met'] else 'not met'}: {number(has)}, aim {number(row['aim'])}"
+
+
+def supplied(row: Row) -> list[str]:
+    """A provider, its figures, and a cross if the table chooses it."""
+    name = row["what"] if row["said"] == "words" else f"{row['what']}, {row['said']}"
+    return [name, *cells(row, "ms", "tflop_per_s"), "x" if row["chosen"] == row["what"] else ""]
 
 
 def us(row: Row) -> str:

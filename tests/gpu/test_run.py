@@ -77,7 +77,7 @@ def check_cases(out: Path) -> None:
 
 def check_tables(out: Path) -> None:
     kernels, models = read(out, "kernels")["rows"], read(out, "end_to_end")["rows"]
-    assert {row["kernel"] for row in kernels} == {"prefill", "decode", "select", "compact"}
+    assert {row["kernel"] for row in kernels} == {"prefill", "provider", "decode", "select", "compact"}
     assert all(row["ms"] > 0 for row in kernels)
     assert all(row["difference"] < 1e-5 for row in kernels if "difference" in row)
     figures = {row["contender"]: row for row in models}

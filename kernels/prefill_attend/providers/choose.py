@@ -73,18 +73,17 @@ def attend(call: Call) -> tuple[Tensor, Tensor]:
     facts = facts_of(call, on.kind, on.arch)
     name = provider_for(facts)
     _note(facts, name)
-    if name == "triton":
-        return ours().attend(call)
+    out: Tensor
     try:
         out, lse = load(name).attend(call)
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
-        if _forced.get() is not None:
+        if _forced.get() is not None or name == "triton" or isinstance(error, torch.OutOfMemoryError):
             raise
         log.warning("prefill_attend: %s refuses %s, not asked again: %s", name, described(facts), error)
         _refused.add((name, _kind(facts)))
         return attend(call)
+    if name == "triton":
+        return out, lse
     if call.softmax.sinks is not None:
         out, lse = _with_sinks(out, lse, call.softmax.sinks)
     if call.shown.tokens is not None:

@@ -71,16 +71,16 @@ def _median_ms(provider: Any, call: Call) -> float:
             start = time.perf_counter()
             provider.attend(call)
             times.append(time.perf_counter() - start)
-        return round(1e3 * statistics.median(times), 4)
+        return float(round(1e3 * statistics.median(times), 4))
     found = []
     for _ in range(REPEATS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
         for _ in range(3):
             provider.attend(call)
         end.record()
         torch.cuda.synchronize()
-        found.append(start.elapsed_time(end) / 3)
+        found.append(float(begin.elapsed_time(end)) / 3)
     return round(statistics.median(found), 4)
 
 
