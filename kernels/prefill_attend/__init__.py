@@ -10,6 +10,7 @@ from kvpass.kernels.attention.masks import visible
 from kvpass.kernels.attention.softmax import Softmax, check_softmax
 from kvpass.kernels.attention.visibility import Sees, Shown, token_bounds
 from kvpass.kernels.choose import kernel
+from kvpass.kernels.prefill_attend.reference import prefill_attend_reference
 from kvpass.kernels.rule import Rule
 from torch import Tensor
 
@@ -51,14 +52,15 @@ def prefill_attend(
     shown = Shown(Sees.parse(sees).within(q.shape[2], position), q.shape[2], position, tokens, bounds, mask)
     run = kernel("prefill_attend", q.device, q, rule)
     out, stats, valid = run(q, k, v, pos, shown, Softmax(scale, sinks, softcap), Rule.parse(rule))
-    if pos is None and sinks is None:
+    if pos is None and sinks is None and (mask is not None or run is prefill_attend_reference):
         out = _blind_rows_averaged(out, v, shown)
     return out.transpose(1, 2).contiguous().transpose(1, 2), stats, valid
 
 
 def _blind_rows_averaged(out: Tensor, v: Tensor, shown: Shown) -> Tensor:
     """Queries to which numbers, not truths, show no key: all their logits are the smallest number, so softmax weighs
-    all keys alike. They are padding, but some models read the output of padding.
+    all keys alike. They are padding, but some models read the output of padding. Triton's kernel does it itself where
+    no mask is left.
     """
     mask, blind = shown.mask, None
     if mask is not None and mask.dtype != torch.bool:

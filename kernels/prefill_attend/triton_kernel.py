@@ -95,20 +95,20 @@ def attend_keys(
 
 @triton.jit(do_not_specialize=["S", "L", "position", "s_mb", "s_mh", "s_mq", "s_tb", "tiles_q", "tiles_k"])
 def attend_kernel(
-    p_q, p_k, p_v, p_pos, p_mask, p_span, p_whole, p_tokens, p_bounds, p_sinks, p_out, p_lse,
+    p_q, p_k, p_v, p_pos, p_mask, p_span, p_whole, p_tokens, p_bounds, p_sinks, p_mean, p_out, p_lse,
     s_qb, s_qh, s_qs, s_kb, s_kh, s_kl, s_vb, s_vh, s_vl, s_mb, s_mh, s_mq, s_mt, s_tb, s_bb, s_ob, s_oh, s_os,
     scale, position, S, L, HQ, G, spanning, tiles_q, tiles_k,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, TOKENS: tl.constexpr, POS: tl.constexpr,
     MASK: tl.constexpr, HIDDEN: tl.constexpr, PRECISION: tl.constexpr, SINKS: tl.constexpr, SOFTCAP: tl.constexpr,
-    MEND: tl.constexpr, SPLIT: tl.constexpr,
+    MEND: tl.constexpr, SPLIT: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
     """out [B, Hq, S, Dv] = softmax(q k^T scale + mask) v; lse [B, Hq, S], natural, +inf (or the sink) if blind.
 
     Program: (b, query head) x query block, the longest blocks first. p_span [B, spanning, tiles_q, 2]: which key tiles
     a query tile can see by the mask; p_whole [B, spanning, tiles_q, tiles_k]: which of them it sees all of.
     MEND: out and lse are right already where a row's tokens are not the matter. SPLIT: blocks of keys that all queries
-    see go without comparisons.
+    see go without comparisons. MEAN: a query that sees nothing gets p_mean [B, Hkv, Dv], else zeros.
     """
     i_r, i_m = rows(0), tl.num_programs(1) - 1 - tl.program_id(1)
     i_b, i_h = i_r // HQ, i_r % HQ
@@ -173,6 +173,9 @@ def attend_kernel(
     )  # fmt: skip
     m_blind = b_sum == 0.0
     b_o = b_o / tl.where(m_blind, 1.0, b_sum)[:, None]
+    if MEAN:
+        b_mean = tl.load(p_mean + (i_b * (HQ // G) + i_kv) * DV + o_v, mask=m_v, other=0.0)
+        b_o = tl.where(m_blind[:, None], b_mean[None, :], b_o)
     p_om = p_out + i_b * s_ob + i_h * s_oh + tl.cast(i_m * BM, tl.int64) * s_os + (o_i[:, None] * s_os + o_v[None, :])
     tl.store(p_om, b_o.to(p_out.dtype.element_ty), mask=m_m[:, None] & m_v[None, :])
     b_lse = (finite(b_max) + tl.log2(tl.where(m_blind, 1.0, b_sum))) * (1.0 / LOG2E)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from interpreted import (
+    INTERPRETED,
     RULES,
     SCALE,
     SHAPES,
@@ -17,6 +18,7 @@ from interpreted import (
     compact_slots_triton,
     masks,
     mostly,
+    on_device,
     prefill_attend_triton,
     real,
     select_slots_triton,
@@ -24,7 +26,9 @@ from interpreted import (
 )
 from kvpass.kernels.attention.softmax import Softmax
 from kvpass.kernels.attention.visibility import Shown
+from kvpass.kernels.choose import use
 from kvpass.kernels.compact_slots.reference import compact_slots_reference
+from kvpass.kernels.prefill_attend import prefill_attend
 from kvpass.kernels.prefill_attend.providers.choose import use_provider
 from kvpass.kernels.prefill_attend.reference import prefill_attend_reference
 from kvpass.kernels.rule import Rule
@@ -236,18 +240,43 @@ def test_extend_words_and_mask(mask: str) -> None:
     check_prefill((*joined(rule, 13, 40), seen, Softmax(SCALE), rule))
 
 
+VENDOR, VENDORS = ("cpu_flash", torch.float32) if INTERPRETED else ("flash", torch.bfloat16)
+"""A provider that is not ours, and a dtype that it takes."""
+
+
 @pytest.mark.parametrize(("words", "tokens"), each(("causal", ""), TOKENS, few=({"causal"}, {"holes"})))
 def test_prefill_provider(words: str, tokens: str) -> None:
     """A vendor's attention and log-sum-exp, that know of no tokens and no sinks: what they do not hold is mended."""
-    q, k, v = qkv(2, 2, 1, 70, 16, value_dim=24)
+    q, k, v = qkv(2, 2, 1, 70, 16, dtype=VENDORS)
     softmax = Softmax(SCALE, SINKS[:2] if tokens in ("all", "left") else None)
-    with use_provider("cpu_flash"):
-        check_prefill((q, k, v, None, shown(words, 70, tokens=real(tokens, 2, 70)), softmax, RULES["roco"]))
+    with use_provider(VENDOR):
+        check_prefill((q, k, v, None, shown(words, 70, tokens=real(tokens, 2, 70)), softmax, RULES["roco"]), VENDORS)
+
+
+@pytest.mark.parametrize("tokens", ["left", "none", "holes"])
+@pytest.mark.parametrize("name", ["triton", VENDOR])
+def test_prefill_blind_queries(name: str, tokens: str) -> None:
+    """The whole op: queries that see nothing get the mean of all values where the words say so, by whomever."""
+    q, k, v = qkv(2, 2, 1, 37, 16, dtype=VENDORS)
+
+    def run(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        real_tokens, *rest = tensors
+        return prefill_attend(*rest, None, None, SCALE, "causal mean", RULES["h2o"].encode(), tokens=real_tokens)
+
+    given = real(tokens, 2, 37)
+    with use("triton"), use_provider(name):
+        got = on_device(run)(given, q, k, v)
+    with use("reference"):
+        want = run(given, q, k, v)
+    check(got, want, VENDORS)
+    if tokens != "holes":
+        row = int(tokens == "left")
+        assert_close(got[0][row, 0, 0], v[row, 0].float().mean(0), VENDORS, what="a blind query's output")
 
 
 def test_prefill_provider_that_does_not_fit() -> None:
     q, k, v = qkv(1, 2, 1, 20, 16)
-    with use_provider("cpu_flash"), pytest.raises(ValueError, match=r"cpu_flash .*does not support"):
+    with use_provider(VENDOR), pytest.raises(ValueError, match=f"{VENDOR} .*does not support"):
         prefill_attend_triton(q, k, v, None, shown("causal window=4", 20), Softmax(SCALE), RULES["h2o"])
 
 

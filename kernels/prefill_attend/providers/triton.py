@@ -46,9 +46,16 @@ def mend(call: Call, out: Tensor, lse: Tensor) -> None:
     _run(call, out, lse, mend=True)
 
 
+def averages_blind(call: Call) -> bool:
+    """Whether queries that see nothing get the mean of all values here: if words say so, and no mask hides more."""
+    other = call.pos, call.survey, call.softmax.sinks
+    return call.shown.sees.mean and call.shown.tokens is not None and all(x is None for x in other)
+
+
 def _run(call: Call, out: Tensor, lse: Tensor, mend: bool) -> None:
     batch, heads, queries, dim = out.shape
     v, sinks, survey = call.v, call.softmax.sinks, call.survey
+    mean = v.mean(2, dtype=torch.float32) if averages_blind(call) else None
     wide = power_of_two(dim, 16)
     widest = power_of_two(max(dim, call.q.shape[3]), 16)
     size = config(widest, out.element_size(), survey is not None, target(out.device))
@@ -71,6 +78,8 @@ def _run(call: Call, out: Tensor, lse: Tensor, mend: bool) -> None:
         BDV=wide,
         SINKS=sinks is not None,
         MEND=mend,
+        MEAN=mean is not None,
+        p_mean=mean,
         SPLIT=out.element_size() <= 2 or target(out.device).kind == "interpret",  # float32 would spill
     )
 
