@@ -14,6 +14,7 @@ import sympy  # type: ignore[import-untyped]  # it has no types
 import torch
 from torch import fx
 
+from kvpass.graph.aliases import aliases
 from kvpass.graph.calls import argument, call_name, changes, example, operand
 from kvpass.graph.shapes import is_one, normal_dim, shape_of
 
@@ -37,6 +38,7 @@ class Elements:
 
     def __init__(self) -> None:
         self.nodes: dict[str, fx.Node] = {}
+        self.changed: dict[fx.Node, bool] = {}
 
     def at(self, value: Any, index: Index, depth: int = 0) -> Any:
         """The element of a node, or of a number, at an index: a boolean formula if the tensor is bool."""
@@ -45,7 +47,9 @@ class Elements:
             return scalar(tensor)
         index = tuple(sympy.Integer(0) if is_one(n) else i for i, n in zip(index, tensor.shape, strict=True))
         step = _STEPS.get(call_name(value))
-        if step is None or depth > LIMIT or any(changes(user) and operand(user) is value for user in value.users):
+        if value not in self.changed:
+            self.changed[value] = is_changed(value)
+        if step is None or depth > LIMIT or self.changed[value]:
             return self.read(value, index)
         try:
             found = step(_At(self, value, index, depth + 1))
@@ -58,6 +62,11 @@ class Elements:
         self.nodes[node.name] = node
         element = Element(sympy.Symbol(node.name), *index)
         return sympy.Ne(element, 0) if example(node).dtype == torch.bool else element
+
+
+def is_changed(node: fx.Node) -> bool:
+    """Whether something may be written into a tensor's memory: then its elements depend on when they are read."""
+    return any(changes(user) and operand(user) is alias for alias in aliases(node, casts=True) for user in alias.users)
 
 
 def scalar(value: Any) -> Any:

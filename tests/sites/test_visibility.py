@@ -203,11 +203,19 @@ def test_biases_stay_tensors(kind: str) -> None:
         assert site.seen.read == (0,), str(site.seen)
 
 
-def test_tokens_that_are_changed_in_place() -> None:
+@pytest.mark.parametrize("write", ["a part", "through a view", "through a cast", "the mask"])
+def test_what_is_changed_in_place(write: str) -> None:
     def make(real: Tensor, s: int, past: int) -> Tensor:
         tokens = real.bool()
         mask = tokens[:, None, None] & CAUSAL["le"](real, s, past)
-        tokens[:, 0] = True
+        if write == "a part":
+            tokens[:, 0] = True
+        elif write == "through a view":
+            tokens.view(-1)[:1].fill_(True)
+        elif write == "through a cast":
+            tokens.to(torch.bool).logical_not_()
+        else:
+            mask.contiguous()[..., 0].fill_(True)
         return mask & tokens[:, None, None]
 
     for site, *_ in found(make):
