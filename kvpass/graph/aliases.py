@@ -29,11 +29,7 @@ def aliases(node: fx.Node, limit: int = 200, casts: bool = False) -> set[fx.Node
         top = operand(top)
     found, queue = {top, node}, [top, node]
     for current in queue:
-        below = [
-            user
-            for user in current.users
-            if user not in found and operand(user) is current and shares(user)
-        ]
+        below = [user for user in current.users if user not in found and operand(user) is current and shares(user)]
         found.update(below)
         queue += below[: limit - len(queue)]
     return found
