@@ -40,7 +40,8 @@ def decode_attend(
     broadcastable to [B, Hq, 1, T], looked up at the slots' positions. state: the tensors of `State` under the rule,
     changed in place; contiguous, C > LIVE. sees: the words of `Sees`, what the query sees besides; tokens: bool
     [1 or B, T], hides columns that hold no token; bounds: of `token_bounds`, once for all layers (None: found here). A
-    row in which `position` is hidden from its own query in every head (padding) changes nothing. softcap: above 0, logits become softcap * tanh(logit / softcap) before the mask is added. sinks:
+    row in which `position` is hidden from its own query in every head (padding) changes nothing.
+    softcap: above 0, logits become softcap * tanh(logit / softcap) before the mask is added. sinks:
     any float dtype [Hq], one more logit per query head in the softmax's denominator, neither capped nor masked. latent:
     above 0, the values are the first `latent` entries of the keys (multi-head latent attention), v_new and v have no
     entries. arrive: float32 [N, B, Hkv], the statistics of the token's slot before this query adds to them
