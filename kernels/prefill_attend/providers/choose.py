@@ -26,7 +26,7 @@ UNMEASURED = ("flash", "triton")
 log = logging.getLogger(__name__)
 _forced: ContextVar[str | None] = ContextVar("kvpass_provider", default=None)
 _refused: set[tuple[str, Facts]] = set()
-_decided: dict[str, str] = {}
+_decided: dict[tuple[Facts, str], str] = {}
 
 
 @contextmanager
@@ -61,7 +61,7 @@ def provider_for(facts: Facts) -> str:
 
 def decisions() -> dict[str, str]:
     """The providers of the calls so far, by what they were chosen for, in words: for reports."""
-    return dict(_decided)
+    return {text: name for (_, name), text in _decided.items()}
 
 
 def attend(call: Call) -> tuple[Tensor, Tensor]:
@@ -108,6 +108,7 @@ def ours() -> Any:
     return load("triton")
 
 
+@lru_cache(maxsize=1024)
 def _kind(facts: Facts) -> Facts:
     """The same for all batches, and for lengths of one order of magnitude."""
     queries, keys = (1 << (n - 1).bit_length() if n > 1 else n for n in (facts.queries, facts.keys))
@@ -162,7 +163,7 @@ def described(facts: Facts) -> str:
 
 
 def _note(facts: Facts, name: str) -> None:
-    text = described(_kind(facts))
-    if _decided.get(text) != name and len(_decided) < 256:
-        _decided[text] = name
-        log.debug("prefill_attend: %s for %s", name, text)
+    decision = _kind(facts), name
+    if decision not in _decided and len(_decided) < 256:
+        _decided[decision] = described(decision[0])
+        log.debug("prefill_attend: %s for %s", name, _decided[decision])

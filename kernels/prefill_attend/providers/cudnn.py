@@ -6,6 +6,8 @@ seen costs it a plan, once, as it does the unmodified model.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from kvpass.kernels.prefill_attend.providers.call import HALF, Call, Facts
 from torch import Tensor
@@ -18,10 +20,14 @@ def supports(facts: Facts) -> bool:
     return facts.kind == "cuda" and facts.arch >= 80 and facts.dtype in HALF and fits and facts.plain
 
 
+@cache
+def _there() -> bool:
+    return torch.backends.cudnn.is_available() and (torch.backends.cudnn.version() or 0) >= 90000
+
+
 def enabled() -> bool:
     """Whether this torch has it, and nobody has turned it off."""
-    there = torch.backends.cudnn.is_available() and (torch.backends.cudnn.version() or 0) >= 90000
-    return there and torch.backends.cuda.cudnn_sdp_enabled() and not torch.are_deterministic_algorithms_enabled()
+    return _there() and torch.backends.cuda.cudnn_sdp_enabled() and not torch.are_deterministic_algorithms_enabled()
 
 
 def attend(call: Call) -> tuple[Tensor, Tensor]:
