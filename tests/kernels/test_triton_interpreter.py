@@ -13,7 +13,8 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed")
 HERE = Path(__file__).parent
 GROUPS = [
-    ("prefill", "test_prefill"),
+    ("prefill", "test_prefill_words"),
+    ("prefill", "test_prefill and not test_prefill_words"),
     ("prefill", "not test_prefill"),
     ("decode", "test_pipeline or ragged"),
     ("decode", "test_decode and not ragged"),
