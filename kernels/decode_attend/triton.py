@@ -1,8 +1,8 @@
 """decode_attend in Triton. Tested in the interpreter and on an H200 (docs/gpu.md); compiled ahead of time too.
 
-Three launches, four with a scope: partial attention over splits of the slots (reads K and V once per KV head), their
-sum with the statistics, and the victim. Grids and scratch depend on shapes alone and nothing is read back, so a CUDA
-graph can hold them.
+Two launches: partial attention over splits of the slots (reads K and V once per KV head); then their sum, the
+statistics, and the victim, which the last program of a row picks. Scores that are means over heads take a third.
+Grids and scratch depend on shapes alone and nothing is read back, so a CUDA graph can hold them.
 """
 
 from __future__ import annotations
@@ -10,20 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from kvpass.kernels.attention.observation import Observation
-from kvpass.kernels.attention.softmax import Softmax
-from kvpass.kernels.budget import Budget
 from kvpass.kernels.choose import WIDEST
 from kvpass.kernels.decode_attend.call import Call, Token
-from kvpass.kernels.rank.criterion import Ranking, Scope
-from kvpass.kernels.rank.layer import Layer
-from kvpass.kernels.rank.places import Protected
-from kvpass.kernels.rank.scored import Scoring
-from kvpass.kernels.rank.smooth import Pool
+from kvpass.kernels.rank.criterion import Ranking
 from kvpass.kernels.rule import Rule
-from kvpass.kernels.slots.state import FIELDS, State
-from kvpass.kernels.slots.statistics import Statistics, stat
-from kvpass.kernels.timing import Timing
+from kvpass.kernels.slots.state import State
+from kvpass.kernels.slots.statistics import Statistics
 from kvpass.kernels.triton_shared.triton_launch import (
     Target,
     blocks,
@@ -37,163 +29,177 @@ from kvpass.kernels.triton_shared.triton_launch import (
 )
 from torch import Tensor
 
-from .triton_kernel import combine_kernel, split_kernel
-from .triton_victim import deviation_kernel, victim_kernel
-
-_SCORES = {"position": 0, "sum": 1, "mean": 2}
-
-
-_STATISTICS = {"sum", "sumsq", "count"}
+from .triton_ending import ending_kernel, victim_kernel
+from .triton_kernel import split_kernel
+from .triton_terms import constants, counted, numbers, observed, observes, understood
 
 
 def supports(token: Token, state: State, call: Call) -> bool:
-    """Attention's sums, squares and counts, heads alike, keys and values apart, and no field of a state but those that
-    all have. Records that nobody named here go to the reference.
-    """
-    rule = call.rule
-    known = rule.only(Statistics, Observation, Pool, Ranking, Protected, Scope, Budget, Layer, Scoring, Timing)
-    plain = known and set(rule[Statistics].stats) <= _STATISTICS and state.fields == FIELDS
-    return plain and not call.latent and token.q.shape[3] <= WIDEST
+    """All rules but those with rings (`understood`); keys and values apart, heads of up to 256."""
+    return understood(call.rule) and not call.latent and token.q.shape[3] <= WIDEST
 
 
 def decode_attend_triton(token: Token, state: State, call: Call) -> Tensor:
     """See `kvpass.kernels.decode_attend.decode_attend`. The state tensors are contiguous."""
-    q = rows_last(token.q)
+    q, k, v = (rows_last(x) for x in (token.q, token.k, token.v))
     check_head_dims(q.shape[3], state.v.shape[3])
-    plan, mask = call.rule.of_steps, call.mask
+    plan, device, (batch, kv_heads, slots, dim) = call.rule.of_steps, q.device, state.k.shape
+    heads, wide, rows = q.shape[1], state.v.shape[3], batch * kv_heads
+    sizes = _sizes(plan, (heads // kv_heads, rows, slots, dim, wide, q.element_size()), target(device))
+    splits, programs, group = sizes.splits, sizes.programs, heads // kv_heads
+    out = q.new_empty(batch, heads, 1, wide)
+    given = _given(call) | {
+        "p_pos": state.pos,
+        "p_stats": state.stats,
+        "p_cursor": state.cursor,
+        "p_scratch": torch.empty(sizes.floats, dtype=torch.float32, device=device),
+        "p_whole": torch.empty(rows * (1 + splits + 2 * programs), dtype=torch.int32, device=device),
+        "C": slots,
+        "HKV": kv_heads,
+        "splits": splits,
+    }
+    arrive, sinks = token.arrive, call.softmax.sinks
+    launch(
+        split_kernel,
+        (rows, splits),
+        device,
+        **given,
+        **sizes.split,
+        p_q=q,
+        p_knew=k,
+        p_vnew=v,
+        p_arrive=None if arrive is None else arrive.contiguous(),
+        p_k=state.k,
+        p_v=state.v,
+        s_qb=q.stride(0),
+        s_qh=q.stride(1),
+        s_kb=k.stride(0),
+        s_kh=k.stride(1),
+        s_vb=v.stride(0),
+        s_vh=v.stride(1),
+        s_tb=0 if call.tokens is None or len(call.tokens) == 1 else call.tokens.stride(0),
+        p_tokens=None if call.tokens is None else rows_last(call.tokens).view(torch.uint8),
+        scale=call.softmax.scale,
+        ARRIVE=arrive is not None,
+        SOFTCAP=float(call.softmax.softcap),
+    )
+    launch(
+        ending_kernel,
+        (rows, programs),
+        device,
+        **given,
+        **sizes.ending,
+        p_sinks=None if sinks is None else sinks.contiguous(),
+        p_out=out,
+        SINKS=sinks is not None,
+    )
+    if sizes.victim:
+        launch(victim_kernel, (rows, programs), device, **given, **sizes.victim)
+    return out
+
+
+def _given(call: Call) -> dict[str, Any]:
+    """What the call says: where its token is, and what that sees."""
+    mask, bounds, at = call.mask, call.bounds, call.at
     hidden = mask_arguments(mask)
     hidden.pop("s_mq")
     heads = 1 if mask is None else mask.shape[1]
-    shared: dict[str, Any] = {
+    return {
         **hidden,
         "mask_heads": heads,
         "HEADS": power_of_two(heads),
-        "p_stats": state.stats,
-        "p_cursor": state.cursor,
-        "position": call.position,
-        "C": state.slots,
-        "HKV": state.k.shape[1],
+        "p_bounds": bounds,
+        "s_nb": 0 if bounds is None or len(bounds) == 1 else bounds.stride(0),
+        "p_at": at,
+        "position": 0 if at is not None else call.position,
+        "AT": at is not None,
+        "WINDOW": call.sees.window,
+        "CHUNK": call.sees.chunk,
+        "TOKENS": call.tokens is not None,
     }
-    out = _attend(Token(q, rows_last(token.k), rows_last(token.v)), state, call.softmax, plan, shared)
-    _evict(state, plan, shared)
-    return out
 
 
-def _attend(token: Token, state: State, softmax: Softmax, plan: Rule, shared: dict[str, Any]) -> Tensor:
-    """Append, attend, update the statistics; returns out [B, Hq, 1, Dv]."""
-    q, k, v = token.q, state.k, state.v
-    batch, kv_heads, slots, dim = k.shape
-    heads, wide = q.shape[1], v.shape[3]
-    group = heads // kv_heads
-    observation = plan[Observation]
-    observes = bool(plan[Statistics].stats) and observation.decode != "none"
-    size = _config(max(dim, wide), q.element_size(), target(q.device))
-    splits = _splits(batch * kv_heads, slots, size["BN"], target(q.device))
-    each = batch * heads * splits
-    scratch = torch.empty(each * (wide + 2), dtype=torch.float32, device=q.device)
-    acc, best, total = scratch[: each * wide], scratch[each * wide : -each], scratch[-each:]
-    logits = q.new_empty(batch, heads, slots, dtype=torch.float32) if observes else None
-    parts: dict[str, Any] = {"p_logits": logits, "p_max": best, "p_sum": total, "p_acc": acc, "splits": splits, **size}
-    parts |= {"G": group, "GP": 1 if group == 1 else power_of_two(group, 16), "DV": wide, "BDV": power_of_two(wide, 16)}
-    launch(
-        split_kernel,
-        (batch * kv_heads, splits),
-        q.device,
-        **shared,
-        **parts,
-        p_q=q,
-        p_knew=token.k,
-        p_vnew=token.v,
-        p_k=k,
-        p_v=v,
-        p_pos=state.pos,
-        s_qb=q.stride(0),
-        s_qh=q.stride(1),
-        s_kb=token.k.stride(0),
-        s_kh=token.k.stride(1),
-        s_vb=token.v.stride(0),
-        s_vh=token.v.stride(1),
-        scale=softmax.scale,
-        D=dim,
-        BD=power_of_two(dim, 16),
-        N=len(plan[Statistics].stats),
-        LOGITS=observes,
-        SOFTCAP=float(softmax.softcap),
-        PRECISION=precision(target(q.device)),
-    )
-    out = q.new_empty(batch, heads, 1, wide)
-    launch(
-        combine_kernel,
-        (batch * kv_heads, splits),
-        q.device,
-        **shared,
-        **parts,
-        p_sinks=None if softmax.sinks is None else softmax.sinks.contiguous(),
-        p_out=out,
-        BS=power_of_two(splits),
-        BC=max(1, min(power_of_two(splits), 4096 // parts["BDV"])),
-        SINKS=softmax.sinks is not None,
-        ADD=observation.decode == "add",
-        MEAN=observation.group == "mean",
-        SUM=stat(plan, "sum") if observes else -1,
-        SUMSQ=stat(plan, "sumsq") if observes else -1,
-        COUNT=stat(plan, "count") if observes else -1,
-    )
-    return out
+class _Sizes:
+    """Grids, scratch and constants of a step under a rule: they follow from shapes alone.
+
+    Attributes:
+        splits, programs: programs of a row of slots that attend; that end the step.
+        floats: of scratch.
+        split, ending, victim: arguments of the kernels; `victim` only if it is launched.
+    """
+
+    def __init__(self, plan: Rule, shape: tuple[int, ...], on: Target) -> None:
+        group, rows, slots, dim, wide, each = shape
+        looks, together = observes(plan), plan.evicts and plan[Ranking].together
+        config, whole = _config(max(dim, wide), each, on), power_of_two(group)
+        block = _block(plan, whole, on)
+        self.splits = _splits(rows, slots, config["BN"], on)
+        self.programs = max(blocks(slots, block) if looks or plan.evicts else 1, group)
+        self.floats = rows * (group * self.splits * (wide + 2) + self.programs + slots * (group * looks + (constants(plan)["TOP"] > 0)))
+        shared = {"G": group, "DV": wide, "LOGITS": looks}
+        wide2, split2 = power_of_two(wide, 16), power_of_two(self.splits)
+        self.split = {
+            **shared,
+            **config,
+            "GP": 1 if group == 1 else power_of_two(group, 16),
+            "D": dim,
+            "BD": power_of_two(dim, 16),
+            "BDV": wide2,
+            "N": len(plan[Statistics].stats),
+            "COLUMNS": constants(plan)["COLUMNS"],
+            "COUNTED": counted(plan),
+            "PRECISION": precision(on),
+        }
+        fixed, number = constants(plan), numbers(plan)
+        # preferences that torch finds equal must be equal here
+        after = {**shared, **fixed, **number, "BE": block, "num_warps": 4, "enable_fp_fusion": fixed["TOP"] == 0}
+        after["BP"] = power_of_two(self.programs)
+        self.ending = {
+            **after,
+            **observed(plan),
+            "GS": whole,
+            "BDV": wide2,
+            "BS": split2,
+            "BC": max(1, min(split2, 4096 // wide2)),
+            "ENDS": not together,
+            "LONE": not (looks or plan.evicts),
+            "EVICTS": plan.evicts,
+        }
+        self.victim = after if together else None
 
 
-def _evict(state: State, plan: Rule, shared: dict[str, Any]) -> None:
-    """Advance the cursor and free the victim's slot."""
-    pos = state.pos
-    (batch, kv_heads, slots), scope = pos.shape, plan[Scope]
-    scoped = scope.scope_num > 0 and plan.evicts
-    deviation = torch.empty(pos.shape, dtype=torch.float32, device=pos.device) if scoped else None
-    block = min(power_of_two(slots, 128), 2048)
-    budget: dict[str, Any] = {**vars(plan[Budget]), **vars(plan[Protected])}
-    budget |= {
-        "p_pos": pos,
-        "p_deviation": deviation,
-        "SUM": stat(plan, "sum"),
-        "COUNT": stat(plan, "count"),
-        "BLOCK": block,
-    }
-    if scoped:
-        plain = {name: shared[name] for name in ("p_stats", "p_cursor", "position", "C", "HKV")}
-        launch(
-            deviation_kernel,
-            (batch * kv_heads, blocks(slots, block)),
-            pos.device,
-            **plain,
-            **budget,
-            SUMSQ=stat(plan, "sumsq"),
-            num_warps=4,
-            enable_fp_fusion=False,
-        )
-    launch(
-        victim_kernel,
-        (batch * kv_heads,),
-        pos.device,
-        **shared,
-        **budget,
-        scope_num=scope.scope_num,
-        scope_den=scope.scope_den,
-        SCORE=_SCORES[plan[Ranking].score],
-        ALL=plan[Ranking].together,
-        SCOPE=scoped,
-        EVICTS=plan.evicts,
-        num_warps=4,
-        enable_fp_fusion=False,
-    )
+def _sizes(plan: Rule, shape: tuple[int, ...], on: Target) -> _Sizes:
+    """Found once for each rule, shape and device."""
+    known = plan.derived.setdefault(_sizes, {})
+    found: _Sizes | None = known.get((shape, on))
+    if found is None:
+        found = known[shape, on] = _Sizes(plan, shape, on)
+    return found
+
+
+def _block(plan: Rule, group: int, on: Target) -> int:
+    """Slots that a program of `ending_kernel` takes at once."""
+    if on.kind == "interpret":
+        return 16
+    return max(128, 4096 // group) if observes(plan) else 1024
 
 
 def _splits(rows: int, slots: int, block: int, on: Target) -> int:
-    """Programs per (b, KV head): to fill the device twice, with two blocks or more each; a power of two <= 64."""
-    wanted = max(1, min(2 * on.cores // rows, slots // (2 * block), 64))
-    return 1 << (wanted.bit_length() - 1)
+    """Programs per (b, KV head), each with two blocks or more: a power of two <= 256.
+
+    The fewest that keep nearly all of the device's places (two programs on a core) busy until the end.
+    """
+    places, most = 2 * on.cores, max(1, min(slots // (2 * block), 256))
+    tried = [1 << n for n in range(most.bit_length())]
+
+    def busy(splits: int) -> float:
+        return rows * splits / (blocks(rows * splits, places) * places)
+
+    return next((n for n in tried if busy(n) >= 0.85), max(tried, key=busy))
 
 
 def _config(dim: int, bytes_each: int, on: Target) -> dict[str, int]:
-    """Pinned block size of split_kernel and combine_kernel by head dim and element size. Not tuned on hardware."""
+    """Pinned block size of split_kernel by head dim and element size. Not tuned on hardware."""
     if on.kind == "interpret":
         return {"BN": 16, "num_warps": 4, "num_stages": 1}
     large = dim > 128 or bytes_each > 2
