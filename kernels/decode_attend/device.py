@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from kvpass.kernels.attention.masks import by_kv_head, check_shown, visible
+from kvpass.kernels.attention.masks import by_kv_head, visible
 from kvpass.kernels.attention.observation import Observation, emitted
 from kvpass.kernels.attention.softmax import Softmax
 from kvpass.kernels.attention.visibility import BEFORE, COUNT, END
@@ -38,7 +38,8 @@ class Here(NamedTuple):
 
 
 def decode_attend_device(token: Token, state: State, call: Call) -> Tensor:
-    """See `kvpass.kernels.decode_attend.decode_attend`. That there is room, and `check_shown`, the device asserts."""
+    """See `kvpass.kernels.decode_attend.decode_attend`. That there is room, and what
+    `kvpass.kernels.attention.masks.check_shown` says, is asserted by the device."""
     plan, cursor, slots = call.rule.of_steps, state.cursor, Slots(state.cursor, state.slots)
     at = call.at
     now = torch.full((1, 1, 1), call.position, dtype=torch.int32, device=cursor.device)
@@ -86,7 +87,7 @@ def _check(call: Call, now: Tensor, state: State, slots: Slots) -> None:
         low = lowest(call.sees, past)
         found = past if low is None else past - low
         found = found if call.bounds is None else torch.minimum(call.bounds[:, BEFORE], found)
-    check_shown(found, cursor[:, 0, SEEN])
+    torch._assert_async((cursor[:, 0, SEEN] >= found).all(), "the mask shows tokens that were taken for padding")
     room = (cursor[..., LIVE, None] < slots.width).all()
     torch._assert_async(room, "decode_attend: no room for the token, all slots of a head are in use")
 

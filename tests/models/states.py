@@ -118,9 +118,10 @@ def state_under(
 def _protected_first(middle: Tensor, held: int, rule: Rule) -> Tensor:
     """Positions in an order in which the first and the last tokens come first."""
     sinks, recent = rule[Protected].sinks, int(recent_of(rule, held + 8)) + 4
-    safe = (middle < sinks) | (middle >= len(middle) - recent)
-    order = torch.cat([middle[safe], middle[~safe]])
-    return order[:held][torch.argsort(middle[:held])]
+    newest = torch.arange(len(middle) - 1, max(len(middle) - recent, sinks) - 1, -1)
+    safe = torch.cat([torch.arange(sinks), newest])
+    order = torch.cat([safe, middle[~torch.isin(middle, safe)]])[:held]
+    return order[torch.argsort(middle[:held])]
 
 
 def _statistics(rule: Rule, pos: Tensor, seen: int, g: torch.Generator) -> Tensor:
