@@ -116,26 +116,43 @@ def test_triton_takes_all_but_rings() -> None:
     assert given_up == {"cascading"}
 
 
-@pytest.mark.parametrize("name", list(builtin()))
-def test_the_op_on_fake_cuda_tensors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The op as it is called, with the choice of implementation that CUDA gets."""
-    rule = builtin()[name]
-    token, state, _ = given(rule, "none", False)
+def faked(name: str, device: str, run: Callable[..., Tensor]) -> Tensor:
+    """A step on fake tensors, which have no contents to read."""
+    (q, k, v, arrive), state, _ = given(builtin()[name], "none", False)
     tokens, at = torch.ones(2, SEEN + 4, dtype=torch.bool), torch.tensor([SEEN], dtype=torch.int32)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, record(H100):
+    with FakeTensorMode(allow_non_fake_inputs=True), record(H100):
 
-        def cuda(x: Tensor) -> Tensor:
-            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
+        def there(x: Tensor) -> Tensor:
+            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
 
-        with mode:
-            inputs: Any = tree_map_only(Tensor, cuda, (token, state.tensors(), tokens, at))
-            (q, k, v, arrive), tensors, tokens, at = inputs
-            out = decode_attend(
-                q, k, v, None, tensors, 0, 0.3, rule.encode(), arrive=arrive, sees="causal window=100", tokens=tokens,
-                at=at,
-            )  # fmt: skip
+        q, k, v, arrive, state, tokens, at = tree_map_only(
+            Tensor, there, (q, k, v, arrive, state.tensors(), tokens, at)
+        )
+        told = {"arrive": arrive, "sees": "causal window=100", "tokens": tokens, "at": at}
+        return run(q, k, v, None, state, 0, 0.3, builtin()[name].encode(), **told)
+
+
+@pytest.mark.parametrize("name", [name for name in builtin() if name != "cascading"])
+def test_the_op_on_fake_cuda_tensors(name: str) -> None:
+    """The op as it is called, with the implementation that CUDA gets. (Torch without CUDA cannot index fake tensors of
+    CUDA, which Triton's path does not.)
+    """
+    out = faked(name, "cuda", decode_attend)
     assert out.device.type == "cuda"
     assert out.shape == (2, 4, 1, 16)
+
+
+@pytest.mark.parametrize("name", ["cascading", "h2o", "ada_snapkv"])
+def test_torch_on_fake_tensors(name: str) -> None:
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, mask: None, state: list[Tensor], position: int, scale: float, rule: str,
+        *, arrive: Tensor | None, **told: Any,
+    ) -> Tensor:  # fmt: skip
+        plan = Rule.parse(rule)
+        call = Call.of_step(mask, position, Softmax(scale), plan, **told)
+        return decode_attend_device(Token(q, k, v, arrive), State.of(state, plan), call)
+
+    assert faked(name, "cpu", run).shape == (2, 4, 1, 16)
 
 
 @pytest.mark.parametrize("name", [name for name, rule in builtin().items() if rule[Statistics].arrives])
