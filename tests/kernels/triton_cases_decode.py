@@ -23,18 +23,21 @@ from interpreted import (
 )
 from kvpass.kernels.budget import Budget
 from kvpass.kernels.compact_slots.reference import compact_slots_reference
+from kvpass.kernels.attention.visibility import token_bounds
 from kvpass.kernels.decode_attend.triton import _splits
+from kvpass.kernels.decode_attend.triton_terms import understood
 from kvpass.kernels.prefill_attend.reference import prefill_attend_reference
 from kvpass.kernels.rank.criterion import Ranking
 from kvpass.kernels.rank.places import Protected
 from kvpass.kernels.rank.scores import score_slots
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.select_slots.reference import select_slots_reference
-from kvpass.kernels.slots.cursor import FREE, LIVE, SEEN
+from kvpass.kernels.slots.cursor import FIRST, FREE, LIVE, SEEN
 from kvpass.kernels.slots.state import State
 from kvpass.kernels.slots.statistics import Statistics
 from kvpass.kernels.testing import assert_close, bits, empty_state, qkv, random_state
 from kvpass.kernels.triton_shared.triton_launch import Target
+from models.states import arriving, builtin, same, state_under
 from naive_attention import naive_decode
 from torch import Tensor
 
@@ -210,6 +213,72 @@ def test_decode_ties(name: str) -> None:
     decode_attend_reference(*args, want.tensors(), 70, SCALE, rule.encode())
     assert torch.equal(state.pos, want.pos)
     assert torch.equal(state.cursor, want.cursor)
+
+
+def told(kind: str, position: int) -> list[Any]:
+    """What a step sees, as the op's last arguments: words, tokens, bounds, the position on the device."""
+    tokens = torch.ones(2, position + 2, dtype=torch.bool)
+    at = torch.tensor([position], dtype=torch.int32)
+    if kind == "window":
+        return ["causal window=100", None, None, at]
+    if kind == "chunk":
+        return ["causal chunk=64", tokens[:1], None, None]
+    if kind == "pads":  # row 0 carries a pad now and then, row 1 had some
+        tokens[0, 161::2] = False
+        tokens[1, 100:110] = False
+        return ["causal window=140", tokens, None, at]
+    tokens[0, :0] = False
+    tokens[1, 90:120] = False
+    return ["causal", tokens, None, at if kind == "holes at" else None]
+
+
+def run_told(rule: Rule, kind: str, steps: int = 2, seen: int = 160) -> None:
+    """Steps that are told what they see in words, tokens and bounds, against the reference."""
+    got = state_under(rule, seen)
+    want = got.clone()
+    for i in range(steps):
+        new, position = qkv(2, 4, 2, 1, 16, keys=1, seed=i), seen + i
+        words = told(kind, position) if kind != "none" else ["", None, None, None]
+        extras, before = (None, 0.0, arriving(rule, seen + i)), got.clone()
+        on_host = 0 if words[3] is not None else position  # what the host says means nothing then
+        x = decode_attend_triton(*new, None, got.tensors(), on_host, SCALE, rule.encode(), *extras, *words)
+        y = decode_attend_reference(*new, None, want.tensors(), position, SCALE, rule.encode(), *extras, *words[:3])
+        assert_close(x, y, what=f"out at step {i}")
+        same(got, want, before, i)
+
+
+UNDERSTOOD = [name for name, rule in builtin().items() if understood(rule)]
+
+
+@pytest.mark.parametrize("name", UNDERSTOOD)
+def test_policy(name: str) -> None:
+    """The rules of all built-in policies, but for that with rings."""
+    run_told(builtin()[name], "none")
+
+
+@pytest.mark.parametrize("kind", ["window", "chunk", "holes", "holes at", "pads"])
+@pytest.mark.parametrize("name", ["h2o", "scissorhands", "ada_snapkv", "corm", "tova", "full"])
+def test_words(name: str, kind: str) -> None:
+    run_told(builtin()[name], kind, 3 if kind == "pads" else 1)
+
+
+def test_plain_left_padding_reads_no_tokens() -> None:
+    """The row's bounds say that the tokens hide nothing: what they say is not looked up."""
+    rule = builtin()["h2o"]
+    state = state_under(rule, 160)
+    new, tokens = qkv(2, 4, 2, 1, 16, keys=1), torch.ones(2, 161, dtype=torch.bool)
+    state.cursor[1, :, FIRST], state.cursor[1, :, SEEN] = 30, 130
+    state.pos[1] = torch.where(state.pos[1] < 30, state.pos[1], state.pos[1])
+    held = state.pos[1] >= 0
+    state.pos[1][held] = (state.pos[1][held] % 130) + 30
+    tokens[1, :30] = False
+    bounds = token_bounds(tokens, 160, 1)
+    lies = torch.zeros_like(tokens)  # would hide everything
+    outs = []
+    for given in (tokens, lies):
+        args = (state.clone().tensors(), 160, SCALE, rule.encode(), None, 0.0, None, "causal", given, bounds)
+        outs.append(decode_attend_triton(*new, None, *args))
+    assert torch.equal(*outs)
 
 
 def _compact_reference(keys: Any, idx: Tensor, cursor: Tensor, state: list[Tensor]) -> None:
