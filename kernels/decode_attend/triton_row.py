@@ -69,11 +69,10 @@ def shown(p_pos, p_tokens, o_n, m_n, low, far, asks, WORDS: tl.constexpr, TOKENS
     where `sight` says that nothing is hidden.
     """
     if WORDS or TOKENS:
-        b_pos = tl.load(p_pos + o_n, mask=m_n & ((far | asks) > 0), other=2147483647)
+        b_pos = tl.load(p_pos + o_n, mask=tl.where(m_n, far | asks, 0) > 0, other=2147483647)
         m_n = m_n & (b_pos >= low)
         if TOKENS:
-            m_asked = m_n & (asks > 0)
-            b_token = tl.load(p_tokens + b_pos, mask=m_asked, other=1)
+            b_token = tl.load(p_tokens + b_pos, mask=tl.where(m_n, asks, 0) > 0, other=1)
             m_n = m_n & (b_token != 0)
     return m_n
 
