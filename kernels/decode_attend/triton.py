@@ -7,7 +7,7 @@ Grids and scratch depend on shapes alone and nothing is read back, so a CUDA gra
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from kvpass.kernels.choose import WIDEST
@@ -20,13 +20,13 @@ from kvpass.kernels.triton_shared.triton_launch import (
     Target,
     blocks,
     check_head_dims,
-    launch,
     mask_arguments,
     power_of_two,
     precision,
     rows_last,
     target,
 )
+from kvpass.kernels.triton_shared.triton_prepared import Prepared
 from torch import Tensor
 
 from .triton_ending import ending_kernel, victim_kernel
@@ -41,140 +41,121 @@ def supports(token: Token, state: State, call: Call) -> bool:
 
 def decode_attend_triton(token: Token, state: State, call: Call) -> Tensor:
     """See `kvpass.kernels.decode_attend.decode_attend`. The state tensors are contiguous."""
-    q, k, v = (rows_last(x) for x in (token.q, token.k, token.v))
-    check_head_dims(q.shape[3], state.v.shape[3])
-    plan, device, (batch, kv_heads, slots, dim) = call.rule.of_steps, q.device, state.k.shape
-    heads, wide, rows = q.shape[1], state.v.shape[3], batch * kv_heads
-    sizes = _sizes(plan, (heads // kv_heads, rows, slots, dim, wide, q.element_size()), target(device))
-    splits, programs, group = sizes.splits, sizes.programs, heads // kv_heads
-    out = q.new_empty(batch, heads, 1, wide)
-    given = _given(call) | {
-        "p_pos": state.pos,
-        "p_stats": state.stats,
-        "p_cursor": state.cursor,
-        "p_scratch": torch.empty(sizes.floats, dtype=torch.float32, device=device),
-        "p_whole": torch.empty(rows * (1 + splits + 2 * programs), dtype=torch.int32, device=device),
-        "C": slots,
-        "HKV": kv_heads,
-        "splits": splits,
-    }
-    arrive, sinks = token.arrive, call.softmax.sinks
-    launch(
-        split_kernel,
-        (rows, splits),
-        device,
-        **given,
-        **sizes.split,
-        p_q=q,
-        p_knew=k,
-        p_vnew=v,
-        p_arrive=None if arrive is None else arrive.contiguous(),
-        p_k=state.k,
-        p_v=state.v,
-        s_qb=q.stride(0),
-        s_qh=q.stride(1),
-        s_kb=k.stride(0),
-        s_kh=k.stride(1),
-        s_vb=v.stride(0),
-        s_vh=v.stride(1),
-        s_tb=0 if call.tokens is None or len(call.tokens) == 1 else call.tokens.stride(0),
-        p_tokens=None if call.tokens is None else rows_last(call.tokens).view(torch.uint8),
-        scale=call.softmax.scale,
-        ARRIVE=arrive is not None,
-        SOFTCAP=float(call.softmax.softcap),
-    )
-    launch(
-        ending_kernel,
-        (rows, programs),
-        device,
-        **given,
-        **sizes.ending,
-        p_sinks=None if sinks is None else sinks.contiguous(),
-        p_out=out,
-        SINKS=sinks is not None,
-    )
-    if sizes.victim:
-        launch(victim_kernel, (rows, programs), device, **given, **sizes.victim)
+    q, k, v, arrive = token
+    if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1:
+        q, k, v = (rows_last(x) for x in (q, k, v))
+    mask, bounds, at, softmax, tokens = call.mask, call.bounds, call.at, call.softmax, call.tokens
+    if tokens is not None:
+        tokens = rows_last(tokens).view(torch.uint8)
+    hidden, step = mask_arguments(mask), _prepared(Token(q, k, v, arrive), state, call)
+    p_mask, s_mb, s_mh, s_mt = (hidden[name] for name in ("p_mask", "s_mb", "s_mh", "s_mt"))
+    s_nb = 0 if bounds is None or bounds.shape[0] == 1 else bounds.stride(0)
+    s_tb = 0 if tokens is None or tokens.shape[0] == 1 else tokens.stride(0)
+    scratch = torch.empty(step.floats, dtype=torch.float32, device=q.device)
+    whole = torch.empty(step.integers, dtype=torch.int32, device=q.device)
+    out = q.new_empty(step.out)
+    shared = (
+        p_mask, bounds, at, state.pos, state.stats, state.cursor, scratch, whole, s_mb, s_mh, s_mt, s_nb,
+        0 if at is not None else call.position,
+    )  # fmt: skip
+    arrive = arrive if arrive is None else arrive.contiguous()
+    step.split.launch(*shared, q, k, v, state.k, state.v, arrive, tokens, s_tb)
+    step.ending.launch(*shared, softmax.sinks if softmax.sinks is None else softmax.sinks.contiguous(), out)
+    if step.victim:
+        step.victim.launch(*shared)
     return out
 
 
-def _given(call: Call) -> dict[str, Any]:
-    """What the call says: where its token is, and what that sees."""
-    mask, bounds, at = call.mask, call.bounds, call.at
-    hidden = mask_arguments(mask)
-    hidden.pop("s_mq")
-    heads = 1 if mask is None else mask.shape[1]
+SHARED = (
+    *("p_mask", "p_bounds", "p_at", "p_pos", "p_stats", "p_cursor", "p_scratch", "p_whole"),
+    *("s_mb", "s_mh", "s_mt", "s_nb", "position"),
+)
+"""What a launch of each kernel gives, in order; then each its own."""
+SPLIT = (*SHARED, "p_q", "p_knew", "p_vnew", "p_k", "p_v", "p_arrive", "p_tokens", "s_tb")
+ENDING = (*SHARED, "p_sinks", "p_out")
+
+
+class _Step(NamedTuple):
+    """The launches of a step, and sizes of what is allocated for it: they follow from shapes alone."""
+
+    split: Prepared
+    ending: Prepared
+    victim: Prepared | None
+    floats: int
+    integers: int
+    out: tuple[int, ...]
+
+
+def _prepared(token: Token, state: State, call: Call) -> _Step:
+    """Made once for each rule, shapes and words."""
+    q, rule, softmax, mask, at = token.q, call.rule, call.softmax, call.mask, call.at
+    known = rule.derived.setdefault(_prepared, {})
+    key = (
+        *(q.shape, q.stride(), token.k.stride(), token.v.stride(), state.k.shape, state.v.shape[3], q.dtype, q.device),
+        *(token.arrive is None, call.tokens is None, call.sees, softmax.scale, softmax.softcap, target(q.device)),
+        None if softmax.sinks is None else softmax.sinks.dtype,
+        None if mask is None else (mask.dtype, mask.shape[1]),
+        None if at is None else at.dtype,
+    )
+    found: _Step | None = known.get(key)
+    if found is None:
+        check_head_dims(q.shape[3], state.v.shape[3])
+        if len(known) >= 256:  # lengths that grow leave old ones behind
+            known.clear()
+        found = known[key] = _prepare(token, state, call)
+    return found
+
+
+def _prepare(token: Token, state: State, call: Call) -> _Step:
+    q, k, v, _ = token
+    plan, device, on, (batch, kv_heads, slots, dim) = call.rule.of_steps, q.device, target(q.device), state.k.shape
+    heads, wide, rows = q.shape[1], state.v.shape[3], batch * kv_heads
+    group, looks, together = heads // kv_heads, observes(plan), plan.evicts and plan[Ranking].together
+    config, whole, fixed = _config(max(dim, wide), q.element_size(), on), power_of_two(group), constants(plan)
+    block, splits = _block(plan, whole, on), _splits(rows, slots, config["BN"], on)
+    programs = max(blocks(slots, block) if looks or plan.evicts else 1, group)
+    wide2, splits2 = power_of_two(wide, 16), power_of_two(splits)
+    shared: dict[str, Any] = _seen(call) | {
+        "C": slots, "HKV": kv_heads, "splits": splits, "G": group, "DV": wide, "LOGITS": looks,
+        "COLUMNS": fixed["COLUMNS"],
+    }  # fmt: skip
+    split = {
+        **shared, **config, "D": dim, "BD": power_of_two(dim, 16), "BDV": wide2, "N": len(plan[Statistics].stats),
+        "GP": 1 if group == 1 else power_of_two(group, 16), "COUNTED": counted(plan), "PRECISION": precision(on),
+        "s_qb": q.stride(0), "s_qh": q.stride(1), "s_kb": k.stride(0), "s_kh": k.stride(1), "s_vb": v.stride(0),
+        "s_vh": v.stride(1), "scale": call.softmax.scale, "SOFTCAP": float(call.softmax.softcap),
+        "ARRIVE": token.arrive is not None,
+    }  # fmt: skip
+    # preferences that torch finds equal must be equal here: no fused multiply-add
+    after = {**shared, **fixed, **numbers(plan), "num_warps": 4, "enable_fp_fusion": fixed["TOP"] == 0}
+    after |= {"BE": block, "BP": power_of_two(programs)}
+    ending = {
+        **after, **observed(plan), "GS": whole, "BDV": wide2, "BS": splits2, "BC": max(1, min(splits2, 4096 // wide2)),
+        "SINKS": call.softmax.sinks is not None, "ENDS": not together, "LONE": not (looks or plan.evicts),
+        "EVICTS": plan.evicts,
+    }  # fmt: skip
+    return _Step(
+        Prepared(split_kernel, (rows, splits), device, SPLIT, **split),
+        Prepared(ending_kernel, (rows, programs), device, ENDING, **ending),
+        Prepared(victim_kernel, (rows, programs), device, SHARED, **after) if together else None,
+        floats=rows * (group * splits * (wide + 2) + programs + slots * (group * looks + (fixed["TOP"] > 0))),
+        integers=rows * (1 + splits + 2 * programs),
+        out=(batch, heads, 1, wide),
+    )
+
+
+def _seen(call: Call) -> dict[str, Any]:
+    """Constants of what the call says of what its token sees."""
+    hidden, heads = mask_arguments(call.mask), 1 if call.mask is None else call.mask.shape[1]
     return {
-        **hidden,
+        **{name: hidden[name] for name in ("MASK", "HIDDEN")},
         "mask_heads": heads,
         "HEADS": power_of_two(heads),
-        "p_bounds": bounds,
-        "s_nb": 0 if bounds is None or len(bounds) == 1 else bounds.stride(0),
-        "p_at": at,
-        "position": 0 if at is not None else call.position,
-        "AT": at is not None,
+        "AT": call.at is not None,
         "WINDOW": call.sees.window,
         "CHUNK": call.sees.chunk,
         "TOKENS": call.tokens is not None,
     }
-
-
-class _Sizes:
-    """Grids, scratch and constants of a step under a rule: they follow from shapes alone.
-
-    Attributes:
-        splits, programs: programs of a row of slots that attend; that end the step.
-        floats: of scratch.
-        split, ending, victim: arguments of the kernels; `victim` only if it is launched.
-    """
-
-    def __init__(self, plan: Rule, shape: tuple[int, ...], on: Target) -> None:
-        group, rows, slots, dim, wide, each = shape
-        looks, together = observes(plan), plan.evicts and plan[Ranking].together
-        config, whole = _config(max(dim, wide), each, on), power_of_two(group)
-        block = _block(plan, whole, on)
-        self.splits = _splits(rows, slots, config["BN"], on)
-        self.programs = max(blocks(slots, block) if looks or plan.evicts else 1, group)
-        self.floats = rows * (group * self.splits * (wide + 2) + self.programs + slots * (group * looks + (constants(plan)["TOP"] > 0)))
-        shared = {"G": group, "DV": wide, "LOGITS": looks}
-        wide2, split2 = power_of_two(wide, 16), power_of_two(self.splits)
-        self.split = {
-            **shared,
-            **config,
-            "GP": 1 if group == 1 else power_of_two(group, 16),
-            "D": dim,
-            "BD": power_of_two(dim, 16),
-            "BDV": wide2,
-            "N": len(plan[Statistics].stats),
-            "COLUMNS": constants(plan)["COLUMNS"],
-            "COUNTED": counted(plan),
-            "PRECISION": precision(on),
-        }
-        fixed, number = constants(plan), numbers(plan)
-        # preferences that torch finds equal must be equal here
-        after = {**shared, **fixed, **number, "BE": block, "num_warps": 4, "enable_fp_fusion": fixed["TOP"] == 0}
-        after["BP"] = power_of_two(self.programs)
-        self.ending = {
-            **after,
-            **observed(plan),
-            "GS": whole,
-            "BDV": wide2,
-            "BS": split2,
-            "BC": max(1, min(split2, 4096 // wide2)),
-            "ENDS": not together,
-            "LONE": not (looks or plan.evicts),
-            "EVICTS": plan.evicts,
-        }
-        self.victim = after if together else None
-
-
-def _sizes(plan: Rule, shape: tuple[int, ...], on: Target) -> _Sizes:
-    """Found once for each rule, shape and device."""
-    known = plan.derived.setdefault(_sizes, {})
-    found: _Sizes | None = known.get((shape, on))
-    if found is None:
-        found = known[shape, on] = _Sizes(plan, shape, on)
-    return found
 
 
 def _block(plan: Rule, group: int, on: Target) -> int:
