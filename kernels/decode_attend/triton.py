@@ -48,31 +48,26 @@ def decode_attend_triton(token: Token, state: State, call: Call) -> Tensor:
     if tokens is not None:
         tokens = rows_last(tokens).view(torch.uint8)
     hidden, step = mask_arguments(mask), _prepared(Token(q, k, v, arrive), state, call)
-    p_mask, s_mb, s_mh, s_mt = (hidden[name] for name in ("p_mask", "s_mb", "s_mh", "s_mt"))
-    s_nb = 0 if bounds is None or bounds.shape[0] == 1 else bounds.stride(0)
-    s_tb = 0 if tokens is None or tokens.shape[0] == 1 else tokens.stride(0)
     scratch = torch.empty(step.floats, dtype=torch.float32, device=q.device)
     whole = torch.empty(step.integers, dtype=torch.int32, device=q.device)
     out = q.new_empty(step.out)
-    shared = (
-        p_mask, bounds, at, state.pos, state.stats, state.cursor, scratch, whole, s_mb, s_mh, s_mt, s_nb,
-        0 if at is not None else call.position,
-    )  # fmt: skip
+    shared = hidden["p_mask"], bounds, at, state.pos, state.stats, state.cursor, scratch, whole
+    s_nb = 0 if bounds is None or bounds.shape[0] == 1 else bounds.stride(0)
+    s_tb = 0 if tokens is None or tokens.shape[0] == 1 else tokens.stride(0)
+    numbers = hidden["s_mb"], hidden["s_mh"], hidden["s_mt"], s_nb, 0 if at is not None else call.position
     arrive = arrive if arrive is None else arrive.contiguous()
-    step.split.launch(*shared, q, k, v, state.k, state.v, arrive, tokens, s_tb)
-    step.ending.launch(*shared, softmax.sinks if softmax.sinks is None else softmax.sinks.contiguous(), out)
+    step.split.launch((*shared, q, k, v, state.k, state.v, arrive, tokens), (*numbers, s_tb))
+    step.ending.launch((*shared, softmax.sinks if softmax.sinks is None else softmax.sinks.contiguous(), out), numbers)
     if step.victim:
-        step.victim.launch(*shared)
+        step.victim.launch(shared, numbers)
     return out
 
 
-SHARED = (
-    *("p_mask", "p_bounds", "p_at", "p_pos", "p_stats", "p_cursor", "p_scratch", "p_whole"),
-    *("s_mb", "s_mh", "s_mt", "s_nb", "position"),
-)
+SHARED = "p_mask", "p_bounds", "p_at", "p_pos", "p_stats", "p_cursor", "p_scratch", "p_whole"
+NUMBERS = "s_mb", "s_mh", "s_mt", "s_nb", "position"
 """What a launch of each kernel gives, in order; then each its own."""
-SPLIT = (*SHARED, "p_q", "p_knew", "p_vnew", "p_k", "p_v", "p_arrive", "p_tokens", "s_tb")
-ENDING = (*SHARED, "p_sinks", "p_out")
+SPLIT = (*SHARED, "p_q", "p_knew", "p_vnew", "p_k", "p_v", "p_arrive", "p_tokens"), (*NUMBERS, "s_tb")
+ENDING = (*SHARED, "p_sinks", "p_out"), NUMBERS
 
 
 class _Step(NamedTuple):
@@ -135,9 +130,9 @@ def _prepare(token: Token, state: State, call: Call) -> _Step:
         "EVICTS": plan.evicts,
     }  # fmt: skip
     return _Step(
-        Prepared(split_kernel, (rows, splits), device, SPLIT, **split),
-        Prepared(ending_kernel, (rows, programs), device, ENDING, **ending),
-        Prepared(victim_kernel, (rows, programs), device, SHARED, **after) if together else None,
+        Prepared(split_kernel, (rows, splits), device, *SPLIT, **split),
+        Prepared(ending_kernel, (rows, programs), device, *ENDING, **ending),
+        Prepared(victim_kernel, (rows, programs), device, SHARED, NUMBERS, **after) if together else None,
         floats=rows * (group * splits * (wide + 2) + programs + slots * (group * looks + (fixed["TOP"] > 0))),
         integers=rows * (1 + splits + 2 * programs),
         out=(batch, heads, 1, wide),

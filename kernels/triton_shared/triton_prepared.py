@@ -19,32 +19,39 @@ class Prepared:
     by that and launched directly, as Triton's tutorials do.
 
     Args:
-        kernel: its integers that change are among `do_not_specialize`.
+        kernel: its numbers that change are among `do_not_specialize`.
         grid: not empty.
         device: of the tensors.
-        changing: names of the arguments that a launch gives, in that order. A tensor keeps its dtype.
+        tensors, numbers: names of the arguments that a launch gives, in that order. A tensor keeps its dtype, and that
+            it is None; numbers are not negative.
         staying: all others, and options of the launch.
     """
 
     def __init__(
-        self, kernel: Any, grid: tuple[int, ...], device: torch.device, changing: tuple[str, ...], **staying: Any
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        device: torch.device,
+        tensors: tuple[str, ...],
+        numbers: tuple[str, ...],
+        **staying: Any,
     ) -> None:
         names: list[str] = kernel.arg_names
         staying.setdefault("enable_fp_fusion", True)  # triton's default changes with 3.10
-        missing = set(names) - set(changing) - set(staying)
+        missing = set(names) - {*tensors, *numbers} - set(staying)
         if missing:
             raise TypeError(f"{kernel.__name__}: no argument for {', '.join(sorted(missing))}")
         self._kernel, self._grid, self._device, self._names = kernel, grid, device, names
         self._whole_grid = (*grid, 1, 1)[:3]
         self._options = {name: value for name, value in staying.items() if name not in names}
         self._values = [staying.get(name) for name in names]
-        self._places = [names.index(name) for name in changing]
-        self._compiled: dict[tuple[Any, ...], Any] = {}
+        self._places = [names.index(name) for name in (*tensors, *numbers)]
+        self._compiled: dict[Any, Any] = {}
 
-    def launch(self, *given: Tensor | int | None) -> None:
+    def launch(self, tensors: tuple[Tensor | None, ...], numbers: tuple[int, ...]) -> None:
         """On the current stream of the device."""
         values = self._values.copy()
-        for place, value in zip(self._places, given, strict=True):
+        for place, value in zip(self._places, (*tensors, *numbers), strict=True):
             values[place] = value
         listed = recording()
         if listed:
@@ -52,8 +59,8 @@ class Prepared:
             return
         device = self._device
         other = device.type == "cuda" and torch.cuda.current_device() != device.index
-        with torch.cuda.device(device) if other else nullcontext():
-            kind = tuple([_kind(x) for x in given])
+        with torch.cuda.device(device) if other else _HERE:
+            kind = _kind(tensors, numbers)
             found = self._compiled.get(kind)
             if found is not None:
                 found[self._whole_grid](*values)
@@ -63,8 +70,18 @@ class Prepared:
                 self._compiled[kind] = found
 
 
-def _kind(x: Tensor | int | None) -> bool | None:
-    """What Triton compiles anew for."""
-    if isinstance(x, Tensor):
-        return x.data_ptr() % 16 == 0
-    return None if x is None else -(2**31) <= x < 2**31
+_HERE = nullcontext()
+
+
+def _kind(tensors: tuple[Tensor | None, ...], numbers: tuple[int, ...]) -> Any:
+    """What Triton compiles anew for; True if all pointers are aligned and no number is large."""
+    bits = large = 0
+    for x in tensors:
+        if x is not None:
+            bits |= x.data_ptr()
+    for n in numbers:
+        large |= n
+    if bits % 16 == 0 and large < 2**31:
+        return True
+    aligned = tuple([x is not None and x.data_ptr() % 16 == 0 for x in tensors])
+    return aligned, tuple([n < 2**31 for n in numbers])
