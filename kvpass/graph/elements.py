@@ -47,7 +47,10 @@ class Elements:
         step = _STEPS.get(call_name(value))
         if step is None or depth > LIMIT or any(changes(user) and operand(user) is value for user in value.users):
             return self.read(value, index)
-        found = step(_At(self, value, index, depth + 1))
+        try:
+            found = step(_At(self, value, index, depth + 1))
+        except (TypeError, ValueError, AttributeError, IndexError):  # a spelling that the step does not know
+            found = None
         return self.read(value, index) if found is None else found
 
     def read(self, node: fx.Node, index: Index) -> Any:
@@ -58,7 +61,8 @@ class Elements:
 
 
 def scalar(value: Any) -> Any:
-    """A Python number, bool or SymInt as sympy has it."""
+    """A Python number, bool or SymInt, or the node of one, as sympy has it."""
+    value = example(value) if isinstance(value, fx.Node) else value
     if isinstance(value, (torch.SymInt, torch.SymFloat)):
         return value.node.expr
     return sympy.true if value is True else sympy.false if value is False else sympy.sympify(value)
