@@ -1,7 +1,7 @@
 """decode_attend in torch where nothing may be read back: what CUDA runs of the rules that Triton does not take.
 
-Fixed shapes, masks instead of ranges, no branch on data, so that a CUDA graph can hold a step. All slots are read, those
-that are not in use too, and all of them as float32: for rings, latent attention and heads wider than 256, which are few.
+Fixed shapes, masks instead of ranges, no branch on data, so that a CUDA graph can hold a step. All slots are read,
+those not in use too, and all as float32: for rings, latent attention and heads wider than 256, which are few.
 """
 
 from __future__ import annotations
@@ -96,13 +96,18 @@ def _append(token: Token, state: State, here: Here) -> None:
     """Write what the token brings into its slots, and what other fields begin with, in the rows where it is valid."""
     slots, cursor = here.slots, state.cursor
     arrive = None if token.arrive is None else token.arrive.unsqueeze(-1)
-    brought: dict[str, Any] = {"k": token.k, "v": token.v, "pos": here.now.expand(*cursor.shape[:2], 1), "stats": arrive}
+    brought: dict[str, Any] = {
+        "k": token.k,
+        "v": token.v,
+        "pos": here.now.expand(*cursor.shape[:2], 1),
+        "stats": arrive,
+    }
     places = (slots.first + cursor[..., FREE]).flatten()
     valid = here.arrived.expand(*cursor.shape[:2], 1).reshape(-1)
     for field, tensor in state.per_slot():
         if not tensor.numel():
             continue
-        value = brought.get(field.name)
+        value: Any = brought.get(field.name)
         value = field.fill if value is None else value
         if value is None:
             continue
@@ -132,9 +137,7 @@ def _shown(call: Call, pos: Tensor, here: Here) -> tuple[Tensor, Tensor | None]:
     return used, None
 
 
-def _probabilities(
-    q: Tensor, k: Tensor, shown: Tensor, added: Tensor | None, slots: Slots, softmax: Softmax
-) -> Tensor:
+def _probabilities(q: Tensor, k: Tensor, shown: Tensor, added: Tensor | None, slots: Slots, softmax: Softmax) -> Tensor:
     """float32 [B, Hkv, G, C], 0 where a slot is hidden or empty, all 0 in rows that see nothing."""
     batch, heads = k.shape[:2]
     queries = (q.float() * softmax.factor).reshape(batch, heads, -1, q.shape[3])

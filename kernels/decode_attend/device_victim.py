@@ -46,9 +46,7 @@ def evict(state: State, slots: Slots, used: Tensor, now: Tensor, arrived: Tensor
         target.copy_(torch.where(arrived, value, target))
 
 
-def _driven_out(
-    state: State, number: Tensor, size: Tensor, arrived: Tensor, plan: Rule
-) -> tuple[Tensor, Tensor]:
+def _driven_out(state: State, number: Tensor, size: Tensor, arrived: Tensor, plan: Rule) -> tuple[Tensor, Tensor]:
     """The token finds its ring: which slot it drives out, bool [B, Hkv, C], and whether it drives out any."""
     rings, cursor = state.stats[stat(plan, RING)], state.cursor
     moved, score = rings.clone(), slot_scores(state.stats, state.pos, plan, number)
@@ -62,8 +60,8 @@ def _driven_out(
 def _victim(
     state: State, slots: Slots, used: Tensor, step: tuple[Tensor, Tensor, Tensor, Tensor], plan: Rule
 ) -> tuple[Tensor, Tensor]:
-    """The slot that each head would give up, bool [B, Hkv, C], and its score [B, Hkv, 1]. Lowest unprotected score, ties
-    evict the newer. step: position, the token's number, the first position and the budget of the heads.
+    """The slot that each head would give up, bool [B, Hkv, C], and its score [B, Hkv, 1]. Lowest unprotected score,
+    ties evict the newer. step: position, the token's number, the first position and the budget of the heads.
     """
     (now, number, first, size), stats, pos = step, state.stats, state.pos
     latest = slots.of(number)
@@ -88,8 +86,8 @@ def _victim(
 def _exposed(
     slots: Slots, used: Tensor, pos: Tensor, step: tuple[Tensor, Tensor, Tensor, Tensor], plan: Rule
 ) -> tuple[Tensor, Tensor]:
-    """First and last that may be evicted, after the sinks and before the recent window: [B, Hkv, 1], numbers if the rule
-    keeps them, else positions.
+    """First and last that may be evicted, after the sinks and before the recent window: [B, Hkv, 1], numbers if the
+    rule keeps them, else positions.
     """
     (now, number, first, size), sinks = step, plan[Protected].sinks
     recent = recent_of(plan, size) + torch.zeros_like(number)

@@ -51,12 +51,13 @@ def decode_attend_triton(token: Token, state: State, call: Call) -> Tensor:
     scratch = torch.empty(step.floats, dtype=torch.float32, device=q.device)
     whole = torch.empty(step.integers, dtype=torch.int32, device=q.device)
     out = q.new_empty(step.out)
-    shared = hidden["p_mask"], bounds, at, state.pos, state.stats, state.cursor, scratch, whole
+    keys, values, *held = state.tensors()
+    shared = hidden["p_mask"], bounds, at, *held, scratch, whole
     s_nb = 0 if bounds is None or bounds.shape[0] == 1 else bounds.stride(0)
     s_tb = 0 if tokens is None or tokens.shape[0] == 1 else tokens.stride(0)
     numbers = hidden["s_mb"], hidden["s_mh"], hidden["s_mt"], s_nb, 0 if at is not None else call.position
     arrive = arrive if arrive is None else arrive.contiguous()
-    step.split.launch((*shared, q, k, v, state.k, state.v, arrive, tokens), (*numbers, s_tb))
+    step.split.launch((*shared, q, k, v, keys, values, arrive, tokens), (*numbers, s_tb))
     step.ending.launch((*shared, softmax.sinks if softmax.sinks is None else softmax.sinks.contiguous(), out), numbers)
     if step.victim:
         step.victim.launch(shared, numbers)

@@ -1,5 +1,5 @@
-"""Device code of decode_attend, what follows attention: sum the splits, update the statistics, pick the slot that goes if
-over budget, advance the cursor. One launch; scores that are means over heads need a second one, `victim_kernel`.
+"""Device code of decode_attend, what follows attention: sum the splits, update the statistics, pick the slot that goes
+if over budget, advance the cursor. One launch; scores that are means over heads need a second one, `victim_kernel`.
 """
 
 # mypy: ignore-errors
@@ -114,8 +114,8 @@ def end_step(
     SUMSQ: tl.constexpr, COUNT: tl.constexpr, NUMBER: tl.constexpr, MARK: tl.constexpr, WEIGHT: tl.constexpr,
     WEIGHT_FLOOR: tl.constexpr, DECAY: tl.constexpr,
 ):  # fmt: skip
-    """Search this program's share of the slots; the last program of the row frees the victim's (pos -1) and advances the
-    cursor. Of the slots it reads statistics and pos only. CUT: below it a slot goes though the budget is not passed.
+    """Search this program's share of the slots; the last program of the row frees the victim's (pos -1) and moves the
+    cursor on. Of the slots it reads statistics and pos only. CUT: below it a slot goes though the budget is not passed.
     """
     plane = tl.num_programs(0).to(tl.int64) * C
     p_best, p_preference, p_age, p_free = candidates(p_whole, p_scratch, C, splits, G, DV, LOGITS)
@@ -129,11 +129,11 @@ def end_step(
         p_cursor, position, slots, num, den, floor, layer,
         COLUMNS, SINKS_KEPT, RECENT, RECENT_NUM, RECENT_DEN, HALVED, NUMBER >= 0, OBSERVED, BETA, LAYERS,
     )  # fmt: skip
-    looks = (used > size) | (CUT > float("-inf"))
+    looks = (used > size) | (float("-inf") < CUT)
     sure, tied = tl.full((), 0, tl.int64), tl.full((), 0, tl.int64)
     limit = tl.full((), -1, tl.int64)
     i_h = (i_r % HKV).to(tl.int32)
-    if EVICTS:  # decided when compiling
+    if EVICTS:  # noqa: SIM102 (decided when compiling)
         if looks:
             if TOP:
                 prefer(
@@ -152,7 +152,7 @@ def end_step(
                 tl.store(p_free + o_own, slot)
     if last_one(p_counter, LONE):
         live, free = used, used
-        if EVICTS:  # decided when compiling
+        if EVICTS:  # noqa: SIM102 (decided when compiling)
             if looks:
                 if parted:
                     old, young = ends(p_pos, used, recent, position, SINKS_KEPT, BE)
@@ -200,7 +200,7 @@ def ending_kernel(
     SCORE: tl.constexpr, BY: tl.constexpr, NUMBER: tl.constexpr, MARK: tl.constexpr, WEIGHT: tl.constexpr,
     WEIGHT_FLOOR: tl.constexpr, DECAY: tl.constexpr,
 ):  # fmt: skip
-    """out [B, Hq, 1, Dv] from the splits; statistics of the slots from the logits; and, if it ENDS the step, `end_step`.
+    """out [B, Hq, 1, Dv] from the splits; statistics of the slots from the logits; if it ENDS the step, `end_step`.
 
     Program: (b, KV head) x share of the query heads and of the slots, in blocks of BE. BS >= splits, GS >= G, BP >=
     programs of a row: powers of two. Indices of statistics are -1 where they are not kept, or not observed.
@@ -211,7 +211,7 @@ def ending_kernel(
     i_h = (i_r % HKV).to(tl.int32)
     b_lse = log_sums(p_max, p_sum, p_sinks, i_r, i_h, splits, G, GS, BS, SINKS)  # [GS]
     combine(p_acc, p_max, p_sum, p_out, b_lse, i_r, splits, G, GS, DV, BDV, BC)
-    arrived, low, far, asks = sight(
+    arrived, _, _, _ = sight(
         p_mask, p_bounds, p_cursor + i_r * COLUMNS + 3, i_r // HKV, position, mask_heads, s_mb, s_mh, s_mt, s_nb,
         WINDOW, CHUNK, TOKENS, HEADS, MASK, HIDDEN,
     )  # fmt: skip
@@ -249,7 +249,7 @@ def victim_kernel(
     """`end_step` with scores that are means over heads, when the statistics of all heads are written. Same grid."""
     i_r, position = rows(0), now(p_at, position, AT)
     zero = slot_zero(p_cursor, i_r, C, COLUMNS)
-    arrived, low, far, asks = sight(
+    arrived, _, _, _ = sight(
         p_mask, p_bounds, p_cursor + i_r * COLUMNS + 3, i_r // HKV, position, mask_heads, s_mb, s_mh, s_mt, s_nb,
         WINDOW, CHUNK, TOKENS, HEADS, MASK, HIDDEN,
     )  # fmt: skip

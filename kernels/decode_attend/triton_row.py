@@ -173,4 +173,3 @@ def candidates(p_whole, p_scratch, C, splits, G: tl.constexpr, DV: tl.constexpr,
     programs = tl.num_programs(1)
     p_age = p_whole + n * (1 + splits)
     return p_best, p_best + n * programs, p_age, p_age + n * programs
-

@@ -1,4 +1,4 @@
-"""Device code of decode_attend: which slot goes. Programs of a row search shares of its slots; the last one that is done
+"""Device code of decode_attend: which slot goes. Programs of a row search shares of its slots; the last that is done
 picks among what they found, and ends the step.
 
 Scores and orders are those of `kvpass.kernels.rank.ranking`, rounded as torch rounds them (true division and root).
@@ -34,11 +34,8 @@ def base_score(
     p_slot, plane, o_c, m_c, b_pos, seen,
     SCORE: tl.constexpr, BY: tl.constexpr, COUNT: tl.constexpr, NUMBER: tl.constexpr, DECAY: tl.constexpr,
 ):  # fmt: skip
-    """Scores of one head before the heads' mean and a value weight, float32. seen: the row's valid tokens, this one too."""
-    if SCORE == BY_POSITION:
-        b_x = b_pos.to(tl.float32)
-    else:
-        b_x = kept(p_slot, plane, o_c, m_c, BY)
+    """Scores of one head, before the heads' mean and a value weight: float32. seen: the row's tokens, with this one."""
+    b_x = b_pos.to(tl.float32) if SCORE == BY_POSITION else kept(p_slot, plane, o_c, m_c, BY)
     if (SCORE == BY_MEAN) | (SCORE == BY_SHARE):
         b_x = tl.div_rn(b_x, tl.maximum(kept(p_slot, plane, o_c, m_c, COUNT), 1.0))
     if SCORE == BY_AGE:
@@ -165,7 +162,9 @@ def prefer(
 
 
 @triton.jit
-def reach(p_preference, p_pos, used, size, TOP: tl.constexpr, NUM: tl.constexpr, DEN: tl.constexpr, BLOCK: tl.constexpr):
+def reach(
+    p_preference, p_pos, used, size, TOP: tl.constexpr, NUM: tl.constexpr, DEN: tl.constexpr, BLOCK: tl.constexpr
+):
     """Keys and position from which on preferences are out of reach, see `search`. Protected slots come first."""
     exposed = count_from(p_preference, used, LEAST, BLOCK)
     wanted = size * NUM // DEN - (used - exposed)

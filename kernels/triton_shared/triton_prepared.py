@@ -14,9 +14,9 @@ from triton.compiler import CompiledKernel  # type: ignore[import-untyped]  # no
 class Prepared:
     """A kernel with its grid and the arguments that stay.
 
-    Triton's own launch looks at all arguments to find the compiled kernel, which costs more than some kernels take. What
-    it looks at in those that change is whether pointers are aligned and whether integers need 64 bits: kernels are kept
-    by that and launched directly, as Triton's tutorials do.
+    Triton's own launch looks at all arguments to find the compiled kernel, which costs more than some kernels take.
+    What it looks at in those that change is whether pointers are aligned and integers need 64 bits: kernels are kept by
+    that and launched directly, as Triton's tutorials do.
 
     Args:
         kernel: its numbers that change are among `do_not_specialize`.

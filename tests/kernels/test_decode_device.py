@@ -1,4 +1,4 @@
-"""decode_attend without reading back, against the reference: the same tokens kept under every built-in policy's rule."""
+"""decode_attend without reading back, against the reference: the same tokens kept under all built-in policies."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from models.states import arriving, builtin, same, state_under
 from kvpass.kernels.attention.softmax import Softmax
 from kvpass.kernels.decode_attend.call import Call, Token
 from kvpass.kernels.decode_attend.device import decode_attend_device
 from kvpass.kernels.decode_attend.reference import decode_attend_reference
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.testing import assert_close, qkv
+from models.states import arriving, builtin, same, state_under
 from torch import Tensor
 
 SEEN, SCALE = 240, 0.3

@@ -15,10 +15,10 @@ import pytest
 import torch
 from kvpass.kernels import choose
 from kvpass.kernels.attention.softmax import Softmax
+from kvpass.kernels.decode_attend import decode_attend
 from kvpass.kernels.decode_attend.call import Call, Token
 from kvpass.kernels.decode_attend.device import decode_attend_device
 from kvpass.kernels.decode_attend.reference import decode_attend_reference
-from kvpass.kernels.decode_attend import decode_attend
 from kvpass.kernels.rank.scored import Scoring, arrivals
 from kvpass.kernels.rank.weights import Weight
 from kvpass.kernels.rule import Rule

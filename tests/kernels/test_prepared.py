@@ -1,4 +1,4 @@
-"""Prepared launches, with stand-ins for Triton's kernels: which is launched, with what, and when one is compiled anew."""
+"""Prepared launches, with stand-ins for Triton's kernels: which is launched, with what, when one is compiled."""
 
 from __future__ import annotations
 

@@ -21,9 +21,9 @@ from interpreted import (
     prefill_attend_triton,
     select_slots_triton,
 )
+from kvpass.kernels.attention.visibility import token_bounds
 from kvpass.kernels.budget import Budget
 from kvpass.kernels.compact_slots.reference import compact_slots_reference
-from kvpass.kernels.attention.visibility import token_bounds
 from kvpass.kernels.decode_attend.triton import _splits
 from kvpass.kernels.decode_attend.triton_terms import understood
 from kvpass.kernels.prefill_attend.reference import prefill_attend_reference

@@ -158,7 +158,9 @@ def arriving(rule: Rule, number: int, batch: int = 2, heads: int = 2) -> Tensor 
         if keeps(rule, name):
             out[stat(rule, name)] = number
     if keeps(rule, "scored"):
-        out[stat(rule, "scored")] = later(torch.tensor(number).int()) if number % 2 else torch.randn(batch, heads, generator=g)
+        out[stat(rule, "scored")] = (
+            later(torch.tensor(number).int()) if number % 2 else torch.randn(batch, heads, generator=g)
+        )
     if keeps(rule, WEIGHT):
         out[stat(rule, WEIGHT)] = 1 + torch.rand(batch, heads, generator=g)
     return out
