@@ -14,6 +14,7 @@ from kvpass.kernels.choose import WIDEST
 from kvpass.kernels.decode_attend.call import Call, Token
 from kvpass.kernels.rank.criterion import Ranking
 from kvpass.kernels.rule import Rule
+from kvpass.kernels.slots.ragged import Ragged
 from kvpass.kernels.slots.state import State
 from kvpass.kernels.slots.statistics import Statistics
 from kvpass.kernels.triton_shared.triton_launch import (
@@ -108,7 +109,9 @@ def _prepare(token: Token, state: State, call: Call) -> _Step:
     heads, wide, rows = q.shape[1], state.v.shape[3], batch * kv_heads
     group, looks, together = heads // kv_heads, observes(plan), plan.evicts and plan[Ranking].together
     config, whole, fixed = _config(max(dim, wide), q.element_size(), on), power_of_two(group), constants(plan)
-    block, splits = _block(plan, whole, on), _splits(rows, slots, config["BN"], on)
+    # heads of one length need one wave of programs; of unequal ones, a few, so that none is long
+    waves = 4 if plan[Ragged].ragged else 1
+    block, splits = _block(plan, whole, on), _splits(rows, slots, config["BN"], on, waves)
     programs = max(blocks(slots, block) if looks or plan.evicts else 1, group)
     wide2, splits2 = power_of_two(wide, 16), power_of_two(splits)
     shared: dict[str, Any] = _seen(call) | {
@@ -161,10 +164,11 @@ def _block(plan: Rule, group: int, on: Target) -> int:
     return max(128, min(1024, 4096 // group)) if observes(plan) else 1024
 
 
-def _splits(rows: int, slots: int, block: int, on: Target) -> int:
+def _splits(rows: int, slots: int, block: int, on: Target, waves: int = 1) -> int:
     """Programs per (b, KV head), each with two blocks or more: a power of two <= 256.
 
-    The fewest that keep nearly all of the device's places (two programs on a core) busy until the end.
+    The fewest that fill the device's places (two programs on a core) so many times and keep nearly all of them busy
+    until the end.
     """
     places, most = 2 * on.cores, max(1, min(slots // (2 * block), 256))
     tried = [1 << n for n in range(most.bit_length())]
@@ -172,7 +176,8 @@ def _splits(rows: int, slots: int, block: int, on: Target) -> int:
     def busy(splits: int) -> float:
         return rows * splits / (blocks(rows * splits, places) * places)
 
-    return next((n for n in tried if busy(n) >= 0.85), max(tried, key=busy))
+    full = [n for n in tried if rows * n >= 0.85 * waves * places and busy(n) >= 0.85]
+    return full[0] if full else max(tried, key=busy) if waves == 1 else tried[-1]
 
 
 def _config(dim: int, bytes_each: int, on: Target) -> dict[str, int]:

@@ -5,11 +5,14 @@ Not collected by a plain `pytest`: test_triton_interpreter.py and tests/gpu run 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from interpreted import (
+    DEVICE,
+    INTERPRETED,
     RULES,
     SCALE,
     SINKS,
@@ -21,10 +24,13 @@ from interpreted import (
     prefill_attend_triton,
     select_slots_triton,
 )
+from kvpass.kernels.attention.softmax import Softmax
 from kvpass.kernels.attention.visibility import token_bounds
 from kvpass.kernels.budget import Budget
 from kvpass.kernels.compact_slots.reference import compact_slots_reference
+from kvpass.kernels.decode_attend.call import Call, Token
 from kvpass.kernels.decode_attend.triton import _splits
+from kvpass.kernels.decode_attend.triton import decode_attend_triton as decode_attend_launched
 from kvpass.kernels.decode_attend.triton_terms import understood
 from kvpass.kernels.prefill_attend.reference import prefill_attend_reference
 from kvpass.kernels.rank.criterion import Ranking
@@ -134,6 +140,18 @@ def test_decode_sinks_in_splits(mask: str, live: int) -> None:
     state = random_state(torch.tensor([[live]]), 140, 24, RULES["roco"], seen=300, value_dim=20)
     run_decode(RULES["roco"], state, mask, 4, 300, 2, extras=(SINKS, 0.8))
     assert _splits(1, 140, 16, Target("interpret", 0, 2)) == 4
+
+
+@pytest.mark.parametrize(
+    ("rows", "slots", "waves", "splits"),
+    [
+        *((8, 32768, 1, 32), (64, 8192, 1, 4), (256, 2048, 1, 1), (160, 8192, 1, 8), (96, 8192, 1, 8)),
+        *((2, 32768, 1, 128), (1, 32768, 1, 256), (8, 200, 1, 1), (8, 32768, 4, 128), (8, 1024, 4, 8)),
+    ],
+)
+def test_splits_fill_the_device(rows: int, slots: int, waves: int, splits: int) -> None:
+    """132 cores with two places each: one wave of programs, or as many as make it even."""
+    assert _splits(rows, slots, 64, Target("cuda", 90, 132), waves) == splits
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -296,6 +314,63 @@ def test_plain_left_padding_reads_no_tokens() -> None:
         args = (state.clone().tensors(), 160, SCALE, rule.encode(), None, 0.0, None, "causal", given, bounds)
         outs.append(decode_attend_triton(*new, None, *args))
     assert torch.equal(*outs)
+
+
+def test_one_graph_for_all_steps() -> None:
+    """What a CUDA graph holds is replayed at other positions, with tokens that come: on a GPU captured for real, and
+    nothing may wait for the device; in the interpreter called again, with a host that says nothing new.
+    """
+    rule, start = builtin()["h2o"], 160
+    got = state_under(rule, start)
+    want = got.clone()
+    there = State([t.to(DEVICE) for t in got.tensors()])
+    at, tokens = torch.tensor([start], dtype=torch.int32), torch.ones(2, start + 9, dtype=torch.bool)
+    tokens[1, 100:110] = False
+    fixed = [x.to(DEVICE) for x in (*qkv(2, 4, 2, 1, 16, keys=1), at, tokens)]
+
+    def step() -> Tensor:
+        q, k, v, position, shown = fixed
+        call = Call.of_step(None, 0, Softmax(SCALE), rule, 0, "causal window=120", shown, None, position)
+        return decode_attend_launched(Token(q, k, v), there, call)
+
+    replay = captured(step, there)
+    for i in range(4):
+        new = qkv(2, 4, 2, 1, 16, keys=1, seed=i)
+        for held, x in zip(fixed, (*new, torch.tensor([start + i])), strict=False):
+            held.copy_(x)
+        x = replay()
+        args = (want.tensors(), start + i, SCALE, rule.encode(), None, 0.0, None, "causal window=120", tokens)
+        y = decode_attend_reference(*new, None, *args)
+        assert_close(x.cpu(), y, what=f"out at step {i}")
+        assert torch.equal(there.pos.cpu(), want.pos)
+        assert torch.equal(there.cursor.cpu(), want.cursor)
+
+
+def captured(step: Callable[[], Tensor], state: State) -> Callable[[], Tensor]:
+    """The step as a graph's replay, or in the interpreter itself; the state is as before."""
+    if INTERPRETED:
+        return step
+    before, side = state.clone(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for held, old in zip(state.tensors(), before.tensors(), strict=True):
+        held.copy_(old)
+
+    def replay() -> Tensor:
+        graph.replay()
+        return out
+
+    return replay
 
 
 def _compact_reference(keys: Any, idx: Tensor, cursor: Tensor, state: list[Tensor]) -> None:
