@@ -97,9 +97,9 @@ def update(
 @triton.jit
 def last_one(p_counter, LONE: tl.constexpr):
     """Whether all other programs of the row are done. What they wrote is seen from here on."""
+    tl.debug_barrier()  # every warp has read the old cursor, and written what it found
     if LONE:
         return tl.program_id(1) == 0
-    tl.debug_barrier()  # every warp has read the old cursor, and written what it found
     return tl.atomic_add(p_counter, 1, sem="acq_rel") == tl.num_programs(1) - 1
 
 
