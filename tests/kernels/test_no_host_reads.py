@@ -33,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 pytest.importorskip("triton", reason="triton is not installed")
+from kvpass.kernels.decode_attend import triton as launcher
 from kvpass.kernels.decode_attend.triton import decode_attend_triton, supports
 from kvpass.kernels.triton_shared.triton_launch import Target, record
 
@@ -114,6 +115,11 @@ def test_a_step(name: str) -> None:
 def test_triton_takes_all_but_rings() -> None:
     given_up = {name for name, rule in builtin().items() if not supports(*given(rule, "none", False))}
     assert given_up == {"cascading"}
+
+
+def test_what_cuda_runs_instead() -> None:
+    for name, runs in [("cascading", decode_attend_device), ("h2o", decode_attend_triton)]:
+        assert choose.kernel("decode_attend", torch.device("cuda"), *given(builtin()[name], "none", False)) is runs
 
 
 def faked(name: str, device: str, run: Callable[..., Tensor]) -> Tensor:
@@ -199,6 +205,18 @@ def test_the_check_can_fail(fault: str, monkeypatch: pytest.MonkeyPatch) -> None
     planted(fault, FAULTS[fault], monkeypatch)
     with pytest.raises(HostRead), unread():
         decode_attend_device(*given(builtin()["h2o"], "none", False))
+
+
+def test_a_launcher_that_reads_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = launcher._prepared
+
+    def read(token: Token, state: State, call: Call) -> Any:
+        assert int(state.cursor[0, 0, 0]) < state.slots
+        return whole(token, state, call)
+
+    monkeypatch.setattr(launcher, "_prepared", read)
+    with pytest.raises(HostRead), unread(), record(H100):
+        decode_attend_triton(*given(builtin()["h2o"], "none", False))
 
 
 def test_the_reference_reads() -> None:
