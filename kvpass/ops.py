@@ -22,7 +22,8 @@ SCHEMAS = {
     "-> (Tensor, Tensor, Tensor)",
     "join_slots": "(Tensor[] state, Tensor k_new, Tensor v_new, SymInt position, str rule) -> Tensor[]",
     "score_slots": "(Tensor stats, Tensor? past_stats, Tensor? pos, Tensor valid, Tensor cursor, SymInt position, "
-    "str rule, str sees='', Tensor? mask=None, Tensor? bounds=None, Tensor? k=None, Tensor? v=None, Tensor? rows=None, Tensor? wo=None, "
+    "str rule, str sees='', Tensor? mask=None, Tensor? bounds=None, "
+    "Tensor? k=None, Tensor? v=None, Tensor? rows=None, Tensor? wo=None, "
     "Tensor? hidden=None, Tensor? marks=None, Tensor? queries=None, Tensor? turns=None) "
     "-> (Tensor, Tensor, Tensor)",
     "select_slots": "(Tensor score, Tensor cursor, SymInt capacity) -> Tensor",

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from kvpass.kernels.attention.masks import count_shown, visible
@@ -49,7 +49,8 @@ class Sees:
             TypeError: a word that is none of the above.
         """
         parts = (word.partition("=") for word in text.split())
-        return Sees(**{word: int(number) if given else True for word, given, number in parts})
+        said: dict[str, Any] = {word: int(number) if given else True for word, given, number in parts}
+        return Sees(**said)
 
     def encode(self) -> str:
         """The words as the ops take them."""
@@ -72,14 +73,16 @@ class Sees:
 
         i: their places in their call, for `corner`.
         """
-        parts = []
+        parts: list[Tensor] = []
         if self.causal:
             parts.append(where <= (i if self.corner and i is not None else p))
         if self.window:
             parts.append(where > p - self.window)
         if self.chunk:
             parts.append(where // self.chunk == p // self.chunk)
-        found = parts[0] if parts else None
+        if not parts:
+            return None
+        found = parts[0]
         for part in parts[1:]:
             found = found & part
         return found
@@ -198,7 +201,7 @@ def shown_before(sees: Sees, bounds: Tensor | None, mask: Tensor | None, positio
     if bounds is not None:
         found = bounds[:, BEFORE].clamp(max=found)
     if mask is not None:
-        found = count_shown(mask, position).clamp(max=found)  # type: ignore[arg-type]  # an int or a tensor
+        found = count_shown(mask, position).clamp(max=found)
     return found
 
 
@@ -217,7 +220,7 @@ def folded(mask: Tensor, sees: Sees, tokens: Tensor | None, position: int) -> Te
 
 
 def as_mask(shown: Shown, keys: int) -> Tensor:
-    """The words and tokens as the mask [1 or B, 1, S, T] that they stand for, True = seen: what a proof is checked by."""
+    """The words and tokens as the mask that they stand for, bool [1 or B, 1, S, T]: what a proof is checked by."""
     device = shown.tokens.device if shown.tokens is not None else "cpu"
     found = shown.keys(torch.arange(keys, device=device)[None, None], 0, shown.queries)
     return found.expand(-1, -1, shown.queries, -1)

@@ -35,10 +35,10 @@ def prefill_attend(
     key l has position l; else int32 [B, Hkv, L], -1 = empty (finite k and v), the last S keys are the call's own. mask:
     bool (True = attend) or additive float, broadcastable to [B, Hq, S, T], looked up at the keys' positions. sees: the
     words of `Sees`, what queries see besides, at positions `position` + i; tokens: bool [1 or B, T], hides columns that
-    hold no token; bounds: of `token_bounds`, once for all layers (None: found here). softcap: above 0, logits become softcap * tanh(logit / softcap)
-    before the mask is added. sinks: any float dtype [Hq], one more logit per query head in the softmax's denominator,
-    neither capped nor masked. A query that sees no key gets the mean of v, as softmax gives it, if that is a float
-    mask's doing, or the words say so; else zeros.
+    hold no token; bounds: of `token_bounds`, once for all layers (None: found here). softcap: above 0, logits become
+    softcap * tanh(logit / softcap) before the mask is added. sinks: any float dtype [Hq], one more logit per query head
+    in the softmax's denominator, neither capped nor masked. A query that sees no key gets the mean of v, as softmax
+    gives it, if that is a float mask's doing, or the words say so; else zeros.
 
     Returns (out [B, Hq, S, Dv] = softmax(q k^T scale + mask) v, in memory [B, S, Hq, Dv]: models transpose and view
     it so; statistics of this call (`emitted(rule)`), float32 [M, B, Hkv, L]; valid bool [B, S]). Raises ValueError on

@@ -15,8 +15,8 @@ import sympy  # type: ignore[import-untyped]  # it has no types
 import torch
 from torch import fx
 
-from kvpass.graph.calls import changes, example, operand
-from kvpass.graph.elements import Element, Elements, amount, truth
+from kvpass.graph.calls import example
+from kvpass.graph.elements import Element, Elements, amount, is_changed, truth
 from kvpass.graph.shapes import is_one, shape_of
 from kvpass.terms import MaskKind
 
@@ -99,6 +99,8 @@ def _is_wide(node: fx.Node, axes: str) -> bool:
 
 def _proved(found: Visibility, term: tuple[fx.Node, MaskKind, str, float], position: Any, elements: Elements) -> Any:
     node, kind, axes, factor = term
+    if is_changed(node):
+        raise Unproved("it is changed in place")
     index = tuple(LETTERS.get(letter) for letter in axes)[len(axes) - example(node).dim() :]
     formula = elements.at(node, index)
     if kind is MaskKind.ADD:
@@ -170,8 +172,8 @@ def _token(condition: Any, elements: Elements) -> fx.Node | None:
         return None
     name, *index = element.args
     node = elements.nodes[str(name)]
-    if any(changes(user) and operand(user) is node for user in node.users):
-        return None
+    if is_changed(node):
+        raise Unproved(f"{node.name} is changed in place")
     return node if len(index) == 2 and index[1] == K and index[0] in (B, 0) else None
 
 

@@ -54,7 +54,9 @@ def _queries(write: Writer) -> fx.Node | int:
     """How many tokens the call has."""
     site = write.site
     count = site.dims["S"]
-    return count if isinstance(count, int) else write.method("size", write.copy(site.core.q), site.core.axes.q.index("S"))
+    return (
+        count if isinstance(count, int) else write.method("size", write.copy(site.core.q), site.core.axes.q.index("S"))
+    )
 
 
 def _mask_of(write: Writer, position: fx.Node | int) -> fx.Node:

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from kvpass.kernels.attention.masks import visible
+from kvpass.kernels.attention.visibility import Sees, Shown, as_mask
+from kvpass.patterns import DEFAULT
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvpass.graph.extract import functions_of
-from kvpass.kernels.attention.masks import visible
-from kvpass.kernels.attention.visibility import Sees, Shown, as_mask
-from kvpass.patterns import DEFAULT
 from kvpass.sites.scan import scan
 from kvpass.sites.site import Site
 
@@ -100,8 +100,9 @@ NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {
     "times": lambda seen: (~seen) * -1e9,
 }
 BIASES: dict[str, Make] = {
-    "alibi": lambda real, s, past: (p_and_k(real, s, past)[1] - p_and_k(real, s, past)[0])
-    * torch.tensor([0.5, 0.25])[:, None, None],
+    "alibi": lambda real, s, past: (
+        (p_and_k(real, s, past)[1] - p_and_k(real, s, past)[0]) * torch.tensor([0.5, 0.25])[:, None, None]
+    ),
     "alibi by key": lambda real, s, past: torch.arange(real.shape[1]) * torch.tensor([0.5, 0.25])[:, None, None],
     "small": lambda real, s, past: CAUSAL["le"](real, s, past) * -0.5,
     "weak": lambda real, s, past: torch.where(CAUSAL["le"](real, s, past), 0.0, -1000.0),
@@ -203,11 +204,19 @@ def test_biases_stay_tensors(kind: str) -> None:
         assert site.seen.read == (0,), str(site.seen)
 
 
-def test_tokens_that_are_changed_in_place() -> None:
+@pytest.mark.parametrize("write", ["a part", "through a view", "through a cast", "the mask"])
+def test_what_is_changed_in_place(write: str) -> None:
     def make(real: Tensor, s: int, past: int) -> Tensor:
         tokens = real.bool()
         mask = tokens[:, None, None] & CAUSAL["le"](real, s, past)
-        tokens[:, 0] = True
+        if write == "a part":
+            tokens[:, 0] = True
+        elif write == "through a view":
+            tokens.view(-1)[:1].fill_(True)
+        elif write == "through a cast":
+            tokens.to(torch.bool).logical_not_()
+        else:
+            mask.contiguous()[..., 0].fill_(True)
         return mask & tokens[:, None, None]
 
     for site, *_ in found(make):
