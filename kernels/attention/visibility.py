@@ -88,11 +88,14 @@ class Sees:
         return found
 
 
-def token_bounds(tokens: Tensor, position: int, queries: int) -> Tensor:
+def token_bounds(tokens: Tensor, position: int, queries: int, at: Tensor | None = None) -> Tensor:
     """What a call knows of its tokens: int32 [1 or B, 4], see `FIRST`. Pure torch, any device.
 
-    tokens: bool [1 or B, T], T at least position + queries; position: of the first of the call's queries.
+    tokens: bool [1 or B, T], T at least position + queries; position: of the first of the call's queries. at: int [1],
+    that position on the device, which is not read: `position` means nothing then.
     """
+    if at is not None:
+        return _bounds_at(tokens, at, queries)
     end = position + queries
     here = tokens[:, :end]
     column = torch.arange(end, dtype=torch.int32, device=tokens.device)
@@ -101,6 +104,19 @@ def token_bounds(tokens: Tensor, position: int, queries: int) -> Tensor:
     last = torch.where(last > 0, last, end)
     before, count = here[:, :position].sum(-1), here.sum(-1)
     return torch.stack([first, last, before, count], -1).int()
+
+
+def _bounds_at(tokens: Tensor, at: Tensor, queries: int) -> Tensor:
+    """The same by comparison with all columns."""
+    begin = at.view(1, 1)
+    column = torch.arange(tokens.shape[1], dtype=torch.int32, device=tokens.device)
+    end = (begin + queries).int()
+    here = tokens & (column < end)
+    first = torch.where(here, column, end).amin(-1, keepdim=True)
+    last = torch.where(here, column + 1, 0).amax(-1, keepdim=True)
+    last = torch.where(last > 0, last, end)
+    before, count = (here & (column < begin)).sum(-1, keepdim=True), here.sum(-1, keepdim=True)
+    return torch.cat([first, last, before, count], -1).int()
 
 
 class Shown(NamedTuple):
