@@ -32,6 +32,7 @@ SCHEMAS = {
     "float scale, str rule, Tensor? sinks=None, float softcap=0.0, int latent=0, Tensor? arrive=None, str sees='', "
     "Tensor? tokens=None, Tensor? bounds=None, Tensor? at=None) -> Tensor",
     "token_bounds": "(Tensor tokens, SymInt position, SymInt queries, Tensor? at=None) -> Tensor",
+    "mask_spans": "(Tensor mask) -> Tensor",
     "written": "(Tensor mask, SymInt end) -> Tensor",
     "window_rows": "(Tensor q, Tensor k, Tensor? pos, Tensor? mask, Tensor valid, float scale, str sees, str rule, "
     "Tensor? sinks=None, float softcap=0.0, Tensor? tokens=None, SymInt position=0) -> Tensor",
@@ -41,6 +42,7 @@ SCHEMAS = {
 
 HOMES = {
     "token_bounds": "attention.visibility",
+    "mask_spans": "attention.visibility",
     "written": "attention.masks",
     "window_rows": "rank.window_rows",
     "join_slots": "slots.join_slots",
@@ -161,6 +163,10 @@ def _fake_token_bounds(tokens: Tensor, position: int, queries: int, at: Tensor |
     return tokens.new_empty(tokens.shape[0], 4, dtype=torch.int32)
 
 
+def _fake_mask_spans(mask: Tensor) -> Tensor:
+    return mask.new_empty(mask.shape[0], 4, dtype=torch.int32)
+
+
 def _fake_written(mask: Tensor, end: int) -> Tensor:
     return mask.new_empty(*mask.shape[:-1], end)
 
@@ -173,6 +179,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "compact_slots": _fake_compact_slots,
     "decode_attend": _fake_decode_attend,
     "token_bounds": _fake_token_bounds,
+    "mask_spans": _fake_mask_spans,
     "written": _fake_written,
     "window_rows": _fake_window_rows,
     "arrivals": _fake_arrivals,

@@ -4,7 +4,8 @@ python -P tests/support/sweep.py [--jobs N] [--only llama,gpt2] [--resume] [--qu
     [--limit SECONDS]
 
 Each family runs in a process of its own. --graphs counts graph breaks and --masks says what masks are taken for, with
-one attention implementation of each family; they keep the rest of the committed docs/support.json. Exits with 1 if a family that passed there fails now.
+one attention implementation of each family; they keep the rest of the committed docs/support.json. Exits with 1 if a
+family that passed there fails now.
 With --only nothing is written.
 """
 
