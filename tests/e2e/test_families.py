@@ -72,7 +72,7 @@ def test_masks_are_proved(family: str, attention: str, prompt: str) -> None:
     tells it of all families.
     """
     words = said(build(family, attention), padded=True)
-    assert words == dict.fromkeys(("prefill", "decode", "extend"), [prompt])
+    assert words == {phase: [prompt] for phase in ("prefill", "decode", "extend")}
 
 
 def test_a_mask_that_is_left_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
