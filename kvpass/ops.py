@@ -30,8 +30,9 @@ SCHEMAS = {
     "compact_slots": "(Tensor?[] keys, Tensor idx, Tensor cursor_new, Tensor(a!)[] state, str rule) -> ()",
     "decode_attend": "(Tensor q, Tensor k_new, Tensor v_new, Tensor? mask, Tensor(a!)[] state, SymInt position, "
     "float scale, str rule, Tensor? sinks=None, float softcap=0.0, int latent=0, Tensor? arrive=None, str sees='', "
-    "Tensor? tokens=None, Tensor? bounds=None) -> Tensor",
-    "token_bounds": "(Tensor tokens, SymInt position, SymInt queries) -> Tensor",
+    "Tensor? tokens=None, Tensor? bounds=None, Tensor? at=None) -> Tensor",
+    "token_bounds": "(Tensor tokens, SymInt position, SymInt queries, Tensor? at=None) -> Tensor",
+    "mask_spans": "(Tensor mask) -> Tensor",
     "written": "(Tensor mask, SymInt end) -> Tensor",
     "window_rows": "(Tensor q, Tensor k, Tensor? pos, Tensor? mask, Tensor valid, float scale, str sees, str rule, "
     "Tensor? sinks=None, float softcap=0.0, Tensor? tokens=None, SymInt position=0) -> Tensor",
@@ -41,6 +42,7 @@ SCHEMAS = {
 
 HOMES = {
     "token_bounds": "attention.visibility",
+    "mask_spans": "attention.visibility",
     "written": "attention.masks",
     "window_rows": "rank.window_rows",
     "join_slots": "slots.join_slots",
@@ -157,8 +159,12 @@ def _fake_arrivals(
     return k_new.new_empty(_statistics(rule), *cursor.shape[:2], dtype=torch.float32)
 
 
-def _fake_token_bounds(tokens: Tensor, position: int, queries: int) -> Tensor:
+def _fake_token_bounds(tokens: Tensor, position: int, queries: int, at: Tensor | None = None) -> Tensor:
     return tokens.new_empty(tokens.shape[0], 4, dtype=torch.int32)
+
+
+def _fake_mask_spans(mask: Tensor) -> Tensor:
+    return mask.new_empty(mask.shape[0], 4, dtype=torch.int32)
 
 
 def _fake_written(mask: Tensor, end: int) -> Tensor:
@@ -173,6 +179,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "compact_slots": _fake_compact_slots,
     "decode_attend": _fake_decode_attend,
     "token_bounds": _fake_token_bounds,
+    "mask_spans": _fake_mask_spans,
     "written": _fake_written,
     "window_rows": _fake_window_rows,
     "arrivals": _fake_arrivals,

@@ -17,6 +17,7 @@ GROUPS = [
     ("prefill", "test_prefill and not test_prefill_words"),
     ("prefill", "not test_prefill"),
     ("decode", "test_pipeline or ragged"),
+    ("decode", "test_policy or test_words or left_padding"),
     ("decode", "test_decode and not ragged"),
 ]
 
