@@ -52,13 +52,14 @@ class Emitter:
         keys, past = self._keys()
         k, pos = keys["k"], keys["pos"]
         values = keys["v"] if core.latent is None else write.method("narrow", k, -1, 0, core.latent.rank)
-        args = (self.q, k, values, pos, self.mask, core.scale, core.causal, self.rule, *self.extras)
+        sees = "causal corner" if core.causal else ""
+        args = (self.q, k, values, pos, self.mask, core.scale, sees, self.rule, *self.extras)
         out, emitted, valid = write.parts(write.op("prefill_attend", *args), 3)
-        read: tuple[Any, ...] = (self.mask,) if past else ()
+        read: tuple[Any, ...] = ("", self.mask, None) if past else ()
         if self.planned.arrives:
-            shown = self.q, k, pos, self.mask, valid, core.scale, core.causal, self.rule
+            shown = self.q, k, pos, self.mask, valid, core.scale, sees, self.rule
             rows = write.op("window_rows", *shown, *self.extras) if self.planned.windowed else None
-            read = (*(read or (None,)), k, keys["v"], rows, *self._read_beside(), *self._rotation())
+            read = (*(read or ("", None, None)), k, keys["v"], rows, *self._read_beside(), *self._rotation())
         before = self.state["cursor"], self.position, self.rule
         scored = write.op("score_slots", emitted, past, pos, valid, *before, *read)
         score, keys["stats"], cursor = write.parts(scored, 3)
