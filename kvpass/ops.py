@@ -29,9 +29,9 @@ SCHEMAS = {
     "compact_slots": "(Tensor?[] keys, Tensor idx, Tensor cursor_new, Tensor(a!)[] state, str rule) -> ()",
     "decode_attend": "(Tensor q, Tensor k_new, Tensor v_new, Tensor? mask, Tensor(a!)[] state, SymInt position, "
     "float scale, str rule, Tensor? sinks=None, float softcap=0.0, int latent=0, Tensor? arrive=None, str sees='', "
-    "Tensor? tokens=None, Tensor? bounds=None) -> Tensor",
-    "token_bounds": "(Tensor tokens, SymInt position, SymInt queries) -> Tensor",
-    "written": "(Tensor mask, SymInt end) -> Tensor",
+    "Tensor? tokens=None, Tensor? bounds=None, Tensor? at=None) -> Tensor",
+    "token_bounds": "(Tensor tokens, SymInt position, SymInt queries, Tensor? at=None) -> Tensor",
+    "written": "(Tensor mask, SymInt end, Tensor? at=None) -> Tensor",
     "window_rows": "(Tensor q, Tensor k, Tensor? pos, Tensor? mask, Tensor valid, float scale, str sees, str rule, "
     "Tensor? sinks=None, float softcap=0.0, Tensor? tokens=None, SymInt position=0) -> Tensor",
     "arrivals": "(Tensor k_new, Tensor v_new, Tensor cursor, SymInt position, str rule, Tensor? wo=None, "
@@ -156,12 +156,12 @@ def _fake_arrivals(
     return k_new.new_empty(_statistics(rule), *cursor.shape[:2], dtype=torch.float32)
 
 
-def _fake_token_bounds(tokens: Tensor, position: int, queries: int) -> Tensor:
+def _fake_token_bounds(tokens: Tensor, position: int, queries: int, at: Tensor | None = None) -> Tensor:
     return tokens.new_empty(tokens.shape[0], 4, dtype=torch.int32)
 
 
-def _fake_written(mask: Tensor, end: int) -> Tensor:
-    return mask.new_empty(*mask.shape[:-1], end)
+def _fake_written(mask: Tensor, end: int, at: Tensor | None = None) -> Tensor:
+    return mask.new_empty(mask.shape) if at is not None else mask.new_empty(*mask.shape[:-1], end)
 
 
 FAKES: dict[str, Callable[..., Any]] = {

@@ -85,11 +85,14 @@ class Sees:
         return found
 
 
-def token_bounds(tokens: Tensor, position: int, queries: int) -> Tensor:
+def token_bounds(tokens: Tensor, position: int, queries: int, at: Tensor | None = None) -> Tensor:
     """What a call knows of its tokens: int32 [1 or B, 4], see `FIRST`. Pure torch, any device.
 
-    tokens: bool [1 or B, T], T at least position + queries; position: of the first of the call's queries.
+    tokens: bool [1 or B, T], T at least position + queries; position: of the first of the call's queries, or `at`,
+    int32 [1].
     """
+    if at is not None:
+        position = int(at)
     end = position + queries
     here = tokens[:, :end]
     column = torch.arange(end, dtype=torch.int32, device=tokens.device)

@@ -33,6 +33,7 @@ def decode_attend(
     sees: str = "",
     tokens: Tensor | None = None,
     bounds: Tensor | None = None,
+    at: Tensor | None = None,
 ) -> Tensor:
     """Append one token, attend over the slots in use, update statistics, evict one slot if over budget.
 
@@ -44,10 +45,12 @@ def decode_attend(
     any float dtype [Hq], one more logit per query head in the softmax's denominator, neither capped nor masked. latent:
     above 0, the values are the first `latent` entries of the keys (multi-head latent attention), v_new and v have no
     entries. arrive: float32 [N, B, Hkv], the statistics of the token's slot before this query adds to them
-    (`arrivals`), zeros without.
+    (`arrivals`), zeros without. at: int32 [1], the position on the device, in the place of `position`.
 
     Returns out [B, Hq, 1, Dv] = softmax(q k^T scale + mask) v. Raises ValueError on shapes or dtypes that do not fit.
     """
+    if at is not None:
+        position = int(at)
     plan = Rule.parse(rule)
     held = State.of(state, plan)
     batch, heads, slots, dim = held.k.shape
