@@ -207,7 +207,9 @@ def _compared(at: _At) -> Any:
     left, right = at.of(at.node.args[0]), at.of(at.given(1, "other"))
     name = call_name(at.node)
     if _is_truth(left) and right.is_number and name in ("eq", "ne"):
-        return left if bool(right) == (name == "eq") and right in (0, 1) else sympy.Not(left) if right in (0, 1) else None
+        return (
+            left if bool(right) == (name == "eq") and right in (0, 1) else sympy.Not(left) if right in (0, 1) else None
+        )
     return _COMPARISONS[name](amount(left), amount(right))
 
 

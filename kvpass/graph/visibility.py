@@ -57,9 +57,7 @@ class Unproved(Exception):
     """A condition that is not known here; its text is for people."""
 
 
-def proved(
-    terms: Iterable[tuple[fx.Node, MaskKind, str, float]], causal: bool, start: Any, queries: Any
-) -> Visibility:
+def proved(terms: Iterable[tuple[fx.Node, MaskKind, str, float]], causal: bool, start: Any, queries: Any) -> Visibility:
     """What the parts of a mask say together.
 
     Args:

@@ -18,7 +18,11 @@ from kvpass.kernels.slots.cursor import LIVE, SEEN
 from kvpass.kernels.slots.moves import evened, with_slots, with_spare
 from kvpass.kernels.slots.state import State
 from kvpass.runtime.identity import Origin
+from kvpass.runtime.recordings import StepCounts
 from kvpass.terms import Layout
+
+LEAST_ROOM = 32
+"""Slots by which a state grows at least where steps are recorded: one recording for so many kept tokens."""
 
 _BY_STORAGE: WeakValueDictionary[int, SlotStore] = WeakValueDictionary()
 
@@ -47,6 +51,8 @@ class SlotStore:
             the rule is to `Reindex`, from the first call on.
         zero: how far place 0 of each row is turned, complex128 [B, D / 2], 0 for rows without a token; likewise.
         picked: rows that were last picked out of this store, what they became, and for which of K and V.
+        steps: what became of them under `mode="reduce-overhead"`; counted on the first site of each graph.
+        recorded: steps are replayed, so that the state's addresses change as seldom as may be.
     """
 
     name: str
@@ -69,6 +75,8 @@ class SlotStore:
     step: torch.Tensor | None = None
     zero: torch.Tensor | None = None
     picked: tuple[torch.Tensor, SlotStore, set[int]] | None = None
+    steps: StepCounts = StepCounts()
+    recorded: bool = False
 
     def __post_init__(self) -> None:
         k, v = self.state.k, self.state.v
@@ -130,21 +138,26 @@ class SlotStore:
         if not self.rule[ShareOut].share:
             rule = self.rule.of_steps if step else self.rule.of_call(self.tokens)
             self.used = kept(rule, tokens) if rule is self.rule else self.used + new
-            self.state = with_room(self.state, self.used)
+            self.state = with_room(self.state, self.used, self._spare(self.used))
             return
         with torch.inference_mode(False):
             if new > 1:
                 self.state = evened(self.state, new)
             elif self.spare < 1:
-                self.state, self.spare = with_spare(self.state, spare_slots(kept(self.rule, tokens)))
+                self.state, self.spare = with_spare(self.state, self._spare(kept(self.rule, tokens)))
         self.spare -= 1
+
+    def _spare(self, used: int) -> int:
+        """Free slots of a state that grows: more where each new size is recorded."""
+        return max(LEAST_ROOM if self.recorded else 1, spare_slots(used))
 
     def evict_deferred(self) -> None:
         """Drop what steps, the last of which is not counted yet, left above the budget (`Timing.every`)."""
         from kvpass.kernels.after_call.deferred import evicted
 
         with torch.inference_mode(False), torch.no_grad():
-            self.state = evicted(self.state, self.rule)
+            left = evicted(self.state, self.rule)
+            self.state = _in_place(self.state, left) if self.recorded else left
         self.used, self.waiting = kept(self.rule, self.tokens + 1), 0
 
     def give_back(self, tokens: int) -> None:
@@ -222,9 +235,19 @@ def empty_state(rule: Rule, tokens: int, like: torch.Tensor, sizes: Mapping[str,
     return State.empty(rule, like, B=sizes["B"], H=sizes["Hkv"], C=c, D=sizes["D"], V=sizes["Dv"])
 
 
-def with_room(state: State, kept: int) -> State:
-    """The same state if it has room for one token beside `kept` slots, else a longer copy."""
+def with_room(state: State, kept: int, spare: int | None = None) -> State:
+    """The same state if it has room for one token beside `kept` slots, else a copy with so many to spare."""
     if state.slots > kept:
         return state
     with torch.inference_mode(False):
-        return with_slots(state, kept + spare_slots(kept))
+        return with_slots(state, kept + (spare_slots(kept) if spare is None else spare))
+
+
+def _in_place(state: State, other: State) -> State:
+    """The other state in the memory of the first one, if it fits."""
+    pairs = list(zip(state.tensors(), other.tensors(), strict=True))
+    if any(old.shape != new.shape for old, new in pairs):
+        return other
+    for old, new in pairs:
+        old.copy_(new)
+    return state
