@@ -17,7 +17,7 @@ LIMIT = 60
 """Nodes that a value may depend on: an index is some arithmetic on a counter, not the output of a model."""
 
 
-def ancestors(*nodes: fx.Node, free: fx.Node | None = None) -> list[fx.Node]:
+def ancestors(*nodes: fx.Node, free: fx.Node | None = None, limit: int = LIMIT) -> list[fx.Node]:
     """The nodes that values are computed from, themselves too, in the graph's order; not those above `free`.
 
     Raises:
@@ -29,7 +29,7 @@ def ancestors(*nodes: fx.Node, free: fx.Node | None = None) -> list[fx.Node]:
         fresh = [upper for upper in above if upper not in found]
         found.update(fresh)
         queue += fresh
-        if len(queue) > LIMIT:
+        if len(queue) > limit:
             raise Miss(Reason.UNSUPPORTED_UPDATE, node, "where the new tokens are written takes too much computing")
     order = {n: at for at, n in enumerate(node.graph.nodes)}
     for upper in found:
@@ -45,7 +45,9 @@ def function_of(gm: fx.GraphModule, node: fx.Node) -> Callable[[Sequence[Any]], 
     return lambda args: run(args)[0]
 
 
-def functions_of(gm: fx.GraphModule, nodes: Sequence[fx.Node], free: fx.Node | None = None) -> Callable[..., Any]:
+def functions_of(
+    gm: fx.GraphModule, nodes: Sequence[fx.Node], free: fx.Node | None = None, limit: int = LIMIT
+) -> Callable[..., Any]:
     """A function from the inputs of a graph to the values of some of its nodes, a tuple; with `free`, from the inputs
     and a value for that node. Run eagerly.
     """
@@ -55,7 +57,7 @@ def functions_of(gm: fx.GraphModule, nodes: Sequence[fx.Node], free: fx.Node | N
     inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
     if free is not None:
         copy[free] = graph.placeholder("kvpass_free")
-    for current in ancestors(*nodes, free=free):
+    for current in ancestors(*nodes, free=free, limit=limit):
         if current is free:
             continue
         if current.op == "placeholder":

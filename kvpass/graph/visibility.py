@@ -7,19 +7,21 @@ leaves the mask a tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]  # it has no types
+import torch
 from torch import fx
 
-from kvpass.graph.calls import example
+from kvpass.graph.calls import changes, example, operand
 from kvpass.graph.elements import Element, Elements, truth
+from kvpass.graph.shapes import is_one, shape_of
 from kvpass.terms import MaskKind
 
-LOW = -1e4
-"""A number that is added to a logit and hides its key. Other numbers than 0 above it leave a tensor."""
+LOW = -1e8
+"""A number that is added to a logit and hides its key, as the ops have it (`masks.threshold`)."""
 
 B, H, Q, K = sympy.symbols("b h i j", integer=True, nonnegative=True)
 """Of a sequence, a query head, a query of the call, a column."""
@@ -28,78 +30,108 @@ LETTERS = {"B": B, "H": H, "S": Q, "T": K}
 
 @dataclass(frozen=True)
 class Visibility:
-    """A query at position p sees the key in column k if all that is set here says so.
+    """What was proved of a mask: a query at position p sees the key in column k if all that is set here says so.
 
     Attributes:
         causal: k <= p.
+        corner: k <= the query's place in its call, instead.
         window: above 0: k > p - window.
         chunk: above 0: k // chunk == p // chunk.
-        tokens: [B, T], not 0 where a column holds a token; None: everywhere.
+        mean: numbers hide, not truths: a query that sees nothing gets the mean of all values.
+        tokens: [1 or B, T], not 0 where a column holds a token; None: everywhere.
+        read: places of the mask's parts that were not proved: they stay tensors.
+        why: for each of these that differs from query to query, what is not known.
     """
 
     causal: bool = False
+    corner: bool = False
     window: int = 0
     chunk: int = 0
+    mean: bool = False
     tokens: fx.Node | None = None
+    read: tuple[int, ...] = ()
+    why: tuple[str, ...] = ()
 
+    @property
     def words(self) -> str:
-        """For people and for the ops: `causal window=4096 tokens`."""
-        parts = [
-            "causal" if self.causal else "",
-            f"window={self.window}" if self.window else "",
-            f"chunk={self.chunk}" if self.chunk else "",
-            "tokens" if self.tokens is not None else "",
-        ]
-        return " ".join(filter(None, parts)) or "all"
+        """As ops take them (`kvpass.kernels.attention.visibility.Sees`)."""
+        flags = [word for word in ("causal", "corner") if getattr(self, word)]
+        sizes = [f"{word}={getattr(self, word)}" for word in ("window", "chunk") if getattr(self, word)]
+        return " ".join(flags + sizes + ["mean"] * self.mean)
+
+    def __str__(self) -> str:
+        """For people: `causal window=4096 tokens`; `bias`: something is added that is the same for all queries; `causal,
+        and reads a mask (what is not known)`.
+        """
+        words = [self.words, "tokens" * (self.tokens is not None), "bias" * (len(self.read) > len(self.why))]
+        said = " ".join(filter(None, words)) or "all"
+        return f"{said}, and reads a mask ({'; '.join(self.why)})" if self.why else said
 
 
 class Unproved(Exception):
     """A condition that is not known here; its text is for people."""
 
 
-def proved(terms: Iterable[tuple[fx.Node, MaskKind, str, float]], causal: bool, start: Any, queries: Any) -> Visibility:
+def visibility(
+    terms: Sequence[tuple[fx.Node, MaskKind, str, float]], causal: bool, position: Any, elements: Elements
+) -> Visibility:
     """What the parts of a mask say together.
 
     Args:
         terms: node, kind, axes by letter and factor of each part.
-        causal: whether the attention is causal by itself, from position 0 on.
-        start: sympy; the position of the call's first query.
-        queries: sympy; how many there are.
-
-    Raises:
-        Unproved: what keeps the mask a tensor.
+        causal: whether the attention is causal by itself, from its call's first token on.
+        position: sympy; the position of query `Q`.
     """
-    found, elements, position = Visibility(causal=causal), Elements(), start + (0 if queries == 1 else Q)
-    for node, kind, axes, factor in terms:
-        index = tuple(LETTERS.get(letter) for letter in axes)[len(axes) - example(node).dim() :]
-        if None in index:
-            raise Unproved(f"axes {axes}")
-        formula = elements.at(node, index)
-        if kind is MaskKind.ADD:
-            formula = switched(formula * factor if factor != 1.0 else formula)
-        elif kind is MaskKind.HIDE:
-            formula = sympy.Not(truth(formula))
-        for condition in conditions(truth(formula)):
-            found = _with(found, condition, position, elements)
+    found = Visibility(causal=causal, corner=causal)
+    for place, term in enumerate(terms):
+        try:
+            found = _proved(found, term, position, elements)
+        except Unproved as reason:
+            why = (f"{term[0].name}: {reason}",) if _is_wide(term[0], term[2]) else ()
+            found = replace(found, read=(*found.read, place), why=(*found.why, *why))
     return found
 
 
-def switched(formula: Any) -> Any:
-    """Where a number that is added to a logit is 0, if it hides everywhere else."""
+def _is_wide(node: fx.Node, axes: str) -> bool:
+    """Whether a part of a mask differs from query to query."""
+    sizes = dict(zip(reversed(axes), reversed(shape_of(node)), strict=False))
+    return not is_one(sizes.get("S", 1))
+
+
+def _proved(found: Visibility, term: tuple[fx.Node, MaskKind, str, float], position: Any, elements: Elements) -> Any:
+    node, kind, axes, factor = term
+    index = tuple(LETTERS.get(letter) for letter in axes)[len(axes) - example(node).dim() :]
+    if None in index:
+        raise Unproved(f"axes {axes}")
+    formula = elements.at(node, index)
+    if kind is MaskKind.ADD:
+        dtype = example(node).dtype
+        low = max(torch.finfo(dtype).min / 2, LOW) if dtype.is_floating_point else LOW
+        formula = switched(formula * factor if factor != 1.0 else formula, low)
+        found = replace(found, mean=True)
+    elif kind is MaskKind.HIDE:
+        formula = sympy.Not(truth(formula))
+    for condition in conditions(truth(formula)):
+        found = _with(found, condition, position, elements)
+    return found
+
+
+def switched(formula: Any, low: float) -> Any:
+    """Where a number that is added to a logit is 0, if it is at most `low` everywhere else, which hides."""
     if formula.is_number:
-        if formula == 0 or formula <= LOW:
+        if formula == 0 or formula <= low:
             return sympy.true if formula == 0 else sympy.false
         raise Unproved(f"{formula} is added")
     if isinstance(formula, sympy.Piecewise):
         found, before = sympy.false, sympy.true
         for part, condition in formula.args:
-            found = sympy.Or(found, sympy.And(before, condition, switched(part)))
+            found = sympy.Or(found, sympy.And(before, condition, switched(part, low)))
             before = sympy.And(before, sympy.Not(condition))
         return found
     if isinstance(formula, sympy.Add):
-        return sympy.And(*map(switched, formula.args))
+        return sympy.And(*(switched(part, low) for part in formula.args))
     factor, rest = formula.as_coeff_Mul()
-    if factor <= LOW and isinstance(rest, sympy.Piecewise) and all(part in (0, 1) for part, _ in rest.args):
+    if factor <= low and isinstance(rest, sympy.Piecewise) and all(part in (0, 1) for part, _ in rest.args):
         return sympy.Not(truth(rest))
     raise Unproved(f"{formula} is added")
 
@@ -136,6 +168,8 @@ def _token(condition: Any, elements: Elements) -> fx.Node | None:
         return None
     name, *index = element.args
     node = elements.nodes[str(name)]
+    if any(changes(user) and operand(user) is node for user in node.users):
+        return None
     return node if len(index) == 2 and index[1] == K and index[0] in (B, 0) else None
 
 

@@ -12,7 +12,7 @@ from kvpass.graph.shapes import shape_of
 from kvpass.kernels.slots.ragged import Ragged
 from kvpass.kernels.slots.state import fields_of
 from kvpass.lowering.emit_heads import from_slots, regrouped, to_slots
-from kvpass.lowering.emit_masks import mask_of
+from kvpass.lowering.emit_masks import seen_of
 from kvpass.lowering.emit_nodes import Rewriting, Writer
 from kvpass.plan.plan import SitePlan
 from kvpass.runtime.steps.buffer_position import POSITION
@@ -31,20 +31,20 @@ class Emitter:
         new = self._queries(), self._heads_first(self.site.key), self._heads_first(self.site.value)
         self.q, self.new_k, self.new_v = to_slots(self.write, *new)
         self.position = self._position()
-        self.mask = mask_of(self.write, self.position)
+        self.seen = seen_of(self.write, self.position)
         self.extras = self._extras()
 
     def decode(self) -> list[fx.Node]:
         """The output of each core."""
         core = self.site.core
-        args = (self.q, self.new_k, self.new_v, self.mask, [*self.state.values()])
-        extras = self.extras
-        if core.latent is not None or self.planned.arrives:
-            extras = (*(extras or (None, 0.0)), core.latent.rank if core.latent else 0)
+        args = (self.q, self.new_k, self.new_v, self.seen.mask, [*self.state.values()])
+        extras: tuple[Any, ...] = (*self.extras, core.latent.rank if core.latent else 0, None)
         if self.planned.arrives:
             token = self.new_k, self.new_v, self.state["cursor"], self.position, self.rule
-            extras += (self.write.op("arrivals", *token, *self._read_beside()),)
-        return self._outputs(self.write.op("decode_attend", *args, self.position, core.scale, self.rule, *extras))
+            extras = (*extras[:-1], self.write.op("arrivals", *token, *self._read_beside()))
+        extras += self.seen.words, self.seen.tokens, self.seen.bounds
+        given = _without_defaults(extras, (None, 0.0, 0, None, "", None, None))
+        return self._outputs(self.write.op("decode_attend", *args, self.position, core.scale, self.rule, *given))
 
     def multi(self) -> list[fx.Node]:
         """Prefill or extend: the output of each core."""
@@ -52,15 +52,18 @@ class Emitter:
         keys, past = self._keys()
         k, pos = keys["k"], keys["pos"]
         values = keys["v"] if core.latent is None else write.method("narrow", k, -1, 0, core.latent.rank)
-        sees = "causal corner" if core.causal else ""
-        args = (self.q, k, values, pos, self.mask, core.scale, sees, self.rule, *self.extras)
-        out, emitted, valid = write.parts(write.op("prefill_attend", *args), 3)
-        read: tuple[Any, ...] = ("", self.mask, None) if past else ()
+        seen, position = self.seen, self.position
+        args = (self.q, k, values, pos, seen.mask, core.scale, seen.words, self.rule)
+        extras = _without_defaults((*self.extras, seen.tokens, seen.bounds, position), (None, 0.0, None, None, 0))
+        out, emitted, valid = write.parts(write.op("prefill_attend", *args, *extras), 3)
+        read: tuple[Any, ...] = (seen.words, seen.mask, seen.bounds) if past else ("", None, None)
         if self.planned.arrives:
-            shown = self.q, k, pos, self.mask, valid, core.scale, sees, self.rule
-            rows = write.op("window_rows", *shown, *self.extras) if self.planned.windowed else None
-            read = (*(read or ("", None, None)), k, keys["v"], rows, *self._read_beside(), *self._rotation())
-        before = self.state["cursor"], self.position, self.rule
+            shown = self.q, k, pos, seen.mask, valid, core.scale, seen.words, self.rule
+            extras = _without_defaults((*self.extras, seen.tokens, position), (None, 0.0, None, 0))
+            rows = write.op("window_rows", *shown, *extras) if self.planned.windowed else None
+            read = (*read, k, keys["v"], rows, *self._read_beside(), *self._rotation())
+        before = self.state["cursor"], position, self.rule
+        read = _without_defaults(read, ("", *(None,) * len(read[1:])))
         scored = write.op("score_slots", emitted, past, pos, valid, *before, *read)
         score, keys["stats"], cursor = write.parts(scored, 3)
         room = write.method("size", score if self.planned.rule[Ragged].ragged else self.state["k"], 2)
@@ -109,10 +112,10 @@ class Emitter:
         return self.write.method("size", low.copy[half.update.past], half.layout.token_axis)
 
     def _extras(self) -> tuple[Any, ...]:
-        """Sinks, [Hq], and softcap, if there are any."""
+        """Sinks, [Hq], or None, and softcap."""
         core = self.site.core
         if core.sinks is None:
-            return (None, core.softcap) if core.softcap else ()
+            return None, core.softcap
         sinks = self.write.method("reshape", self.write.copy(core.sinks), -1)
         return regrouped(self.write, sinks, 0, to_model=False), core.softcap
 
@@ -159,6 +162,16 @@ class Emitter:
 
     def _permuted(self, node: fx.Node, axes: str, wanted: str) -> fx.Node:
         return node if axes == wanted else self.write.method("permute", node, *(axes.index(x) for x in wanted))
+
+
+def _without_defaults(given: tuple[Any, ...], defaults: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments up to the last that says something else than its default."""
+    said = [at for at, (one, default) in enumerate(zip(given, defaults, strict=True)) if not _same(one, default)]
+    return given[: said[-1] + 1] if said else ()
+
+
+def _same(one: Any, default: Any) -> bool:
+    return one is default or (not isinstance(one, fx.Node) and one == default)
 
 
 def _canonical(axes: str) -> str:

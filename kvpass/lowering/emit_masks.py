@@ -1,40 +1,84 @@
-"""All terms of a site's mask as the one mask that the ops take."""
+"""What a site's ops take of its mask: words and tokens for what was proved, one tensor for the rest."""
 
 from __future__ import annotations
 
 import operator
+from typing import NamedTuple
 
 import torch
 from torch import fx
 
-from kvpass.graph.shapes import shape_of
+from kvpass.graph.calls import example
+from kvpass.graph.shapes import is_one, shape_of
 from kvpass.lowering.emit_heads import regrouped
 from kvpass.lowering.emit_nodes import Writer
 from kvpass.sites.site import Term
 from kvpass.terms import CacheForm, MaskKind
 
 
-def mask_of(write: Writer, position: fx.Node | int) -> fx.Node | None:
-    """One 4-d mask that broadcasts to [B, Hq, S, T]: bool, or float if something is added; None if nothing masks.
+class Seen(NamedTuple):
+    """What is seen of the keys: words of `Sees`, which columns hold a token, bool [1 or B, T], with their bounds, and a
+    4-d mask that broadcasts to [B, Hq, S, T], bool, or float if something is added.
+    """
+
+    words: str
+    tokens: fx.Node | None
+    bounds: fx.Node | None
+    mask: fx.Node | None
+
+
+def seen_of(write: Writer, position: fx.Node | int) -> Seen:
+    """What the ops of a site take.
 
     Args:
         position: where this call's tokens begin. Over a buffer, the mask is that of what is written.
     """
+    seen = write.site.seen
+    mask = _mask_of(write, position) if seen.read else None
+    if seen.tokens is None:
+        return Seen(seen.words, None, None, mask)
+    return Seen(seen.words, *_tokens_of(write, seen.tokens, position), mask)
+
+
+def _tokens_of(write: Writer, given: fx.Node, position: fx.Node | int) -> tuple[fx.Node, fx.Node]:
+    """The 2-d mask as bool, and its bounds: once for all sites."""
+    known, count = write.low.tokens, str(write.site.dims["S"])
+    if (given, count) not in known:
+        node = write.copy(given)
+        node = node if example(given).dtype == torch.bool else write.call(operator.ne, node, 0)
+        known[given, count] = node, write.op("token_bounds", node, position, _queries(write))
+    return known[given, count]
+
+
+def _queries(write: Writer) -> fx.Node | int:
+    """How many tokens the call has."""
+    site = write.site
+    count = site.dims["S"]
+    return count if isinstance(count, int) else write.method("size", write.copy(site.core.q), site.core.axes.q.index("S"))
+
+
+def _mask_of(write: Writer, position: fx.Node | int) -> fx.Node:
+    """What was not proved as one mask."""
     site, masks = write.site, write.low.masks
-    if site.key.update.form is not CacheForm.BUFFER or not site.core.terms:
+    if site.key.update.form is not CacheForm.BUFFER:
         return _joined(write)
     made_of = (site.core.terms, str(site.dims["S"]), site.core.tiled)
     if made_of not in masks:
         new = write.method("size", write.copy(site.key.update.new), site.key.layout.token_axis)
-        end = write.call(operator.add, position, new)
-        masks[made_of] = write.op("written", _joined(write), end)
+        mask, end = _joined(write), write.call(operator.add, position, new)
+        if not site.seen.causal:
+            masks[made_of] = write.op("written", mask, end)
+        elif is_one(shape_of(mask)[-1]):
+            masks[made_of] = mask
+        else:  # the words hide what is not written
+            masks[made_of] = write.call(operator.getitem, mask, (Ellipsis, slice(None, end)))
     return masks[made_of]
 
 
-def _joined(write: Writer) -> fx.Node | None:
+def _joined(write: Writer) -> fx.Node:
     kept: fx.Node | None = None
     added: fx.Node | None = None
-    for term in write.site.core.terms:
+    for term in (write.site.core.terms[at] for at in write.site.seen.read):
         node = _four_axes(write, term)
         if term.kind is MaskKind.ADD:
             node = node if term.factor == 1.0 else write.call(operator.mul, node, term.factor)
@@ -43,7 +87,9 @@ def _joined(write: Writer) -> fx.Node | None:
             node = write.call(operator.invert, node) if term.kind is MaskKind.HIDE else node
             kept = node if kept is None else write.call(operator.and_, kept, node)
     if added is None or kept is None:
-        return added if kept is None else kept
+        one = added if kept is None else kept
+        assert one is not None
+        return one
     return write.call(torch.where, kept, added, float("-inf"))
 
 

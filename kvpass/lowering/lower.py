@@ -42,6 +42,7 @@ class Lowered:
         outputs: number of outputs of the original graph.
         states: inputs of `gm` that hold the state of each site, in order.
         sizes_moved: nodes of the original that read sizes of what is gone; they are read elsewhere.
+        masks_gone: nodes of the original that only masks were made of which are proved.
     """
 
     gm: fx.GraphModule
@@ -49,14 +50,22 @@ class Lowered:
     outputs: int
     states: tuple[tuple[fx.Node, ...], ...] = ()
     sizes_moved: frozenset[fx.Node] = frozenset()
+    masks_gone: frozenset[fx.Node] = frozenset()
 
 
 def lower(gm: fx.GraphModule, plan: Plan) -> Lowered:
     """Rewrite the planned sites of a captured graph; all other nodes stay as they are."""
     work = _Lowering(gm, plan)
     bindings = tuple(work.site(site_plan) for site_plan in plan.sites)
+    masks_gone = work.retirement.retire_masks(_masks(plan))
     gm, states = work.finish(bindings), tuple(tuple(nodes) for nodes in work.state_inputs)
-    return Lowered(gm, bindings, len(work.outputs), states, work.retirement.sizes_moved())
+    return Lowered(gm, bindings, len(work.outputs), states, work.retirement.sizes_moved(), masks_gone)
+
+
+def _masks(plan: Plan) -> list[fx.Node]:
+    """All parts of masks, the newest first."""
+    cores = [core for planned in plan.sites for core in planned.site.cores]
+    return sorted({term.node for core in cores for term in core.terms}, reverse=True)
 
 
 class _Lowering:
@@ -74,6 +83,7 @@ class _Lowering:
         self.state_inputs: list[list[fx.Node]] = []
         self.values: dict[Any, Any] = {}
         self.masks: dict[Any, fx.Node] = {}
+        self.tokens: dict[Any, tuple[fx.Node, fx.Node]] = {}
         self.angles: dict[Any, Angles] = {}
         # each goes in front of those before it: state comes between them and the original inputs
         last_first = reversed(plan.inputs)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from kvpass.errors import VerificationError
-from kvpass.graph.calls import example, is_metadata, unused_sizes
+from kvpass.graph.calls import changes, example, is_metadata, unused_sizes
 from kvpass.graph.nearby import taken_out
 from kvpass.graph.remains import remains
 from kvpass.graph.symbols import SizeReader
@@ -35,6 +35,21 @@ class Retirement:
     def sizes_moved(self) -> frozenset[fx.Node]:
         """Nodes of the original that read a size of what is gone, which is read elsewhere now."""
         return frozenset(node for node, ours in self.copy.items() if ours in self._moved)
+
+    def retire_masks(self, nodes: Iterable[fx.Node]) -> frozenset[fx.Node]:
+        """Take out what was made for proved masks alone: the given nodes of the original, and whatever fed only them.
+        Returns these nodes of the original.
+        """
+        ours, gone = {copied: node for node, copied in self.copy.items()}, set()
+        queue = [self.copy[node] for node in nodes]
+        while queue:
+            node = queue.pop()
+            dead = not node._erased and not node.users and node.op != "placeholder"
+            if dead and node in ours and not changes(node):
+                gone.add(ours[node])
+                queue += node.all_input_nodes
+                self.graph.erase_node(node)
+        return frozenset(gone)
 
     def retire(self, core: list[fx.Node], *halves: Half) -> None:
         """Erase the core, the views that fed it and the cache updates; metadata reads of a cache go to a shell of its

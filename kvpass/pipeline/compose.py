@@ -101,6 +101,7 @@ class Backend:
         from kvpass.graph.dataflow import data_inputs
         from kvpass.lowering.lower import lower
         from kvpass.plan.plan import plan
+        from kvpass.proof.check_masks import check_masks
         from kvpass.proof.verify import verify
         from kvpass.runtime.bind import Bound
         from kvpass.sites.dense import dense_by_choice
@@ -114,6 +115,7 @@ class Backend:
         with stages(self.debug, len(self.graphs), gm, record, lowered):
             with record.timed("verify"):
                 verify(gm, lowered, record.plan)
+                check_masks(gm, record.plan, lowered.bindings, example_inputs)
             title = _title(len(self.graphs), record.table)
             captured = self._captured(lowered, record, title)
             if isinstance(captured, str):

@@ -10,7 +10,7 @@ hold exactly the keys and values that came in.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, fx
 
 from kvpass.errors import VerificationError
-from kvpass.kernels.attention.masks import arrivals, visible
+from kvpass.graph.extract import functions_of
+from kvpass.kernels.attention.masks import visible
+from kvpass.kernels.attention.visibility import Sees, Shown
 from kvpass.kernels.decode_attend.functional import supports
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.cursor import FIRST, FREE, LIVE, SEEN
@@ -80,8 +82,21 @@ def check(original: fx.GraphModule, lowered: Any, plan: Plan, args: Sequence[Any
         both = zip(lowered.states, plan.sites, strict=True)
         states = [State.of([given[node] for node in nodes], planned.rule).clone() for nodes, planned in both]
         watcher = _Watcher(lowered.gm, checks, states)
+        watcher.borders |= _values(original, lowered.masks_gone & set(_borders(checks)), args)
         watcher.run(*copies)
     log.info("verify: %d site(s) agree with the unmodified graph at full budget", len(plan.sites))
+
+
+def _borders(checks: list[_Check]) -> list[fx.Node]:
+    """Nodes of the captured graph whose values the checks need."""
+    return [node for one in checks for node in one.dense.wanted.values()]
+
+
+def _values(original: fx.GraphModule, nodes: Set[fx.Node], args: Sequence[Any]) -> dict[str, Any]:
+    """Masks that the rewritten graph does not compute any more."""
+    wanted = sorted(nodes)
+    found = functions_of(original, wanted, limit=len(original.graph.nodes))(args) if wanted else ()
+    return {node.name: value for node, value in zip(wanted, found, strict=True)}
 
 
 class _Watcher(fx.Interpreter):
@@ -92,7 +107,7 @@ class _Watcher(fx.Interpreter):
         self.extra_traceback = False
         self.states = states
         self.checks = checks
-        self.borders: dict[str, Any] = dict.fromkeys(n.name for c in checks for n in c.dense.wanted.values())
+        self.borders: dict[str, Any] = dict.fromkeys(n.name for n in _borders(checks))
         self.at = 0
         self.joined: tuple[Any, ...] | None = None
 
@@ -108,29 +123,35 @@ class _Watcher(fx.Interpreter):
             self.joined = args
         elif name == "kvpass.prefill_attend.default":
             k, v, position = (args[1], args[2], 0) if self.joined is None else self.joined[1:4]
-            self._check(args[0], k, v, args[4], position, args[8:])
+            self._check((args[0], k, v), args[4], position, args[8:10], args[6], _padded(args[10:11], 1)[0])
         elif name == "kvpass.decode_attend.default":
-            self._check(args[0], args[1], args[2], args[3], args[5], args[8:])
+            words, tokens = _padded(args[12:14], 2)
+            self._check(args[:3], args[3], args[5], args[8:10], words or "", tokens)
         return super().call_function(target, args, kwargs)
 
-    def _check(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, position: int, extras: Any) -> None:
-        self.checks[self.at].run(_Call(q, k, v, mask, int(position), extras, self.states[self.at]), self.borders)
+    def _check(self, qkv: Any, mask: Tensor | None, position: int, extras: Any, words: str, tokens: Any) -> None:
+        shown = Shown(Sees.parse(words), qkv[0].shape[2], int(position), tokens, None, mask)
+        self.checks[self.at].run(_Call(*qkv, shown, extras, self.states[self.at]), self.borders)
         self.at, self.joined = self.at + 1, None
 
 
 @dataclass(frozen=True)
 class _Call:
-    """What one site is given: q `[B, Hq, S, D]`, new k and v `[B, Hkv, S, D]`, 4-d mask, tokens and state before;
+    """What one site is given: q `[B, Hq, S, D]`, new k and v `[B, Hkv, S, D]`, what is shown, and the state before;
     `extras` are sinks and softcap, if the site has any.
     """
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
-    mask: torch.Tensor | None
-    position: int
+    shown: Shown
     extras: tuple[Any, ...]
     state: State
+
+    @property
+    def position(self) -> int:
+        """Of the first query."""
+        return self.shown.position
 
 
 class _Check:
@@ -176,7 +197,7 @@ class _Check:
     def _compare_state(self, call: _Call, state: State, k: torch.Tensor, v: torch.Tensor) -> None:
         """After a call that evicts nothing every valid token is in one slot, its key and value bit for bit."""
         used, pos = state.used(), state.pos
-        valid = arrivals(call.mask, len(pos), call.q.shape[2], call.position, pos.device)
+        valid = call.shown.arrived(len(pos), pos.device)
         wanted = torch.cat([valid.new_ones(len(valid), call.position), valid], 1)[:, None].long()
         places = torch.where(used & (pos >= 0), pos, wanted.shape[2]).long()
         held = torch.zeros(*pos.shape[:2], wanted.shape[2] + 1, dtype=torch.long, device=pos.device)
@@ -202,20 +223,28 @@ class _Check:
 def _run_ops(site: Site, call: _Call, state: State, rule: Rule) -> torch.Tensor:
     """The ops that replace the site, as `lower` emits them."""
     ops, core, text, held = torch.ops.kvpass, site.core, rule.encode(), state.tensors()
+    shown, (sinks, softcap), position = call.shown, _padded(call.extras, 2), call.position
+    words, mask, tokens = shown.sees.encode(), shown.mask, shown.tokens
     out: torch.Tensor
     if site.phase is Phase.DECODE:
-        args = (call.q, call.k, call.v, call.mask, held, call.position, core.scale, text, *call.extras)
-        out = ops.decode_attend(*args)
+        args = (call.q, call.k, call.v, mask, held, position, core.scale, text, sinks, softcap or 0.0)
+        out = ops.decode_attend(*args, sees=words, tokens=tokens)
         return out
     keys: dict[str, Any] = dict.fromkeys(field.name for field, _ in state.per_slot())
     keys |= {"k": call.k, "v": call.v}
     if site.phase is Phase.EXTEND:
-        keys = dict(zip(keys, ops.join_slots(held, call.k, call.v, call.position, text), strict=True))
-    past, where, shape = keys["stats"], keys["pos"], (core.scale, core.causal, text, *call.extras)
-    out, emitted, valid = ops.prefill_attend(call.q, keys["k"], keys["v"], where, call.mask, *shape)
-    score, keys["stats"], after = ops.score_slots(emitted, past, where, valid, state.cursor, call.position, text)
+        keys = dict(zip(keys, ops.join_slots(held, call.k, call.v, position, text), strict=True))
+    past, where, shape = keys["stats"], keys["pos"], (core.scale, words, text, sinks, softcap or 0.0)
+    given = call.q, keys["k"], keys["v"], where, mask, *shape
+    out, emitted, valid = ops.prefill_attend(*given, tokens=tokens, position=position)
+    score, keys["stats"], after = ops.score_slots(emitted, past, where, valid, state.cursor, position, text)
     ops.compact_slots([*keys.values()], ops.select_slots(score, after, state.slots), after, held, text)
     return out
+
+
+def _padded(given: Sequence[Any], count: int) -> tuple[Any, ...]:
+    """The arguments, None for those that were left out."""
+    return (*given, *(None,) * (count - len(given)))
 
 
 def _dense_past(call: _Call, half: int) -> torch.Tensor:
@@ -252,8 +281,12 @@ def _in_slots(dense: torch.Tensor, order: torch.Tensor, slots: int) -> torch.Ten
 
 def _sees_a_key(call: _Call) -> torch.Tensor:
     """Query rows that see some key, bool `[B, Hq, S]`. The others are padding: what they give is nobody's business."""
-    everyone = torch.ones(call.q.shape[:3], dtype=torch.bool, device=call.q.device)
-    return everyone if call.mask is None else everyone & visible(call.mask).any(-1)
+    shown, keys = call.shown, call.position + call.q.shape[2]
+    where = torch.arange(keys, device=call.q.device)[None, None]
+    seen = shown.keys(where, 0, call.q.shape[2])
+    if shown.mask is not None:
+        seen = seen & visible(shown.mask[..., :keys])
+    return seen.any(-1).expand(call.q.shape[:3])
 
 
 def _allowed(call: _Call, k: torch.Tensor, v: torch.Tensor, scale: float) -> float:

@@ -21,6 +21,7 @@ from kvpass.sites.mixed import Mixing, find_mixing, join_mixed
 from kvpass.sites.rules import buffer_readers, check_buffer, check_site, make_site
 from kvpass.sites.site import Core, Half, Site, Update
 from kvpass.sites.table import Decline, SiteTable
+from kvpass.sites.visible import Proofs
 from kvpass.sites.unclaimed import changes_of, decline, unclaimed
 from kvpass.terms import CacheForm
 
@@ -48,7 +49,8 @@ def scan(gm: fx.GraphModule, patterns: Any) -> SiteTable:
         except Miss as miss:
             declined.append(decline(core.node, miss))
     declined += unclaimed(found, sites, declined)
-    return SiteTable(tuple(sites), tuple(declined))
+    proofs = Proofs()
+    return SiteTable(tuple(proofs.of(site) for site in sites), tuple(declined))
 
 
 class _Found:

@@ -11,6 +11,7 @@ from torch import fx
 from kvpass.graph.calls import call_name, operand, unused_sizes
 from kvpass.graph.mask_meaning import mask_kind
 from kvpass.graph.nearby import taken_out
+from kvpass.graph.visibility import Visibility
 from kvpass.terms import CacheForm, Layout, MaskKind, Phase
 
 
@@ -184,6 +185,7 @@ class Site:
         dims: sizes by letter, `B Hq Hkv S D Dv`; ints or SymInts.
         source: the user's line that calls the attention.
         mixed: set if heads of keys and values do not belong together; then `Hkv` is 1, `core` the first reader.
+        seen: what was proved of the mask; parts of it that were not stay tensors.
     """
 
     name: str
@@ -196,6 +198,7 @@ class Site:
     dtype: torch.dtype
     source: str
     mixed: Mixed | None = None
+    seen: Visibility = Visibility()
 
     @property
     def cores(self) -> tuple[Core, ...]:
@@ -234,6 +237,7 @@ class Site:
             "dtype": str(self.dtype).removeprefix("torch."),
             "mask": self.core.mask.name if self.core.mask is not None else "causal" if self.core.causal else "none",
             "mask_kind": mask_kind(((term.node, term.kind) for term in self.core.terms), self.core.causal),
+            "sees": str(self.seen),
             "scale": self.core.scale,
             "source": self.source,
         }

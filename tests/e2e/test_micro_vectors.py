@@ -78,7 +78,7 @@ def attended(rule: Rule, probabilities: list[list[float]]) -> tuple[torch.Tensor
         q[0, 0, i, : len(row)] = torch.tensor(row).log()
     k = torch.eye(size)[None, None]
     text = rule.encode()
-    out, stats, valid = prefill_attend(q, k, k, None, None, 1.0, True, text)
+    out, stats, valid = prefill_attend(q, k, k, None, None, 1.0, "causal", text)
     for i, row in enumerate(probabilities):
         close(out[0, 0, i, : len(row)], row, 1e-6)
     cursor = torch.tensor([[[0, 0, 0, -1]]], dtype=torch.int32)

@@ -185,8 +185,8 @@ class Site:
             if self.position:
                 k, v, pos, past = join_slots(s.tensors(), k, v, self.position, code)
             causal = mask is None and pos is None
-            out, stats, valid = prefill_attend(q, k, v, pos, mask, self.scale, causal, code)
-            score, stats, cursor = score_slots(stats, past, pos, valid, s.cursor, self.position, code, mask)
+            out, stats, valid = prefill_attend(q, k, v, pos, mask, self.scale, "causal" * causal, code, position=self.position)
+            score, stats, cursor = score_slots(stats, past, pos, valid, s.cursor, self.position, code, mask=mask)
             idx = select_slots(score, cursor, s.pos.shape[-1])
             before = cursor[..., LIVE].clone()
             compact_slots((k, v, pos, stats), idx, cursor, s.tensors(), code)
@@ -280,7 +280,7 @@ def test_chain_for_groups(heads, kv_heads):
 def test_full_budget_stepwise_equals_one_prefill(name):
     rule = RULES[name]
     q, k, v = qkv(2, 4, 2, 40, 32)
-    want, stats, _ = prefill_attend(q, k, v, None, None, 0.2, True, rule.encode())
+    want, stats, _ = prefill_attend(q, k, v, None, None, 0.2, "causal", rule.encode())
     site = Site(rule, 2, 2, 41, 32, 0.2)
     got = [site.call(q[:, :, :25], k[:, :, :25], v[:, :, :25], None)]
     for t in range(25, 40):

@@ -3,15 +3,16 @@
 import pytest
 import torch
 from kvpass.kernels.attention.masks import (
-    arrivals,
     at_positions,
     by_kv_head,
     causal_span,
     check_shown,
+    count_shown,
     simplified,
     visible,
     written,
 )
+from kvpass.kernels.attention.visibility import Sees, Shown
 from kvpass.kernels.errors import MaskError
 from kvpass.kernels.testing import causal_mask
 
@@ -58,8 +59,8 @@ def test_visible_threshold_and_arrivals():
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         wide = torch.tensor([-1e9, -2e8, -1e7, -float("inf")], dtype=dtype)
         assert visible(wide).tolist() == [False, False, True, False]
-    assert arrivals(mask, 2, 2, 2, mask.device).tolist() == [[False, True]] * 2
-    assert arrivals(None, 1, 2, 0, mask.device).tolist() == [[True, True]]
+    assert Shown(Sees(), 2, 2, mask=mask).arrived(2, mask.device).tolist() == [[False, True]] * 2
+    assert Shown(Sees(), 2).arrived(1, mask.device).tolist() == [[True, True]]
 
 
 def test_float_masks_that_only_switch_become_bool():
@@ -82,22 +83,22 @@ def test_what_was_taken_for_padding_must_stay_hidden():
     """Two rows of four tokens, of which 4 and 2 were valid, and a new one."""
     seen = torch.tensor([4, 2])
     for mask in (shows("xxxxx", "..xxx"), shows("..xxx"), shows("....x"), shows("xxxxx", "xx..x")):
-        check_shown(mask, seen, 4)
-        check_shown(torch.where(mask, 0.0, -1e9), seen, 4)
-    for mask in (None, shows("xxxxx"), shows("xxxxx", ".xxxx"), torch.ones(1, 1, 1, 1, dtype=torch.bool)):
+        check_shown(count_shown(mask, 4), seen)
+        check_shown(count_shown(torch.where(mask, 0.0, -1e9), 4), seen)
+    for mask in (shows("xxxxx"), shows("xxxxx", ".xxxx"), torch.ones(1, 1, 1, 1, dtype=torch.bool)):
         with pytest.raises(MaskError, match="padding") as caught:
-            check_shown(mask, seen, 4)
+            check_shown(count_shown(mask, 4), seen)
         assert caught.value.hint
-    check_shown(None, torch.tensor([4, 4]), 4)
-    check_shown(torch.zeros(1, 1, 1, 1, dtype=torch.bool), seen, 4)
+    check_shown(4, torch.tensor([4, 4]))
+    check_shown(count_shown(torch.zeros(1, 1, 1, 1, dtype=torch.bool), 4), seen)
 
 
 def test_one_query_of_one_head_is_enough():
     mask = torch.zeros(1, 3, 2, 6, dtype=torch.bool)
     mask[0, 1, 1, :3] = True
-    check_shown(mask, torch.tensor([3]), 4)
+    check_shown(count_shown(mask, 4), torch.tensor([3]))
     with pytest.raises(MaskError):
-        check_shown(mask, torch.tensor([2]), 4)
+        check_shown(count_shown(mask, 4), torch.tensor([2]))
 
 
 def test_nothing_beyond_what_is_written():

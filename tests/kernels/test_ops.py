@@ -32,13 +32,16 @@ def calls():
     cursor = torch.tensor([3, 3, 6, 0], dtype=torch.int32).expand(2, 2, 4).contiguous()
     mask = causal_mask(6, 6, left=[0, 2])
     row = torch.ones(2, 1, 1, 31, dtype=torch.bool)
+    real = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]], dtype=torch.bool)
     sinks = torch.tensor([0.5, -1.0, 2.0, 0.0])
     return {
-        "prefill_attend": (q, k, v, None, None, 0.25, True, TEXT),
-        "prefill_attend masked": (q, k, v, None, mask, 0.25, False, TEXT),
-        "prefill_attend capped": (q, k, v, None, mask, 0.25, False, TEXT, sinks, 5.0),
-        "prefill_attend strided": (*strided, None, None, 0.25, True, ""),
-        "prefill_attend extend": (q, k, v, pos, mask, 0.25, False, TEXT),
+        "prefill_attend": (q, k, v, None, None, 0.25, "causal", TEXT),
+        "prefill_attend masked": (q, k, v, None, mask, 0.25, "", TEXT),
+        "prefill_attend capped": (q, k, v, None, mask, 0.25, "", TEXT, sinks, 5.0),
+        "prefill_attend strided": (*strided, None, None, 0.25, "causal", ""),
+        "prefill_attend extend": (q, k, v, pos, mask, 0.25, "", TEXT),
+        "prefill_attend words": (q, k, v, None, None, 0.25, "causal", TEXT, None, 0.0, real, None, 0),
+        "token_bounds": (real, 2, 4),
         "join_slots": (now, k, v, 30, TEXT),
         "score_slots": (stats, None, None, alive, cursor, 0, TEXT),
         "score_slots extend": (stats, stats.clone(), pos, alive, cursor, 0, TEXT),
@@ -49,6 +52,7 @@ def calls():
         "decode_attend": (*one, None, state(), 30, 0.25, TEXT),
         "decode_attend masked": (*one, row, state(), 30, 0.25, TEXT),
         "decode_attend capped": (*one, row, state(), 30, 0.25, TEXT, sinks, 5.0),
+        "decode_attend words": (*one, None, state(), 30, 0.25, TEXT, None, 0.0, 0, None, "causal", row[:, 0, 0], None),
     }
 
 
@@ -107,7 +111,7 @@ def assert_no_copy_of_state(code, op):
 
 
 def prefill(q, k, v, state_k, state_v, pos, stats, cursor):
-    out, seen, valid = torch.ops.kvpass.prefill_attend(q, k, v, None, None, 0.25, True, TEXT)
+    out, seen, valid = torch.ops.kvpass.prefill_attend(q, k, v, None, None, 0.25, "causal", TEXT)
     score, seen, after = torch.ops.kvpass.score_slots(seen, None, None, valid, cursor, 0, TEXT)
     idx = torch.ops.kvpass.select_slots(score, after, pos.shape[-1])
     torch.ops.kvpass.compact_slots([k, v, None, seen], idx, after, [state_k, state_v, pos, stats, cursor], TEXT)
@@ -118,7 +122,7 @@ def extend(q, k, v, state_k, state_v, pos, stats, cursor, mask, position):
     keys, values, where, past = torch.ops.kvpass.join_slots(
         [state_k, state_v, pos, stats, cursor], k, v, position, TEXT
     )
-    out, seen, valid = torch.ops.kvpass.prefill_attend(q, keys, values, where, mask, 0.25, False, TEXT)
+    out, seen, valid = torch.ops.kvpass.prefill_attend(q, keys, values, where, mask, 0.25, "", TEXT, position=position)
     score, seen, after = torch.ops.kvpass.score_slots(seen, past, where, valid, cursor, position, TEXT)
     idx = torch.ops.kvpass.select_slots(score, after, pos.shape[-1])
     torch.ops.kvpass.compact_slots(

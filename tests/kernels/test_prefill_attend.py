@@ -78,7 +78,8 @@ def oracle(q, k, v, pos, mask, scale, causal, rule, sinks=None, softcap=0.0):
 
 def check(q, k, v, pos=None, mask=None, causal=False, rule=ALL, scale=None, **extras):
     scale = scale or q.shape[-1] ** -0.5
-    out, stats, valid = prefill_attend(q, k, v, pos, mask, scale, causal, rule.encode(), **extras)
+    start, sees = 0 if pos is None else int(pos[0, 0, -q.shape[2]]), "causal corner" if causal else ""
+    out, stats, valid = prefill_attend(q, k, v, pos, mask, scale, sees, rule.encode(), **extras, position=start)
     want_out, want_stats, want_valid, sees = oracle(q, k, v, pos, mask, scale, causal, rule, **extras)
     assert out.transpose(1, 2).is_contiguous()
     assert out.dtype == q.dtype
@@ -253,7 +254,7 @@ def test_sinks_keep_a_share_of_the_probability():
     one = torch.ones(1, 1, 1, 16)
     for softcap, logit in ((0.0, 16.0), (4.0, 4.0 * torch.tanh(torch.tensor(4.0)).item())):
         sinks = torch.tensor([logit])
-        out, stats, _ = prefill_attend(one, one, one, None, None, 1.0, True, SUM.encode(), sinks, softcap)
+        out, stats, _ = prefill_attend(one, one, one, None, None, 1.0, "causal", SUM.encode(), sinks, softcap)
         assert_close(out, one / 2)
         assert_close(stats.flatten(), torch.tensor([0.5]), stats=True)
 
@@ -278,7 +279,7 @@ def test_golden_probabilities():
     for i, row in enumerate(rows):
         logits[i, : i + 1] = torch.tensor(row).log()
     q, k = logits[None, None], torch.eye(5)[None, None]
-    _, stats, _ = prefill_attend(q, k, k, None, None, 1.0, True, ALL.encode())
+    _, stats, _ = prefill_attend(q, k, k, None, None, 1.0, "causal", ALL.encode())
     assert_close(stats[0, 0, 0], torch.tensor([2.95, 0.6, 0.85, 0.4, 0.2]), stats=True)
     assert stats[2, 0, 0].tolist() == [5, 4, 3, 2, 1]
     mean = stats[0] / stats[2]
@@ -289,9 +290,9 @@ def test_golden_probabilities():
 
 def test_rules_without_observation_have_no_second_pass():
     q, k, v = qkv(1, 2, 1, 8, 16)
-    _, stats, _ = prefill_attend(q, k, v, None, None, 0.25, True, NONE.encode())
+    _, stats, _ = prefill_attend(q, k, v, None, None, 0.25, "causal", NONE.encode())
     assert stats.shape == (0, 1, 1, 8)
-    _, stats, _ = prefill_attend(q, k, v, None, None, 0.25, True, Rule(stats=("sum",), decode="add").encode())
+    _, stats, _ = prefill_attend(q, k, v, None, None, 0.25, "causal", Rule(stats=("sum",), decode="add").encode())
     assert stats.shape == (1, 1, 1, 8)
     assert not stats.any()
 
@@ -316,7 +317,7 @@ def test_refuses(change, word):
     q, k, v = torch.zeros(1, 4, 8, 16), torch.zeros(1, 2, 8, 16), torch.zeros(1, 2, 8, 16)
     call = {"q": q, "k": k, "v": v, "pos": None, "mask": None}
     with pytest.raises(ValueError, match=word):
-        prefill_attend(**(call | change), scale=1.0, causal=False, rule="")
+        prefill_attend(**(call | change), scale=1.0, sees="", rule="")
 
 
 @pytest.mark.parametrize("name", ["none", "left", "right", "noise", "alibi", "nothing", "one column"])
@@ -331,8 +332,8 @@ def test_plain_attention_of_other_devices(name, monkeypatch):
 def test_operands_whose_last_axis_is_strided() -> None:
     """A convolution before the cache leaves K and V as [B, H, D, T] in memory."""
     q, k, v = (torch.randn(2, heads, 8, 40).mT for heads in (4, 2, 2))
-    expected = prefill_attend(q.contiguous(), k.contiguous(), v.contiguous(), None, None, 0.25, True, "")
-    found = prefill_attend(q, k, v, None, None, 0.25, True, "")
+    expected = prefill_attend(q.contiguous(), k.contiguous(), v.contiguous(), None, None, 0.25, "causal", "")
+    found = prefill_attend(q, k, v, None, None, 0.25, "causal", "")
     torch.testing.assert_close(found[0], expected[0])
 
 
@@ -341,8 +342,8 @@ def test_a_row_that_a_float_mask_hides_from_all_gets_the_mean() -> None:
     q, k, v = torch.randn(1, 2, 5, 8), torch.randn(1, 1, 5, 8), torch.randn(1, 1, 5, 8)
     seen = torch.ones(5, 5, dtype=torch.bool).tril() & (torch.arange(5) >= 2)
     mask = torch.where(seen, 0.0, torch.finfo(torch.float32).min)[None, None]
-    out = prefill_attend(q, k, v, None, mask, 0.3, False, "")[0]
+    out = prefill_attend(q, k, v, None, mask, 0.3, "", "")[0]
     expected = (q @ k.mT * 0.3 + mask).softmax(-1) @ v
     torch.testing.assert_close(out, expected)
-    switched = prefill_attend(q, k, v, None, seen[None, None], 0.3, False, "")[0]
+    switched = prefill_attend(q, k, v, None, seen[None, None], 0.3, "", "")[0]
     assert torch.equal(switched[:, :, :2], torch.zeros(1, 2, 2, 8))

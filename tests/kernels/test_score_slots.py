@@ -102,7 +102,7 @@ def test_a_call_of_pads_only_changes_nothing():
     rule = Rule(score="position", recent=1, slots=2)
     alive = torch.zeros(1, 2, dtype=torch.bool)
     nothing = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
-    score, _, after = score_slots(torch.zeros(0, 1, 1, 5), None, pos, alive, cursor, 5, rule.encode(), nothing)
+    score, _, after = score_slots(torch.zeros(0, 1, 1, 5), None, pos, alive, cursor, 5, rule.encode(), mask=nothing)
     assert score[0, 0].tolist() == [-INF, 0, INF, -INF, -INF]
     assert after[0, 0].tolist() == [2, 2, 2, 3]
 

@@ -108,12 +108,12 @@ class Host:
             state = evened(state, q.shape[2]) if rule[ShareOut].share else with_room(state, kept(rule, tokens))
             k, v, pos, past = join_slots(state.tensors(), k, v, position, text)
         self.states[layer] = state
-        _, stats, valid = prefill_attend(q, k, v, pos, mask, DIM**-0.5, False, text)
+        _, stats, valid = prefill_attend(q, k, v, pos, mask, DIM**-0.5, "", text, position=position)
         beside: dict[str, Any] = {}
         if {"scored", "weight", "mark", "place"} & set(rule[Statistics].stats):
             rows = None
             if {"rows", "logits"} & set(rule[Scoring].reads):
-                rows = window_rows(q, k, pos, mask, valid, DIM**-0.5, False, text)
+                rows = window_rows(q, k, pos, mask, valid, DIM**-0.5, "", text, position=position)
             beside = {"k": k, "v": v, "rows": rows, "wo": self.wo}
         if "queries" in rule[Scoring].reads:
             angle = own[..., None] * 0.7 ** torch.arange(1, DIM // 2 + 1)

@@ -80,7 +80,7 @@ def test_window_rows(kind, case):
         sinks, softcap = torch.randn(heads, generator=torch.Generator().manual_seed(5)), 3.0
     q, k, _ = qkv(batch, heads, kv_heads, queries, 8, keys=keys)
     rule = Rule(queries=w, reads=(kind,)).encode()
-    got = window_rows(q, k, pos, mask, valid, 0.3, causal, rule, sinks, softcap)
+    got = window_rows(q, k, pos, mask, valid, 0.3, "causal" * causal, rule, sinks, softcap)
     want = naive_rows(q, k, mask, pos, valid, w, 0.3, causal, sinks, softcap, kind)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), want, atol=2e-6, rtol=2e-5)

@@ -66,11 +66,11 @@ class Site:
             self.state = with_room(self.state, kept(self.rule, tokens))
         if not first:
             k, v, pos, past = join_slots(self.state.tensors(), k, v, position, rule)
-        _, stats, valid = prefill_attend(q, k, v, pos, mask, DIM**-0.5, False, rule)
+        _, stats, valid = prefill_attend(q, k, v, pos, mask, DIM**-0.5, "", rule, position=position)
         beside: dict[str, Any] = {}
         if self.arrives:
             reads = {"rows", "logits"} & set(self.rule[Scoring].reads)
-            rows = window_rows(q, k, pos, mask, valid, DIM**-0.5, False, rule) if reads else None
+            rows = window_rows(q, k, pos, mask, valid, DIM**-0.5, "", rule, position=position) if reads else None
             beside = {"k": k, "v": v, "rows": rows, "wo": self.projection}
         shown = mask if pos is not None else None
         before = self.state.cursor, position, rule

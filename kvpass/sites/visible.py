@@ -1,0 +1,53 @@
+"""Which keys each site's queries see, proved from its graph. Layers share proofs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from kvpass.graph.calls import example
+from kvpass.graph.elements import Elements, scalar
+from kvpass.graph.shapes import is_one, shape_of
+from kvpass.graph.visibility import Q, Visibility, visibility
+from kvpass.sites.site import Site
+from kvpass.terms import CacheForm, Phase
+
+
+class Proofs:
+    """Proofs of one graph, by what they were made of."""
+
+    def __init__(self) -> None:
+        self.found: dict[Any, Visibility] = {}
+        self.elements = Elements()
+
+    def of(self, site: Site) -> Site:
+        """The site with what its queries see."""
+        core, position = site.core, self._position(site)
+        buffered = site.key.update.form is CacheForm.BUFFER
+        key = core.terms, core.causal, position, buffered
+        if key not in self.found:
+            parts = [(term.node, term.kind, term.axes, term.factor) for term in core.terms]
+            seen = visibility(parts, core.causal, position, self.elements)
+            if buffered and (seen.corner or not seen.causal):  # columns that nobody wrote are hidden by a mask alone
+                every = tuple(range(len(parts)))
+                why = seen.why or ("what is not written is not hidden by causality",) * bool(parts)
+                seen = Visibility(seen.corner, seen.corner, read=every, why=why)
+            self.found[key] = seen
+        return replace(site, seen=self.found[key])
+
+    def _position(self, site: Site) -> Any:
+        """Of query `Q`, as a formula."""
+        update, place = site.key.update, 0 if is_one(site.dims["S"]) else Q
+        if site.phase is Phase.PREFILL:
+            return place
+        assert update.past is not None
+        if update.form is not CacheForm.BUFFER:
+            return scalar(shape_of(update.past)[site.key.layout.token_axis]) + place
+        if isinstance(update.start, fx.Node) and isinstance(example(update.start), torch.Tensor):
+            axes = len(shape_of(update.start))
+            return self.elements.at(update.start, (0,) * (axes - 1) + (place,) * (axes > 0)) + (0 if axes else place)
+        start = update.start
+        return scalar(example(start) if isinstance(start, fx.Node) else start) + place
