@@ -58,7 +58,8 @@ class Elements:
 
 
 def scalar(value: Any) -> Any:
-    """A Python number, bool or SymInt as sympy has it."""
+    """A Python number, bool or SymInt, or the node of one, as sympy has it."""
+    value = example(value) if isinstance(value, fx.Node) else value
     if isinstance(value, (torch.SymInt, torch.SymFloat)):
         return value.node.expr
     return sympy.true if value is True else sympy.false if value is False else sympy.sympify(value)
@@ -207,9 +208,7 @@ def _compared(at: _At) -> Any:
     left, right = at.of(at.node.args[0]), at.of(at.given(1, "other"))
     name = call_name(at.node)
     if _is_truth(left) and right.is_number and name in ("eq", "ne"):
-        return (
-            left if bool(right) == (name == "eq") and right in (0, 1) else sympy.Not(left) if right in (0, 1) else None
-        )
+        return left if bool(right) == (name == "eq") and right in (0, 1) else sympy.Not(left) if right in (0, 1) else None
     return _COMPARISONS[name](amount(left), amount(right))
 
 

@@ -75,7 +75,7 @@ class SlotStore:
     step: torch.Tensor | None = None
     zero: torch.Tensor | None = None
     picked: tuple[torch.Tensor, SlotStore, set[int]] | None = None
-    steps: StepCounts = StepCounts()
+    steps: StepCounts = field(default_factory=StepCounts)
     recorded: bool = False
 
     def __post_init__(self) -> None:
