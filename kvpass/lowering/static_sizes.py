@@ -11,6 +11,7 @@ from torch import fx
 from kvpass.graph.calls import call_name, example
 from kvpass.plan.plan import Plan
 from kvpass.runtime.steps.buffer_position import POSITION
+from kvpass.terms import CacheForm
 
 
 class NotStatic(Exception):
@@ -116,7 +117,7 @@ def _past_sizes(inputs: Sequence[fx.Node], plan: Plan) -> Iterator[Any]:
     for one in plan.sites:
         for half in (one.site.key, one.site.value):
             past = half.update.past
-            if past is not None and past.name in names:
+            if past is not None and past.name in names and half.update.form is not CacheForm.BUFFER:
                 yield example(names[past.name]).shape[half.layout.token_axis]
 
 
