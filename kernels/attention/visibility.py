@@ -131,7 +131,7 @@ class Shown(NamedTuple):
         if self.mask is not None:
             part = self.mask if self.mask.shape[-1] == 1 else self.mask[..., self.position : end]
             own = own & visible(part).any(2).any(1)
-        return own.expand(batch, self.queries).contiguous()
+        return own.expand(batch, self.queries).clone(memory_format=torch.contiguous_format)
 
     def keys(self, where: Tensor, top: int, bottom: int) -> Tensor:
         """`at` for queries top .. bottom - 1 of the call."""

@@ -47,7 +47,10 @@ class Elements:
         step = _STEPS.get(call_name(value))
         if step is None or depth > LIMIT or any(changes(user) and operand(user) is value for user in value.users):
             return self.read(value, index)
-        found = step(_At(self, value, index, depth + 1))
+        try:
+            found = step(_At(self, value, index, depth + 1))
+        except (TypeError, ValueError, AttributeError, IndexError):  # a spelling that the step does not know
+            found = None
         return self.read(value, index) if found is None else found
 
     def read(self, node: fx.Node, index: Index) -> Any:

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from kvpass.graph.calls import changes, example, operand
-from kvpass.graph.elements import Element, Elements, truth
+from kvpass.graph.elements import Element, Elements, amount, truth
 from kvpass.graph.shapes import is_one, shape_of
 from kvpass.terms import MaskKind
 
@@ -73,16 +73,15 @@ class Unproved(Exception):
 
 
 def visibility(
-    terms: Sequence[tuple[fx.Node, MaskKind, str, float]], causal: bool, position: Any, elements: Elements
+    terms: Sequence[tuple[fx.Node, MaskKind, str, float]], found: Visibility, position: Any, elements: Elements
 ) -> Visibility:
     """What the parts of a mask say together.
 
     Args:
         terms: node, kind, axes by letter and factor of each part.
-        causal: whether the attention is causal by itself, from its call's first token on.
+        found: what the attention hides without them.
         position: sympy; the position of query `Q`.
     """
-    found = Visibility(causal=causal, corner=causal)
     for place, term in enumerate(terms):
         try:
             found = _proved(found, term, position, elements)
@@ -107,6 +106,7 @@ def _proved(found: Visibility, term: tuple[fx.Node, MaskKind, str, float], posit
     if kind is MaskKind.ADD:
         dtype = example(node).dtype
         low = max(torch.finfo(dtype).min / 2, LOW) if dtype.is_floating_point else LOW
+        formula = amount(formula)
         formula = switched(formula * factor if factor != 1.0 else formula, low)
         found = replace(found, mean=True)
     elif kind is MaskKind.HIDE:

@@ -16,6 +16,7 @@ from kvpass.graph.nearby import home_of, taken_out
 from kvpass.graph.projections import foreign
 from kvpass.graph.shapes import is_one, quotient, same, shape_of
 from kvpass.graph.views import is_front
+from kvpass.graph.visibility import Visibility
 from kvpass.sites.site import Core, Half, Mixed, Site, Update
 from kvpass.terms import CacheForm, Phase
 
@@ -34,7 +35,9 @@ def make_site(name: str, core: Core, key: Half, value: Half, layer: int, mixed: 
     phase = Phase.PREFILL if fresh else with_past
     dims = {letter: dims[letter] for letter in ("B", "Hq", "Hkv", "S", "D", "Dv")}
     dtype = example(key.update.new).dtype
-    return Site(name, layer, phase, core, key, value, dims, dtype, source_line(core.node), mixed)
+    corner = core.causal and phase is not Phase.PREFILL
+    unproved = Visibility(core.causal, corner, read=tuple(range(len(core.terms))))
+    return Site(name, layer, phase, core, key, value, dims, dtype, source_line(core.node), mixed, unproved)
 
 
 def check_site(site: Site) -> None:

@@ -26,12 +26,13 @@ from kvpass.sites.unclaimed import changes_of, decline, unclaimed
 from kvpass.terms import CacheForm
 
 
-def scan(gm: fx.GraphModule, patterns: Any) -> SiteTable:
+def scan(gm: fx.GraphModule, patterns: Any, prove: bool = True) -> SiteTable:
     """Find every attention with a KV cache in a traced graph.
 
     Args:
         gm: graph as Dynamo captured it (fake tensors in `meta["example_value"]`). Not modified.
         patterns: a `kvpass.patterns.PatternSet`.
+        prove: masks; else all of them stay tensors.
     """
     flow = Flow(gm.graph)
     found = _Found(flow, patterns)
@@ -49,8 +50,10 @@ def scan(gm: fx.GraphModule, patterns: Any) -> SiteTable:
         except Miss as miss:
             declined.append(decline(core.node, miss))
     declined += unclaimed(found, sites, declined)
-    proofs = Proofs()
-    return SiteTable(tuple(proofs.of(site) for site in sites), tuple(declined))
+    if prove:
+        proofs = Proofs()
+        sites = [proofs.of(site) for site in sites]
+    return SiteTable(tuple(sites), tuple(declined))
 
 
 class _Found:

@@ -197,8 +197,8 @@ class Site:
     dims: dict[str, Any]
     dtype: torch.dtype
     source: str
-    mixed: Mixed | None = None
-    seen: Visibility = Visibility()
+    mixed: Mixed | None
+    seen: Visibility
 
     @property
     def cores(self) -> tuple[Core, ...]:

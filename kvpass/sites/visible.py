@@ -30,11 +30,10 @@ class Proofs:
         key = core.terms, core.causal, position, buffered
         if key not in self.found:
             parts = [(term.node, term.kind, term.axes, term.factor) for term in core.terms]
-            seen = visibility(parts, core.causal, position, self.elements)
-            if buffered and (seen.corner or not seen.causal):  # columns that nobody wrote are hidden by a mask alone
-                every = tuple(range(len(parts)))
+            seen = visibility(parts, replace(site.seen, read=()), position, self.elements)
+            if buffered and (seen.corner or not seen.causal):  # the mask hides what nobody wrote
                 why = seen.why or ("what is not written is not hidden by causality",) * bool(parts)
-                seen = Visibility(seen.corner, seen.corner, read=every, why=why)
+                seen = replace(site.seen, why=why)
             self.found[key] = seen
         return replace(site, seen=self.found[key])
 
@@ -49,5 +48,4 @@ class Proofs:
         if isinstance(update.start, fx.Node) and isinstance(example(update.start), torch.Tensor):
             axes = len(shape_of(update.start))
             return self.elements.at(update.start, (0,) * (axes - 1) + (place,) * (axes > 0)) + (0 if axes else place)
-        start = update.start
-        return scalar(example(start) if isinstance(start, fx.Node) else start) + place
+        return scalar(update.start) + place
