@@ -29,8 +29,8 @@ POINTWISE = frozenset(
 SHAPED = frozenset({"expand", "reshape", "ones", "zeros", "empty", "new_ones", "new_zeros", "new_empty", "new_full"})
 """A size among the arguments is a size of the result."""
 
-MOVED = frozenset({"unsqueeze", "squeeze", "transpose", "permute", "movedim"})
-"""Columns stay columns."""
+MOVED = frozenset({"unsqueeze", "squeeze", "transpose", "permute", "movedim", "cumsum"})
+"""Columns stay columns, each made of those up to its place."""
 
 EXACT = (torch.float32, torch.float64)
 """Floats that hold every position exactly."""
@@ -217,14 +217,16 @@ class StaticCalls:
     def _part(self, node: fx.Node, table: Any, axis: int, part: Any, grows: bool) -> tuple[Any, Any]:
         """One axis of an index."""
         ends = (part.start, part.stop, part.step) if isinstance(part, slice) else (part,)
-        if grows:
-            to_end = isinstance(part, slice) and part.start in (None, 0) and part.step in (None, 1)
-            if to_end and (part.stop is None or (self.steps.is_step(part.stop) and self._offset(part.stop) == 1)):
+        if grows and isinstance(part, slice) and part.start in (None, 0) and part.step in (None, 1):
+            if part.stop is None or (self.steps.is_step(part.stop) and self._offset(part.stop) == 1):
                 return table, slice(None)
-            if isinstance(part, fx.Node) and isinstance(example(part), torch.Tensor):
-                return table, part
-            raise self._no(node, "reads single columns of a tensor that grows")
+        if grows and any(isinstance(end, int) and end < 0 for end in ends):  # counted from the token
+            if ends in [(-1,), (-1, None, None)]:
+                return self._rows(table, axis, 0, 1), 0 if ends == (-1,) else slice(None)
+            raise self._no(node, "reads a part that grows")
         if not any(map(self.steps.is_step, ends)):
+            if grows and isinstance(part, slice) and part.stop is None:
+                raise self._no(node, "reads a part that grows")
             return table, part
         if not isinstance(part, slice):
             return self._rows(table, axis, self._offset(part), 1), 0
