@@ -155,9 +155,12 @@ def written_at(bindings: Sequence[Binding], args: Sequence[Any]) -> list[int]:
     starts: list[Any] = [b.start(args) if b.start is not None else 0 for b in bindings]
     tensors = [at for at, value in enumerate(starts) if isinstance(value, torch.Tensor)]
     if tensors:
-        read = torch.stack([_first_and_gap(starts[at]) for at in tensors]).tolist()
-        for at, (first, gap) in zip(tensors, read, strict=True):
-            starts[at] = first if gap == 0 else -1
+        parts = [starts[at] for at in tensors]
+        single = all(part.numel() == 1 for part in parts)  # a step's: nothing to compute
+        pairs = [part.reshape(1) for part in parts] if single else [_first_and_gap(part) for part in parts]
+        read = torch.stack(pairs).tolist()
+        for at, (first, *gap) in zip(tensors, read, strict=True):
+            starts[at] = -1 if any(gap) else first
     growing = {at for at, b in zip(starts, bindings, strict=True) if b.start is not None}
     if len(growing) > 1 or min(starts, default=0) < 0:
         raise StaleCacheError(

@@ -96,7 +96,9 @@ def check_sizes(gm: fx.GraphModule, changing: set[fx.Node]) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family: str, stand_in: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family], attn_implementation="eager" if family == "bloom" else "sdpa")
+    model = AutoModelForCausalLM.from_config(
+        FAMILIES[family], attn_implementation="eager" if family == "bloom" else "sdpa"
+    )
     ids, mask = left_padded([20, 11])
     given = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
     compiled = kvpass.compile(model.eval(), "h2o", 0.4, inner="eager", mode="reduce-overhead")
