@@ -14,9 +14,7 @@ Whatever else is done with P makes the graph one that is not static, for a reaso
 from __future__ import annotations
 
 from collections.abc import Iterator
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx

@@ -217,9 +217,9 @@ class StaticCalls:
     def _part(self, node: fx.Node, table: Any, axis: int, part: Any, grows: bool) -> tuple[Any, Any]:
         """One axis of an index."""
         ends = (part.start, part.stop, part.step) if isinstance(part, slice) else (part,)
-        if grows and isinstance(part, slice) and part.start in (None, 0) and part.step in (None, 1):
-            if part.stop is None or (self.steps.is_step(part.stop) and self._offset(part.stop) == 1):
-                return table, slice(None)
+        whole = grows and isinstance(part, slice) and part.start in (None, 0) and part.step in (None, 1)
+        if whole and (part.stop is None or (self.steps.is_step(part.stop) and self._offset(part.stop) == 1)):
+            return table, slice(None)
         if grows and any(isinstance(end, int) and end < 0 for end in ends):  # counted from the token
             if ends in [(-1,), (-1, None, None)]:
                 return self._rows(table, axis, 0, 1), 0 if ends == (-1,) else slice(None)

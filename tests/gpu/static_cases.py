@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 from gpu.device import DEVICE, GPU, triton
+from gpu.policy_cases import BUDGET, LENGTHS, POLICIES, SHAPE
 from models import tiny
 from policies import weights, with_weights
-from gpu.policy_cases import BUDGET, LENGTHS, POLICIES, SHAPE
 from spelling import cache_of
 
 import kvpass

@@ -12,8 +12,8 @@ from models import plain
 from models.stand_in import READS, stand_in
 from models.tiny import left_padded, llama
 from torch import fx
-from transformers import AutoModelForCausalLM
 from transformers import (
+    AutoModelForCausalLM,
     BloomConfig,
     Gemma3TextConfig,
     GPT2Config,

@@ -136,12 +136,11 @@ def test_growth_is_recorded_seldom(stand_in: StandIn) -> None:
 
 
 @shared
-def test_few_recordings_are_kept(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_recordings_are_kept(stand_in: StandIn) -> None:
     model = compiled(plain.one(plain.Decoder))
-    held = []
-    for length in (20, 60, 100, 140):
-        held.append(steps(model, plain.tokens(1, length), 4)[1])
-        model.kvpass.recordings[0].most = 2
+    held = [steps(model, plain.tokens(1, 20), 4)[1]]
+    model.kvpass.recordings[0].most = 2
+    held += [steps(model, plain.tokens(1, length), 4)[1] for length in (60, 100, 140)]
     assert len(model.kvpass.recordings[0].kept) == 2
     assert find(held[-1][0][0]).steps.replays > 0
 
@@ -269,9 +268,8 @@ def test_a_graph_that_is_not_static(stand_in: StandIn) -> None:
 @shared
 def test_addresses_that_never_come_back(stand_in: StandIn) -> None:
     """Caches that live for a step each: recording does not pay, and is given up."""
-    model, held = compiled(plain.one(plain.Decoder)), []
-    for seed in range(GIVE_UP + 3):
-        held.append(steps(model, plain.tokens(1, 20, seed=seed), 2)[1])
+    model = compiled(plain.one(plain.Decoder))
+    held = [steps(model, plain.tokens(1, 20, seed=seed), 2)[1] for seed in range(GIVE_UP + 3)]
     made = find(held[-1][0][0]).steps
     assert (made.replays, made.why) == (0, "sizes or addresses change from step to step")
     assert not model.kvpass.recordings[0].kept
