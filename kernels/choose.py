@@ -23,6 +23,11 @@ _forced: ContextVar[str | None] = ContextVar("kvpass_implementation", default=No
 _loaded: dict[tuple[str, str], tuple[Callable[..., Any], Callable[..., bool]]] = {}
 
 
+FALLBACK = {"decode_attend": "device"}
+"""What runs on a GPU where triton cannot: torch code that reads nothing back, in a file of its own. Else the
+reference.
+"""
+
 WIDEST = 256
 """Head dimension up to which the triton kernels fit into shared memory."""
 
@@ -64,13 +69,14 @@ def implementation(op: str, device: torch.device) -> str:
 
 def kernel(op: str, device: torch.device, *facts: Any) -> Callable[..., Any]:
     """The function that runs `op` on `device`; imported on first use, then cached. facts: what the op is given;
-    triton's implementation says by its `supports(*facts)` whether it can run that. If it cannot, the reference runs,
+    triton's implementation says by its `supports(*facts)` whether it can run that. If it cannot, `FALLBACK` runs,
     unless triton is forced.
     """
     chosen = implementation(op, device)
     found, supports = _loaded.get((op, chosen)) or _load(op, chosen)
     if _forced.get() is None and not supports(*facts):
-        found, _ = _loaded.get((op, "reference")) or _load(op, "reference")
+        other = FALLBACK.get(op, "reference")
+        found, _ = _loaded.get((op, other)) or _load(op, other)
     return found
 
 

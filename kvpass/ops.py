@@ -22,7 +22,8 @@ SCHEMAS = {
     "-> (Tensor, Tensor, Tensor)",
     "join_slots": "(Tensor[] state, Tensor k_new, Tensor v_new, SymInt position, str rule) -> Tensor[]",
     "score_slots": "(Tensor stats, Tensor? past_stats, Tensor? pos, Tensor valid, Tensor cursor, SymInt position, "
-    "str rule, str sees='', Tensor? mask=None, Tensor? bounds=None, Tensor? k=None, Tensor? v=None, Tensor? rows=None, Tensor? wo=None, "
+    "str rule, str sees='', Tensor? mask=None, Tensor? bounds=None, "
+    "Tensor? k=None, Tensor? v=None, Tensor? rows=None, Tensor? wo=None, "
     "Tensor? hidden=None, Tensor? marks=None, Tensor? queries=None, Tensor? turns=None) "
     "-> (Tensor, Tensor, Tensor)",
     "select_slots": "(Tensor score, Tensor cursor, SymInt capacity) -> Tensor",
@@ -31,6 +32,7 @@ SCHEMAS = {
     "float scale, str rule, Tensor? sinks=None, float softcap=0.0, int latent=0, Tensor? arrive=None, str sees='', "
     "Tensor? tokens=None, Tensor? bounds=None, Tensor? at=None) -> Tensor",
     "token_bounds": "(Tensor tokens, SymInt position, SymInt queries, Tensor? at=None) -> Tensor",
+    "mask_spans": "(Tensor mask) -> Tensor",
     "written": "(Tensor mask, SymInt end, Tensor? at=None) -> Tensor",
     "window_rows": "(Tensor q, Tensor k, Tensor? pos, Tensor? mask, Tensor valid, float scale, str sees, str rule, "
     "Tensor? sinks=None, float softcap=0.0, Tensor? tokens=None, SymInt position=0) -> Tensor",
@@ -40,6 +42,7 @@ SCHEMAS = {
 
 HOMES = {
     "token_bounds": "attention.visibility",
+    "mask_spans": "attention.visibility",
     "written": "attention.masks",
     "window_rows": "rank.window_rows",
     "join_slots": "slots.join_slots",
@@ -160,6 +163,10 @@ def _fake_token_bounds(tokens: Tensor, position: int, queries: int, at: Tensor |
     return tokens.new_empty(tokens.shape[0], 4, dtype=torch.int32)
 
 
+def _fake_mask_spans(mask: Tensor) -> Tensor:
+    return mask.new_empty(mask.shape[0], 4, dtype=torch.int32)
+
+
 def _fake_written(mask: Tensor, end: int, at: Tensor | None = None) -> Tensor:
     return mask.new_empty(mask.shape) if at is not None else mask.new_empty(*mask.shape[:-1], end)
 
@@ -172,6 +179,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "compact_slots": _fake_compact_slots,
     "decode_attend": _fake_decode_attend,
     "token_bounds": _fake_token_bounds,
+    "mask_spans": _fake_mask_spans,
     "written": _fake_written,
     "window_rows": _fake_window_rows,
     "arrivals": _fake_arrivals,

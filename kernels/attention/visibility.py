@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from kvpass.kernels.attention.masks import count_shown, visible
+from kvpass.kernels.attention.masks import causal_span, count_shown, simplified, visible
 from torch import Tensor
 
 FIRST, END, BEFORE, COUNT = range(4)
@@ -49,7 +49,8 @@ class Sees:
             TypeError: a word that is none of the above.
         """
         parts = (word.partition("=") for word in text.split())
-        return Sees(**{word: int(number) if given else True for word, given, number in parts})
+        said: dict[str, Any] = {word: int(number) if given else True for word, given, number in parts}
+        return Sees(**said)
 
     def encode(self) -> str:
         """The words as the ops take them."""
@@ -72,14 +73,16 @@ class Sees:
 
         i: their places in their call, for `corner`.
         """
-        parts = []
+        parts: list[Tensor] = []
         if self.causal:
             parts.append(where <= (i if self.corner and i is not None else p))
         if self.window:
             parts.append(where > p - self.window)
         if self.chunk:
             parts.append(where // self.chunk == p // self.chunk)
-        found = parts[0] if parts else None
+        if not parts:
+            return None
+        found = parts[0]
         for part in parts[1:]:
             found = found & part
         return found
@@ -88,11 +91,11 @@ class Sees:
 def token_bounds(tokens: Tensor, position: int, queries: int, at: Tensor | None = None) -> Tensor:
     """What a call knows of its tokens: int32 [1 or B, 4], see `FIRST`. Pure torch, any device.
 
-    tokens: bool [1 or B, T], T at least position + queries; position: of the first of the call's queries, or `at`,
-    int32 [1].
+    tokens: bool [1 or B, T], T at least position + queries; position: of the first of the call's queries. at: int [1],
+    that position on the device, which is not read: `position` means nothing then.
     """
     if at is not None:
-        position = int(at)
+        return _bounds_at(tokens, at, queries)
     end = position + queries
     here = tokens[:, :end]
     column = torch.arange(end, dtype=torch.int32, device=tokens.device)
@@ -101,6 +104,34 @@ def token_bounds(tokens: Tensor, position: int, queries: int, at: Tensor | None 
     last = torch.where(last > 0, last, end)
     before, count = here[:, :position].sum(-1), here.sum(-1)
     return torch.stack([first, last, before, count], -1).int()
+
+
+def _bounds_at(tokens: Tensor, at: Tensor, queries: int) -> Tensor:
+    """The same by comparison with all columns."""
+    begin = at.view(1, 1)
+    column = torch.arange(tokens.shape[1], dtype=torch.int32, device=tokens.device)
+    end = (begin + queries).int()
+    here = tokens & (column < end)
+    first = torch.where(here, column, end).amin(-1, keepdim=True)
+    last = torch.where(here, column + 1, 0).amax(-1, keepdim=True)
+    last = torch.where(last > 0, last, end)
+    before, count = (here & (column < begin)).sum(-1, keepdim=True), here.sum(-1, keepdim=True)
+    return torch.cat([first, last, before, count], -1).int()
+
+
+def mask_spans(mask: Tensor) -> Tensor:
+    """A prompt's mask looked at, once for all layers: int32 [1 or B, 4] as `token_bounds`, of sequences whose mask
+    [1 or B, 1, S, S] is causal over neighbouring tokens; COUNT is -1 for others. On other devices than CPUs for all:
+    nothing is read back, and their kernels survey a mask themselves.
+    """
+    found, queries = mask.new_zeros(mask.shape[0], 4, dtype=torch.int32), mask.shape[2]
+    found[:, COUNT] = -1
+    if mask.device.type == "cpu" and mask.shape[1] == 1 and mask.shape[3] >= queries > 0:
+        for row, one in zip(found, simplified(mask), strict=True):
+            span = causal_span(one[0, :, :queries]) if one.dtype == torch.bool else None
+            if span is not None:
+                row.copy_(torch.tensor([*span, 0, span[1] - span[0]]))
+    return found
 
 
 class Shown(NamedTuple):
@@ -113,7 +144,7 @@ class Shown(NamedTuple):
     tokens: Tensor | None = None
     """bool [1 or B, T], T at least position + queries; None: every column holds a token."""
     bounds: Tensor | None = None
-    """Of `token_bounds`."""
+    """Of `token_bounds`; without tokens those of `mask_spans`: a prompt's, which are all neighbours."""
     mask: Tensor | None = None
     """Hides more, or adds: 4-d, broadcastable to [B, Hq, S, T]."""
 
@@ -126,6 +157,9 @@ class Shown(NamedTuple):
         """Which of the call's own tokens are valid, bool [B, S]: some query of the call, in some head, may see it."""
         end = self.position + self.queries
         own = torch.ones(1, 1, dtype=torch.bool, device=device)
+        if self.tokens is None and self.bounds is not None:
+            place = torch.arange(self.queries, device=device)
+            own = (place >= self.bounds[:, FIRST, None]) & (place < self.bounds[:, END, None])
         if self.tokens is not None:
             own = self.tokens[:, self.position : end]
         if self.mask is not None:
@@ -156,7 +190,9 @@ class Shown(NamedTuple):
         there are none for sure.
         """
         if self.tokens is None:
-            return None
+            if self.bounds is None:
+                return None
+            return torch.arange(self.queries, device=self.bounds.device) < self.bounds[:, FIRST, None]
         if self.tokens.device.type == "cpu" and self.bounds is not None and self._sees_the_first():
             return None
         counts = self.tokens[:, : self.queries].cumsum(-1)
@@ -185,7 +221,7 @@ def shown_before(sees: Sees, bounds: Tensor | None, mask: Tensor | None, positio
     if bounds is not None:
         found = bounds[:, BEFORE].clamp(max=found)
     if mask is not None:
-        found = count_shown(mask, position).clamp(max=found)  # type: ignore[arg-type]  # an int or a tensor
+        found = count_shown(mask, position).clamp(max=found)
     return found
 
 
@@ -204,7 +240,7 @@ def folded(mask: Tensor, sees: Sees, tokens: Tensor | None, position: int) -> Te
 
 
 def as_mask(shown: Shown, keys: int) -> Tensor:
-    """The words and tokens as the mask [1 or B, 1, S, T] that they stand for, True = seen: what a proof is checked by."""
+    """The words and tokens as the mask that they stand for, bool [1 or B, 1, S, T]: what a proof is checked by."""
     device = shown.tokens.device if shown.tokens is not None else "cpu"
     found = shown.keys(torch.arange(keys, device=device)[None, None], 0, shown.queries)
     return found.expand(-1, -1, shown.queries, -1)

@@ -1,6 +1,7 @@
 """decode_attend: one token through attention and cache in one op.
 
-The reference is the meaning; triton runs on CUDA and ROCm, where it `supports` the rule.
+The reference is the meaning; on CUDA and ROCm triton runs where it `supports` the rule, and `device` elsewhere: neither
+reads anything back.
 """
 
 from __future__ import annotations
@@ -9,8 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from kvpass.kernels.attention.softmax import Softmax, check_softmax
-from kvpass.kernels.attention.visibility import Sees, folded, token_bounds
-from kvpass.kernels.choose import kernel
+from kvpass.kernels.choose import implementation, kernel
 from kvpass.kernels.decode_attend.call import Call, Token
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.state import State
@@ -41,16 +41,16 @@ def decode_attend(
     broadcastable to [B, Hq, 1, T], looked up at the slots' positions. state: the tensors of `State` under the rule,
     changed in place; contiguous, C > LIVE. sees: the words of `Sees`, what the query sees besides; tokens: bool
     [1 or B, T], hides columns that hold no token; bounds: of `token_bounds`, once for all layers (None: found here). A
-    row in which `position` is hidden from its own query in every head (padding) changes nothing. softcap: above 0, logits become softcap * tanh(logit / softcap) before the mask is added. sinks:
-    any float dtype [Hq], one more logit per query head in the softmax's denominator, neither capped nor masked. latent:
-    above 0, the values are the first `latent` entries of the keys (multi-head latent attention), v_new and v have no
-    entries. arrive: float32 [N, B, Hkv], the statistics of the token's slot before this query adds to them
-    (`arrivals`), zeros without. at: int32 [1], the position on the device, in the place of `position`.
+    row in which `position` is hidden from its own query in every head (padding) changes nothing. at: int [1], the
+    position on the device, where it changes from step to step and the host must not know it; `position` means nothing
+    then. softcap: above 0, logits become softcap * tanh(logit / softcap) before the mask is added. sinks: any float
+    dtype [Hq], one more logit per query head in the softmax's denominator, neither capped nor masked. latent: above 0,
+    the values are the first `latent` entries of the keys (multi-head latent attention), v_new and v have no entries.
+    arrive: float32 [N, B, Hkv], the statistics of the token's slot before this query adds to them (`arrivals`), zeros
+    without.
 
     Returns out [B, Hq, 1, Dv] = softmax(q k^T scale + mask) v. Raises ValueError on shapes or dtypes that do not fit.
     """
-    if at is not None:
-        position = int(at)
     plan = Rule.parse(rule)
     held = State.of(state, plan)
     batch, heads, slots, dim = held.k.shape
@@ -63,13 +63,10 @@ def decode_attend(
     _check_dtypes(q, held)
     if sinks is not None or softcap:
         check_softmax("decode_attend", q.shape[1], sinks, softcap)
-    words = Sees.parse(sees)
-    if mask is not None:
-        mask, words, tokens, bounds = folded(mask, words, tokens, position), Sees(), None, None
-    elif tokens is not None and bounds is None:
-        bounds = token_bounds(tokens, position, 1)
+    if at is not None and implementation("decode_attend", q.device) == "reference":
+        position, at = int(at), None
     token, softmax = Token(q, k_new, v_new, arrive), Softmax(scale, sinks, softcap)
-    call = Call(mask, position, softmax, plan, latent, words, tokens, bounds)
+    call = Call.of_step(mask, position, softmax, plan, latent, sees, tokens, bounds, at)
     out: Tensor = kernel("decode_attend", q.device, token, held, call)(token, held, call)
     return out
 

@@ -28,8 +28,8 @@ def attend_only(q: Tensor, state: State, call: Call) -> Tensor:
 
 
 def seen_slots(call: Call, pos: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Which slots at positions pos, int32 [B, Hkv, n], -1 = empty, the query sees, bool [B, Hkv, 1 or G, n]; and what is
-    added to their logits, float32, or None.
+    """Which slots at positions pos, int32 [B, Hkv, n], -1 = empty, the query sees, bool [B, Hkv, 1 or G, n]; and what
+    is added to their logits, float32, or None.
     """
     shown = (pos >= 0).unsqueeze(2)
     if call.mask is not None:

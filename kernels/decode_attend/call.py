@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from kvpass.kernels.attention.softmax import Softmax
-from kvpass.kernels.attention.visibility import Sees
+from kvpass.kernels.attention.visibility import Sees, folded, token_bounds
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.state import State
 from torch import Tensor
@@ -50,6 +51,25 @@ class Call(NamedTuple):
     """bool [1 or B, T], hides columns that hold no token; None with a mask."""
     bounds: Tensor | None = None
     """Of `token_bounds`, with `tokens`."""
+    at: Tensor | None = None
+    """int [1], the position on the device; `position` means nothing then."""
+
+    @classmethod
+    def of_step(
+        cls, mask: Tensor | None, position: int, softmax: Softmax, rule: Rule, latent: int = 0, sees: str = "",
+        tokens: Tensor | None = None, bounds: Tensor | None = None, at: Tensor | None = None,
+    ) -> Call:  # fmt: skip
+        """What `decode_attend` is given: a mask says it all from here on, and tokens have their bounds."""
+        words = Sees.parse(sees)
+        if mask is not None:
+            if at is None:
+                mask = folded(mask, words, tokens, position)
+            else:
+                mask = folded(mask, Sees(), _seen_from(mask, words, tokens, at), 0)
+            words, tokens, bounds = Sees(), None, None
+        elif tokens is not None and bounds is None:
+            bounds = token_bounds(tokens, position, 1, at)
+        return cls(mask, position, softmax, rule, latent, words, tokens, bounds, at)
 
     @property
     def low(self) -> int:
@@ -64,3 +84,25 @@ class Call(NamedTuple):
     def values(self, state: State) -> Tensor:
         """[B, Hkv, C, Dv]"""
         return state.k[..., : self.latent] if self.latent else state.v
+
+
+def lowest(sees: Sees, at: Tensor) -> Tensor | None:
+    """The first position that a query at a position on the device sees, the shape of `at`; None: the very first."""
+    found = []
+    if sees.window:
+        found.append(at - sees.window + 1)
+    if sees.chunk:
+        found.append(at // sees.chunk * sees.chunk)
+    if not found:
+        return None
+    low = found[0] if len(found) == 1 else torch.maximum(*found)
+    return low.clamp(min=0)
+
+
+def _seen_from(mask: Tensor, sees: Sees, tokens: Tensor | None, at: Tensor) -> Tensor | None:
+    """The tokens, bool [1 or B, T], without those before what the words show; None if all are seen."""
+    low = lowest(sees, at.view(1, 1))
+    if low is None:
+        return tokens
+    later = torch.arange(mask.shape[-1] if tokens is None else tokens.shape[1], device=mask.device) >= low
+    return later if tokens is None else later & tokens

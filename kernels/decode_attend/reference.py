@@ -113,9 +113,7 @@ def _append(token: Token, state: State, facts: StepFacts) -> None:
             target.index_fill_(at, facts.rows, value)
 
 
-def _probabilities(
-    q: Tensor, state: State, hides: bool, step: StepFacts, call: Call
-) -> tuple[Tensor, Tensor | None]:
+def _probabilities(q: Tensor, state: State, hides: bool, step: StepFacts, call: Call) -> tuple[Tensor, Tensor | None]:
     """float32 [B*Hkv, G, n], 0 on empty slots; and if some are hidden bool [B*Hkv, n], what some query of the group
     sees.
     """

@@ -1,199 +1,187 @@
 """decode_attend in Triton. Tested in the interpreter and on an H200 (docs/gpu.md); compiled ahead of time too.
 
-Three launches, four with a scope: partial attention over splits of the slots (reads K and V once per KV head), their
-sum with the statistics, and the victim. Grids and scratch depend on shapes alone and nothing is read back, so a CUDA
-graph can hold them.
+Two launches: partial attention over splits of the slots (reads K and V once per KV head); then their sum, the
+statistics, and the victim, which the last program of a row picks. Scores that are means over heads take a third.
+Grids and scratch depend on shapes alone and nothing is read back, so a CUDA graph can hold them.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from kvpass.kernels.attention.observation import Observation
-from kvpass.kernels.attention.softmax import Softmax
-from kvpass.kernels.budget import Budget
 from kvpass.kernels.choose import WIDEST
 from kvpass.kernels.decode_attend.call import Call, Token
-from kvpass.kernels.rank.criterion import Ranking, Scope
-from kvpass.kernels.rank.layer import Layer
-from kvpass.kernels.rank.places import Protected
-from kvpass.kernels.rank.scored import Scoring
-from kvpass.kernels.rank.smooth import Pool
+from kvpass.kernels.rank.criterion import Ranking
 from kvpass.kernels.rule import Rule
-from kvpass.kernels.slots.state import FIELDS, State
-from kvpass.kernels.slots.statistics import Statistics, stat
-from kvpass.kernels.timing import Timing
+from kvpass.kernels.slots.ragged import Ragged
+from kvpass.kernels.slots.state import State
+from kvpass.kernels.slots.statistics import Statistics
 from kvpass.kernels.triton_shared.triton_launch import (
     Target,
     blocks,
     check_head_dims,
-    launch,
     mask_arguments,
     power_of_two,
     precision,
     rows_last,
     target,
 )
+from kvpass.kernels.triton_shared.triton_prepared import Prepared
 from torch import Tensor
 
-from .triton_kernel import combine_kernel, split_kernel
-from .triton_victim import deviation_kernel, victim_kernel
-
-_SCORES = {"position": 0, "sum": 1, "mean": 2}
-
-
-_STATISTICS = {"sum", "sumsq", "count"}
+from .triton_ending import ending_kernel, victim_kernel
+from .triton_kernel import split_kernel
+from .triton_terms import constants, counted, numbers, observed, observes, understood
 
 
 def supports(token: Token, state: State, call: Call) -> bool:
-    """Attention's sums, squares and counts, heads alike, keys and values apart, and no field of a state but those that
-    all have. Records that nobody named here go to the reference.
-    """
-    rule = call.rule
-    known = rule.only(Statistics, Observation, Pool, Ranking, Protected, Scope, Budget, Layer, Scoring, Timing)
-    plain = known and set(rule[Statistics].stats) <= _STATISTICS and state.fields == FIELDS
-    return plain and not call.latent and token.q.shape[3] <= WIDEST
+    """All rules but those with rings (`understood`); keys and values apart, heads of up to 256."""
+    return understood(call.rule) and not call.latent and token.q.shape[3] <= WIDEST
 
 
 def decode_attend_triton(token: Token, state: State, call: Call) -> Tensor:
     """See `kvpass.kernels.decode_attend.decode_attend`. The state tensors are contiguous."""
-    q = rows_last(token.q)
-    check_head_dims(q.shape[3], state.v.shape[3])
-    plan, mask = call.rule.of_steps, call.mask
-    hidden = mask_arguments(mask)
-    hidden.pop("s_mq")
-    heads = 1 if mask is None else mask.shape[1]
-    shared: dict[str, Any] = {
-        **hidden,
+    q, k, v, arrive = token
+    if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1:
+        q, k, v = (rows_last(x) for x in (q, k, v))
+    mask, bounds, at, softmax, tokens = call.mask, call.bounds, call.at, call.softmax, call.tokens
+    if tokens is not None:
+        tokens = rows_last(tokens).view(torch.uint8)
+    hidden, step = mask_arguments(mask), _prepared(Token(q, k, v, arrive), state, call)
+    scratch = torch.empty(step.floats, dtype=torch.float32, device=q.device)
+    whole = torch.empty(step.integers, dtype=torch.int32, device=q.device)
+    out = q.new_empty(step.out)
+    keys, values, *held = state.tensors()
+    shared = hidden["p_mask"], bounds, at, *held, scratch, whole
+    s_nb = 0 if bounds is None or bounds.shape[0] == 1 else bounds.stride(0)
+    s_tb = 0 if tokens is None or tokens.shape[0] == 1 else tokens.stride(0)
+    numbers = hidden["s_mb"], hidden["s_mh"], hidden["s_mt"], s_nb, 0 if at is not None else call.position
+    arrive = arrive if arrive is None else arrive.contiguous()
+    step.split.launch((*shared, q, k, v, keys, values, arrive, tokens), (*numbers, s_tb))
+    step.ending.launch((*shared, softmax.sinks if softmax.sinks is None else softmax.sinks.contiguous(), out), numbers)
+    if step.victim:
+        step.victim.launch(shared, numbers)
+    return out
+
+
+SHARED = "p_mask", "p_bounds", "p_at", "p_pos", "p_stats", "p_cursor", "p_scratch", "p_whole"
+NUMBERS = "s_mb", "s_mh", "s_mt", "s_nb", "position"
+"""What a launch of each kernel gives, in order; then each its own."""
+SPLIT = (*SHARED, "p_q", "p_knew", "p_vnew", "p_k", "p_v", "p_arrive", "p_tokens"), (*NUMBERS, "s_tb")
+ENDING = (*SHARED, "p_sinks", "p_out"), NUMBERS
+
+
+class _Step(NamedTuple):
+    """The launches of a step, and sizes of what is allocated for it: they follow from shapes alone."""
+
+    split: Prepared
+    ending: Prepared
+    victim: Prepared | None
+    floats: int
+    integers: int
+    out: tuple[int, ...]
+
+
+def _prepared(token: Token, state: State, call: Call) -> _Step:
+    """Made once for each rule, shapes and words."""
+    q, rule, softmax, mask, at = token.q, call.rule, call.softmax, call.mask, call.at
+    known = rule.derived.setdefault(_prepared, {})
+    key = (
+        *(q.shape, q.stride(), token.k.stride(), token.v.stride(), state.k.shape, state.v.shape[3], q.dtype, q.device),
+        *(token.arrive is None, call.tokens is None, call.sees, softmax.scale, softmax.softcap, target(q.device)),
+        None if softmax.sinks is None else softmax.sinks.dtype,
+        None if mask is None else (mask.dtype, mask.shape[1]),
+        None if at is None else at.dtype,
+    )
+    found: _Step | None = known.get(key)
+    if found is None:
+        check_head_dims(q.shape[3], state.v.shape[3])
+        if len(known) >= 256:  # lengths that grow leave old ones behind
+            known.clear()
+        found = known[key] = _prepare(token, state, call)
+    return found
+
+
+def _prepare(token: Token, state: State, call: Call) -> _Step:
+    q, k, v, _ = token
+    plan, device, on, (batch, kv_heads, slots, dim) = call.rule.of_steps, q.device, target(q.device), state.k.shape
+    heads, wide, rows = q.shape[1], state.v.shape[3], batch * kv_heads
+    group, looks, together = heads // kv_heads, observes(plan), plan.evicts and plan[Ranking].together
+    config, whole, fixed = _config(max(dim, wide), q.element_size(), on), power_of_two(group), constants(plan)
+    # heads of one length need one wave of programs; of unequal ones, a few, so that none is long
+    waves = 4 if plan[Ragged].ragged else 1
+    block, splits = _block(plan, whole, on), _splits(rows, slots, config["BN"], on, waves)
+    programs = max(blocks(slots, block) if looks or plan.evicts else 1, group)
+    wide2, splits2 = power_of_two(wide, 16), power_of_two(splits)
+    shared: dict[str, Any] = _seen(call) | {
+        "C": slots, "HKV": kv_heads, "splits": splits, "G": group, "DV": wide, "LOGITS": looks,
+        "COLUMNS": fixed["COLUMNS"],
+    }  # fmt: skip
+    split = {
+        **shared, **config, "D": dim, "BD": power_of_two(dim, 16), "BDV": wide2, "N": len(plan[Statistics].stats),
+        "GP": 1 if group == 1 else power_of_two(group, 16), "COUNTED": counted(plan), "PRECISION": precision(on),
+        "s_qb": q.stride(0), "s_qh": q.stride(1), "s_kb": k.stride(0), "s_kh": k.stride(1), "s_vb": v.stride(0),
+        "s_vh": v.stride(1), "scale": call.softmax.scale, "SOFTCAP": float(call.softmax.softcap),
+        "ARRIVE": token.arrive is not None,
+    }  # fmt: skip
+    # preferences that torch finds equal must be equal here: no fused multiply-add
+    after = {**shared, **fixed, **numbers(plan), "num_warps": 4, "enable_fp_fusion": fixed["TOP"] == 0}
+    after |= {"BE": block, "BP": power_of_two(programs)}
+    ending = {
+        **after, **observed(plan), "GS": whole, "BDV": wide2, "BS": splits2, "BC": max(1, min(splits2, 4096 // wide2)),
+        "SINKS": call.softmax.sinks is not None, "ENDS": not together, "LONE": not (looks or plan.evicts),
+        "EVICTS": plan.evicts,
+    }  # fmt: skip
+    return _Step(
+        Prepared(split_kernel, (rows, splits), device, *SPLIT, **split),
+        Prepared(ending_kernel, (rows, programs), device, *ENDING, **ending),
+        Prepared(victim_kernel, (rows, programs), device, SHARED, NUMBERS, **after) if together else None,
+        floats=rows * (group * splits * (wide + 2) + programs + slots * (group * looks + (fixed["TOP"] > 0))),
+        integers=rows * (1 + splits + 2 * programs),
+        out=(batch, heads, 1, wide),
+    )
+
+
+def _seen(call: Call) -> dict[str, Any]:
+    """Constants of what the call says of what its token sees."""
+    hidden, heads = mask_arguments(call.mask), 1 if call.mask is None else call.mask.shape[1]
+    return {
+        **{name: hidden[name] for name in ("MASK", "HIDDEN")},
         "mask_heads": heads,
         "HEADS": power_of_two(heads),
-        "p_stats": state.stats,
-        "p_cursor": state.cursor,
-        "position": call.position,
-        "C": state.slots,
-        "HKV": state.k.shape[1],
+        "AT": call.at is not None,
+        "WINDOW": call.sees.window,
+        "CHUNK": call.sees.chunk,
+        "TOKENS": call.tokens is not None,
     }
-    out = _attend(Token(q, rows_last(token.k), rows_last(token.v)), state, call.softmax, plan, shared)
-    _evict(state, plan, shared)
-    return out
 
 
-def _attend(token: Token, state: State, softmax: Softmax, plan: Rule, shared: dict[str, Any]) -> Tensor:
-    """Append, attend, update the statistics; returns out [B, Hq, 1, Dv]."""
-    q, k, v = token.q, state.k, state.v
-    batch, kv_heads, slots, dim = k.shape
-    heads, wide = q.shape[1], v.shape[3]
-    group = heads // kv_heads
-    observation = plan[Observation]
-    observes = bool(plan[Statistics].stats) and observation.decode != "none"
-    size = _config(max(dim, wide), q.element_size(), target(q.device))
-    splits = _splits(batch * kv_heads, slots, size["BN"], target(q.device))
-    each = batch * heads * splits
-    scratch = torch.empty(each * (wide + 2), dtype=torch.float32, device=q.device)
-    acc, best, total = scratch[: each * wide], scratch[each * wide : -each], scratch[-each:]
-    logits = q.new_empty(batch, heads, slots, dtype=torch.float32) if observes else None
-    parts: dict[str, Any] = {"p_logits": logits, "p_max": best, "p_sum": total, "p_acc": acc, "splits": splits, **size}
-    parts |= {"G": group, "GP": 1 if group == 1 else power_of_two(group, 16), "DV": wide, "BDV": power_of_two(wide, 16)}
-    launch(
-        split_kernel,
-        (batch * kv_heads, splits),
-        q.device,
-        **shared,
-        **parts,
-        p_q=q,
-        p_knew=token.k,
-        p_vnew=token.v,
-        p_k=k,
-        p_v=v,
-        p_pos=state.pos,
-        s_qb=q.stride(0),
-        s_qh=q.stride(1),
-        s_kb=token.k.stride(0),
-        s_kh=token.k.stride(1),
-        s_vb=token.v.stride(0),
-        s_vh=token.v.stride(1),
-        scale=softmax.scale,
-        D=dim,
-        BD=power_of_two(dim, 16),
-        N=len(plan[Statistics].stats),
-        LOGITS=observes,
-        SOFTCAP=float(softmax.softcap),
-        PRECISION=precision(target(q.device)),
-    )
-    out = q.new_empty(batch, heads, 1, wide)
-    launch(
-        combine_kernel,
-        (batch * kv_heads, splits),
-        q.device,
-        **shared,
-        **parts,
-        p_sinks=None if softmax.sinks is None else softmax.sinks.contiguous(),
-        p_out=out,
-        BS=power_of_two(splits),
-        BC=max(1, min(power_of_two(splits), 4096 // parts["BDV"])),
-        SINKS=softmax.sinks is not None,
-        ADD=observation.decode == "add",
-        MEAN=observation.group == "mean",
-        SUM=stat(plan, "sum") if observes else -1,
-        SUMSQ=stat(plan, "sumsq") if observes else -1,
-        COUNT=stat(plan, "count") if observes else -1,
-    )
-    return out
+def _block(plan: Rule, group: int, on: Target) -> int:
+    """Slots that a program of `ending_kernel` takes at once."""
+    if on.kind == "interpret":
+        return 16
+    return max(128, min(1024, 4096 // group)) if observes(plan) else 1024
 
 
-def _evict(state: State, plan: Rule, shared: dict[str, Any]) -> None:
-    """Advance the cursor and free the victim's slot."""
-    pos = state.pos
-    (batch, kv_heads, slots), scope = pos.shape, plan[Scope]
-    scoped = scope.scope_num > 0 and plan.evicts
-    deviation = torch.empty(pos.shape, dtype=torch.float32, device=pos.device) if scoped else None
-    block = min(power_of_two(slots, 128), 2048)
-    budget: dict[str, Any] = {**vars(plan[Budget]), **vars(plan[Protected])}
-    budget |= {
-        "p_pos": pos,
-        "p_deviation": deviation,
-        "SUM": stat(plan, "sum"),
-        "COUNT": stat(plan, "count"),
-        "BLOCK": block,
-    }
-    if scoped:
-        plain = {name: shared[name] for name in ("p_stats", "p_cursor", "position", "C", "HKV")}
-        launch(
-            deviation_kernel,
-            (batch * kv_heads, blocks(slots, block)),
-            pos.device,
-            **plain,
-            **budget,
-            SUMSQ=stat(plan, "sumsq"),
-            num_warps=4,
-            enable_fp_fusion=False,
-        )
-    launch(
-        victim_kernel,
-        (batch * kv_heads,),
-        pos.device,
-        **shared,
-        **budget,
-        scope_num=scope.scope_num,
-        scope_den=scope.scope_den,
-        SCORE=_SCORES[plan[Ranking].score],
-        ALL=plan[Ranking].together,
-        SCOPE=scoped,
-        EVICTS=plan.evicts,
-        num_warps=4,
-        enable_fp_fusion=False,
-    )
+def _splits(rows: int, slots: int, block: int, on: Target, waves: int = 1) -> int:
+    """Programs per (b, KV head), each with two blocks or more: a power of two <= 256.
 
+    The fewest that fill the device's places (two programs on a core) so many times and keep nearly all of them busy
+    until the end.
+    """
+    places, most = 2 * on.cores, max(1, min(slots // (2 * block), 256))
+    tried = [1 << n for n in range(most.bit_length())]
 
-def _splits(rows: int, slots: int, block: int, on: Target) -> int:
-    """Programs per (b, KV head): to fill the device twice, with two blocks or more each; a power of two <= 64."""
-    wanted = max(1, min(2 * on.cores // rows, slots // (2 * block), 64))
-    return 1 << (wanted.bit_length() - 1)
+    def busy(splits: int) -> float:
+        return rows * splits / (blocks(rows * splits, places) * places)
+
+    full = [n for n in tried if rows * n >= 0.85 * waves * places and busy(n) >= 0.85]
+    return full[0] if full else max(tried, key=busy) if waves == 1 else tried[-1]
 
 
 def _config(dim: int, bytes_each: int, on: Target) -> dict[str, int]:
-    """Pinned block size of split_kernel and combine_kernel by head dim and element size. Not tuned on hardware."""
+    """Pinned block size of split_kernel by head dim and element size. Not tuned on hardware."""
     if on.kind == "interpret":
         return {"BN": 16, "num_warps": 4, "num_stages": 1}
     large = dim > 128 or bytes_each > 2

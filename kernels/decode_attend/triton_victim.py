@@ -1,75 +1,129 @@
-"""Device code of decode_attend, what follows attention: count the token, pick the slot that goes if over budget."""
+"""Device code of decode_attend: which slot goes. Programs of a row search shares of its slots; the last that is done
+picks among what they found, and ends the step.
+
+Scores and orders are those of `kvpass.kernels.rank.ranking`, rounded as torch rounds them (true division and root).
+"""
 
 # mypy: ignore-errors
 
 import triton
 import triton.language as tl
-from kvpass.kernels.triton_shared.triton_common import arrives, count_from, kth_key, rising, rows
+from kvpass.kernels.triton_shared.triton_common import count_from, kth_key, rising
 
-POSITION = tl.constexpr(0)
-SUM_SCORE = tl.constexpr(1)
-MEAN_SCORE = tl.constexpr(2)
+BY_POSITION = tl.constexpr(0)
+BY_SUM = tl.constexpr(1)
+BY_MEAN = tl.constexpr(2)
+BY_SHARE = tl.constexpr(3)
+BY_AGE = tl.constexpr(4)
+BY_SCORE = tl.constexpr(5)
 UNTOUCHABLE = tl.constexpr(3.0e38)
-PLAIN = ["position", "C", "s_mb", "s_mh", "s_mt", "slots", "num", "den", "floor", "sinks", "recent", "recent_num"]
-PLAIN += ["recent_den", "scope_num", "scope_den"]
+UNSCORED = tl.constexpr(2.0**125)
+KEEP = tl.constexpr(1048576.0)
+LEAST = tl.constexpr(-2139095040)
+"""`rising` of the smallest number: -inf is below it."""
 
 
 @triton.jit
-def nth_largest(p_pos, used, n, limit, BLOCK: tl.constexpr):
-    """Of the positions of `used` slots, all below `limit`; 0 for an n beyond them, `limit` for n <= 0. int64."""
-    low, high = tl.full((), 0, tl.int64), tl.cast(limit, tl.int64) + 1
-    while high - low > 1:
-        middle = (low + high) >> 1
-        b_c = tl.zeros([BLOCK], tl.int32)
-        for i in range(0, used, BLOCK):
-            o_c = i + tl.arange(0, BLOCK)
-            b_pos = tl.load(p_pos + o_c, mask=o_c < used, other=-1)
-            b_c += (b_pos >= middle).to(tl.int32)
-        enough = tl.sum(b_c, 0) >= n
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle)
-    return low
+def kept(p_slot, plane, o_c, m_c, INDEX: tl.constexpr):
+    """A statistic of slots o_c. p_slot: of the first statistic, the row's first slot."""
+    return tl.load(p_slot + INDEX * plane + o_c, mask=m_c, other=1.0)
 
 
 @triton.jit
-def bounds(
-    p_cursor, p_pos, position, slots, num, den, floor, sinks, recent, recent_num, recent_den, BLOCK: tl.constexpr
-):
-    """The step in numbers: slots used with the new token, tokens seen, first position, budget n, and the ends of the
-    unprotected positions: old <= pos < young. p_cursor, p_pos: one head's, the cursor as before the step.
-
-    Where padding stands between tokens, positions do not count them. The slots of the first and of the last tokens are
-    all in use, so their ranks do.
-    """
-    used = tl.load(p_cursor) + 1
-    seen = tl.load(p_cursor + 2) + 1
-    first = tl.load(p_cursor + 3)
-    first = tl.where(first < 0, position, first).to(tl.int32)
-    size = tl.maximum(floor, seen.to(tl.int64) * num // den)
-    size = tl.where(slots > 0, slots, size)
-    window = recent + size * recent_num // recent_den
-    old, young = first.to(tl.int64) + sinks, position + 1 - window
-    if (position + 1 - first > seen) & (used > size):
-        young = nth_largest(p_pos, used, window, position + 1, BLOCK)
-        if sinks > 0:
-            old = nth_largest(p_pos, used, used - sinks + 1, position + 1, BLOCK) + 1
-    return used, seen, first, size, old, young
-
-
-@triton.jit
-def slot_score(p_sum, p_count, o_c, b_pos, m_c, SCORE: tl.constexpr):
-    """Score of slots o_c of one head, float32: the position, the sum, or sum / max(count, 1)."""
-    b_x = b_pos.to(tl.float32)
-    if SCORE != POSITION:
-        b_x = tl.load(p_sum + o_c, mask=m_c, other=0.0)
-    if SCORE == MEAN_SCORE:
-        b_x = tl.div_rn(b_x, tl.maximum(tl.load(p_count + o_c, mask=m_c, other=1.0), 1.0))
+def base_score(
+    p_slot, plane, o_c, m_c, b_pos, seen,
+    SCORE: tl.constexpr, BY: tl.constexpr, COUNT: tl.constexpr, NUMBER: tl.constexpr, DECAY: tl.constexpr,
+):  # fmt: skip
+    """Scores of one head, before the heads' mean and a value weight: float32. seen: the row's tokens, with this one."""
+    b_x = b_pos.to(tl.float32) if SCORE == BY_POSITION else kept(p_slot, plane, o_c, m_c, BY)
+    if (SCORE == BY_MEAN) | (SCORE == BY_SHARE):
+        b_x = tl.div_rn(b_x, tl.maximum(kept(p_slot, plane, o_c, m_c, COUNT), 1.0))
+    if SCORE == BY_AGE:
+        b_x = b_x - 1.0 - (seen - 1).to(tl.float32)
+    if DECAY:
+        if NUMBER >= 0:
+            b_x = b_x * ((seen - 1).to(tl.float32) - kept(p_slot, plane, o_c, m_c, NUMBER))
+        else:
+            b_x = b_x * (seen - 1 - b_pos).to(tl.float32)
     return b_x
 
 
 @triton.jit
-def oldest_ties(p_deviation, p_pos, n, tied, ties, BLOCK: tl.constexpr):
-    """Position of the ties-th oldest slot whose deviation has the key `tied`; -1 for no ties; all differ."""
+def deviation(p_slot, plane, o_c, m_c, SUM: tl.constexpr, SUMSQ: tl.constexpr, COUNT: tl.constexpr):
+    """Standard deviation of the probabilities that slots were given (RoCo). No fused multiply-add (the launch turns
+    fusion off): two that torch finds equal must be equal here.
+    """
+    b_count = tl.maximum(kept(p_slot, plane, o_c, m_c, COUNT), 1.0)
+    b_mean = tl.div_rn(kept(p_slot, plane, o_c, m_c, SUM), b_count)
+    b_var = tl.div_rn(kept(p_slot, plane, o_c, m_c, SUMSQ), b_count) - b_mean * b_mean
+    return tl.sqrt_rn(tl.maximum(b_var, 0.0))
+
+
+@triton.jit
+def safe(p_slot, plane, o_c, m_c, b_pos, old, young, NUMBER: tl.constexpr, MARK: tl.constexpr):
+    """Which slots are protected: those of the first and the last tokens, and marked ones."""
+    b_where = b_pos
+    if NUMBER >= 0:
+        b_where = kept(p_slot, plane, o_c, m_c, NUMBER).to(tl.int32)
+    b_safe = (b_where < old) | (b_where >= young)
+    if MARK >= 0:
+        b_safe = b_safe | (kept(p_slot, plane, o_c, m_c, MARK) >= KEEP)
+    return b_safe
+
+
+@triton.jit
+def search(
+    p_slot, p_pos, p_preference, plane, begin, used, stride, seen, old, young, sure, tied, limit, apart, i_h, heads,
+    BLOCK: tl.constexpr, TOP: tl.constexpr, ALL: tl.constexpr, SCORE: tl.constexpr,
+    BY: tl.constexpr, COUNT: tl.constexpr, NUMBER: tl.constexpr, MARK: tl.constexpr, WEIGHT: tl.constexpr,
+    FLOOR: tl.constexpr, DECAY: tl.constexpr,
+):  # fmt: skip
+    """Of slots begin .. of a head, blocks `stride` apart: the lowest score, and position and slot of the newest that
+    has it. Protected ones have +inf.
+
+    ALL: scores are means over the `heads` heads, whose rows are `apart` apart, this one being number i_h. TOP:
+    preferences of a key >= `sure`, and those of key `tied` up to position `limit`, are out of reach.
+    """
+    b_best = tl.full([BLOCK], float("inf"), tl.float32)
+    b_age = tl.full([BLOCK], -1, tl.int32)
+    b_slot = tl.zeros([BLOCK], tl.int32)
+    for i in range(begin, used, stride):
+        o_c = i + tl.arange(0, BLOCK)
+        m_c = o_c < used
+        b_pos = tl.load(p_pos + o_c, mask=m_c, other=-1)
+        if ALL:
+            b_x = tl.zeros([BLOCK], tl.float32)
+            for h in range(heads):
+                p_head = p_slot + (h - i_h) * apart
+                b_x += base_score(p_head, plane, o_c, m_c, b_pos, seen, SCORE, BY, COUNT, NUMBER, DECAY)
+            b_x = tl.div_rn(b_x, tl.zeros([BLOCK], tl.float32) + heads)
+        else:
+            b_x = base_score(p_slot, plane, o_c, m_c, b_pos, seen, SCORE, BY, COUNT, NUMBER, DECAY)
+        if WEIGHT >= 0:
+            b_w = (b_x + FLOOR) * kept(p_slot, plane, o_c, m_c, WEIGHT)
+            b_x = tl.where(b_x >= UNSCORED, b_x, b_w) if SCORE == BY_SCORE else b_w
+        if TOP:
+            b_key = rising(tl.load(p_preference + o_c, mask=m_c, other=0.0)).to(tl.int64)
+            b_x = tl.where((b_key >= sure) | ((b_key == tied) & (b_pos <= limit)), UNTOUCHABLE, b_x)
+        b_x = tl.where(safe(p_slot, plane, o_c, m_c, b_pos, old, young, NUMBER, MARK), float("inf"), b_x)
+        m_lower = m_c & ((b_x < b_best) | ((b_x == b_best) & (b_pos > b_age)))
+        b_best = tl.where(m_lower, b_x, b_best)
+        b_age = tl.where(m_lower, b_pos, b_age)
+        b_slot = tl.where(m_lower, o_c, b_slot)
+    return lowest_of(b_best, b_age, b_slot)
+
+
+@triton.jit
+def lowest_of(b_best, b_age, b_slot):
+    """The lowest score, and position and slot of the newest that has it."""
+    best = tl.min(b_best, 0)
+    age = tl.max(tl.where(b_best == best, b_age, -1), 0)
+    return best, age, tl.max(tl.where((b_best == best) & (b_age == age), b_slot, 0), 0)
+
+
+@triton.jit
+def oldest_ties(p_x, p_pos, n, tied, ties, BLOCK: tl.constexpr):
+    """Position of the ties-th oldest slot whose preference has the key `tied`; -1 for no ties; all differ."""
     low, high = tl.full((), -1, tl.int64), tl.full((), 2147483647, tl.int64)
     high = tl.where(ties > 0, high, low)
     while high - low > 1:
@@ -77,7 +131,7 @@ def oldest_ties(p_deviation, p_pos, n, tied, ties, BLOCK: tl.constexpr):
         b_c = tl.zeros([BLOCK], tl.int32)
         for i in range(0, n, BLOCK):
             o_c = i + tl.arange(0, BLOCK)
-            b_key = rising(tl.load(p_deviation + o_c, mask=o_c < n, other=-1.0)).to(tl.int64)
+            b_key = rising(tl.load(p_x + o_c, mask=o_c < n, other=0.0)).to(tl.int64)
             b_pos = tl.load(p_pos + o_c, mask=o_c < n, other=-1)
             b_c += ((b_key == tied) & (b_pos <= middle) & (o_c < n)).to(tl.int32)
         enough = tl.sum(b_c, 0) >= ties
@@ -87,112 +141,35 @@ def oldest_ties(p_deviation, p_pos, n, tied, ties, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def victim(
-    p_sum, p_count, p_pos, p_deviation, n, stride, heads, i_h, old, young, sure, tied, limit,
-    SCORE: tl.constexpr, ALL: tl.constexpr, SCOPE: tl.constexpr, BLOCK: tl.constexpr,
+def prefer(
+    p_slot, p_pos, p_preference, plane, begin, used, stride, seen, old, young,
+    BLOCK: tl.constexpr, TOP: tl.constexpr, SCORE: tl.constexpr, BY: tl.constexpr, SUM: tl.constexpr,
+    SUMSQ: tl.constexpr, COUNT: tl.constexpr, NUMBER: tl.constexpr, MARK: tl.constexpr, DECAY: tl.constexpr,
 ):  # fmt: skip
-    """Slot with the lowest score of the n used ones, ties the newest. Protected: pos < old or pos >= young.
-
-    ALL: scores are means over the `heads` heads, whose rows are `stride` apart, this one being number i_h. SCOPE:
-    deviations of a key >= `sure`, and those of key `tied` up to position `limit`, are out of reach.
+    """What decides which slots are out of reach, of slots begin .. in blocks `stride` apart: deviations (TOP 1), or
+    scores before their weight (TOP 2); -inf where protected.
     """
-    b_best = tl.full([BLOCK], float("inf"), tl.float32)
-    b_age = tl.full([BLOCK], -1, tl.int32)
-    b_slot = tl.zeros([BLOCK], tl.int32)
-    for i in range(0, n, BLOCK):
+    for i in range(begin, used, stride):
         o_c = i + tl.arange(0, BLOCK)
-        m_c = o_c < n
-        b_pos = tl.load(p_pos + o_c, mask=m_c, other=-1)
-        if ALL:
-            b_x = tl.zeros([BLOCK], tl.float32)
-            for h in range(heads):
-                b_x += slot_score(p_sum + (h - i_h) * stride, p_count + (h - i_h) * stride, o_c, b_pos, m_c, SCORE)
-            b_x = tl.div_rn(b_x, tl.zeros([BLOCK], tl.float32) + heads)
-        else:
-            b_x = slot_score(p_sum, p_count, o_c, b_pos, m_c, SCORE)
-        if SCOPE:
-            b_key = rising(tl.load(p_deviation + o_c, mask=m_c, other=-1.0)).to(tl.int64)
-            b_x = tl.where((b_key >= sure) | ((b_key == tied) & (b_pos <= limit)), UNTOUCHABLE, b_x)
-        b_x = tl.where((b_pos < old) | (b_pos >= young), float("inf"), b_x)
-        m_lower = m_c & ((b_x < b_best) | ((b_x == b_best) & (b_pos > b_age)))
-        b_best = tl.where(m_lower, b_x, b_best)
-        b_age = tl.where(m_lower, b_pos, b_age)
-        b_slot = tl.where(m_lower, o_c, b_slot)
-    m_best = b_best == tl.min(b_best, 0)
-    age = tl.max(tl.where(m_best, b_age, -1), 0)
-    return tl.max(tl.where(m_best & (b_age == age), b_slot, 0), 0)
-
-
-@triton.jit(do_not_specialize=PLAIN)
-def deviation_kernel(
-    p_pos, p_stats, p_cursor, p_deviation, position, C, HKV,
-    slots, num, den, floor, sinks, recent, recent_num, recent_den,
-    SUM: tl.constexpr, SUMSQ: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Standard deviation of the probabilities each slot was given -> deviation [B, Hkv, C]; -1 where protected.
-
-    Only over budget. Program: (b, KV head) x block of slots. Rounded as torch does it: true division and root, no fused
-    multiply-add (the launch turns fusion off), because two deviations that torch finds equal must be equal here.
-    """
-    i_r = rows(0)
-    plane = tl.num_programs(0).to(tl.int64) * C
-    used, _, _, size, old, young = bounds(
-        p_cursor + i_r * 4, p_pos + i_r * C, position, slots, num, den, floor, sinks, recent, recent_num, recent_den,
-        BLOCK,
-    )  # fmt: skip
-    if used > size:
-        o_c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         m_c = o_c < used
-        b_pos = tl.load(p_pos + i_r * C + o_c, mask=m_c, other=-1)
-        p_row = p_stats + i_r * C + o_c
-        b_count = tl.maximum(tl.load(p_row + COUNT * plane, mask=m_c, other=1.0), 1.0)
-        b_mean = tl.div_rn(tl.load(p_row + SUM * plane, mask=m_c, other=0.0), b_count)
-        b_var = tl.div_rn(tl.load(p_row + SUMSQ * plane, mask=m_c, other=0.0), b_count) - b_mean * b_mean
-        b_std = tl.sqrt_rn(tl.maximum(b_var, 0.0))
-        tl.store(p_deviation + i_r * C + o_c, tl.where((b_pos >= old) & (b_pos < young), b_std, -1.0), mask=m_c)
+        b_pos = tl.load(p_pos + o_c, mask=m_c, other=-1)
+        if TOP == 1:
+            b_x = deviation(p_slot, plane, o_c, m_c, SUM, SUMSQ, COUNT)
+        else:
+            b_x = base_score(p_slot, plane, o_c, m_c, b_pos, seen, SCORE, BY, COUNT, NUMBER, DECAY)
+        b_safe = safe(p_slot, plane, o_c, m_c, b_pos, old, young, NUMBER, MARK)
+        tl.store(p_preference + o_c, tl.where(b_safe, float("-inf"), b_x), mask=m_c)
 
 
-@triton.jit(do_not_specialize=PLAIN)
-def victim_kernel(
-    p_mask, p_pos, p_stats, p_cursor, p_deviation, s_mb, s_mh, s_mt, mask_heads, position, C, HKV,
-    slots, num, den, floor, sinks, recent, recent_num, recent_den, scope_num, scope_den,
-    HEADS: tl.constexpr, SUM: tl.constexpr, COUNT: tl.constexpr, SCORE: tl.constexpr, ALL: tl.constexpr,
-    SCOPE: tl.constexpr, EVICTS: tl.constexpr, BLOCK: tl.constexpr, MASK: tl.constexpr, HIDDEN: tl.constexpr,
-):  # fmt: skip
-    """Advance cursor [B, Hkv, 4]; over budget, free the victim (pos -1). Program: (b, KV head).
-
-    Of the slots it reads statistics and pos only.
-    """
-    i_r = rows(0)
-    i_b, i_h = i_r // HKV, i_r % HKV
-    if arrives(p_mask, i_b, position, mask_heads, s_mb, s_mh, s_mt, HEADS, MASK, HIDDEN) > 0:
-        p_cursor += i_r * 4
-        p_pos += i_r * C
-        used, seen, first, size, old, young = bounds(
-            p_cursor, p_pos, position, slots, num, den, floor, sinks, recent, recent_num, recent_den, BLOCK
-        )
-        live, free = used, used
-        if EVICTS:  # noqa: SIM102 (decided when compiling)
-            if used > size:
-                plane = tl.num_programs(0).to(tl.int64) * C
-                p_row = p_stats + i_r * C
-                sure, tied = tl.full((), 0, tl.int64), tl.full((), 0, tl.int64)
-                limit = tl.full((), -1, tl.int64)
-                if SCOPE:
-                    p_deviation += i_r * C
-                    exposed = count_from(p_deviation, used, 0, BLOCK)
-                    reach = size * scope_num // scope_den + 1 - (used - exposed)
-                    reach = tl.minimum(tl.maximum(reach, 0), exposed)
-                    sure, tied, ties = kth_key(p_deviation, used, reach, BLOCK)
-                    limit = oldest_ties(p_deviation, p_pos, used, tied, ties, BLOCK)
-                free = victim(
-                    p_row + SUM * plane, p_row + COUNT * plane, p_pos, p_deviation, used, C, HKV, i_h, old, young,
-                    sure, tied, limit, SCORE, ALL, SCOPE, BLOCK,
-                )  # fmt: skip
-                tl.store(p_pos + free, -1)
-                live = used - 1
-        tl.debug_barrier()  # every warp has read the old cursor: they must all take the same branches
-        tl.store(p_cursor, live)
-        tl.store(p_cursor + 1, free)
-        tl.store(p_cursor + 2, seen)
-        tl.store(p_cursor + 3, first)
+@triton.jit
+def reach(
+    p_preference, p_pos, used, size, TOP: tl.constexpr, NUM: tl.constexpr, DEN: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Keys and position from which on preferences are out of reach, see `search`. Protected slots come first."""
+    exposed = count_from(p_preference, used, LEAST, BLOCK)
+    wanted = size * NUM // DEN - (used - exposed)
+    if TOP == 1:
+        wanted += 1
+    wanted = tl.minimum(tl.maximum(wanted, 0), exposed)
+    sure, tied, ties = kth_key(p_preference, used, wanted, BLOCK)
+    return sure, tied, oldest_ties(p_preference, p_pos, used, tied, ties, BLOCK)

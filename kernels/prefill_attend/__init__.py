@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from kvpass.kernels.attention.masks import visible
 from kvpass.kernels.attention.softmax import Softmax, check_softmax
-from kvpass.kernels.attention.visibility import Sees, Shown, token_bounds
+from kvpass.kernels.attention.visibility import Sees, Shown, mask_spans, token_bounds
 from kvpass.kernels.choose import kernel
 from kvpass.kernels.rule import Rule
 from torch import Tensor
@@ -35,10 +35,11 @@ def prefill_attend(
     key l has position l; else int32 [B, Hkv, L], -1 = empty (finite k and v), the last S keys are the call's own. mask:
     bool (True = attend) or additive float, broadcastable to [B, Hq, S, T], looked up at the keys' positions. sees: the
     words of `Sees`, what queries see besides, at positions `position` + i; tokens: bool [1 or B, T], hides columns that
-    hold no token; bounds: of `token_bounds`, once for all layers (None: found here). softcap: above 0, logits become softcap * tanh(logit / softcap)
-    before the mask is added. sinks: any float dtype [Hq], one more logit per query head in the softmax's denominator,
-    neither capped nor masked. A query that sees no key gets the mean of v, as softmax gives it, if that is a float
-    mask's doing, or the words say so; else zeros.
+    hold no token; bounds: of `token_bounds`, or of `mask_spans` for a prompt with a mask and no tokens,
+    once for all layers (None: found here). softcap: above 0, logits become
+    softcap * tanh(logit / softcap) before the mask is added. sinks: any float dtype [Hq], one more logit per query head
+    in the softmax's denominator, neither capped nor masked. A query that sees no key gets the mean of v, as softmax
+    gives it, if that is a float mask's doing, or the words say so; else zeros.
 
     Returns (out [B, Hq, S, Dv] = softmax(q k^T scale + mask) v, in memory [B, S, Hq, Dv]: models transpose and view
     it so; statistics of this call (`emitted(rule)`), float32 [M, B, Hkv, L]; valid bool [B, S]). Raises ValueError on
@@ -48,6 +49,12 @@ def prefill_attend(
     check_softmax("prefill_attend", q.shape[1], sinks, softcap)
     if tokens is not None and bounds is None:
         bounds = token_bounds(tokens, position, q.shape[2])
+    if mask is not None and pos is None and tokens is None and mask.device.type == "cpu" and sees in ("", "mean"):
+        bounds = mask_spans(mask) if bounds is None else bounds
+        if all(count >= 0 for *_, count in bounds.tolist()):
+            sees, mask = "causal" if mask.dtype == torch.bool else "causal mean", None
+        else:
+            bounds = None
     shown = Shown(Sees.parse(sees).within(q.shape[2], position), q.shape[2], position, tokens, bounds, mask)
     run = kernel("prefill_attend", q.device, q, rule)
     out, stats, valid = run(q, k, v, pos, shown, Softmax(scale, sinks, softcap), Rule.parse(rule))

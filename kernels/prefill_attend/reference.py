@@ -16,13 +16,12 @@ from kvpass.kernels.attention.masks import (
     additive,
     at_positions,
     by_kv_head,
-    causal_span,
     simplified,
     visible,
 )
 from kvpass.kernels.attention.observation import Observation, emitted
 from kvpass.kernels.attention.softmax import Softmax
-from kvpass.kernels.attention.visibility import Sees, Shown
+from kvpass.kernels.attention.visibility import Shown
 from kvpass.kernels.prefill_attend.observe import NEVER, Piece, observe
 from kvpass.kernels.rule import Rule
 from torch import Tensor
@@ -41,9 +40,7 @@ def prefill_attend_reference(
     """See `kvpass.kernels.prefill_attend.prefill_attend`."""
     batch = len(q)
     shown = shown if shown.mask is None else shown._replace(mask=simplified(shown.mask))
-    pieces, valid = _cut(q, k, pos, shown)
-    if valid is None:
-        valid = shown.arrived(batch, q.device)
+    pieces, valid = _cut(q, k, pos, shown), shown.arrived(batch, q.device)
     watched = _watched(valid, rule)
     stats = q.new_zeros(len(emitted(rule)), batch, *k.shape[1:3], dtype=torch.float32)
     out = None if len(pieces) == 1 else q.new_zeros(*q.shape[:3], v.shape[3])
@@ -71,19 +68,13 @@ def _watched(valid: Tensor, plan: Rule) -> Tensor | None:
     return valid & (valid.flip(-1).cumsum(-1).flip(-1) <= plan[Observation].queries)
 
 
-def _cut(q: Tensor, k: Tensor, pos: Tensor | None, shown: Shown) -> tuple[list[Piece], Tensor | None]:
-    """Cut a call into pieces; gives `valid` too where the cut already knows it."""
+def _cut(q: Tensor, k: Tensor, pos: Tensor | None, shown: Shown) -> list[Piece]:
+    """Cut a call into pieces."""
     batch, _, queries, _ = q.shape
-    keys, mask = k.shape[2], shown.mask
-    if pos is None and mask is None:
-        return [piece for rows in _alike(shown, batch) for piece in _pieces(*rows, keys, shown)], None
-    whole = mask is not None and mask.dtype == torch.bool and mask.shape[1:] == (1, queries, keys)
-    if pos is None and mask is not None and whole and shown.sees == Sees() and shown.tokens is None:
-        spans = [causal_span(m[0]) for m in mask]
-        known = [s for s in spans if s is not None]
-        if len(known) == len(spans):
-            return _triangles(known, batch, queries, q.device)
-    return list(_blocks(slice(0, batch), (0, keys), queries)), None
+    keys = k.shape[2]
+    if pos is None and shown.mask is None:
+        return [piece for rows in _alike(shown, batch) for piece in _pieces(*rows, keys, shown)]
+    return list(_blocks(slice(0, batch), (0, keys), queries))
 
 
 def _alike(shown: Shown, batch: int) -> list[tuple[slice, tuple[int, int], bool]]:
@@ -125,22 +116,6 @@ def _pieces(batch: slice, span: tuple[int, int], holes: bool, keys: int, shown: 
 def _blocks(batch: slice, cols: tuple[int, int], queries: int) -> Iterator[Piece]:
     for i in range(0, queries, BLOCK):
         yield Piece(batch, (i, min(i + BLOCK, queries)), cols, "bias")
-
-
-def _triangles(
-    spans: list[tuple[int, int]], batch: int, queries: int, device: torch.device
-) -> tuple[list[Piece], Tensor]:
-    """Pieces of causal masks with padding: a causal square per row, and a full rectangle for queries after its end."""
-    if len(set(spans)) == 1:
-        groups = [(slice(0, batch), spans[0])]
-    else:
-        groups = [(slice(b, b + 1), span) for b, span in enumerate(spans)]
-    causal = Shown(Sees(causal=True), queries)
-    pieces = [piece for rows, span in groups for piece in _pieces(rows, span, False, queries, causal)]
-    index = torch.arange(queries, device=device)
-    bounds = torch.tensor(spans, device=device)
-    valid = (index >= bounds[:, :1]) & (index < bounds[:, 1:])
-    return pieces, valid.expand(batch, queries).contiguous()
 
 
 def _bias(piece: Piece, k: Tensor, pos: Tensor | None, shown: Shown) -> Tensor:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import torch
 from kvpass.kernels.attention.masks import check_shown
-from kvpass.kernels.attention.visibility import Sees, shown_before
 from kvpass.kernels.attention.observation import Observation, emission, emitted
+from kvpass.kernels.attention.visibility import Sees, shown_before
 from kvpass.kernels.budget import budget
 from kvpass.kernels.rank.allocate import with_preference
 from kvpass.kernels.rank.criterion import INF, SCORED
@@ -50,8 +50,8 @@ def score_slots(
     stats: float32 [M, B, Hkv, L], what this call emitted (`emitted(rule)`). past_stats: float32 [N, B, Hkv, L], what
     the slots kept (`Statistics`; sums are added if the rule lets them `carry`). pos: int32 [B, Hkv, L] in ascending
     order, -1 = empty, or None (key l is at position l). valid: bool [B, S], the last S keys'. cursor: int32
-    [B, Hkv, 4 or 6] before the call. position: of the call's first token. sees, mask, bounds: of the attention, checked if there
-    is a past. given, named: of `Beside`, for rules with a scorer, a value weight or marks that reads them.
+    [B, Hkv, 4 or 6] before the call. position: of the call's first token. sees, mask, bounds: of the attention, checked
+    if there is a past. given, named: of `Beside`, for rules with a scorer, a value weight or marks that reads them.
 
     Returns (score float32 [B, Hkv, L]: +inf protected, 3e38 untouchable, -inf no candidate; the statistics to keep
     [N, B, Hkv, L]; the new cursor). Raises ValueError if stats do not fit the rule, MaskError as `check_shown`.

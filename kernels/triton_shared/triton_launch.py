@@ -65,8 +65,13 @@ def _target(device: torch.device) -> Target:
 
 def target(device: torch.device) -> Target:
     """The target of a device; asked once per device."""
-    recording = _recording.get()
-    return recording[0] if recording else _target(device)
+    listed = _recording.get()
+    return listed[0] if listed else _target(device)
+
+
+def recording() -> tuple[Target, list[Launch]] | None:
+    """The target and the list of the innermost `record`, if there is one."""
+    return _recording.get()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, **arguments: Any) -> None:
@@ -74,9 +79,9 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, **arguments
     if 0 in grid:
         return
     arguments.setdefault("enable_fp_fusion", True)  # triton's default changes with 3.10
-    recording = _recording.get()
-    if recording:
-        recording[1].append(Launch(kernel, arguments))
+    listed = _recording.get()
+    if listed:
+        listed[1].append(Launch(kernel, arguments))
         return
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](**arguments)

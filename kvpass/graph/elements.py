@@ -7,15 +7,16 @@ is an unknown function of the indices. So formulas are exact: what follows from 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]  # it has no types
 import torch
 from torch import fx
 
+from kvpass.graph.aliases import aliases
 from kvpass.graph.calls import argument, call_name, changes, example, operand
-from kvpass.graph.shapes import is_one, normal_dim, shape_of
+from kvpass.graph.shapes import is_one, shape_of
 
 Index = tuple[Any, ...]
 """sympy expressions, one for each axis."""
@@ -31,12 +32,17 @@ class Element(sympy.Function):  # type: ignore[misc]  # it has no types
 class Elements:
     """Elements of the nodes of one graph.
 
+    Args:
+        steps: by the name of a call, what an element of its result is; None for what is not known.
+
     Attributes:
         nodes: tensors that formulas read, by the name in `Element`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, steps: Mapping[str, Callable[[At], Any]]) -> None:
+        self.steps = steps
         self.nodes: dict[str, fx.Node] = {}
+        self.changed: dict[fx.Node, bool] = {}
 
     def at(self, value: Any, index: Index, depth: int = 0) -> Any:
         """The element of a node, or of a number, at an index: a boolean formula if the tensor is bool."""
@@ -44,11 +50,13 @@ class Elements:
         if not isinstance(tensor, torch.Tensor):
             return scalar(tensor)
         index = tuple(sympy.Integer(0) if is_one(n) else i for i, n in zip(index, tensor.shape, strict=True))
-        step = _STEPS.get(call_name(value))
-        if step is None or depth > LIMIT or any(changes(user) and operand(user) is value for user in value.users):
+        step = self.steps.get(call_name(value))
+        if value not in self.changed:
+            self.changed[value] = is_changed(value)
+        if step is None or depth > LIMIT or self.changed[value]:
             return self.read(value, index)
         try:
-            found = step(_At(self, value, index, depth + 1))
+            found = step(At(self, value, index, depth + 1))
         except (TypeError, ValueError, AttributeError, IndexError):  # a spelling that the step does not know
             found = None
         return self.read(value, index) if found is None else found
@@ -60,6 +68,11 @@ class Elements:
         return sympy.Ne(element, 0) if example(node).dtype == torch.bool else element
 
 
+def is_changed(node: fx.Node) -> bool:
+    """Whether something may be written into a tensor's memory: then its elements depend on when they are read."""
+    return any(changes(user) and operand(user) is alias for alias in aliases(node, casts=True) for user in alias.users)
+
+
 def scalar(value: Any) -> Any:
     """A Python number, bool or SymInt, or the node of one, as sympy has it."""
     value = example(value) if isinstance(value, fx.Node) else value
@@ -68,7 +81,7 @@ def scalar(value: Any) -> Any:
     return sympy.true if value is True else sympy.false if value is False else sympy.sympify(value)
 
 
-class _At:
+class At:
     """A node of which an element is asked."""
 
     def __init__(self, elements: Elements, node: fx.Node, index: Index, depth: int) -> None:
@@ -90,7 +103,7 @@ class _At:
 
 def truth(formula: Any) -> Any:
     """A number as a condition."""
-    if _is_truth(formula):
+    if is_truth(formula):
         return formula
     if isinstance(formula, sympy.Piecewise):
         return _chosen([(truth(part), condition) for part, condition in formula.args])
@@ -99,10 +112,10 @@ def truth(formula: Any) -> Any:
 
 def amount(formula: Any) -> Any:
     """A condition as 0 or 1."""
-    return sympy.Piecewise((1, formula), (0, True)) if _is_truth(formula) else formula
+    return sympy.Piecewise((1, formula), (0, True)) if is_truth(formula) else formula
 
 
-def _is_truth(formula: Any) -> bool:
+def is_truth(formula: Any) -> bool:
     return isinstance(formula, sympy.logic.boolalg.Boolean) and not isinstance(formula, sympy.Symbol)
 
 
@@ -113,192 +126,3 @@ def _chosen(parts: list[tuple[Any, Any]]) -> Any:
         found = sympy.Or(found, sympy.And(before, condition, part))
         before = sympy.And(before, sympy.Not(condition))
     return found
-
-
-def _arange(at: _At) -> Any:
-    args = [scalar(example(a) if isinstance(a, fx.Node) else a) for a in at.node.args]
-    start, step = (args[0] if len(args) > 1 else 0), (args[2] if len(args) > 2 else 1)
-    if {"start", "step"} & set(at.node.kwargs):
-        return None
-    return start + step * at.index[0]
-
-
-def _same(at: _At) -> Any:
-    """Casts and copies."""
-    found = at.of(operand(at.node))
-    return truth(found) if at.bool else amount(found)
-
-
-def _expanded(at: _At) -> Any:
-    return at.of(operand(at.node))
-
-
-def _unsqueezed(at: _At) -> Any:
-    dim = normal_dim(at.given(1, "dim"), len(at.index))
-    return at.of(operand(at.node), (*at.index[:dim], *at.index[dim + 1 :]))
-
-
-def _reshaped(at: _At) -> Any:
-    """Axes of one element come and go."""
-    before, after = shape_of(operand(at.node)), shape_of(at.node)
-    wide = [i for i, n in zip(at.index, after, strict=True) if not is_one(n)]
-    if [str(n) for n in before if not is_one(n)] != [str(n) for n in after if not is_one(n)]:
-        return None
-    rest = iter(wide)
-    return at.of(operand(at.node), tuple(sympy.Integer(0) if is_one(n) else next(rest) for n in before))
-
-
-def _transposed(at: _At) -> Any:
-    axes = len(at.index)
-    order = list(range(axes))
-    if call_name(at.node) == "permute":
-        dims = at.node.args[1:] if isinstance(at.node.args[1], int) else at.node.args[1]
-        order = [normal_dim(d, axes) for d in dims]
-    else:
-        a, b = (normal_dim(at.given(n, name), axes) for n, name in ((1, "dim0"), (2, "dim1")))
-        order[a], order[b] = b, a
-    return at.of(operand(at.node), tuple(at.index[order.index(axis)] for axis in range(axes)))
-
-
-def _item(at: _At) -> Any:
-    """`x[..]` with numbers, slices, new axes and tensors of indices, broadcast side by side."""
-    given = at.node.args[1]
-    given = given if isinstance(given, tuple) else (given,)
-    source = operand(at.node)
-    axes = len(shape_of(source))
-    if not axes:
-        return None
-    own = [one for one in given if one is not None and one is not Ellipsis]
-    if Ellipsis not in given:
-        given = (*given, Ellipsis)
-    where = given.index(Ellipsis)
-    given = (*given[:where], *[slice(None)] * (axes - len(own)), *given[where + 1 :])
-    tensors = [n for n, one in enumerate(given) if isinstance(one, fx.Node) and shape_of(one)]
-    if tensors and tensors != list(range(tensors[0], tensors[-1] + 1)):
-        return None
-    if any(isinstance(one, fx.Node) and getattr(example(one), "dtype", None) == torch.bool for one in given):
-        return None
-    together = max((len(shape_of(given[n])) for n in tensors), default=0)
-    left, found = list(at.index), []
-    for n, one in enumerate(given):
-        if one is None:
-            left.pop(0)
-        elif isinstance(one, slice):
-            start, step = (scalar(example(x) if isinstance(x, fx.Node) else x or 0) for x in (one.start, one.step))
-            if one.step not in (None, 1) or _below_zero(start):
-                return None
-            found.append(left.pop(0) + start)
-        elif n in tensors:
-            found.append(at.of(one, tuple(left[:together])))
-            if n == tensors[-1]:
-                left = left[together:]
-        else:
-            number = at.of(one, ()) if isinstance(one, fx.Node) else scalar(one)
-            if _below_zero(number):
-                return None
-            found.append(number)
-    return at.of(source, tuple(found)) if len(found) == axes else None
-
-
-def _below_zero(start: Any) -> bool:
-    return bool(start.is_negative) if start.is_number else not start.is_nonnegative
-
-
-_COMPARISONS = {"lt": sympy.Lt, "le": sympy.Le, "gt": sympy.Gt, "ge": sympy.Ge, "eq": sympy.Eq, "ne": sympy.Ne}
-
-
-def _compared(at: _At) -> Any:
-    left, right = at.of(at.node.args[0]), at.of(at.given(1, "other"))
-    name = call_name(at.node)
-    if _is_truth(left) and right.is_number and name in ("eq", "ne"):
-        return left if bool(right) == (name == "eq") and right in (0, 1) else sympy.Not(left) if right in (0, 1) else None
-    return _COMPARISONS[name](amount(left), amount(right))
-
-
-def _both(at: _At) -> Any:
-    parts = [truth(at.of(part)) for part in (at.node.args[0], at.given(1, "other"))]
-    return (sympy.Or if "or" in call_name(at.node) else sympy.And)(*parts) if at.bool else None
-
-
-def _inverted(at: _At) -> Any:
-    return sympy.Not(truth(at.of(operand(at.node)))) if at.bool else None
-
-
-def _sum(at: _At) -> Any:
-    if at.given(2, "alpha", 1) != 1:
-        return None
-    left, right = (amount(at.of(part)) for part in (at.node.args[0], at.given(1, "other")))
-    return {"sub": left - right, "rsub": right - left}.get(call_name(at.node), left + right)
-
-
-def _product(at: _At) -> Any:
-    parts = [at.of(part) for part in (at.node.args[0], at.given(1, "other"))]
-    return sympy.And(*map(truth, parts)) if at.bool else amount(parts[0]) * amount(parts[1])
-
-
-def _negated(at: _At) -> Any:
-    return -amount(at.of(operand(at.node)))
-
-
-def _divided(at: _At) -> Any:
-    if call_name(at.node) == "div" and at.node.kwargs.get("rounding_mode") != "floor":
-        return None
-    return sympy.floor(amount(at.of(at.node.args[0])) / amount(at.of(at.given(1, "other"))))
-
-
-def _filled(at: _At) -> Any:
-    """`where(condition, a, b)` and `masked_fill(a, condition, b)`"""
-    if call_name(at.node) == "where":
-        if len(at.node.args) < 3:
-            return None
-        condition, yes, no = at.node.args
-    else:
-        no, condition, yes = at.node.args[0], at.given(1, "mask"), at.given(2, "value")
-    where, yes, no = truth(at.of(condition)), at.of(yes), at.of(no)
-    if at.bool:
-        return sympy.Or(sympy.And(where, truth(yes)), sympy.And(sympy.Not(where), truth(no)))
-    return sympy.Piecewise((amount(yes), where), (amount(no), True))
-
-
-_FULL = {"full": 1, "full_like": 1, "new_full": 2}
-
-
-def _constant(at: _At) -> Any:
-    name = call_name(at.node)
-    if name in _FULL:
-        value = at.given(_FULL[name], "fill_value")
-        found = at.of(value, ()) if isinstance(value, fx.Node) else scalar(value)
-    else:
-        found = sympy.Integer(int("ones" in name))
-    return truth(found) if at.bool else amount(found)
-
-
-def _triangle(at: _At) -> Any:
-    row, column = at.index[-2:]
-    beyond = column - row - scalar(at.given(1, "diagonal", 0))
-    kept = beyond <= 0 if "tril" in call_name(at.node) else beyond >= 0
-    found = at.of(operand(at.node))
-    return sympy.And(kept, truth(found)) if at.bool else sympy.Piecewise((found, kept), (0, True))
-
-
-_STEPS: dict[str, Callable[[_At], Any]] = {
-    "arange": _arange,
-    **dict.fromkeys(("to", "bool", "float", "half", "bfloat16", "long", "int", "type", "type_as"), _same),
-    **dict.fromkeys(("contiguous", "clone", "detach"), _same),
-    "expand": _expanded,
-    "unsqueeze": _unsqueezed,
-    **dict.fromkeys(("reshape", "squeeze"), _reshaped),
-    **dict.fromkeys(("transpose", "permute"), _transposed),
-    "getitem": _item,
-    **dict.fromkeys(_COMPARISONS, _compared),
-    **dict.fromkeys(("and_", "logical_and", "bitwise_and", "or_", "logical_or", "bitwise_or"), _both),
-    **dict.fromkeys(("invert", "logical_not", "bitwise_not"), _inverted),
-    **dict.fromkeys(("add", "sub", "rsub"), _sum),
-    "mul": _product,
-    "neg": _negated,
-    **dict.fromkeys(("floordiv", "floor_divide", "div"), _divided),
-    **dict.fromkeys(("where", "masked_fill"), _filled),
-    **dict.fromkeys(("full", "full_like", "new_full", "ones", "ones_like", "new_ones"), _constant),
-    **dict.fromkeys(("zeros", "zeros_like", "new_zeros"), _constant),
-    **dict.fromkeys(("tril", "triu"), _triangle),
-}

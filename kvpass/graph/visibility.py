@@ -15,8 +15,8 @@ import sympy  # type: ignore[import-untyped]  # it has no types
 import torch
 from torch import fx
 
-from kvpass.graph.calls import changes, example, operand
-from kvpass.graph.elements import Element, Elements, amount, truth
+from kvpass.graph.calls import example
+from kvpass.graph.elements import Element, Elements, amount, is_changed, truth
 from kvpass.graph.shapes import is_one, shape_of
 from kvpass.terms import MaskKind
 
@@ -25,7 +25,7 @@ LOW = -1e8
 
 B, H, Q, K = sympy.symbols("b h i j", integer=True, nonnegative=True)
 """Of a sequence, a query head, a query of the call, a column."""
-LETTERS = {"B": B, "H": H, "S": Q, "T": K}
+LETTERS = {"B": B, "H": H, "S": Q, "T": K, **{letter: sympy.Symbol(letter) for letter in "GN"}}
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ class Visibility:
         return " ".join(flags + sizes + ["mean"] * self.mean)
 
     def __str__(self) -> str:
-        """For people: `causal window=4096 tokens`; `bias`: something is added that is the same for all queries; `causal,
-        and reads a mask (what is not known)`.
+        """For people: `causal window=4096 tokens`; `causal, and adds a tensor by key` (a part that is the same for all
+        queries); `all, and reads a mask (what is not known)`.
         """
-        words = [self.words, "tokens" * (self.tokens is not None), "bias" * (len(self.read) > len(self.why))]
-        said = " ".join(filter(None, words)) or "all"
+        said = " ".join(filter(None, [self.words, "tokens" * (self.tokens is not None)])) or "all"
+        said += ", and adds a tensor by key" if len(self.read) > len(self.why) else ""
         return f"{said}, and reads a mask ({'; '.join(self.why)})" if self.why else said
 
 
@@ -99,9 +99,9 @@ def _is_wide(node: fx.Node, axes: str) -> bool:
 
 def _proved(found: Visibility, term: tuple[fx.Node, MaskKind, str, float], position: Any, elements: Elements) -> Any:
     node, kind, axes, factor = term
+    if is_changed(node):
+        raise Unproved("it is changed in place")
     index = tuple(LETTERS.get(letter) for letter in axes)[len(axes) - example(node).dim() :]
-    if None in index:
-        raise Unproved(f"axes {axes}")
     formula = elements.at(node, index)
     if kind is MaskKind.ADD:
         dtype = example(node).dtype
@@ -119,8 +119,8 @@ def _proved(found: Visibility, term: tuple[fx.Node, MaskKind, str, float], posit
 def switched(formula: Any, low: float) -> Any:
     """Where a number that is added to a logit is 0, if it is at most `low` everywhere else, which hides."""
     if formula.is_number:
-        if formula == 0 or formula <= low:
-            return sympy.true if formula == 0 else sympy.false
+        if formula.is_zero or formula <= low:
+            return sympy.true if formula.is_zero else sympy.false
         raise Unproved(f"{formula} is added")
     if isinstance(formula, sympy.Piecewise):
         found, before = sympy.false, sympy.true
@@ -129,6 +129,10 @@ def switched(formula: Any, low: float) -> Any:
             before = sympy.And(before, sympy.Not(condition))
         return found
     if isinstance(formula, sympy.Add):
+        if any(part.is_number for part in formula.args):
+            together = sympy.piecewise_fold(formula)
+            if isinstance(together, sympy.Piecewise):
+                return switched(together, low)
         return sympy.And(*(switched(part, low) for part in formula.args))
     factor, rest = formula.as_coeff_Mul()
     if factor <= low and isinstance(rest, sympy.Piecewise) and all(part in (0, 1) for part, _ in rest.args):
@@ -168,8 +172,8 @@ def _token(condition: Any, elements: Elements) -> fx.Node | None:
         return None
     name, *index = element.args
     node = elements.nodes[str(name)]
-    if any(changes(user) and operand(user) is node for user in node.users):
-        return None
+    if is_changed(node):
+        raise Unproved(f"{node.name} is changed in place")
     return node if len(index) == 2 and index[1] == K and index[0] in (B, 0) else None
 
 

@@ -13,7 +13,7 @@ from kvpass.graph.shapes import is_one, shape_of
 from kvpass.lowering.emit_heads import regrouped
 from kvpass.lowering.emit_nodes import Writer
 from kvpass.sites.site import Term
-from kvpass.terms import CacheForm, MaskKind
+from kvpass.terms import CacheForm, MaskKind, Phase
 
 
 class Seen(NamedTuple):
@@ -36,7 +36,8 @@ def seen_of(write: Writer, position: fx.Node | int) -> Seen:
     seen = write.site.seen
     mask = _mask_of(write, position) if seen.read else None
     if seen.tokens is None:
-        return Seen(seen.words, None, None, mask)
+        spans = mask is not None and seen.words in ("", "mean") and write.site.phase is Phase.PREFILL
+        return Seen(seen.words, None, _spans_of(write, mask) if spans else None, mask)
     return Seen(seen.words, *_tokens_of(write, seen.tokens, position), mask)
 
 
@@ -50,19 +51,29 @@ def _tokens_of(write: Writer, given: fx.Node, position: fx.Node | int) -> tuple[
     return known[given, count]
 
 
+def _spans_of(write: Writer, mask: fx.Node | None) -> fx.Node:
+    """A mask looked at: once for all sites."""
+    spans = write.low.spans
+    if mask not in spans:
+        spans[mask] = write.op("mask_spans", mask)
+    return spans[mask]
+
+
 def _queries(write: Writer) -> fx.Node | int:
     """How many tokens the call has."""
     site = write.site
     count = site.dims["S"]
-    return count if isinstance(count, int) else write.method("size", write.copy(site.core.q), site.core.axes.q.index("S"))
+    return (
+        count if isinstance(count, int) else write.method("size", write.copy(site.core.q), site.core.axes.q.index("S"))
+    )
 
 
 def _mask_of(write: Writer, position: fx.Node | int) -> fx.Node:
     """What was not proved as one mask."""
     site, masks = write.site, write.low.masks
-    if site.key.update.form is not CacheForm.BUFFER:
-        return _joined(write)
-    made_of = (site.core.terms, str(site.dims["S"]), site.core.tiled)
+    made_of = (site.core.terms, site.seen.read, str(site.dims["S"]), site.core.tiled)
+    if made_of not in masks and site.key.update.form is not CacheForm.BUFFER:
+        masks[made_of] = _joined(write)
     if made_of not in masks:
         new = write.method("size", write.copy(site.key.update.new), site.key.layout.token_axis)
         mask, end = _joined(write), write.call(operator.add, position, new)

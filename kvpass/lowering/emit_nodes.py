@@ -19,7 +19,8 @@ class Rewriting(Protocol):
 
     Attributes:
         copy: from nodes of the captured graph to those of the new one.
-        masks: masks of attentions over buffers, cut to what is written, by what they were made of.
+        masks: what was not proved of masks, over buffers cut to what is written, by what it was made of.
+        spans: masks of prompts looked at, by the mask.
         tokens: which columns hold a token, and their bounds, by the captured node and the number of queries.
         shared: inputs of the new graph that the plan's sites share.
         values: fake values of emitted nodes, by what they were computed from.
@@ -29,6 +30,7 @@ class Rewriting(Protocol):
     copy: dict[fx.Node, fx.Node]
     values: dict[Any, Any]
     masks: dict[Any, fx.Node]
+    spans: dict[Any, fx.Node]
     tokens: dict[Any, tuple[fx.Node, fx.Node]]
     shared: dict[SharedInput, fx.Node]
 

@@ -83,6 +83,7 @@ class _Lowering:
         self.state_inputs: list[list[fx.Node]] = []
         self.values: dict[Any, Any] = {}
         self.masks: dict[Any, fx.Node] = {}
+        self.spans: dict[Any, fx.Node] = {}
         self.tokens: dict[Any, tuple[fx.Node, fx.Node]] = {}
         self.angles: dict[Any, Angles] = {}
         # each goes in front of those before it: state comes between them and the original inputs

@@ -96,6 +96,8 @@ def _check(
 
 def _differs(words: Tensor, parts: list[tuple[Term, Tensor]], batch: int, causal: bool) -> Tensor:
     """Where the parts of a mask together are not what the words say, bool [B, H, S, T] or less."""
+    shown: Tensor
+    odd: Tensor
     shown, odd = torch.ones_like(words), torch.zeros_like(words)
     if causal:
         shown = shown.tril()
@@ -116,5 +118,6 @@ def _four_axes(term: Term, mask: Tensor, batch: int) -> Tensor:
     missing = len(term.axes) - mask.dim()
     mask = mask[(None,) * missing + (...,)] if missing > 0 else mask
     if "N" in term.axes:
-        return mask.unflatten(0, (1, 1) if len(mask) == 1 else (batch, -1))
+        shared: Tensor = mask.unflatten(0, (1, 1) if len(mask) == 1 else (batch, -1))
+        return shared
     return mask.flatten(1, 2) if "G" in term.axes else mask

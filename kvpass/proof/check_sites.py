@@ -24,11 +24,11 @@ from kvpass.kernels.attention.masks import visible
 from kvpass.kernels.attention.visibility import Sees, Shown
 from kvpass.kernels.decode_attend.functional import supports
 from kvpass.kernels.rule import Rule
-from kvpass.kernels.slots.cursor import FIRST, FREE, LIVE, SEEN
 from kvpass.kernels.slots.moves import even
 from kvpass.kernels.slots.state import State
 from kvpass.plan.plan import Plan, SitePlan
 from kvpass.proof.isolate import Isolated
+from kvpass.proof.past import all_slots, dense_past
 from kvpass.runtime.shell import find
 from kvpass.sites.site import Site
 from kvpass.terms import Phase
@@ -131,7 +131,8 @@ class _Watcher(fx.Interpreter):
 
     def _check(self, qkv: Any, mask: Tensor | None, position: int, extras: Any, words: str, tokens: Any) -> None:
         shown = Shown(Sees.parse(words), qkv[0].shape[2], int(position), tokens, None, mask)
-        self.checks[self.at].run(_Call(*qkv, shown, extras, self.states[self.at]), self.borders)
+        q, k, v = qkv
+        self.checks[self.at].run(_Call(q, k, v, shown, extras, self.states[self.at]), self.borders)
         self.at, self.joined = self.at + 1, None
 
 
@@ -168,8 +169,8 @@ class _Check:
             log.warning("verify: %s holds keys and values in another form than the model; not checked", self.site.name)
             return
         call = replace(call, state=even(call.state))
-        k, v = (_dense_past(call, half) for half in (0, 1))
-        state = _all_slots(k, v, self.rule, room=call.q.shape[2] + 1)
+        k, v = (dense_past(call.state, (call.k, call.v)[half], call.position, half) for half in (0, 1))
+        state = all_slots(k, v, self.rule, room=call.q.shape[2] + 1)
         try:
             actual = _run_ops(self.site, call, state, self.rule)
         except ValueError as error:
@@ -245,38 +246,6 @@ def _run_ops(site: Site, call: _Call, state: State, rule: Rule) -> torch.Tensor:
 def _padded(given: Sequence[Any], count: int) -> tuple[Any, ...]:
     """The arguments, None for those that were left out."""
     return (*given, *(None,) * (count - len(given)))
-
-
-def _dense_past(call: _Call, half: int) -> torch.Tensor:
-    """Keys (half 0) or values of all earlier positions, `[B, Hkv, P, D]`: live ones, noise of the new ones' size."""
-    pos, used = call.state.pos, call.state.used()
-    slots = (call.state.k, call.state.v)[half]
-    size = (call.k, call.v)[half].float().square().mean().sqrt().nan_to_num(1.0)
-    noise = torch.randn(
-        *pos.shape[:2], call.position + 1, slots.shape[3], generator=torch.Generator().manual_seed(half)
-    )
-    past = (noise.to(slots.device) * size).to(slots.dtype)
-    index = torch.where(used, pos, call.position).long()[..., None].expand_as(slots)
-    return past.scatter(2, index, torch.where(used[..., None], slots, 0.0))[:, :, :-1]
-
-
-def _all_slots(k: torch.Tensor, v: torch.Tensor, rule: Rule, room: int) -> State:
-    """A state with all positions of a dense past in random slots, the hole anywhere, and room; empties are NaN."""
-    batch, heads, past, _ = k.shape
-    slots = past + 1 + room
-    order = torch.rand(batch, heads, past + 1, generator=torch.Generator().manual_seed(7)).argsort(-1).to(k.device)
-    order, free = order[..., :-1], order[..., -1]
-    state = State.empty(rule, k, B=batch, H=heads, C=slots, D=k.shape[3], V=v.shape[3])
-    state.pos.scatter_(2, order, torch.arange(past, dtype=torch.int32, device=k.device).expand(batch, heads, past))
-    columns: dict[int, Any] = {LIVE: past, FREE: free, SEEN: past, FIRST: 0 if past else -1}
-    for column, value in columns.items():
-        state.cursor[..., column] = value
-    return state.replaced(k=_in_slots(k, order, slots), v=_in_slots(v, order, slots))
-
-
-def _in_slots(dense: torch.Tensor, order: torch.Tensor, slots: int) -> torch.Tensor:
-    held = dense.new_full((*dense.shape[:2], slots, dense.shape[3]), float("nan"))
-    return held.scatter_(2, order[..., None].expand_as(dense), dense)
 
 
 def _sees_a_key(call: _Call) -> torch.Tensor:

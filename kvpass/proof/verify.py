@@ -43,7 +43,7 @@ def _rule(holds: bool, what: str) -> None:
         )
 
 
-_BESIDE = ("kvpass.written", "kvpass.token_bounds")
+_BESIDE = ("kvpass.written", "kvpass.token_bounds", "kvpass.mask_spans")
 """Ops of a whole call, not of a site."""
 
 

@@ -21,8 +21,8 @@ from kvpass.sites.mixed import Mixing, find_mixing, join_mixed
 from kvpass.sites.rules import buffer_readers, check_buffer, check_site, make_site
 from kvpass.sites.site import Core, Half, Site, Update
 from kvpass.sites.table import Decline, SiteTable
-from kvpass.sites.visible import Proofs
 from kvpass.sites.unclaimed import changes_of, decline, unclaimed
+from kvpass.sites.visible import Proofs
 from kvpass.terms import CacheForm
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import fx
 
 from kvpass.graph.calls import call_name, operand, unused_sizes
-from kvpass.graph.mask_meaning import mask_kind
 from kvpass.graph.nearby import taken_out
 from kvpass.graph.visibility import Visibility
 from kvpass.terms import CacheForm, Layout, MaskKind, Phase
@@ -236,7 +235,6 @@ class Site:
             "dims": {letter: str(size) for letter, size in self.dims.items()},
             "dtype": str(self.dtype).removeprefix("torch."),
             "mask": self.core.mask.name if self.core.mask is not None else "causal" if self.core.causal else "none",
-            "mask_kind": mask_kind(((term.node, term.kind) for term in self.core.terms), self.core.causal),
             "sees": str(self.seen),
             "scale": self.core.scale,
             "source": self.source,

@@ -78,9 +78,10 @@ class SiteTable:
         for s in self.sites:
             row = s.to_dict()
             dims = " ".join(f"{letter}={size}" for letter, size in row["dims"].items())
-            words = f" ({row['mask_kind']})" if s.core.terms else ""
             kind = f"{row['phase']:8s} {row['update']:20s} {row['layout']} {dims} {row['dtype']}"
-            lines.append(f"  {s.layer:3d} {s.name:36s} {kind} mask={row['mask']}{words} scale={s.core.scale:.4g}")
+            lines.append(
+                f"  {s.layer:3d} {s.name:36s} {kind} mask={row['mask']} ({row['sees']}) scale={s.core.scale:.4g}"
+            )
             lines.append(f"      {s.source}")
         lines += ["  declined " + str(d) for d in self.declined]
         return "\n".join(lines)

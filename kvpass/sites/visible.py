@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from kvpass.graph.calls import example
+from kvpass.graph.element_steps import STEPS
 from kvpass.graph.elements import Elements, scalar
 from kvpass.graph.shapes import is_one, shape_of
 from kvpass.graph.visibility import Q, Visibility, visibility
@@ -21,7 +22,7 @@ class Proofs:
 
     def __init__(self) -> None:
         self.found: dict[Any, Visibility] = {}
-        self.elements = Elements()
+        self.elements = Elements(STEPS)
 
     def of(self, site: Site) -> Site:
         """The site with what its queries see."""

@@ -14,8 +14,11 @@ import case
 import scoreboard
 from families import build
 from feed import Feed, prompt
+from masks import said
 from oracle.anyhf import AnyOracle
 from oracle.hf import Oracle
+
+from kvpass.lowering.retire import Retirement
 
 FAMILIES = [
     pytest.param("llama", "sdpa", marks=pytest.mark.wide),  # what most tests of this folder run
@@ -46,13 +49,36 @@ def check(family: str, attention: str, *skip: str) -> None:
 @pytest.mark.parametrize(("family", "attention"), FAMILIES)
 def test_family(family: str, attention: str) -> None:
     """Not how many graphs there are without kvpass: `make support ARGS=--graphs` counts those of all families."""
-    check(family, attention, "graphs")
+    check(family, attention, "graphs", "masks")
 
 
 @pytest.mark.parametrize(("family", "attention"), [("gpt2", "eager"), ("gpt_oss", "eager")])
 def test_family_and_its_graphs(family: str, attention: str) -> None:
     """The second has sinks, sliding layers, and experts whose sizes Dynamo guards."""
-    check(family, attention)
+    check(family, attention, "masks")
+
+
+@pytest.mark.parametrize(
+    ("family", "attention", "prompt"),
+    [
+        ("llama", "sdpa", "causal tokens"),
+        ("bloom", "eager", "causal mean tokens, and adds a tensor by key"),
+        pytest.param("blt", "sdpa", "causal window=24 tokens", marks=pytest.mark.wide),
+        pytest.param("gemma2", "eager", "causal mean tokens", marks=pytest.mark.wide),
+    ],
+)
+def test_masks_are_proved(family: str, attention: str, prompt: str) -> None:
+    """In a prompt, a step and a second turn; then nothing of queries times keys is made: `make support ARGS=--masks`
+    tells it of all families.
+    """
+    words = said(build(family, attention), padded=True)
+    assert words == {phase: [prompt] for phase in ("prefill", "decode", "extend")}
+
+
+def test_a_mask_that_is_left_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Retirement, "retire_masks", lambda self, nodes: frozenset())
+    with pytest.raises(AssertionError, match="queries times keys"):
+        said(build("llama", "sdpa"), padded=True)
 
 
 def test_a_wrong_policy_is_noticed() -> None:

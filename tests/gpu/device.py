@@ -24,6 +24,19 @@ def triton() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def unsynced() -> Iterator[None]:
+    """Within the block, whatever waits for the device fails."""
+    if not GPU:
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def synchronize() -> None:
     if GPU:
         torch.cuda.synchronize()

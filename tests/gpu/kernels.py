@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from gpu.device import DEVICE, GPU, difference, median_ms, replayed_ms, triton
+from gpu.device import DEVICE, GPU, difference, median_ms, replayed_ms, triton, unsynced
 from gpu.record import Record
 from kvpass.kernels.compact_slots import compact_slots
 from kvpass.kernels.decode_attend import decode_attend
@@ -122,8 +122,11 @@ def cursor_of(live: int, seen: int, batch: int) -> Tensor:
 
 
 def step(policy: str, batch: int, slots: int) -> dict[str, Any]:
-    """One token. `full` would grow: its cursor is set back before each call, one small launch more."""
+    """One token, its position on the device. `full` would grow: its cursor is set back before each call, one small
+    launch more.
+    """
     encoded = rule(policy, slots)
+    at = torch.tensor([slots], dtype=torch.int32, device=DEVICE)
     state = state_of(encoded, batch, slots)
     new, start = [random(batch, heads, 1, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)], state.cursor.clone()
     keys, values = (torch.cat([held[:, :, :slots], x], 2) for held, x in ((state.k, new[1]), (state.v, new[2])))
@@ -131,10 +134,12 @@ def step(policy: str, batch: int, slots: int) -> dict[str, Any]:
     def call() -> Tensor:
         if policy == "full":
             state.cursor.copy_(start)
-        return decode_attend(*new, None, state.tensors(), slots, SCALE, encoded)
+        return decode_attend(*new, None, state.tensors(), 0, SCALE, encoded, at=at)
 
     found = checked(call(), scaled_dot_product_attention(new[0], keys, values, enable_gqa=True))
     del keys, values
+    with unsynced():  # the kernels are compiled by now
+        call()
     return found | both(call, batch, slots)
 
 
@@ -156,7 +161,7 @@ def steps(record: Record) -> None:
     for batch, slots in STEPS:
         row = {"kernel": "decode", "batch": batch, "slots": slots}
         record.attempt(row | {"what": "torch, enable_gqa"}, partial(torch_step, batch, slots))
-        for policy in ("full", "h2o", "snapkv") if GPU else ("full", "h2o"):
+        for policy in ("full", "h2o", "snapkv", "tova", "roco", "knorm") if GPU else ("full", "h2o"):
             record.attempt(row | {"what": f"kvpass {policy}"}, partial(step, policy, batch, slots))
 
 

@@ -115,11 +115,11 @@ def _decode_attend(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     def given(
         q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, state: list[Tensor], position: int, scale: float,
-        rule: str, sinks: Tensor | None = None, softcap: float = 0.0,
+        rule: str, sinks: Tensor | None = None, softcap: float = 0.0, arrive: Tensor | None = None, *sight: Any,
     ) -> Tensor:  # fmt: skip
         plan = Rule.parse(rule)
-        call = Call(mask, position, Softmax(scale, sinks, softcap), plan)
-        return run(Token(q, k, v), State.of(state, plan), call)
+        call = Call.of_step(mask, position, Softmax(scale, sinks, softcap), plan, 0, *sight)
+        return run(Token(q, k, v, arrive), State.of(state, plan), call)
 
     return given
 

@@ -185,7 +185,9 @@ class Site:
             if self.position:
                 k, v, pos, past = join_slots(s.tensors(), k, v, self.position, code)
             causal = mask is None and pos is None
-            out, stats, valid = prefill_attend(q, k, v, pos, mask, self.scale, "causal" * causal, code, position=self.position)
+            out, stats, valid = prefill_attend(
+                q, k, v, pos, mask, self.scale, "causal" * causal, code, position=self.position
+            )
             score, stats, cursor = score_slots(stats, past, pos, valid, s.cursor, self.position, code, mask=mask)
             idx = select_slots(score, cursor, s.pos.shape[-1])
             before = cursor[..., LIVE].clone()

@@ -16,6 +16,7 @@ GROUPS = [
     ("prefill", "test_prefill"),
     ("prefill", "not test_prefill"),
     ("decode", "test_pipeline or ragged"),
+    ("decode", "test_policy or test_words or left_padding"),
     ("decode", "test_decode and not ragged"),
 ]
 

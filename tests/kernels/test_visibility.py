@@ -14,7 +14,16 @@ from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.join_slots import join_slots
 from kvpass.kernels.testing import assert_close, qkv, random_state
 
-WORDS = ["", "causal", "causal window=5", "causal window=40", "causal chunk=8", "chunk=8", "window=7", "causal window=6 chunk=16"]
+WORDS = [
+    "",
+    "causal",
+    "causal window=5",
+    "causal window=40",
+    "causal chunk=8",
+    "chunk=8",
+    "window=7",
+    "causal window=6 chunk=16",
+]
 RULE = Rule(stats=("sum", "sumsq", "count"), queries=-1, decode="add", score="sum", num=1, den=1)
 
 
@@ -134,8 +143,8 @@ def test_what_was_padding_stays_hidden():
     q, k, v = qkv(1, 2, 1, 1, 16)
     with pytest.raises(MaskError, match="taken for padding"):
         decode_attend(q, k, v, None, state.tensors(), 6, 0.25, RULE.encode(), sees="causal")
+    tokens = torch.ones(1, 7, dtype=torch.bool)
     with pytest.raises(MaskError, match="taken for padding"):
-        tokens = torch.ones(1, 7, dtype=torch.bool)
         decode_attend(q, k, v, None, state.tensors(), 6, 0.25, RULE.encode(), sees="causal", tokens=tokens)
     tokens[0, 0] = False
     decode_attend(q, k, v, None, state.tensors(), 6, 0.25, RULE.encode(), sees="causal", tokens=tokens)

@@ -5,11 +5,14 @@ Not collected by a plain `pytest`: test_triton_interpreter.py and tests/gpu run 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from interpreted import (
+    DEVICE,
+    INTERPRETED,
     RULES,
     SCALE,
     SINKS,
@@ -21,20 +24,26 @@ from interpreted import (
     prefill_attend_triton,
     select_slots_triton,
 )
+from kvpass.kernels.attention.softmax import Softmax
+from kvpass.kernels.attention.visibility import token_bounds
 from kvpass.kernels.budget import Budget
 from kvpass.kernels.compact_slots.reference import compact_slots_reference
+from kvpass.kernels.decode_attend.call import Call, Token
 from kvpass.kernels.decode_attend.triton import _splits
+from kvpass.kernels.decode_attend.triton import decode_attend_triton as decode_attend_launched
+from kvpass.kernels.decode_attend.triton_terms import understood
 from kvpass.kernels.prefill_attend.reference import prefill_attend_reference
 from kvpass.kernels.rank.criterion import Ranking
 from kvpass.kernels.rank.places import Protected
 from kvpass.kernels.rank.scores import score_slots
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.select_slots.reference import select_slots_reference
-from kvpass.kernels.slots.cursor import FREE, LIVE, SEEN
+from kvpass.kernels.slots.cursor import FIRST, FREE, LIVE, SEEN
 from kvpass.kernels.slots.state import State
 from kvpass.kernels.slots.statistics import Statistics
 from kvpass.kernels.testing import assert_close, bits, empty_state, qkv, random_state
 from kvpass.kernels.triton_shared.triton_launch import Target
+from models.states import arriving, builtin, same, state_under
 from naive_attention import naive_decode
 from torch import Tensor
 
@@ -133,6 +142,18 @@ def test_decode_sinks_in_splits(mask: str, live: int) -> None:
     assert _splits(1, 140, 16, Target("interpret", 0, 2)) == 4
 
 
+@pytest.mark.parametrize(
+    ("rows", "slots", "waves", "splits"),
+    [
+        *((8, 32768, 1, 32), (64, 8192, 1, 4), (256, 2048, 1, 1), (160, 8192, 1, 8), (96, 8192, 1, 8)),
+        *((2, 32768, 1, 128), (1, 32768, 1, 256), (8, 200, 1, 1), (8, 32768, 4, 128), (8, 1024, 4, 8)),
+    ],
+)
+def test_splits_fill_the_device(rows: int, slots: int, waves: int, splits: int) -> None:
+    """132 cores with two places each: one wave of programs, or as many as make it even."""
+    assert _splits(rows, slots, 64, Target("cuda", 90, 132), waves) == splits
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_decode_from_nothing(name: str) -> None:
     """From an empty cache to six evictions; with heads="all" every head holds the same tokens."""
@@ -210,6 +231,146 @@ def test_decode_ties(name: str) -> None:
     decode_attend_reference(*args, want.tensors(), 70, SCALE, rule.encode())
     assert torch.equal(state.pos, want.pos)
     assert torch.equal(state.cursor, want.cursor)
+
+
+def told(kind: str, position: int) -> list[Any]:
+    """What a step sees, as the op's last arguments: words, tokens, bounds, the position on the device."""
+    tokens = torch.ones(2, position + 2, dtype=torch.bool)
+    at = torch.tensor([position], dtype=torch.int32)
+    if kind == "window":
+        return ["causal window=100", None, None, at]
+    if kind == "chunk":
+        return ["causal chunk=64", tokens[:1], None, None]
+    if kind == "pads":  # row 0 carries a pad now and then, row 1 had some
+        tokens[0, 161::2] = False
+        tokens[1, 100:110] = False
+        return ["causal window=140", tokens, None, at]
+    tokens[0, :0] = False
+    tokens[1, 90:120] = False
+    return ["causal", tokens, None, at if kind == "holes at" else None]
+
+
+def run_told(rule: Rule, kind: str, steps: int = 2, seen: int = 160) -> None:
+    """Steps that are told what they see in words, tokens and bounds, against the reference."""
+    got = state_under(rule, seen)
+    want = got.clone()
+    for i in range(steps):
+        new, position = qkv(2, 4, 2, 1, 16, keys=1, seed=i), seen + i
+        words = told(kind, position) if kind != "none" else ["", None, None, None]
+        extras, before = (None, 0.0, arriving(rule, seen + i)), got.clone()
+        on_host = 0 if words[3] is not None else position  # what the host says means nothing then
+        x = decode_attend_triton(*new, None, got.tensors(), on_host, SCALE, rule.encode(), *extras, *words)
+        y = decode_attend_reference(*new, None, want.tensors(), position, SCALE, rule.encode(), *extras, *words[:3])
+        assert_close(x, y, what=f"out at step {i}")
+        same(got, want, before, i)
+
+
+APART = {
+    *("ada_snapkv", "corm", "critical_ada", "criticalkv", "fastgen", "knorm", "pyramidkv, layer 1", "scissorhands"),
+    *("trim_kv", "whitelist"),
+}
+"""Rules that ask for something that no other here does; the rest under `make wide`."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in APART else pytest.mark.wide)
+        for name, rule in builtin().items()
+        if understood(rule)
+    ],
+)
+def test_policy(name: str) -> None:
+    """The rules of all built-in policies, but for that with rings."""
+    run_told(builtin()[name], "none")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        pytest.param(name, kind, marks=[] if name == "h2o" or kind == "pads" else pytest.mark.wide)
+        for name in ("h2o", "scissorhands", "ada_snapkv", "corm", "tova", "full")
+        for kind in ("window", "chunk", "holes", "holes at", "pads")
+    ],
+)
+def test_words(name: str, kind: str) -> None:
+    run_told(builtin()[name], kind, 3 if kind == "pads" else 1)
+
+
+def test_plain_left_padding_reads_no_tokens() -> None:
+    """The row's bounds say that the tokens hide nothing: what they say is not looked up."""
+    rule = builtin()["h2o"]
+    state = state_under(rule, 160)
+    new, tokens = qkv(2, 4, 2, 1, 16, keys=1), torch.ones(2, 161, dtype=torch.bool)
+    state.cursor[1, :, FIRST], state.cursor[1, :, SEEN] = 30, 130
+    state.pos[1] = torch.where(state.pos[1] < 30, state.pos[1], state.pos[1])
+    held = state.pos[1] >= 0
+    state.pos[1][held] = (state.pos[1][held] % 130) + 30
+    tokens[1, :30] = False
+    bounds = token_bounds(tokens, 160, 1)
+    lies = torch.zeros_like(tokens)  # would hide everything
+    outs = []
+    for given in (tokens, lies):
+        args = (state.clone().tensors(), 160, SCALE, rule.encode(), None, 0.0, None, "causal", given, bounds)
+        outs.append(decode_attend_triton(*new, None, *args))
+    assert torch.equal(*outs)
+
+
+def test_one_graph_for_all_steps() -> None:
+    """What a CUDA graph holds is replayed at other positions, with tokens that come: on a GPU captured for real, and
+    nothing may wait for the device; in the interpreter called again, with a host that says nothing new.
+    """
+    rule, start = builtin()["h2o"], 160
+    got = state_under(rule, start)
+    want = got.clone()
+    there = State([t.to(DEVICE) for t in got.tensors()])
+    at, tokens = torch.tensor([start], dtype=torch.int32), torch.ones(2, start + 9, dtype=torch.bool)
+    tokens[1, 100:110] = False
+    fixed = [x.to(DEVICE) for x in (*qkv(2, 4, 2, 1, 16, keys=1), at, tokens)]
+
+    def step() -> Tensor:
+        q, k, v, position, shown = fixed
+        call = Call.of_step(None, 0, Softmax(SCALE), rule, 0, "causal window=120", shown, None, position)
+        return decode_attend_launched(Token(q, k, v), there, call)
+
+    replay = captured(step, there)
+    for i in range(4):
+        new = qkv(2, 4, 2, 1, 16, keys=1, seed=i)
+        for held, x in zip(fixed, (*new, torch.tensor([start + i])), strict=False):
+            held.copy_(x)
+        x = replay()
+        args = (want.tensors(), start + i, SCALE, rule.encode(), None, 0.0, None, "causal window=120", tokens)
+        y = decode_attend_reference(*new, None, *args)
+        assert_close(x.cpu(), y, what=f"out at step {i}")
+        assert torch.equal(there.pos.cpu(), want.pos)
+        assert torch.equal(there.cursor.cpu(), want.cursor)
+
+
+def captured(step: Callable[[], Tensor], state: State) -> Callable[[], Tensor]:
+    """The step as a graph's replay, or in the interpreter itself; the state is as before."""
+    if INTERPRETED:
+        return step
+    before, side = state.clone(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for held, old in zip(state.tensors(), before.tensors(), strict=True):
+        held.copy_(old)
+
+    def replay() -> Tensor:
+        graph.replay()
+        return out
+
+    return replay
 
 
 def _compact_reference(keys: Any, idx: Tensor, cursor: Tensor, state: list[Tensor]) -> None:

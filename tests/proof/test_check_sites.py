@@ -154,7 +154,12 @@ def breaking(monkeypatch: pytest.MonkeyPatch, op: str, wrong: Callable[..., Any]
     ("op", "wrong", "phase", "message"),
     [
         ("prefill_attend", lambda right, *a: (right(*a)[0] * 1.001, *right(*a)[1:]), "prefill", "differs by"),
-        ("prefill_attend", lambda right, *a: right(*a[:5], a[5]._replace(scale=a[5].scale * 1.05), a[6]), "prefill", "differs by"),
+        (
+            "prefill_attend",
+            lambda right, *a: right(*a[:5], a[5]._replace(scale=a[5].scale * 1.05), a[6]),
+            "prefill",
+            "differs by",
+        ),
         ("decode_attend", lambda right, *a: right(*a) + 1e-3, "decode", "differs by"),
         (
             "decode_attend",

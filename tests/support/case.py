@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from families import build
 from feed import STEPS, Feed, NoCache, full_layers, kv_layers, prompt
+from masks import said
 from oracle.anyhf import AnyOracle
 from oracle.drive import compare_logits
 from overrides import ONE_HEAD
@@ -231,4 +232,10 @@ def bytes_held(cache: Any) -> Result:
     return {"held": held, "dense": sum(site["dense_bytes"] for site in kvpass.report(cache).to_dict()["sites"])}
 
 
-CHECKS = {"identity": identity, "eviction": eviction, "graphs": graphs}
+def masks(family: str, model: Any, expected: list[torch.Tensor], result: Result) -> Result:
+    """What masks were taken for, by phase; nothing as wide as a mask is left where all are proved."""
+    torch._dynamo.reset()
+    return {"said": said(model, result["padded"])}
+
+
+CHECKS = {"identity": identity, "eviction": eviction, "masks": masks, "graphs": graphs}

@@ -11,7 +11,7 @@ from overrides import OUT_OF_SCOPE
 
 Result = dict[str, Any]
 BY_CHOICE = ("SLIDING_WINDOW", "CROSS_ATTENTION", "INDEXER")  # left dense on purpose
-VERDICTS = ("matched", "identity", "eviction", "bytes", "graphs")
+VERDICTS = ("matched", "identity", "eviction", "bytes", "masks", "graphs")
 NOISE = ("seconds", "done", "graphs_so_far")
 
 
@@ -162,6 +162,7 @@ tiny random model (batch of 2, 90 tokens, left padded, 8 decode steps, float32, 
 * at 25 % (h2o) every layer, row and head keeps what a naive oracle keeps: {eviction}
 * bytes held as the budget says: {bytes}
 * no graph break added: {graphs}
+* masks proved, so that nothing of queries times keys is made in a prompt, a step or a second turn: {proved}
 * all of these: **{all}**
 
 Sites are matched / declined (reasons), for the prefill, and for decode where it differs. Sliding windows and
@@ -169,8 +170,11 @@ cross-attention are dense by choice. Cells with two words: sdpa, eager; with `--
 eager attention only, and graph breaks are not counted; `--graphs` counts them, with sdpa where a family has it, else
 with eager attention.
 
-| family | sdpa | eager | identity | eviction = oracle | bytes | note |
-| --- | --- | --- | --- | --- | --- | --- |
+`mask` is what the mask of a prompt was taken for ([patterns.md](patterns.md)), with sdpa where a family has it, else
+with eager attention; `reads` if some of it stays a tensor, in the phases that are named.
+
+| family | sdpa | eager | identity | eviction = oracle | bytes | mask | note |
+| --- | --- | --- | --- | --- | --- | --- | --- |
 {inside}
 
 ## Out of scope
@@ -189,6 +193,9 @@ def markdown(head: dict[str, str], results: Result) -> str:
     if len(tried) < len(of_all):
         good = sum(all(verdict(r, "graphs") for r in of) for of in tried)
         share["graphs"] = f"{good} of the {len(tried)} where that was counted" if tried else "not tried with --quick"
+    looked = [words for of in results.values() if in_scope(of) and (words := mask_words(of))]
+    good = sum("reads" not in words for words in looked)
+    share["proved"] = f"{good} of {len(looked)} ({100 * good / max(len(looked), 1):.0f} %)"
     inside = [row(family, of) for family, of in results.items() if in_scope(of)]
     outside = [f"| {family} | {cell(scope_reason(family, of))} |" for family, of in results.items() if not in_scope(of)]
     return PAGE.format(**head, **{**s, **share}, inside="\n".join(inside), outside="\n".join(outside))
@@ -199,7 +206,19 @@ def row(family: str, results: Result) -> str:
     where = ["no sdpa" if r["status"] == "no_sdpa" else sites(r) if runs(r) else r["status"] for r in by_attention]
     words = [[word(r, name) for r in by_attention] for name in ("identity", "eviction", "bytes")]
     cells = [" ".join(filter(None, pair)) for pair in words]
-    return f"| {family} | {' | '.join(where)} | {' | '.join(cells)} | {cell(note(results))} |"
+    cells += [mask_words(results), cell(note(results))]
+    return f"| {family} | {' | '.join(where)} | {' | '.join(cells)} |"
+
+
+def mask_words(results: Result) -> str:
+    """What masks were taken for in a prompt; `reads (decode)` where some of a phase's masks stay tensors."""
+    for attention in ("sdpa", "eager"):
+        by_phase = results[attention].get("masks", {}).get("said")
+        if by_phase:
+            reads = [phase for phase, said in by_phase.items() if any("reads a mask" in words for words in said)]
+            words = [one.split(", and reads")[0] for one in by_phase.get("prefill", [])]
+            return "; ".join([*dict.fromkeys(words), *([f"reads ({', '.join(reads)})"] if reads else [])])
+    return ""
 
 
 def note(results: Result) -> str:

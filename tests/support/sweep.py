@@ -1,9 +1,11 @@
 """Which families of transformers work, proven on tiny random models: writes docs/support.md and docs/support.json.
 
-python -P tests/support/sweep.py [--jobs N] [--only llama,gpt2] [--resume] [--quick | --graphs] [--limit SECONDS]
+python -P tests/support/sweep.py [--jobs N] [--only llama,gpt2] [--resume] [--quick | --graphs | --masks]
+    [--limit SECONDS]
 
-Each family runs in a process of its own. --graphs counts graph breaks, with one attention implementation of each
-family, and keeps the rest of the committed docs/support.json. Exits with 1 if a family that passed there fails now.
+Each family runs in a process of its own. --graphs counts graph breaks and --masks says what masks are taken for, with
+one attention implementation of each family; they keep the rest of the committed docs/support.json. Exits with 1 if a
+family that passed there fails now.
 With --only nothing is written.
 """
 
@@ -40,10 +42,13 @@ def find_packages() -> None:
 
 SKIP = {
     "full": {"sdpa": (), "eager": ()},
-    "quick": {"sdpa": ("eviction", "bytes", "graphs"), "eager": ("graphs",)},
-    "graphs": {"sdpa": ("eviction", "bytes"), "eager": ("eviction", "bytes")},
+    "quick": {"sdpa": ("eviction", "bytes", "masks", "graphs"), "eager": ("graphs",)},
+    "graphs": dict.fromkeys(ATTENTIONS, ("eviction", "bytes", "masks")),
+    "masks": dict.fromkeys(ATTENTIONS, ("identity", "eviction", "bytes", "graphs")),
 }
 """Checks that a mode leaves out."""
+PARTIAL = ("graphs", "masks")
+"""Modes that try one attention implementation of each family, and keep what is committed of the others' checks."""
 
 
 def child(family: str, mode: str) -> None:
@@ -65,7 +70,7 @@ def child(family: str, mode: str) -> None:
     for attention in ATTENTIONS:
         skip = SKIP[mode][attention]
         save(attention, run(family, attention, lambda result, a=attention: save(a, result), skip))
-        if mode == "graphs" and results[attention]["status"] == "ran":
+        if mode in PARTIAL and results[attention]["status"] == "ran":
             save("eager", results.get("eager", {"status": "not tried"}))
             break
     save("done", True)
@@ -160,12 +165,12 @@ def committed() -> dict[str, Any]:
 def command_line(mode: str) -> str:
     """What wrote the documents, for people."""
     first = "make support" if mode == "full" else "make support ARGS=--quick"
-    return first if mode != "graphs" else f"{first}, then make support ARGS=--graphs"
+    return first if mode not in PARTIAL else f"{first}, then make support ARGS=--{mode}"
 
 
-def with_graphs(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+def with_more(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """A family's committed results, with the checks that were made now in their places."""
-    out = {**before}
+    out = {**before, **{attention: {**before[attention]} for attention in ATTENTIONS}}
     for attention in ATTENTIONS:
         result = now.get(attention, {})
         if result.get("status") == "ran":
@@ -173,6 +178,8 @@ def with_graphs(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
                 name: value for name, value in result.items() if not isinstance(value, dict) or "skipped" not in value
             }
             out[attention] = {**before[attention], **made}
+        for name in PARTIAL:
+            out[attention].setdefault(name, {"skipped": True})
     return out
 
 
@@ -185,6 +192,7 @@ def main() -> int:
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--quick", dest="mode", action="store_const", const="quick", default="full", help=quick)
     modes.add_argument("--graphs", dest="mode", action="store_const", const="graphs", help="count graph breaks only")
+    modes.add_argument("--masks", dest="mode", action="store_const", const="masks", help="look at masks only")
     parser.add_argument("--limit", type=float, default=240, help="seconds for one family (240)")
     options = parser.parse_args()
     from families import FAMILIES
@@ -195,10 +203,10 @@ def main() -> int:
     if unknown:
         parser.error(f"no such families: {', '.join(unknown)}")
     before = committed()
-    chosen = only or (FAMILIES if options.mode != "graphs" else [f for f in FAMILIES if in_scope(before[f])])
+    chosen = only or (FAMILIES if options.mode not in PARTIAL else [f for f in FAMILIES if in_scope(before[f])])
     results = sweep(chosen, options.jobs, options.limit, options.resume, options.mode)
-    if options.mode == "graphs":
-        results = {f: with_graphs(old, results.get(f, {})) for f, old in before.items()}
+    if options.mode in PARTIAL:
+        results = {f: with_more(old, results.get(f, {})) for f, old in before.items()}
     if not only:
         record = document(results, command=command_line(options.mode))
         for name, text in record.items():

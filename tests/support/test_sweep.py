@@ -21,7 +21,7 @@ GOOD = {
     "layers": {"full": 2, "sliding": 1},
     "prefill": {"matched": 2, "declined": {"SLIDING_WINDOW": 1}},
     "decode": {"matched": 2, "declined": {"SLIDING_WINDOW": 1}},
-    **{name: {"ok": True} for name in ("identity", "eviction", "bytes", "graphs")},
+    **{name: {"ok": True} for name in ("identity", "eviction", "bytes", "masks", "graphs")},
 }
 BAD = {"ok": False, "why": "AssertionError: step 3: logits differ"}
 OUTSIDE = {"status": "no_cache", "why": "its forward takes no cache"}
@@ -116,12 +116,13 @@ def test_the_documents() -> None:
     files = scoreboard.document(results, command="make support")
     data, text = json.loads(files["support.json"]), files["support.md"]
     assert data["summary"] == {
-        "families": 4, "in_scope": 3, "matched": 3, "identity": 2, "eviction": 3, "bytes": 3, "graphs": 3, "all": 2
+        "families": 4, "in_scope": 3, "matched": 3, "identity": 2, "eviction": 3, "bytes": 3,
+        "masks": 3, "graphs": 3, "all": 2,
     }  # fmt: skip
     assert scoreboard.regressions(data["families"], results) == []
-    assert "| llama | 2 / 1 (SLIDING_WINDOW) | 2 / 1 (SLIDING_WINDOW) | ok ok | ok ok | ok ok |  |" in text
-    assert "| gpt_oss | no sdpa | 2 / 1 (SLIDING_WINDOW) | **no** | ok | ok | AssertionError: step 3: logits" in text
-    assert "| ok ok | tried without padding: the model itself does not ignore it |" in text
+    assert "| llama | 2 / 1 (SLIDING_WINDOW) | 2 / 1 (SLIDING_WINDOW) | ok ok | ok ok | ok ok |  |  |" in text
+    assert "| gpt_oss | no sdpa | 2 / 1 (SLIDING_WINDOW) | **no** | ok | ok |  | AssertionError: step 3: logits" in text
+    assert "| ok ok |  | tried without padding: the model itself does not ignore it |" in text
     assert "| rwkv | no cache: its forward takes no cache |" in text
     assert "every full-attention site matched: 3 (100 %)" in text
     assert "llama; sdpa: 2 / 1 (SLIDING_WINDOW) sites, identity ok" in scoreboard.line("llama", results["llama"])
@@ -130,6 +131,6 @@ def test_the_documents() -> None:
 def test_graphs_are_counted_beside_what_was_known():
     quick = {**GOOD, "graphs": {"skipped": True}}
     now = {"status": "ran", "graphs": BAD, "eviction": {"skipped": True}, "identity": {"ok": True, "gap": 0.0}}
-    merged = sweep.with_graphs(both(quick), {"sdpa": now, "eager": {"status": "not tried"}})
+    merged = sweep.with_more(both(quick), {"sdpa": now, "eager": {"status": "not tried"}})
     assert merged["sdpa"] == {**GOOD, "graphs": BAD, "identity": {"ok": True, "gap": 0.0}}
     assert merged["eager"] == quick

@@ -23,7 +23,7 @@ LIMIT = 60 * 60
 """Seconds for the tests of a row. On two idle cores they take some 3 minutes."""
 
 TESTS = [
-    "tests/graph/test_mask_meaning.py",
+    "tests/sites/test_masks_of_models.py",
     "tests/runtime/test_store.py",
     "tests/runtime/test_shell.py",
     "tests/graph/test_module_names.py",
