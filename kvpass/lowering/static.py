@@ -103,7 +103,7 @@ class _Rewriting:
             if node.op not in ("call_function", "call_method"):
                 continue
             if type(value) is int:
-                node.replace_all_uses_with(value)  # type: ignore[arg-type]  # fx takes constants too
+                node.replace_all_uses_with(value)
             elif isinstance(value, torch.SymInt) and value.node.expr in inputs:
                 node.replace_all_uses_with(inputs[value.node.expr])
 
@@ -153,7 +153,7 @@ class _Rewriting:
             reader = next(iter(node.users))
             raise NotStatic(f"{call_name(reader)} reads a cache that grows, {node.name} ({source_line(reader)})")
         if wide:  # columns of zeros are put behind a copy
-            with value.fake_mode:
+            with example(self.at).fake_mode:
                 node.meta["example_value"] = torch.empty(value.shape, dtype=value.dtype, device=value.device)
         return Feed(place, wide=wide)
 

@@ -208,9 +208,10 @@ class StaticCalls:
 
     def _is_cut(self, node: fx.Node) -> bool:
         """Whether it is a buffer's mask, cut for ops of ours to what is written: of fixed length."""
-        table, index = node.args
+        table: Any = node.args[0]
+        index: Any = node.args[1]
         ours = bool(node.users) and all(call_name(user) == "decode_attend" for user in node.users)
-        if not ours or self.steps.grows(table) or not isinstance(index, tuple) or len(index) != 2:  # type: ignore[arg-type]
+        if not ours or self.steps.grows(table) or not isinstance(index, tuple) or len(index) != 2:
             return False
         return index[0] is Ellipsis and isinstance(index[1], slice) and index[1].start is None
 

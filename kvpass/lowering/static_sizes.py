@@ -90,10 +90,10 @@ def steps_of(inputs: Sequence[fx.Node], states: Sequence[fx.Node], graph: fx.Gra
         NotStatic: a position is no plain size.
     """
     positions = [n.args[5] for n in graph.nodes if call_name(n) == "decode_attend"]
-    symbols = [_expr(example(p)) if isinstance(p, fx.Node) else None for p in positions]
+    symbols: list[Any] = [_expr(example(p)) if isinstance(p, fx.Node) else None for p in positions]
     if None in symbols or not all(symbol.is_Symbol for symbol in symbols):
         raise NotStatic("where its token stands is no plain size")
-    first: Any = example(positions[0])  # type: ignore[arg-type]  # a node, as just seen
+    first: Any = example(positions[0])
     offsets = dict.fromkeys(symbols, 0)
     fixed = {s for node in states for size in example(node).shape for s in _symbols(size)}
     fixed |= {s for one in plan.sites for s in _symbols(one.site.dims["B"])}

@@ -47,6 +47,7 @@ class Backend:
         patterns: recognisers; None for `kvpass.patterns.DEFAULT`.
         mode: `default`, or `reduce-overhead`: steps are CUDA graphs.
         graphs: records of the graphs compiled so far (not part of equality); printed, a table.
+        recordings: what a device has recorded of their steps, once it has (likewise).
     """
 
     policy: Policy
