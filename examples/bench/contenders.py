@@ -20,6 +20,7 @@ class Spec:
     policy: str | None = None
     budget: float = 1.0
     static: bool = False
+    mode: str = "default"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -45,7 +46,7 @@ def prepare(model: Any, spec: Spec) -> Any:
     if spec.policy is not None:
         import kvpass
 
-        return kvpass.compile(model, policy=spec.policy, budget=spec.budget, inner=spec.inner)
+        return kvpass.compile(model, policy=spec.policy, budget=spec.budget, inner=spec.inner, mode=spec.mode)
     if spec.inner == "eager":
         return model
     compiled = copy.copy(model)

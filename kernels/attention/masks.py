@@ -100,13 +100,18 @@ def _is(part: Tensor, value: int) -> bool:
     return part.numel() == 0 or int(part.amin() if value else part.amax()) == value
 
 
-def written(mask: Tensor, end: int) -> Tensor:
-    """The part of a mask that covers the written part of a buffer: `mask[..., :end]`, a copy.
+def written(mask: Tensor, end: int, at: Tensor | None = None) -> Tensor:
+    """The part of a mask that covers the written part of a buffer: `mask[..., :end]`, a copy. With `at`, int32 [1], the
+    position of the only query, all of the mask: nobody looks behind the token.
 
     Raises MaskError if the mask shows a query what is beyond: the attention would read what nobody wrote. On a GPU the
     check is an assertion of the device.
     """
-    beyond = ~visible(mask[..., end:]).any()
+    if at is None:
+        beyond, kept = ~visible(mask[..., end:]).any(), mask[..., :end]
+    else:
+        behind = torch.arange(mask.shape[-1], device=mask.device) > at
+        beyond, kept, end = ~(visible(mask) & behind).any(), mask, 0 if mask.device.type != "cpu" else int(at) + 1
     if mask.device.type == "cpu":
         if not bool(beyond):
             raise MaskError(
@@ -116,7 +121,7 @@ def written(mask: Tensor, end: int) -> Tensor:
             )
     else:
         torch._assert_async(beyond, "the mask shows keys of a preallocated cache beyond what is written")
-    return mask[..., :end].clone()
+    return kept.clone()
 
 
 def count_shown(mask: Tensor, position: int) -> Tensor:

@@ -27,6 +27,7 @@ def compile(
     strict: bool = True,
     verify: bool = False,
     patterns: PatternSet | None = None,
+    mode: str = "default",
 ) -> M:
     """A model whose KV cache keeps only what the policy wants; `generate()` and calls with `cache=` work as before
     (`past_key_values=` with transformers before 5.24).
@@ -50,6 +51,9 @@ def compile(
         strict: raise if a site with a KV cache cannot be rewritten; else it stays dense and is reported.
         verify: on the first real inputs, compare each site at full budget with the unmodified subgraph.
         patterns: recognisers, `kvpass.patterns.DEFAULT.extended(...)` (docs/patterns.md); None for the default ones.
+        mode: `default`, or `reduce-overhead`: on a CUDA device, a call of one token is recorded as a CUDA graph and
+            replayed (docs/gpu.md); `kvpass.report` counts such steps, and says why others were not. Elsewhere it
+            changes nothing.
 
     Raises:
         ModelError, TrainingError, PolicyError: at once, for what is no model, a model in train mode or with hooks of
@@ -65,7 +69,9 @@ def compile(
 
     bare = uncompiled(model)
     check_model(bare, "kvpass.compile")
-    chosen = backend(policy, budget, inner=inner, strict=strict, debug=debug, verify=verify, patterns=patterns)
+    chosen = backend(
+        policy, budget, inner=inner, strict=strict, debug=debug, verify=verify, patterns=patterns, mode=mode
+    )
     check_ready(bare, "kvpass.compile", strict)
     result: M = Compilation(bare, chosen).root
     return result

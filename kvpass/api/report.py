@@ -14,6 +14,7 @@ from kvpass.errors import CacheError
 from kvpass.kernels.budget import Budget
 from kvpass.kernels.slots.cursor import SEEN
 from kvpass.kernels.slots.moves import even
+from kvpass.runtime.recordings import StepCounts
 from kvpass.runtime.shell import attached
 from kvpass.runtime.store import SlotStore
 
@@ -38,6 +39,8 @@ class Report:
             why: why less was evicted than the budget says, in words; "" if it was not.
             proof: `calls` made on this cache; keys `evicted` (summed over layers, rows and KV heads) of those `seen`;
             `freed` bytes; `outside`: how often slots were changed after a call, outside the compiled graph.
+            steps: under `mode="reduce-overhead"`, `captures` of CUDA graphs, `replays` of them, `eager` steps beside
+            those, and `why` the last of these was; of the graph with the most, where a model has several.
         """
         return self.data
 
@@ -80,8 +83,13 @@ def report(cache: Any) -> Report:
             "declined": list({d["site"]: d for origin in origins for d in origin.declined}.values()),
             "why": _why(found.stores),
             "proof": _proof(found.stores, dense_sites - slots - callers),
+            "steps": max((store.steps for store in found.stores), key=_made, default=StepCounts())._asdict(),
         }
     )
+
+
+def _made(steps: StepCounts) -> int:
+    return steps.replays + steps.eager
 
 
 def _unused(found: Holdings) -> int:

@@ -31,12 +31,17 @@ def _headline(d: dict[str, Any]) -> list[str]:
     )
     lines += _folded(f"{', '.join(parts)}; plus {size(d['overhead_bytes'])} of positions and statistics")
     lines += _folded(d["why"]) if d["why"] else []
-    return lines + _folded(_proof(d["proof"]))
+    return lines + _folded(_proof(d["proof"])) + (_folded(_steps(d["steps"])) if any(d["steps"].values()) else [])
 
 
 def _proof(p: dict[str, int]) -> str:
     gone = f"{p['evicted']} of {p['seen']} keys evicted, {size(p['freed'])} freed"
     return f"proof: {_times(p['calls'], 'call')}, {gone}, {_times(p['outside'], 'step')} outside the graph"
+
+
+def _steps(s: dict[str, Any]) -> str:
+    eager = f", {s['eager']} eager (the last: {s['why']})" if s["eager"] else ""
+    return f"steps: {s['replays']} replayed from {_times(s['captures'], 'CUDA graph')}{eager}"
 
 
 def _times(count: int, what: str) -> str:

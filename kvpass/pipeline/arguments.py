@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvpass.errors import ModelError, PolicyError, TrainingError
+from kvpass.pipeline.inner import INNER
 
 if TYPE_CHECKING:
     from kvpass.patterns import PatternSet
@@ -96,14 +97,14 @@ def check_program(program: Any) -> None:
 
 
 def check_options(**given: Any) -> None:
-    """Options that are no policy: `inner`, `debug`, and those that are True or False.
+    """Options that are no policy: `inner`, `mode`, `debug`, and those that are True or False.
 
     Raises:
         PolicyError: naming the option, what was given, and what is valid.
     """
     for name, value in given.items():
-        if name == "inner":
-            _check_inner(value)
+        if name in _WORDS:
+            _check_word(name, value)
         elif name == "debug":
             if not (value is None or isinstance(value, (bool, str, os.PathLike))):
                 raise _bad(name, value, "a folder, True, False, or None for what KVPASS_DEBUG says")
@@ -111,14 +112,19 @@ def check_options(**given: Any) -> None:
             raise _bad(name, value, "True or False")
 
 
-def _check_inner(inner: Any) -> None:
-    from kvpass.pipeline.inner import INNER
+MODES = ("default", "reduce-overhead")
 
-    if isinstance(inner, str) and inner in INNER:
+_WORDS = {"inner": ("inner compiler", INNER), "mode": ("mode", MODES)}
+"""Options that are one of a few words: what they are called, and the words."""
+
+
+def _check_word(name: str, given: Any) -> None:
+    what, words = _WORDS[name]
+    if isinstance(given, str) and given in words:
         return
-    near = difflib.get_close_matches(str(inner).lower(), INNER, n=1)
+    near = difflib.get_close_matches(str(given).lower(), words, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise PolicyError(f"no inner compiler {described(inner)}", where="inner=", hint=f"{hint}one of {', '.join(INNER)}")
+    raise PolicyError(f"no {what} {described(given)}", where=f"{name}=", hint=f"{hint}one of {', '.join(words)}")
 
 
 def _bad(name: str, value: Any, valid: str) -> PolicyError:

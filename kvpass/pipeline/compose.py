@@ -22,9 +22,13 @@ from kvpass.pipeline.inner import compile_inner
 from kvpass.policy.policy import Policy
 from kvpass.runtime.active import current
 from kvpass.sites.table import SiteTable
+from kvpass.terms import Phase
 
 if TYPE_CHECKING:
+    from kvpass.lowering.lower import Lowered
+    from kvpass.runtime.captured import Captured
     from kvpass.runtime.identity import Origin
+    from kvpass.runtime.recordings import Recordings
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +45,9 @@ class Backend:
         debug: folder for the debug report, or None.
         verify: check each site at full budget against the unmodified subgraph on the first real inputs.
         patterns: recognisers; None for `kvpass.patterns.DEFAULT`.
+        mode: `default`, or `reduce-overhead`: steps are CUDA graphs.
         graphs: records of the graphs compiled so far (not part of equality); printed, a table.
+        recordings: what a device has recorded of their steps, once it has (likewise).
     """
 
     policy: Policy
@@ -50,7 +56,9 @@ class Backend:
     debug: str | None = None
     verify: bool = False
     patterns: Any = None
+    mode: str = "default"
     graphs: Graphs = field(default_factory=Graphs, compare=False, repr=False)
+    recordings: list[Recordings] = field(default_factory=list, compare=False, repr=False)
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """Compile one captured graph. Errors of kvpass are raised, unwrapped, when the result is called."""
@@ -109,8 +117,13 @@ class Backend:
             with record.timed("verify"):
                 verify(gm, lowered, record.plan)
                 check_masks(gm, record.plan, lowered.bindings, example_inputs)
-            with record.timed("inner"):
-                inner = compile_inner(self.inner, lowered.gm, inputs, _title(len(self.graphs), record.table))
+            title = _title(len(self.graphs), record.table)
+            captured = self._captured(lowered, record, title)
+            if isinstance(captured, str):
+                with record.timed("inner"):
+                    inner = compile_inner(self.inner, lowered.gm, inputs, title)
+            else:
+                inner = captured.otherwise
         if self.verify:
             from kvpass.proof.check_sites import checked_once
 
@@ -119,11 +132,40 @@ class Backend:
         names = [str(n.target) for n in gm.graph.find_nodes(op="placeholder")]
         dense = dense_by_choice(gm.graph, record.table.declined)
         steps, shared = record.plan.steps, record.plan.inputs
-        return Bound(inner, lowered.bindings, lowered.outputs, origin, watched, steps, shared, names, dense)
+        recorded = (None, captured) if isinstance(captured, str) else (captured, "")
+        about = origin, watched, steps, shared, names, dense
+        return Bound(inner, lowered.bindings, lowered.outputs, *about, *recorded)
+
+    def _captured(self, lowered: Lowered, record: GraphRecord, title: str) -> Captured | str:
+        """The graph in the form that a device records; or why its steps are launched, "" if nobody asked."""
+        from kvpass.lowering.static import static
+        from kvpass.runtime.captured import Captured
+        from kvpass.runtime.graph_device import DEVICES
+        from kvpass.runtime.recordings import Recordings
+
+        if self.mode == "default" or lowered.bindings[0].phase is not Phase.DECODE:
+            return ""
+        kind = lowered.bindings[0].device.type
+        if kind not in DEVICES:
+            return f"a {kind} records no graphs"
+        if self.verify:
+            return "verify=True looks into the first call of each graph"
+        assert record.plan is not None
+        with record.timed("lower"):
+            found = static(lowered, record.plan)
+        if isinstance(found, str):
+            log.info("graph %d is not static: %s", len(self.graphs), found)
+            return found
+        inputs = [example(n) for n in found.gm.graph.nodes if n.op == "placeholder"]
+        with record.timed("inner"):
+            run = compile_inner(self.inner, found.gm, inputs, title)
+        if not self.recordings:
+            self.recordings.append(Recordings(DEVICES[kind]))
+        return Captured(run, lowered.gm.forward, found.feeds, self.recordings[0])
 
     def __reduce__(self) -> Any:
         """Graphs are not pickled: whoever loads it compiles anew."""
-        return Backend, (self.policy, self.inner, self.strict, self.debug, self.verify, self.patterns)
+        return Backend, (self.policy, self.inner, self.strict, self.debug, self.verify, self.patterns, self.mode)
 
     def _origin(self, table: SiteTable) -> Origin:
         """What the caches of a graph remember of who made them."""
@@ -189,6 +231,7 @@ def backend(
     debug: bool | str | PathLike[str] | None = None,
     verify: bool = False,
     patterns: Any = None,
+    mode: str = "default",
 ) -> Backend:
     """A backend object for `torch.compile(model, backend=kvpass.backend("h2o", 0.2))`. Arguments as for
     `kvpass.compile`.
@@ -198,9 +241,9 @@ def backend(
     """
     from kvpass.debug import debug_folder
 
-    check_options(inner=inner, strict=strict, debug=debug, verify=verify)
-    patterns = checked_patterns(patterns)
-    return Backend(Policy.load(policy).with_budget(budget), inner, strict, debug_folder(debug), verify, patterns)
+    check_options(inner=inner, strict=strict, debug=debug, verify=verify, mode=mode)
+    patterns, checked = checked_patterns(patterns), Policy.load(policy).with_budget(budget)
+    return Backend(checked, inner, strict, debug_folder(debug), verify, patterns, mode)
 
 
 _FROM_OPTIONS: dict[str, Backend] = {}
@@ -216,11 +259,9 @@ def from_options(
     """
     from kvpass.errors import PolicyError
 
-    given = options or {}
-    valid = ("policy", "budget", "inner", "strict", "debug", "verify")
+    given = (options or {}) | ({"mode": mode} if mode is not None else {})
+    valid = ("policy", "budget", "inner", "strict", "debug", "verify", "mode")
     try:
-        if mode is not None:
-            raise PolicyError("the backend 'kvpass' knows no mode", hint='use options={"policy": "h2o", "budget": 0.2}')
         unknown = sorted(set(given) - set(valid))
         if unknown:
             raise PolicyError(f"unknown option {unknown[0]!r}", hint=f"options are {', '.join(valid)}")

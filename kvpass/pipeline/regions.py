@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from kvpass.graph.calls import argument, changes, example, operand
+from kvpass.graph.calls import example
+from kvpass.lowering.written import memory_of, written_by
 from kvpass.pipeline.region_form import SCALARS, Form, form_of, is_constant
 
 SMALLEST = 12
@@ -142,11 +143,11 @@ def _lives(body: Sequence[fx.Node], order: dict[fx.Node, int]) -> Iterator[tuple
 
 def _changes(body: Sequence[fx.Node], order: dict[fx.Node, int]) -> Iterator[tuple[int, int, int]]:
     """All that reads or makes memory that the graph changes in place, other than its inputs', stays in one piece."""
-    changed = {_memory(value) for node in body for value in _written(node)} - {None}
+    changed = {memory_of(value) for node in body for value in written_by(node)} - {None}
     lives: dict[Any, list[int]] = {}
     for at, node in enumerate(body):
-        if _memory(node) in changed:
-            lives.setdefault(_memory(node), []).extend([at, *(order[user] for user in node.users if user in order)])
+        if memory_of(node) in changed:
+            lives.setdefault(memory_of(node), []).extend([at, *(order[user] for user in node.users if user in order)])
     return ((min(places), max(places), _NEVER) for places in lives.values())
 
 
@@ -154,21 +155,6 @@ def _contexts(body: Sequence[fx.Node]) -> Iterator[tuple[int, int, int]]:
     """Autocast, grad mode and the like: nothing is cut before the last change of it."""
     places = [at for at, n in enumerate(body) if getattr(n.target, "__name__", "").startswith(_CONTEXTS)]
     return iter([(0, places[-1], _NEVER)] if places else [])
-
-
-def _memory(node: fx.Node) -> int | None:
-    value = example(node)
-    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
-
-
-def _written(node: fx.Node) -> Iterator[fx.Node]:
-    """Values that a node changes in place."""
-    found: list[Any] = [operand(node)] if changes(node) or node.kwargs.get("inplace") is True else []
-    if isinstance(node.target, torch._ops.OpOverload):
-        schema = node.target._schema.arguments
-        found += [argument(node, at, a.name) for at, a in enumerate(schema) if a.alias_info and a.alias_info.is_write]
-    found.append(node.kwargs.get("out"))
-    return (value for value in found if isinstance(value, fx.Node))
 
 
 def _head(signature: Any) -> Any:

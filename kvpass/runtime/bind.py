@@ -13,6 +13,7 @@ from kvpass.errors import CacheError, PolicyError, StaleCacheError
 from kvpass.kernels.errors import DataError, ScorerError, TableError
 from kvpass.runtime.active import current
 from kvpass.runtime.binding import Binding
+from kvpass.runtime.captured import Captured
 from kvpass.runtime.identity import Origin, Weights
 from kvpass.runtime.shell import refuse
 from kvpass.runtime.step import CallFacts, Moment, PlannedStep, SharedInput
@@ -32,6 +33,8 @@ class Bound:
         shared: the inner graph's last inputs, which all sites share, in order.
         inputs: names of the original inputs; the parameters among them tell models apart.
         dense: places of outputs that are caches which stay as they are by choice.
+        captured: runs the graph as a recording of the device, in the place of `inner`.
+        eager: why there is none though the caller asked for it; counted with each step.
     """
 
     def __init__(
@@ -45,6 +48,8 @@ class Bound:
         shared: Sequence[SharedInput] = (),
         inputs: Sequence[str] = (),
         dense: Sequence[int] = (),
+        captured: Captured | None = None,
+        eager: str = "",
     ) -> None:
         self.steps = {moment: [one for one in steps if one.step.moment is moment] for moment in Moment}
         self.shared, self.dense, self.weights = tuple(shared), tuple(dense), Weights(inputs)
@@ -53,6 +58,7 @@ class Bound:
         cached = {at for b in bindings for half in b.returned for at in half}
         self.kept = [at for at in range(outputs) if at not in cached]
         self.outputs = outputs
+        self.captured, self.eager = captured, eager
         first, count = self.bindings[0].where, len(self.bindings)
         self.where = first if count == 1 else f"one of {count} sites, of which the first is {first}"
 
@@ -81,7 +87,8 @@ class Bound:
         """
         positions = written_at(self.bindings, call.args)
         origin = self._origin_of(call.args)
-        stores = tuple(b.open(call.args, origin, at) for b, at in zip(self.bindings, positions, strict=True))
+        recorded, pairs = self.captured is not None, zip(self.bindings, positions, strict=True)
+        stores = tuple(b.open(call.args, origin, at, recorded) for b, at in pairs)
         if len({id(store) for store in stores}) < len(stores):
             raise StaleCacheError(
                 "several layers were given the same cache",
@@ -100,8 +107,11 @@ class Bound:
     def _run(self, call: CallFacts) -> Any:
         """The compiled call. If it fails, it may have changed the state of some layers."""
         shared = [one.value(call) for one in self.shared]
+        given = [*call.args, *(t for store in call.stores for t in store.state.tensors()), *shared]
+        if self.eager:
+            call.stores[0].steps = call.stores[0].steps.launched(self.eager)
         with self._told(call.stores):
-            return self.inner(*call.args, *(t for store in call.stores for t in store.state.tensors()), *shared)
+            return self.inner(*given) if self.captured is None else self.captured(call, given)
 
     def _returned(self, call: CallFacts, results: Sequence[Any]) -> list[Any]:
         """The original graph's outputs: those of the inner one, and shells or buffers in the place of caches."""
@@ -145,9 +155,12 @@ def written_at(bindings: Sequence[Binding], args: Sequence[Any]) -> list[int]:
     starts: list[Any] = [b.start(args) if b.start is not None else 0 for b in bindings]
     tensors = [at for at, value in enumerate(starts) if isinstance(value, torch.Tensor)]
     if tensors:
-        read = torch.stack([_first_and_gap(starts[at]) for at in tensors]).tolist()
-        for at, (first, gap) in zip(tensors, read, strict=True):
-            starts[at] = first if gap == 0 else -1
+        parts = [starts[at] for at in tensors]
+        single = all(part.numel() == 1 for part in parts)  # a step's: nothing to compute
+        pairs = [part.reshape(1) for part in parts] if single else [_first_and_gap(part) for part in parts]
+        read = torch.stack(pairs).tolist()
+        for at, (first, *gap) in zip(tensors, read, strict=True):
+            starts[at] = -1 if any(gap) else first
     growing = {at for at, b in zip(starts, bindings, strict=True) if b.start is not None}
     if len(growing) > 1 or min(starts, default=0) < 0:
         raise StaleCacheError(

@@ -50,11 +50,14 @@ class Binding:
     host: tuple[tuple[int, int], tuple[int, int]] | None = None
     angles: Angles | None = None
 
-    def open(self, args: Sequence[Any], origin: Origin, position: int = 0) -> SlotStore:
-        """The store of this site for a call, with room for the call's tokens, of which the first is at `position`."""
+    def open(self, args: Sequence[Any], origin: Origin, position: int = 0, recorded: bool = False) -> SlotStore:
+        """The store of this site for a call, with room for the call's tokens, of which the first is at `position`.
+
+        recorded: the call's graph is replayed where addresses are what they were.
+        """
         new = self.sizes["S"](args)
         if "L" in self.sizes:
-            return self._of_buffer(args, origin, position, new)
+            return self._of_buffer(args, origin, position, new, recorded)
         if self.past is None:
             return self._fresh(args, origin, new)
         key, value = (args[at] for at in self.past)
@@ -65,10 +68,11 @@ class Binding:
         store.layouts = self.layouts
         if origin.declined:
             store.origin = origin
+        store.recorded = recorded
         store.make_room(new, self.phase is Phase.DECODE)
         return store
 
-    def _of_buffer(self, args: Sequence[Any], origin: Origin, position: int, new: int) -> SlotStore:
+    def _of_buffer(self, args: Sequence[Any], origin: Origin, position: int, new: int, recorded: bool) -> SlotStore:
         if position == 0:
             store = self._fresh(args, origin, new)
             store.length = self.sizes["L"](args)
@@ -79,6 +83,7 @@ class Binding:
             )
         store = of_buffer((args[self.past[0]], args[self.past[1]]), self.paths, position, self.where)
         require_same(store.origin, origin, self.where)
+        store.recorded = recorded
         store.make_room(new, self.phase is Phase.DECODE)
         return store
 

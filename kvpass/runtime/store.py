@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, ref
 
 import torch
 
@@ -18,7 +18,11 @@ from kvpass.kernels.slots.cursor import LIVE, SEEN
 from kvpass.kernels.slots.moves import evened, with_slots, with_spare
 from kvpass.kernels.slots.state import State
 from kvpass.runtime.identity import Origin
+from kvpass.runtime.recordings import StepCounts
 from kvpass.terms import Layout
+
+LEAST_ROOM = 32
+"""Slots by which a state grows at least where steps are recorded: one recording for so many kept tokens."""
 
 _BY_STORAGE: WeakValueDictionary[int, SlotStore] = WeakValueDictionary()
 
@@ -37,6 +41,7 @@ class SlotStore:
         bases: one-element NaN tensors that the shells of K and V expand.
         versions: of the host's tensors for K and V, as the last call left them; None if torch does not count them, or
             if this is a copy.
+        shown: shells of K and V that the last call left, and of how many tokens; None likewise.
         spoiled: a call failed halfway, and may or may not have changed the state.
         used: slots in use, at most; of heads with budgets of their own on average. Not where layers `ShareOut`.
         waiting: steps since something was evicted, where `Timing.every` lets them wait.
@@ -47,6 +52,8 @@ class SlotStore:
             the rule is to `Reindex`, from the first call on.
         zero: how far place 0 of each row is turned, complex128 [B, D / 2], 0 for rows without a token; likewise.
         picked: rows that were last picked out of this store, what they became, and for which of K and V.
+        steps: what became of them under `mode="reduce-overhead"`; counted on the first site of each graph.
+        recorded: steps are replayed, so that the state's addresses change as seldom as may be.
     """
 
     name: str
@@ -60,6 +67,7 @@ class SlotStore:
     host: tuple[tuple[int, int], tuple[int, int]] | None = None
     bases: tuple[torch.Tensor, torch.Tensor] = field(init=False)
     versions: list[int | None] = field(init=False)
+    shown: list[tuple[ref[torch.Tensor], int] | None] = field(init=False)
     spoiled: bool = False
     used: int = 0
     waiting: int = 0
@@ -69,18 +77,20 @@ class SlotStore:
     step: torch.Tensor | None = None
     zero: torch.Tensor | None = None
     picked: tuple[torch.Tensor, SlotStore, set[int]] | None = None
+    steps: StepCounts = field(default_factory=StepCounts)
+    recorded: bool = False
 
     def __post_init__(self) -> None:
         k, v = self.state.k, self.state.v
         with torch.inference_mode(False):
             self.bases = (k.new_full((1,), float("nan")), v.new_full((1,), float("nan")))
-        self.versions = [None, None]
+        self.versions, self.shown = [None, None], [None, None]
         self._register()
 
     def __setstate__(self, fields: dict[str, Any]) -> None:
         """A store that was unpickled is found by its own storages."""
         self.__dict__.update(fields)
-        self.versions = [None, None]
+        self.versions, self.shown = [None, None], [None, None]
         self._register()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SlotStore:
@@ -130,21 +140,26 @@ class SlotStore:
         if not self.rule[ShareOut].share:
             rule = self.rule.of_steps if step else self.rule.of_call(self.tokens)
             self.used = kept(rule, tokens) if rule is self.rule else self.used + new
-            self.state = with_room(self.state, self.used)
+            self.state = with_room(self.state, self.used, self._spare(self.used))
             return
         with torch.inference_mode(False):
             if new > 1:
                 self.state = evened(self.state, new)
             elif self.spare < 1:
-                self.state, self.spare = with_spare(self.state, spare_slots(kept(self.rule, tokens)))
+                self.state, self.spare = with_spare(self.state, self._spare(kept(self.rule, tokens)))
         self.spare -= 1
+
+    def _spare(self, used: int) -> int:
+        """Free slots of a state that grows: more where each new size is recorded."""
+        return max(LEAST_ROOM if self.recorded else 1, spare_slots(used))
 
     def evict_deferred(self) -> None:
         """Drop what steps, the last of which is not counted yet, left above the budget (`Timing.every`)."""
         from kvpass.kernels.after_call.deferred import evicted
 
         with torch.inference_mode(False), torch.no_grad():
-            self.state = evicted(self.state, self.rule)
+            left = evicted(self.state, self.rule)
+            self.state = _in_place(self.state, left) if self.recorded else left
         self.used, self.waiting = kept(self.rule, self.tokens + 1), 0
 
     def give_back(self, tokens: int) -> None:
@@ -222,9 +237,19 @@ def empty_state(rule: Rule, tokens: int, like: torch.Tensor, sizes: Mapping[str,
     return State.empty(rule, like, B=sizes["B"], H=sizes["Hkv"], C=c, D=sizes["D"], V=sizes["Dv"])
 
 
-def with_room(state: State, kept: int) -> State:
-    """The same state if it has room for one token beside `kept` slots, else a longer copy."""
+def with_room(state: State, kept: int, spare: int | None = None) -> State:
+    """The same state if it has room for one token beside `kept` slots, else a copy with so many to spare."""
     if state.slots > kept:
         return state
     with torch.inference_mode(False):
-        return with_slots(state, kept + spare_slots(kept))
+        return with_slots(state, kept + (spare_slots(kept) if spare is None else spare))
+
+
+def _in_place(state: State, other: State) -> State:
+    """The other state in the memory of the first one, if it fits."""
+    pairs = list(zip(state.tensors(), other.tensors(), strict=True))
+    if any(old.shape != new.shape for old, new in pairs):
+        return other
+    for old, new in pairs:
+        old.copy_(new)
+    return state

@@ -73,6 +73,9 @@ def contenders() -> list[tuple[str, Callable[[Any, int], Contender]]]:
     add(Spec("HF static, torch.compile", "eager", static=True), Static, mode="default")
     if GPU:
         add(Spec("HF static, reduce-overhead", "eager", static=True), Static, mode="reduce-overhead")
+    for policy, budget in (("full", 1.0), ("h2o", 0.2)) if GPU else ():
+        name = f"kvpass {policy}, reduce-overhead" if policy == "full" else f"kvpass {policy} 20 %, reduce-overhead"
+        add(Spec(name, "inductor", policy, budget, mode="reduce-overhead"))
     for inner in ("eager", "inductor") if GPU else ("eager",):
         add(Spec(f"kvpass full, {inner}", inner, "full"))
         for policy in ("h2o", "snapkv", "streaming_llm") if GPU else ("h2o",):

@@ -72,7 +72,8 @@ def check_cases(out: Path) -> None:
     cases = " ".join(row["case"] for row in read(out, "cases")["rows"])
     for op in ("prefill", "select", "compact", "decode"):
         assert f"test_{op}" in cases
-    assert [row["case"] for row in read(out, "policies")["rows"]] == ["policy_cases.py::test_policy[h2o]"]
+    cases = [row["case"] for row in read(out, "policies")["rows"]]
+    assert cases == ["policy_cases.py::test_policy[h2o]", "static_cases.py::test_recorded[h2o]"]
 
 
 def check_tables(out: Path) -> None:
