@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,6 +42,8 @@ class Report:
             `freed` bytes; `outside`: how often slots were changed after a call, outside the compiled graph.
             steps: under `mode="reduce-overhead"`, `captures` of CUDA graphs, `replays` of them, `eager` steps beside
             those, and `why` the last of these was; of the graph with the most, where a model has several.
+            providers: on a CUDA device, who computed the attention of prompts, by kinds of calls in words: of all
+            models of this process.
         """
         return self.data
 
@@ -84,8 +87,15 @@ def report(cache: Any) -> Report:
             "why": _why(found.stores),
             "proof": _proof(found.stores, dense_sites - slots - callers),
             "steps": max((store.steps for store in found.stores), key=_made, default=StepCounts())._asdict(),
+            "providers": _providers(),
         }
     )
+
+
+def _providers() -> dict[str, str]:
+    """Known once a kernel of a device has run; importing them would import triton."""
+    choose = sys.modules.get("kvpass.kernels.prefill_attend.providers.choose")
+    return choose.decisions() if choose is not None else {}
 
 
 def _made(steps: StepCounts) -> int:

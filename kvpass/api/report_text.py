@@ -31,7 +31,12 @@ def _headline(d: dict[str, Any]) -> list[str]:
     )
     lines += _folded(f"{', '.join(parts)}; plus {size(d['overhead_bytes'])} of positions and statistics")
     lines += _folded(d["why"]) if d["why"] else []
-    return lines + _folded(_proof(d["proof"])) + (_folded(_steps(d["steps"])) if any(d["steps"].values()) else [])
+    return (
+        lines
+        + _folded(_proof(d["proof"]))
+        + (_folded(_steps(d["steps"])) if any(d["steps"].values()) else [])
+        + [line for kind, name in d["providers"].items() for line in _folded(f"attention by {name}: {kind}")]
+    )
 
 
 def _proof(p: dict[str, int]) -> str:
