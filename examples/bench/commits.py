@@ -10,6 +10,7 @@ machine's drift hits both alike. Prints medians, ratios (this one / the other) a
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import subprocess
@@ -51,7 +52,7 @@ class Side:
 
 
 def work(job: dict[str, Any]) -> None:
-    """A side: reads `prefill`, `step` or `tokens` from stdin, answers seconds or token ids."""
+    """A side: reads `prefill`, `peak`, `step` or `tokens` from stdin, answers seconds, bytes or token ids."""
     import smollm2
     import torch
 
@@ -66,6 +67,7 @@ def work(job: dict[str, Any]) -> None:
         print(json.dumps({"kvpass": str(Path(kvpass.__file__).parent)}), flush=True)
         asked = {
             "prefill": lambda: timed(lambda: contender.prefill(ids)),
+            "peak": lambda: peak_bytes(lambda: contender.prefill(ids)),
             "step": lambda: timed(contender.step),
             "tokens": lambda: contender.said,
         }
@@ -73,17 +75,33 @@ def work(job: dict[str, Any]) -> None:
             print(json.dumps({"said": asked[line.strip()]()}), flush=True)
 
 
+def peak_bytes(action: Any) -> int:
+    """Most memory that a call had, above what the process had before it. Linux only."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    action()
+    return resident("VmHWM") - before
+
+
+def resident(what: str) -> int:
+    """Bytes of `VmRSS`, what the process has, or `VmHWM`, the most it had."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+    return int(line.split()[1]) * 1024
+
+
 def compared(sides: list[Side], prefills: int, rounds: int) -> dict[str, Any]:
     """Median seconds of each side, their ratio, and its quartiles over the rounds."""
     for side in sides:
         side.ask("prefill")  # compiles
     read = [turned([side.ask("prefill") for side in turned(sides, at)], at) for at in range(prefills)]
+    peaks = [side.ask("peak") / 1e6 for side in sides]
     for side in sides:
         for _ in range(WARM_UP):
             side.ask("step")
     steps = [turned([side.ask("step") for side in turned(sides, at)], at) for at in range(rounds)]
     same = sides[0].ask("tokens") == sides[1].ask("tokens")
-    return {"prefill": summary(read), "step": summary(steps), "same": same}
+    return {"prefill": summary(read), "step": summary(steps), "same": same, "peaks": peaks}
 
 
 def turned(items: list[Any], at: int) -> list[Any]:
@@ -114,8 +132,8 @@ def main() -> None:
         return
     if not args.other:
         parser.error("say which python has the other checkout installed")
-    print("| case | policy | prefill, s: this, other | ratio | step, ms: this, other | ratio (quartiles) | tokens |")
-    print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
+    head = "| case | policy | prefill, s: this, other | ratio | peak above before, MB | step, ms: this, other | ratio (quartiles) | tokens |"
+    print(f"{head}\n| {' | '.join(['---'] * 8)} |", flush=True)
     start = time.time()
     for case in args.cases.split(","):
         context, batch = (int(part) for part in case.split("x"))
@@ -127,6 +145,7 @@ def main() -> None:
             low, _, high = step["quartiles"]
             print(
                 f"| {case} | {policy} | {prefill['new']:.2f}, {prefill['old']:.2f} | {prefill['ratio']:.3f} | "
+                f"{found['peaks'][0]:.0f}, {found['peaks'][1]:.0f} | "
                 f"{1e3 * step['new']:.1f}, {1e3 * step['old']:.1f} | {step['ratio']:.3f} ({low:.3f} to {high:.3f}) | "
                 f"{'the same' if found['same'] else 'DIFFER'} |",
                 flush=True,
