@@ -132,7 +132,8 @@ def main() -> None:
         return
     if not args.other:
         parser.error("say which python has the other checkout installed")
-    head = "| case | policy | prefill, s: this, other | ratio | peak above before, MB | step, ms: this, other | ratio (quartiles) | tokens |"
+    head = "| case | policy | prefill, s: this, other | ratio | peak above before, MB: this, other "
+    head += "| step, ms: this, other | ratio (quartiles) | tokens |"
     print(f"{head}\n| {' | '.join(['---'] * 8)} |", flush=True)
     start = time.time()
     for case in args.cases.split(","):
