@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensor
 from kvpass.errors import VerificationError
 from kvpass.graph.calls import example
 from kvpass.graph.extract import functions_of
+from kvpass.graph.miss import Miss
 from kvpass.graph.symbols import SizeReader
 from kvpass.kernels.attention.masks import threshold
 from kvpass.kernels.attention.visibility import Sees, Shown, as_mask
@@ -25,6 +26,9 @@ log = logging.getLogger(__name__)
 
 LARGEST = 1 << 22
 """Elements of a mask that is still looked at: 2,048 tokens by themselves. Formulas hold for all sizes."""
+
+LONGEST = 400
+"""Operations that are computed for it, at most: a mask that hangs on a model's hidden states would cost half of it."""
 
 
 def check_masks(gm: fx.GraphModule, plan: Plan, bindings: Sequence[Any], args: Sequence[Any]) -> None:
@@ -49,14 +53,17 @@ def check_masks(gm: fx.GraphModule, plan: Plan, bindings: Sequence[Any], args: S
         if not terms or key in done:
             continue
         done.add(key)
-        columns = max(example(term.node).shape[-1] for term in terms)
-        count, keys = sizes.read(site.dims["S"])(args), sizes.read(columns)(args)
-        if count * keys > LARGEST:
-            log.info("masks: %s is proved and too large to look at (%d x %d)", site.name, count, keys)
+        count, batch = (sizes.read(site.dims[letter])(args) for letter in "SB")
+        keys = max(sizes.read(example(term.node).shape[-1])(args) for term in terms)
+        if batch * count * keys > LARGEST:
+            log.info("masks: %s is proved and too large to look at (%d x %d x %d)", site.name, batch, count, keys)
             continue
         position = _position(site, binding, sizes, args)
-        with torch.no_grad():
-            _check(gm, site, terms, args, (count, keys, position, sizes.read(site.dims["B"])(args)))
+        try:
+            with torch.no_grad():
+                _check(gm, site, terms, args, (count, keys, position, batch))
+        except Miss as miss:
+            log.info("masks: %s is proved and not looked at: %s", site.name, miss)
 
 
 def _position(site: Site, binding: Any, sizes: SizeReader, args: Sequence[Any]) -> int:
@@ -75,7 +82,7 @@ def _check(
     count, keys, position, batch = shape
     tokens = site.seen.tokens
     wanted = [*(term.node for term in terms), *([] if tokens is None else [tokens])]
-    values = functions_of(gm, wanted, limit=len(gm.graph.nodes))(args)
+    values = functions_of(gm, wanted, limit=LONGEST)(args)
     real = values[-1] != 0 if tokens is not None else None
     wrong = ""
     if real is not None and real.shape[1] < position + count:
