@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -60,8 +60,17 @@ class Backend:
     graphs: Graphs = field(default_factory=Graphs, compare=False, repr=False)
     recordings: list[Recordings] = field(default_factory=list, compare=False, repr=False)
 
-    def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        """Compile one captured graph. Errors of kvpass are raised, unwrapped, when the result is called."""
+    def __call__(self, gm: fx.GraphModule, example_inputs: list[Any], *, mode: str | None = None) -> Callable[..., Any]:
+        """Compile one captured graph. Errors of kvpass are raised, unwrapped, when the result is called.
+
+        mode: that of `torch.compile(model, backend=kvpass.backend(..), mode=..)`, instead of the backend's own.
+        """
+        if mode is not None and mode != self.mode:
+            try:
+                check_options(mode=mode)
+            except KVPassError as error:
+                return _Refusal(error)
+            return replace(self, mode=mode)(gm, example_inputs)
         call = current()
         if call is not None:
             call.compiling()

@@ -294,6 +294,17 @@ def test_torch_compile_takes_the_word(options: dict[str, Any], stand_in: StandIn
     assert find(cache[0][0]).steps.replays == stand_in.replayed > 3
 
 
+def test_torch_compile_hands_the_word_to_a_backend(stand_in: StandIn) -> None:
+    model = torch.compile(
+        plain.make(plain.Decoder), backend=kvpass.backend("h2o", 12, inner="eager"), mode="reduce-overhead"
+    )
+    steps(model, plain.tokens(2, 20), 6)
+    assert stand_in.replayed > 0
+    wrong = torch.compile(plain.make(plain.Decoder), backend=kvpass.backend("h2o", 12), mode="max-autotune")
+    with pytest.raises(PolicyError, match="mode"):
+        steps(wrong, plain.tokens(2, 20), 1)
+
+
 def test_words() -> None:
     one, other = (kvpass.backend("h2o", 0.3, mode=mode) for mode in ("default", "reduce-overhead"))
     assert one != other
