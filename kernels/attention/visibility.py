@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -213,6 +213,38 @@ class Shown(NamedTuple):
         assert self.bounds is not None
         alike = not self.sees.within(self.queries, self.position).window and not self.sees.chunk
         return all((first == 0 and alike) or count == self.queries for first, _, _, count in self.bounds.tolist())
+
+
+def said_in_words(shown: Shown, prompt: bool) -> Shown:
+    """The same, with the mask in words where a look at it finds that they say all of it: a prompt's that is causal over
+    neighbouring tokens, and one that is the same for all queries and hides columns. On a CPU: it reads the mask.
+    """
+    mask, queries = shown.mask, shown.queries
+    assert mask is not None
+    words = replace(shown.sees, mean=shown.sees.mean or mask.dtype != torch.bool)
+    alone = shown.tokens is None and replace(words, mean=False) == Sees()
+    if prompt and alone and mask.shape[1] == 1 and mask.shape[2] == queries > 1:
+        spans = mask_spans(mask) if shown.bounds is None else shown.bounds
+        if all(count >= 0 for *_, count in spans.tolist()):
+            return shown._replace(sees=replace(words, causal=True), bounds=spans, mask=None)
+    tokens = tokens_of(mask) if mask.shape[3] >= shown.position + queries else None
+    if tokens is None:
+        known = None if shown.tokens is None else shown.bounds
+        if shown.tokens is not None and known is None:
+            known = token_bounds(shown.tokens, shown.position, queries)
+        return shown._replace(bounds=known)
+    if shown.tokens is not None:
+        tokens = tokens & shown.tokens[:, : tokens.shape[1]]
+    bounds = token_bounds(tokens, shown.position, queries)
+    return shown._replace(sees=words, tokens=tokens, bounds=bounds, mask=None)
+
+
+def tokens_of(mask: Tensor) -> Tensor | None:
+    """A mask [1 or B, 1, 1, T] as the columns that it shows, bool [1 or B, T]; None if it says more. Reads it."""
+    if mask.shape[1] != 1 or mask.shape[2] != 1 or mask.shape[3] < 2:
+        return None
+    seen = simplified(mask)
+    return seen[:, 0, 0] if seen.dtype == torch.bool else None
 
 
 def shown_before(sees: Sees, bounds: Tensor | None, mask: Tensor | None, position: int) -> Tensor | int:

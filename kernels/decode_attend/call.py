@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 from kvpass.kernels.attention.softmax import Softmax
-from kvpass.kernels.attention.visibility import Sees, folded, token_bounds
+from kvpass.kernels.attention.visibility import Sees, folded, token_bounds, tokens_of
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.state import State
 from torch import Tensor
@@ -61,6 +61,11 @@ class Call(NamedTuple):
     ) -> Call:  # fmt: skip
         """What `decode_attend` is given: a mask says it all from here on, and tokens have their bounds."""
         words = Sees.parse(sees)
+        if mask is not None and mask.is_floating_point() and mask.device.type == "cpu":
+            columns = tokens_of(mask)  # numbers that only hide, as most models write them
+            if columns is not None:
+                tokens = columns if tokens is None else tokens[:, : columns.shape[1]] & columns
+                mask = bounds = None
         if mask is not None:
             if at is None:
                 mask = folded(mask, words, tokens, position)

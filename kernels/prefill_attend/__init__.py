@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from kvpass.kernels.attention.masks import visible
 from kvpass.kernels.attention.softmax import Softmax, check_softmax
-from kvpass.kernels.attention.visibility import Sees, Shown, mask_spans, token_bounds
+from kvpass.kernels.attention.visibility import Sees, Shown, said_in_words, token_bounds
 from kvpass.kernels.choose import kernel
 from kvpass.kernels.prefill_attend.reference import prefill_attend_reference
 from kvpass.kernels.rule import Rule
@@ -48,18 +48,14 @@ def prefill_attend(
     """
     _check(q, k, v, pos, mask)
     check_softmax("prefill_attend", q.shape[1], sinks, softcap)
-    if tokens is not None and bounds is None:
-        bounds = token_bounds(tokens, position, q.shape[2])
-    if mask is not None and pos is None and tokens is None and mask.device.type == "cpu" and sees in ("", "mean"):
-        bounds = mask_spans(mask) if bounds is None else bounds
-        if all(count >= 0 for *_, count in bounds.tolist()):
-            sees, mask = "causal" if mask.dtype == torch.bool else "causal mean", None
-        else:
-            bounds = None
     shown = Shown(Sees.parse(sees).within(q.shape[2], position), q.shape[2], position, tokens, bounds, mask)
+    if mask is not None and mask.device.type == "cpu":
+        shown = said_in_words(shown, pos is None)
+    elif tokens is not None and bounds is None:
+        shown = shown._replace(bounds=token_bounds(tokens, position, q.shape[2]))
     run = kernel("prefill_attend", q.device, q, rule)
     out, stats, valid = run(q, k, v, pos, shown, Softmax(scale, sinks, softcap), Rule.parse(rule))
-    if pos is None and sinks is None and (mask is not None or run is prefill_attend_reference):
+    if pos is None and sinks is None and (shown.mask is not None or run is prefill_attend_reference):
         out = _blind_rows_averaged(out, v, shown)
     return out.transpose(1, 2).contiguous().transpose(1, 2), stats, valid
 

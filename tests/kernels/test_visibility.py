@@ -83,6 +83,29 @@ def test_prefill(words, kind, monkeypatch):
     assert torch.equal(got[2], valid)
 
 
+@pytest.mark.parametrize("kind", ["left", "right", "left holes", "one row"])
+@pytest.mark.parametrize("words", ["", "causal", "causal window=5"])
+@pytest.mark.parametrize("numbers", [False, True])
+def test_masks_by_key_beside_words(words, kind, numbers):
+    """As models write padding: beside a causal mask, one that is the same for all queries."""
+    q, k, v = qkv(3, 4, 2, 23, 16)
+    real = rows(kind, 23)
+    by_key, whole = real[:, None, None], loops(words, real, 3, 23, 23, 0)
+    if numbers:
+        by_key, whole = (torch.zeros(x.shape).masked_fill(~x, -1e9) for x in (by_key, whole))
+    got = prefill_attend(q, k, v, None, by_key, 0.25, words, RULE.encode())
+    want = prefill_attend(q, k, v, None, whole, 0.25, "", RULE.encode())
+    for name, one, other in zip(("out", "stats", "valid"), got, want, strict=True):
+        assert_close(one, other, stats=name == "stats", what=name)
+    state = random_state(torch.tensor([[9, 12], [8, 8], [5, 3]]), 24, 16, RULE, seen=22)
+    one, other = state.clone(), state.clone()
+    token, args = [x[:, :, -1:].contiguous() for x in (q, k, v)], (22, 0.25, RULE.encode())
+    found = decode_attend(*token, by_key, one.tensors(), *args, sees=words)
+    assert_close(found, decode_attend(*token, whole[:, :, -1:], other.tensors(), *args))
+    for a, b in zip(one.tensors(), other.tensors(), strict=True):
+        assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+
+
 @pytest.mark.parametrize("words", ["causal", "causal window=5", ""])
 def test_blind_queries_get_the_mean_if_numbers_hide(words):
     q, k, v = qkv(3, 4, 2, 23, 16)
