@@ -1,4 +1,5 @@
-"""decode_attend in Triton. Tested in the interpreter and on an H200 (docs/gpu.md); compiled ahead of time too.
+"""decode_attend in Triton. Tested in the interpreter and compiled ahead of time; earlier forms of it ran on an H200
+(docs/gpu.md).
 
 Two launches: partial attention over splits of the slots (reads K and V once per KV head); then their sum, the
 statistics, and the victim, which the last program of a row picks. Scores that are means over heads take a third.

@@ -1,4 +1,6 @@
-"""prefill_attend in Triton. Tested in the interpreter and on an H200 (docs/gpu.md); compiled ahead of time too."""
+"""prefill_attend in Triton. Tested in the interpreter and compiled ahead of time; earlier forms of it ran on an H200
+(docs/gpu.md).
+"""
 
 from __future__ import annotations
 

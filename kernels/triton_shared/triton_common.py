@@ -1,7 +1,7 @@
 """Device helpers that two or more Triton kernels share: logits, masks, softmax in base 2, exact selection.
 
 Every offset that can pass 2^31 is made of int64 program ids (`rows` below); offsets inside a row are int32.
-The kernels are tested with Triton's interpreter and on an H200 (docs/gpu.md), and compiled ahead of time.
+The kernels are tested with Triton's interpreter and compiled ahead of time; which ran on a GPU: docs/gpu.md.
 """
 
 # mypy: ignore-errors
