@@ -102,6 +102,8 @@ def config(call: Call, rule: Rule, on: Target) -> dict[str, int]:
     if on.kind == "hip":
         small = block_sizes(64, 64, 4, 1) if dim <= 64 else block_sizes(16, 64, 8, 1)
         return block_sizes(32, 32, 4, 1) if bytes_each > 2 else small
+    if bytes_each > 2 and on.arch >= 100 and dim <= 128:
+        return block_sizes(16, 32, 4, 2)
     if bytes_each > 2:
         return block_sizes(16, 64, 4, 2) if dim <= 128 else block_sizes(32, 16, 8, 1)
     if dim > 128 or on.arch < 90:

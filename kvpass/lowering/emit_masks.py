@@ -45,45 +45,67 @@ def _tokens_of(write: Writer, given: fx.Node, position: fx.Node | int) -> tuple[
     """The 2-d mask as bool, and its bounds: once for all sites."""
     known, count = write.low.tokens, str(write.site.dims["S"])
     if (given, count) not in known:
-        node = write.copy(given)
-        node = node if example(given).dtype == torch.bool else write.call(operator.ne, node, 0)
-        known[given, count] = node, write.op("token_bounds", node, position, _queries(write))
+        queries, position = _queries(write), _early(write, position)
+        with write.early(write.copy(given), queries, position):
+            node = write.copy(given)
+            node = node if example(given).dtype == torch.bool else write.call(operator.ne, node, 0)
+            known[given, count] = node, write.op("token_bounds", node, position, queries)
     return known[given, count]
+
+
+def _early(write: Writer, position: fx.Node | int) -> fx.Node | int:
+    """Where this call's tokens begin, for nodes of all sites: the length of this site's past, or an input."""
+    if not isinstance(position, fx.Node) or position.op == "placeholder":
+        return position
+    past = position.args[0]
+    with write.early(past):
+        return write.method("size", *position.args)
 
 
 def _spans_of(write: Writer, mask: fx.Node | None) -> fx.Node:
     """A mask looked at: once for all sites."""
     spans = write.low.spans
     if mask not in spans:
-        spans[mask] = write.op("mask_spans", mask)
+        with write.early(mask):
+            spans[mask] = write.op("mask_spans", mask)
     return spans[mask]
 
 
 def _queries(write: Writer) -> fx.Node | int:
-    """How many tokens the call has."""
+    """How many tokens the call has: of an input, if one is as long."""
     site = write.site
     count = site.dims["S"]
-    return (
-        count if isinstance(count, int) else write.method("size", write.copy(site.core.q), site.core.axes.q.index("S"))
-    )
+    if isinstance(count, int):
+        return count
+    found = write.low.input_of(count)
+    if found is None:
+        return write.method("size", write.copy(site.core.q), site.core.axes.q.index("S"))
+    if found[1] is None:
+        return found[0]
+    with write.early(found[0]):
+        return write.method("size", *found)
 
 
 def _mask_of(write: Writer, position: fx.Node | int) -> fx.Node:
     """What was not proved as one mask."""
     site, masks = write.site, write.low.masks
     made_of = (site.core.terms, site.seen.read, str(site.dims["S"]), site.core.tiled)
-    if made_of not in masks and site.key.update.form is not CacheForm.BUFFER:
-        masks[made_of] = _joined(write)
     if made_of not in masks:
-        new = write.method("size", write.copy(site.key.update.new), site.key.layout.token_axis)
-        mask, end = _joined(write), write.call(operator.add, position, new)
-        if not site.seen.causal:
-            masks[made_of] = write.op("written", mask, end)
-        elif is_one(shape_of(mask)[-1]):
-            masks[made_of] = mask
-        else:  # the words hide what is not written
-            masks[made_of] = write.call(operator.getitem, mask, (Ellipsis, slice(None, end)))
+        made = [write.copy(site.core.terms[at].node) for at in site.seen.read]
+        end = (position, _queries(write)) if site.key.update.form is CacheForm.BUFFER else ()
+        with write.early(*made, *end):
+            mask = _joined(write)
+            masks[made_of] = _front(write, mask, write.call(operator.add, *end)) if end else mask
     return masks[made_of]
+
+
+def _front(write: Writer, mask: fx.Node, end: fx.Node) -> fx.Node:
+    """The part of a mask over a buffer that is written."""
+    if not write.site.seen.causal:
+        return write.op("written", mask, end)
+    if is_one(shape_of(mask)[-1]):
+        return mask
+    return write.call(operator.getitem, mask, (Ellipsis, slice(None, end)))  # the words hide what is not written
 
 
 def _joined(write: Writer) -> fx.Node:

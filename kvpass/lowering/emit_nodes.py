@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -34,12 +36,31 @@ class Rewriting(Protocol):
     tokens: dict[Any, tuple[fx.Node, fx.Node]]
     shared: dict[SharedInput, fx.Node]
 
+    def input_of(self, size: Any) -> tuple[fx.Node, int | None] | None:
+        """The input of the new graph that has a size, and along which axis; None if there is no such input."""
+
 
 class Writer:
     """Writes nodes of one site where its graph inserts them."""
 
     def __init__(self, low: Rewriting, site: Site, core: fx.Node) -> None:
         self.low, self.site, self.core = low, site, core
+        self.for_all = False
+
+    @contextmanager
+    def early(self, *after: Any) -> Iterator[None]:
+        """Within the block nodes are written for all sites: right behind those that they are made of, and not in front
+        of the first site, which would be no layer like the others then.
+        """
+        last = max(node for node in (next(iter(self.low.graph.nodes)), *after) if isinstance(node, fx.Node))
+        while last.next.op == "placeholder":
+            last = last.next
+        self.for_all = True
+        try:
+            with self.low.graph.inserting_before(last.next):
+                yield
+        finally:
+            self.for_all = False
 
     def copy(self, node: fx.Node) -> fx.Node:
         """The node of the new graph that stands for one of the captured graph."""
@@ -67,10 +88,10 @@ class Writer:
 
     def _described(self, node: fx.Node) -> fx.Node:
         """Give a new node its source, its site and its fake value."""
-        node.meta.update(
-            {key: self.core.meta[key] for key in ("stack_trace", "nn_module_stack") if key in self.core.meta}
-        )
-        node.meta["kvpass"] = {"site": self.site.name, "layer": self.site.layer}
+        names = ("stack_trace",) if self.for_all else ("stack_trace", "nn_module_stack")
+        node.meta.update({key: self.core.meta[key] for key in names if key in self.core.meta})
+        own = {"site": self.site.name, "layer": self.site.layer}
+        node.meta["kvpass"] = {"state": "all"} if self.for_all else own
         node.meta["example_value"] = self._value(node)
         return node
 

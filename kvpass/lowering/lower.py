@@ -90,6 +90,11 @@ class _Lowering:
         last_first = reversed(plan.inputs)
         self.shared = {one: self._shared_input(one, plan.sites[0].site) for one in last_first}
 
+    def input_of(self, size: Any) -> tuple[fx.Node, int | None] | None:
+        """See `Rewriting`."""
+        place = self.sizes.known.get(size.node.expr)
+        return None if place is None else (self.copy[self.inputs[place[0]]], place[1])
+
     def site(self, planned: SitePlan) -> Binding:
         """Replace one site by its ops."""
         site = planned.site

@@ -11,8 +11,9 @@ from torch import fx
 from kvpass.graph.calls import example
 from kvpass.graph.element_steps import STEPS
 from kvpass.graph.elements import Elements, scalar
+from kvpass.graph.mask_proof import Q, visibility
 from kvpass.graph.shapes import is_one, shape_of
-from kvpass.graph.visibility import Q, Visibility, visibility
+from kvpass.graph.visibility import Visibility
 from kvpass.sites.site import Site
 from kvpass.terms import CacheForm, Phase
 
