@@ -46,7 +46,8 @@ def prepare(model: Any, spec: Spec) -> Any:
     if spec.policy is not None:
         import kvpass
 
-        return kvpass.compile(model, policy=spec.policy, budget=spec.budget, inner=spec.inner, mode=spec.mode)
+        more = {} if spec.mode == "default" else {"mode": spec.mode}  # older checkouts know no mode
+        return kvpass.compile(model, policy=spec.policy, budget=spec.budget, inner=spec.inner, **more)
     if spec.inner == "eager":
         return model
     compiled = copy.copy(model)
