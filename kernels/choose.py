@@ -6,7 +6,7 @@ Owns the choice and the lazy import; knows no op's arguments. Triton is imported
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib import import_module
@@ -42,13 +42,20 @@ def use(name: str) -> Iterator[None]:
     Raises:
         ValueError: an unknown name. When an op runs: `triton` on CPU tensors, which is never replaced.
     """
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown implementation {name!r}: choose one of {', '.join(IMPLEMENTATIONS)}")
-    token = _forced.set(name)
+    with force("implementation", name, IMPLEMENTATIONS, _forced):
+        yield
+
+
+@contextmanager
+def force(what: str, name: str, known: Sequence[str], choice: ContextVar[str | None]) -> Iterator[None]:
+    """A choice that is made by name for the calls inside the block. Raises ValueError for an unknown name."""
+    if name not in known:
+        raise ValueError(f"unknown {what} {name!r}: choose one of {', '.join(known)}")
+    token = choice.set(name)
     try:
         yield
     finally:
-        _forced.reset(token)
+        choice.reset(token)
 
 
 def implementation(op: str, device: torch.device) -> str:

@@ -10,6 +10,7 @@ machine's drift hits both alike. Prints medians, ratios (this one / the other) a
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import statistics
@@ -67,7 +68,7 @@ def work(job: dict[str, Any]) -> None:
         print(json.dumps({"kvpass": str(Path(kvpass.__file__).parent)}), flush=True)
         asked = {
             "prefill": lambda: timed(lambda: contender.prefill(ids)),
-            "peak": lambda: peak_bytes(lambda: contender.prefill(ids)),
+            "peak": lambda: peak_of_a_prefill(contender, ids),
             "step": lambda: timed(contender.step),
             "tokens": lambda: contender.said,
         }
@@ -75,12 +76,14 @@ def work(job: dict[str, Any]) -> None:
             print(json.dumps({"said": asked[line.strip()]()}), flush=True)
 
 
-def peak_bytes(action: Any) -> int:
-    """Most memory that a call had, above what the process had before it. Linux only."""
+def peak_of_a_prefill(contender: Any, ids: Any) -> int:
+    """Most memory that a process has in a prefill, above what it has without a cache. Linux only."""
+    contender.cache = contender.token = None
     gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed is not to be used again unseen
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
-    action()
+    contender.prefill(ids)
     return resident("VmHWM") - before
 
 

@@ -162,7 +162,7 @@ def _block(plan: Rule, group: int, on: Target) -> int:
     """Slots that a program of `ending_kernel` takes at once."""
     if on.kind == "interpret":
         return 16
-    return max(128, min(1024, 4096 // group)) if observes(plan) else 1024
+    return max(128, min(512, 4096 // group)) if observes(plan) else 1024  # twice as many spill a little on sm_90
 
 
 def _splits(rows: int, slots: int, block: int, on: Target, waves: int = 1) -> int:

@@ -7,7 +7,7 @@ import triton.language as tl
 from kvpass.kernels.triton_shared.triton_common import LOG2E, capped, finite, masked, rows, softmax_step
 
 from .triton_survey import covered, whole
-from .triton_visibility import by_tokens, by_words, key_positions, parted, seen_keys, token_span
+from .triton_visibility import LOOSE, by_tokens, by_words, key_positions, parted, seen_keys, token_span
 
 
 @triton.jit
@@ -85,7 +85,7 @@ def attend_keys(
             b_s = tl.where(m_s, b_s, float("-inf"))
         b_p, b_max, b_sum, b_f = softmax_step(b_s, b_max, b_sum)
         p_vn = p_v + tl.cast(i_n, tl.int64) * s_vl + (o_t[:, None] * s_vl + o_v[None, :])
-        if FULL and DV == BDV:  # noqa: SIM108
+        if FULL and DV == BDV:  # noqa: SIM108 triton decides it at compile time
             b_v = tl.load(p_vn)  # [BN, BDV]
         else:
             b_v = tl.load(p_vn, mask=m_n[:, None] & (o_v < DV)[None, :], other=0.0)
@@ -93,7 +93,7 @@ def attend_keys(
     return b_o, b_max, b_sum
 
 
-@triton.jit(do_not_specialize=["S", "L", "position", "s_mb", "s_mh", "s_mq", "s_tb", "tiles_q", "tiles_k"])
+@triton.jit(do_not_specialize=LOOSE)
 def attend_kernel(
     p_q, p_k, p_v, p_pos, p_mask, p_span, p_whole, p_tokens, p_bounds, p_sinks, p_mean, p_out, p_lse,
     s_qb, s_qh, s_qs, s_kb, s_kh, s_kl, s_vb, s_vh, s_vl, s_mb, s_mh, s_mq, s_mt, s_tb, s_bb, s_ob, s_oh, s_os,

@@ -7,7 +7,7 @@ import triton.language as tl
 from kvpass.kernels.triton_shared.triton_common import LOG2E, capped, masked, rows
 
 from .triton_survey import covered, whole
-from .triton_visibility import by_tokens, by_words, key_positions, parted, seeing_queries, token_span
+from .triton_visibility import LOOSE, by_tokens, by_words, key_positions, parted, seeing_queries, token_span
 
 
 @triton.jit
@@ -121,7 +121,7 @@ def observe_queries(
     return b_sum, b_square, b_count
 
 
-@triton.jit(do_not_specialize=["S", "L", "position", "s_mb", "s_mh", "s_mq", "s_tb", "tiles_q", "tiles_k"])
+@triton.jit(do_not_specialize=LOOSE)
 def statistics_kernel(
     p_q, p_k, p_pos, p_mask, p_span, p_whole, p_tokens, p_bounds, p_lse, p_valid, p_start, p_end, p_stats,
     s_qb, s_qh, s_qs, s_kb, s_kh, s_kl, s_mb, s_mh, s_mq, s_mt, s_tb, s_bb,

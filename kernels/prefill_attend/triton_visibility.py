@@ -14,6 +14,9 @@ FIRST = tl.constexpr(visibility.FIRST)
 END = tl.constexpr(visibility.END)
 COUNT = tl.constexpr(visibility.COUNT)
 
+LOOSE = ["S", "L", "position", "s_mb", "s_mh", "s_mq", "s_tb", "tiles_q", "tiles_k"]
+"""Numbers that change from call to call, for which kernels over queries and keys have no variants."""
+
 
 @triton.jit
 def key_positions(p_pos, o_n, m_n, POS: tl.constexpr):

@@ -169,5 +169,5 @@ def _is_pure(node: fx.Node) -> bool:
     value = example(node)
     if not isinstance(value, (torch.Tensor, torch.SymInt, torch.SymBool, int)) or changes(node):
         return False
-    overload = isinstance(node.target, torch._ops.OpOverload)
-    return not (overload and node.target._schema.is_mutable) and node.kwargs.get("out") is None  # type: ignore[union-attr]
+    mutable = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    return not mutable and node.kwargs.get("out") is None

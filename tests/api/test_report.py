@@ -33,17 +33,6 @@ from kvpass.errors import CacheError
 
 WITHIN = 0.03
 PROMPT = 300
-SIZES: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
 NAME = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 """What this version of transformers calls it."""
 
@@ -64,7 +53,7 @@ def converse(model: Any, cache: Any = None) -> Any:
 def gemma3(model: Any = None) -> tuple[Any, Callable[[Any], Any]]:
     """Five layers with a window, one with all tokens."""
     kinds = ["sliding_attention"] * 3 + ["full_attention"]
-    config = Gemma3TextConfig(**SIZES, num_hidden_layers=4, layer_types=kinds, sliding_window=64)
+    config = Gemma3TextConfig(**tiny.SIZES, num_hidden_layers=4, layer_types=kinds, sliding_window=64)
     return compiled(Gemma3ForCausalLM(config)), converse
 
 
@@ -126,7 +115,7 @@ def callers_static(model: Any) -> Any:
 
 def lfm2() -> tuple[Any, Callable[[Any], Any]]:
     """Convolutions with a state, and full attention."""
-    config = Lfm2Config(**SIZES, num_hidden_layers=3, layer_types=["conv", "full_attention", "conv"])
+    config = Lfm2Config(**tiny.SIZES, num_hidden_layers=3, layer_types=["conv", "full_attention", "conv"])
     return compiled(Lfm2ForCausalLM(config)), converse
 
 
@@ -245,7 +234,7 @@ def test_proof_counts_steps_outside_the_graph() -> None:
 
 
 def mistral() -> Any:
-    config = MistralConfig(**SIZES, num_hidden_layers=2, sliding_window=32, attn_implementation="sdpa")
+    config = MistralConfig(**tiny.SIZES, num_hidden_layers=2, sliding_window=32, attn_implementation="sdpa")
     return MistralForCausalLM(config).eval()
 
 

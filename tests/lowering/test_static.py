@@ -10,7 +10,7 @@ import pytest
 import torch
 from models import plain
 from models.stand_in import READS, stand_in
-from models.tiny import left_padded, llama
+from models.tiny import SIZES, left_padded, llama
 from torch import fx
 from transformers import (
     AutoModelForCausalLM,
@@ -29,21 +29,9 @@ from kvpass.lowering.written import memory_of, written_by
 
 __all__ = ["stand_in"]
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
 FAMILIES: dict[str, PretrainedConfig] = {
-    "mistral": MistralConfig(**SIZES, sliding_window=None),
-    "gemma3": Gemma3TextConfig(**SIZES, layer_types=["full_attention"] * 2),
+    "mistral": MistralConfig(**SIZES, num_hidden_layers=2, sliding_window=None),
+    "gemma3": Gemma3TextConfig(**SIZES, num_hidden_layers=2, layer_types=["full_attention"] * 2),
     "gpt2": GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=97, pad_token_id=0, eos_token_id=None),
     "bloom": BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=97, pad_token_id=0, eos_token_id=None),
 }

@@ -9,6 +9,19 @@ from typing import Any
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+"""Of a config, for models that no function below makes."""
+
 
 def llama(heads: int = 4, kv_heads: int = 2, head_dim: int = 16, layers: int = 2, **extra: Any) -> Any:
     torch.manual_seed(1)

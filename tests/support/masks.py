@@ -63,11 +63,25 @@ def graphs() -> Iterator[list[tuple[Plan, fx.GraphModule]]]:
 
 
 def wide(plan: Plan, gm: fx.GraphModule) -> list[str]:
-    """Nodes of a rewritten graph that are as wide as a mask of its attentions, [.., S, T]. With one query, a part that
-    is added key by key is as wide.
+    """Nodes of a rewritten graph that are as wide as a mask of its attentions, [.., S, T], and are ours or made for a
+    mask: a model may have others (blt counts bytes of patches so). With one query, a part that is added key by key is
+    as wide.
     """
+    made = {node.name for node in made_for_masks(plan)}
     sizes = {str_of(mask_size(one)) for one in plan.sites if not (one.site.seen.read and one.site.dims["S"] == 1)}
-    return [node.name for node in gm.graph.nodes if len(shape_of(node)) > 2 and str_of(shape_of(node)[-2:]) in sizes]
+    found = [node for node in gm.graph.nodes if len(shape_of(node)) > 2 and str_of(shape_of(node)[-2:]) in sizes]
+    return [node.name for node in found if node.name in made or "kvpass" in node.meta]
+
+
+def made_for_masks(plan: Plan) -> set[fx.Node]:
+    """Nodes of a captured graph that the masks of its sites are computed from."""
+    queue = [term.node for one in plan.sites for core in one.site.cores for term in core.terms]
+    found = set(queue)
+    for node in queue:
+        fresh = [above for above in node.all_input_nodes if above not in found]
+        found.update(fresh)
+        queue += fresh
+    return found
 
 
 def mask_size(planned: Any) -> tuple[Any, Any]:

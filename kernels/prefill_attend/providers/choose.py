@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kvpass.kernels.choose import force
 from kvpass.kernels.prefill_attend.providers.call import Call, Facts, facts_of
 from kvpass.kernels.triton_shared.triton_launch import target
 from torch import Tensor
@@ -36,13 +37,8 @@ def use_provider(name: str) -> Iterator[None]:
     Raises:
         ValueError: an unknown name. When an op runs: a provider that does not support the call, which is not replaced.
     """
-    if name not in NAMES:
-        raise ValueError(f"unknown provider {name!r}: choose one of {', '.join(NAMES)}")
-    token = _forced.set(name)
-    try:
+    with force("provider", name, NAMES, _forced):
         yield
-    finally:
-        _forced.reset(token)
 
 
 def provider_for(facts: Facts) -> str:

@@ -96,6 +96,8 @@ def config(dim: int, bytes_each: int, masked: bool, on: Target) -> dict[str, int
     if on.kind == "hip":
         wide = block_sizes(128, 32, 8, 1) if dim <= 128 and not masked else block_sizes(64, 32, 4, 1)
         return block_sizes(32, 32, 4, 1) if bytes_each > 2 else block_sizes(128, 64, 8, 1) if dim <= 64 else wide
+    if bytes_each > 2 and masked and on.arch >= 100 and dim <= 64:
+        return block_sizes(64, 16, 8, 2)
     if bytes_each > 2:
         wide = block_sizes(32, 32, 8, 2) if dim <= 128 else block_sizes(16, 32, 8, 1)
         return block_sizes(64, 16, 4, 2) if dim <= 64 else wide
@@ -103,6 +105,8 @@ def config(dim: int, bytes_each: int, masked: bool, on: Target) -> dict[str, int
         return block_sizes(64, 32, 8, 3 if on.roomy else 2)
     if on.arch >= 90 and not masked:
         return block_sizes(64, 64, 4, 3)
+    if on.arch >= 100:
+        return block_sizes(64, 32, 8, 2)
     if dim <= 64:
         return block_sizes(128, 64, 8, 3)
     return block_sizes(128, 32, 8, 3) if on.arch >= 90 else block_sizes(64, 32, 8, 2)
