@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from kvpass.errors import Reason
+from kvpass.graph.calls import call_name
 from kvpass.graph.factors import Axis, Factor, Factors
 from kvpass.graph.miss import Miss
 from kvpass.graph.shapes import is_one, shape_of
@@ -48,6 +49,8 @@ def read_layout(
     factors = Factors(base)
     unknown = factors.follow(base, chain, fronts)
     last = chain[-1] if chain else base
+    if unknown is not None and call_name(unknown) in ("getitem", "slice", "narrow", "select"):
+        raise Miss(Reason.UNSUPPORTED_ATTENTION, unknown, f"the attention reads only a part of {base.name}")
     if unknown is not None:
         raise Miss(Reason.LAYOUT, unknown, f"views between cache and attention do not end in {roles}")
     if len(factors.axes) != len(roles):
@@ -148,7 +151,7 @@ def _layout(base: fx.Node, factors: Factors, found: _Roles, last: fx.Node) -> La
     for factor, what in ((found.token, "tokens"), (found.batch, "sequences")):
         assert factor.root is not None
         if len(factors.roots[factor.root]) != 1 or not factor.whole:
-            raise Miss(Reason.UNSUPPORTED_ATTENTION, last, f"the attention reads only a part of the {what} cached")
+            raise Miss(Reason.UNSUPPORTED_ATTENTION, last, f"the attention reads only a part of {base.name}: not all of its {what}")
     batch, token = found.batch.root, found.token.root
     sizes = shape_of(base)
     plain = _plain(base, factors, found)

@@ -103,9 +103,12 @@ def check_buffer(
     front = next((node for node in chain if is_front(node)), None)
     rows = shape_of(update.node)[0], shape_of(update.new)[0]
     if is_input(update.node) and not same(*rows) and not (front is not None and same(shape_of(front)[0], rows[1])):
-        raise Miss(Reason.LAYOUT, update.write, "the buffer has room for more sequences than there are")
+        what = f"{rows[1]} of the {rows[0]} sequences of the buffer are written, and all of them are read"
+        raise Miss(Reason.UNSUPPORTED_UPDATE, update.write, what)
     if front is not None and update.axis in front_axes(front):
         return _end_of(core, update, front)
+    if update.start == 0 and same(shape_of(update.new)[update.axis], shape_of(update.node)[update.axis]):
+        return None  # all of it is written
     covering = [term for term in core.terms if any(same(shape_of(term.node)[-1], whole) for whole in lengths)]
     if not covering and not (core.causal and (update.past is None or update.start == 0)):
         raise Miss(Reason.MASK_UNKNOWN, core.node, "the attention reads the whole buffer, and no mask spans it")

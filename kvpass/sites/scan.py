@@ -176,14 +176,14 @@ class _Found:
             one = {n for u in (of_k, of_v) for n in (u.node, *u.inner)}
         key = self._half(core, of_k, chain_k, core.axes.k, Reason.KEY_ESCAPES, one, lengths)
         value = self._half(core, of_v, chain_v, core.axes.v, Reason.VALUE_ESCAPES, one, lengths)
-        if of_k.node is of_v.node and key.layout == value.layout:
-            raise Miss(Reason.KEY_VALUE_MISMATCH, base_k, "keys and values are one tensor")
         if chain_scale(chain_v) != 1.0:
             raise Miss(Reason.UNSUPPORTED_ATTENTION, chain_v[-1], "the cached values are scaled")
         self._check_inner(core)
         name = module_path(core.node) or f"site{layer}"
         site = make_site(name, replace(core, scale=core.scale * chain_scale(chain_k)), key, value, layer)
         check_site(site)
+        if of_k.node is of_v.node and key.layout == value.layout:
+            raise Miss(Reason.KEY_VALUE_MISMATCH, base_k, "keys and values are one tensor")
         return site
 
     def mixed(self) -> dict[fx.Node, list[Mixing]]:
