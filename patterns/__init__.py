@@ -15,6 +15,7 @@ from kvpass.patterns.cache_buffer import BufferUpdate
 from kvpass.patterns.cache_concat import ConcatUpdate
 from kvpass.patterns.cache_returned import ReturnedUpdate
 from kvpass.patterns.declined import BufferWrite, PartlyStored
+from kvpass.patterns.flex import FlexAttention
 from kvpass.patterns.latent import LatentAttention
 from kvpass.patterns.protocols import CorePattern, Expansion, RefusedPattern, UpdatePattern
 from kvpass.patterns.sdpa import SdpaCore, check_operands, mask_terms
@@ -95,7 +96,7 @@ class PatternSet:
 
 
 DEFAULT = PatternSet(
-    cores=(SdpaCore(), AtenSdpaCore(), SoftmaxCore()),
+    cores=(SdpaCore(), AtenSdpaCore(), SoftmaxCore(), FlexAttention()),
     updates=(ConcatUpdate(), BufferUpdate()),
     returned=ReturnedUpdate(),
     refused=(SlidingWindow(), BufferWrite(), PartlyStored()),

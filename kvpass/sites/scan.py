@@ -17,6 +17,8 @@ from kvpass.graph.miss import Miss
 from kvpass.graph.module_names import module_path
 from kvpass.graph.nearby import home_of
 from kvpass.graph.views import chain_scale, is_front, is_tiled, read_layout, walk_up
+from kvpass.sites.kept import kept_otherwise, packed
+from kvpass.sites.mismatch import mismatch
 from kvpass.sites.mixed import Mixing, find_mixing, join_mixed
 from kvpass.sites.rules import buffer_readers, check_buffer, check_site, make_site
 from kvpass.sites.site import Core, Half, Site, Update
@@ -154,7 +156,7 @@ class _Found:
         """
         base_k, chain_k = self._walk(core.k)
         base_v, chain_v = self._walk(core.v)
-        of_k, of_v = self._update_of(base_k), self._update_of(base_v)
+        of_k, of_v = self._updates_of(core, base_k, base_v)
         if of_k is None and of_v is None:
             return None
         if of_k is of_v:
@@ -162,7 +164,10 @@ class _Found:
         if of_k is None or of_v is None or of_k.form != of_v.form:
             raise self._mismatch(core, of_k, of_v)
         if of_k.start is not of_v.start and of_k.start != of_v.start:
-            raise Miss(Reason.KEY_VALUE_MISMATCH, core.node, "keys and values are written at different places")
+            what = f"keys are written at {of_k.start}, values at {of_v.start}"
+            raise Miss(
+                Reason.KEY_VALUE_MISMATCH, core.node, what, hint="write both at the same place: one index for both"
+            )
         core = replace(core, tiled=_tiled(core, (of_k, of_v), (chain_k, chain_v)))
         key = self._half(core, of_k, chain_k, core.axes.k, Reason.KEY_ESCAPES)
         value = self._half(core, of_v, chain_v, core.axes.v, Reason.VALUE_ESCAPES)
@@ -195,13 +200,27 @@ class _Found:
         name = module_path(group[0].core.node) or f"site{layer}"
         return join_mixed(name, layer, group, self.flow)
 
+    def _updates_of(self, core: Core, base_k: fx.Node, base_v: fx.Node) -> tuple[Update | None, Update | None]:
+        """Of keys and values. Raises Miss, also where what is kept of both is no update."""
+        bases = base_k, base_v
+        try:
+            found = self._update_of(base_k), self._update_of(base_v)
+        except Miss as refused:
+            miss: Miss | None = (None if refused.reason.by_choice else packed(self.flow, bases)) or refused
+        else:
+            miss = kept_otherwise(self.flow, core, bases) if found == (None, None) else None
+        if miss is not None:
+            self.blamed.update(miss.reads)
+            raise miss
+        return found
+
     def _mismatch(self, core: Core, key: Update | None, value: Update | None) -> Miss:
         bases = [self._walk(node)[0] for node in (core.k, core.v)]
         caches = self.updates if key is None or value is None else ()
         between = (changes_of(self.flow, cache, bases) for cache in caches)
         miss = next((miss for miss in between if miss is not None), None)
         if miss is None:
-            return Miss(Reason.KEY_VALUE_MISMATCH, core.node, f"keys: {_form(key)}, values: {_form(value)}")
+            return mismatch(self.flow, core, bases, (key, value))
         self.blamed.update(cache for cache in self.updates if self.flow.between(cache, miss.node))
         return miss
 
@@ -270,7 +289,3 @@ def _tiled(core: Core, updates: tuple[Update, Update], chains: tuple[tuple[fx.No
         return False
     roles = core.axes.k, core.axes.v
     return all(is_tiled(u.node, chain, u.axis, r) for u, chain, r in zip(updates, chains, roles, strict=True))
-
-
-def _form(update: Update | None) -> str:
-    return update.form.value if update is not None else "not cached"
