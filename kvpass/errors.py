@@ -139,17 +139,12 @@ HINTS = {
     Reason.SLIDING_WINDOW: "nothing to do: the model itself keeps only its window, and this cache stays as it is",
     Reason.CAUSAL_WITH_PAST: "is_causal=True with one query and a past hides all but the first key in torch; "
     "pass no mask instead",
-    Reason.CROSS_ATTENTION: "nothing to do: keys and values come from another sequence, and caches of "
-    "cross-attention stay dense",
-    Reason.QUERY_COUNT: "let every new token ask: attend with the queries of all new tokens, and take the last of the "
-    "outputs",
-    Reason.PACKED_CACHE: "cache keys and values as two tensors, each as the attention reads it",
-    Reason.PROJECTED_CACHE: "cache keys and values themselves: project this call's tokens, then append their keys and "
-    "values to the past",
-    Reason.PAGED_CACHE: "give each batch a cache of its own (transformers: generate, not generate_batch): nothing can "
-    "be evicted from a pool of rows that calls share",
-    Reason.FLEX_ATTENTION: "attend by F.scaled_dot_product_attention with the same mask (transformers: "
-    'attn_implementation="sdpa")',
+    Reason.CROSS_ATTENTION: "nothing to do: keys and values come from another sequence, and stay dense",
+    Reason.QUERY_COUNT: "attend with one query for each new token",
+    Reason.PACKED_CACHE: "cache keys and values as two tensors",
+    Reason.PROJECTED_CACHE: "project first, then cache the keys and values themselves",
+    Reason.PAGED_CACHE: "give each batch a cache of its own (transformers: generate, not generate_batch)",
+    Reason.FLEX_ATTENTION: "call F.scaled_dot_product_attention (transformers: attn_implementation='sdpa')",
     Reason.SHARED_CACHE: "attentions over one cache must have the same queries, keys, scale and mask",
     Reason.KEY_VALUE_MISMATCH: "keys and values must be cached in the same way",
     Reason.DTYPE: "keys, values and queries must share float32, bfloat16 or float16",

@@ -40,8 +40,11 @@ def kept_otherwise(flow: Flow, core: Core, bases: Sequence[fx.Node]) -> Miss | N
     both = packed(flow, bases)
     if both is not None or foreign(core.q, bases[0]):
         return both
-    halves = [half_otherwise(flow, core, bases, at) for at in (0, 1)]
-    return halves[0] if None not in halves else None
+    key, value = (half_otherwise(flow, core, bases, at) for at in (0, 1))
+    if key is None or value is None:
+        return None
+    key.reads += value.reads
+    return key
 
 
 def packed(flow: Flow, bases: Sequence[fx.Node]) -> Miss | None:

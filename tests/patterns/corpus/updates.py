@@ -98,7 +98,7 @@ def two_new_values_for_one_new_key(cache, k, v):
     return torch.cat([cache[0], k], 2), torch.cat([cache[1], v.repeat(1, 1, 2, 1)], 2)
 
 
-@updated("KEY_VALUE_MISMATCH")
+@updated(UPDATE)
 def keys_cached_values_from_a_sum(cache, k, v):
     """The values are no tokens."""
     k = torch.cat([cache[0], k], 2)
@@ -121,7 +121,7 @@ def one_past_for_keys_and_values(self, x, cache):
     return self.finish(attend(q, k, v)), (k, v)
 
 
-@case("UNSUPPORTED_ATTENTION", lambda: (hidden(), torch.randn(2, KV_HEADS, 5, 2 * DIM)))
+@case("PACKED_CACHE", lambda: (hidden(), torch.randn(2, KV_HEADS, 5, 2 * DIM)))
 def keys_and_values_packed(self, x, cache):
     """One cat for both; the attention reads halves of it."""
     q, k, v = self.project(x)
@@ -129,7 +129,7 @@ def keys_and_values_packed(self, x, cache):
     return self.finish(attend(q, *both.chunk(2, -1))), both
 
 
-@case("UNSUPPORTED_ATTENTION", lambda: (hidden(), torch.randn(2, 2, KV_HEADS, 5, DIM)))
+@case("PACKED_CACHE", lambda: (hidden(), torch.randn(2, 2, KV_HEADS, 5, DIM)))
 def keys_and_values_stacked(self, x, cache):
     """One 5-d cat for both."""
     q, k, v = self.project(x)
