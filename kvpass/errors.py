@@ -96,6 +96,11 @@ class Reason(StrEnum):
     SLIDING_WINDOW = "SLIDING_WINDOW"
     CAUSAL_WITH_PAST = "CAUSAL_WITH_PAST"
     CROSS_ATTENTION = "CROSS_ATTENTION"
+    QUERY_COUNT = "QUERY_COUNT"
+    PACKED_CACHE = "PACKED_CACHE"
+    PROJECTED_CACHE = "PROJECTED_CACHE"
+    PAGED_CACHE = "PAGED_CACHE"
+    FLEX_ATTENTION = "FLEX_ATTENTION"
     SHARED_CACHE = "SHARED_CACHE"
     KEY_VALUE_MISMATCH = "KEY_VALUE_MISMATCH"
     DTYPE = "DTYPE"
@@ -128,13 +133,18 @@ HINTS = {
     Reason.CAT_AXIS: "the cache must be concatenated along its token axis",
     Reason.NEW_FIRST: "the past must come first in torch.cat([past, new])",
     Reason.PAST_NOT_INPUT: "the past must be an input of the graph itself, not a value computed from one",
-    Reason.DROPOUT: "call model.eval(): attention dropout is not supported",
+    Reason.DROPOUT: "call model.eval(), and let dropout be 0.0 then: attention dropout is not supported",
     Reason.MASK_SHAPE: "the mask must broadcast to [B, Hq, S, T]",
     Reason.MASK_UNKNOWN: "hide keys with torch.finfo(dtype).min or -inf: a small number only makes them less likely",
     Reason.SLIDING_WINDOW: "nothing to do: the model itself keeps only its window, and this cache stays as it is",
     Reason.CAUSAL_WITH_PAST: "is_causal=True with one query and a past hides all but the first key in torch; "
     "pass no mask instead",
-    Reason.CROSS_ATTENTION: "keys and values come from another sequence; cross-attention caches stay dense",
+    Reason.CROSS_ATTENTION: "nothing to do: keys and values come from another sequence, and stay dense",
+    Reason.QUERY_COUNT: "attend with one query for each new token",
+    Reason.PACKED_CACHE: "cache keys and values as two tensors",
+    Reason.PROJECTED_CACHE: "project first, then cache the keys and values themselves",
+    Reason.PAGED_CACHE: "give each batch a cache of its own (transformers: generate, not generate_batch)",
+    Reason.FLEX_ATTENTION: "call F.scaled_dot_product_attention (transformers: attn_implementation='sdpa')",
     Reason.SHARED_CACHE: "attentions over one cache must have the same queries, keys, scale and mask",
     Reason.KEY_VALUE_MISMATCH: "keys and values must be cached in the same way",
     Reason.DTYPE: "keys, values and queries must share float32, bfloat16 or float16",

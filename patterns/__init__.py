@@ -16,6 +16,7 @@ from kvpass.patterns.cache_buffer import BufferUpdate
 from kvpass.patterns.cache_concat import ConcatUpdate
 from kvpass.patterns.cache_returned import ReturnedUpdate
 from kvpass.patterns.declined import BufferWrite, PartlyStored
+from kvpass.patterns.flex import FlexAttention
 from kvpass.patterns.latent import LatentAttention
 from kvpass.patterns.protocols import CorePattern, Expansion, RefusedPattern, UpdatePattern
 from kvpass.patterns.sdpa import SdpaCore, check_operands, mask_terms
@@ -96,7 +97,7 @@ class PatternSet:
 
 
 DEFAULT = PatternSet(
-    cores=(SdpaCore(), AtenSdpaCore(), SoftmaxCore()),
+    cores=(SdpaCore(), AtenSdpaCore(), SoftmaxCore(), FlexAttention()),
     updates=(ConcatUpdate(), BufferUpdate(), BlendUpdate()),
     returned=ReturnedUpdate(),
     refused=(SlidingWindow(), BufferWrite(), PartlyStored()),

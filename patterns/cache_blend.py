@@ -148,7 +148,7 @@ def _counts(node: Any) -> bool:
     if not isinstance(node, fx.Node) or call_name(node) != "arange" or len(node.args) > 2:
         return False
     start = node.args[0] if len(node.args) == 2 else node.kwargs.get("start", 0)
-    return start == 0 and node.kwargs.get("step", 1) == 1
+    return bool(start == 0 and node.kwargs.get("step", 1) == 1)
 
 
 def _is_place(value: Any) -> bool:
@@ -156,4 +156,6 @@ def _is_place(value: Any) -> bool:
     if not isinstance(value, fx.Node):
         return isinstance(value, int)
     sizes = shape_of(value)
-    return not example(value).is_floating_point() if sizes and all(map(is_one, sizes[1:])) else not sizes
+    if not sizes:
+        return True
+    return all(map(is_one, sizes[1:])) and not example(value).is_floating_point()

@@ -81,7 +81,13 @@ def _index_copy(node: fx.Node) -> Where | None:
 def _scatter(node: fx.Node) -> Where | None:
     dim, index, new = (argument(node, at, name) for at, name in ((1, "dim"), (2, "index"), (3, "src")))
     buffer = operand(node)
-    if not isinstance(dim, int) or len(shape_of(index)) != 4 or len(shape_of(buffer)) != 4 or "reduce" in node.kwargs or len(node.args) > 4:
+    if (
+        not isinstance(dim, int)
+        or len(shape_of(index)) != 4
+        or len(shape_of(buffer)) != 4
+        or "reduce" in node.kwargs
+        or len(node.args) > 4
+    ):
         return None
     axis = normal_dim(dim, 4)
     top, chain = walk_up(index, lambda n: False)

@@ -6,16 +6,14 @@ raises a `Miss`: an attention over such a value has a cache, so it must not pass
 
 from __future__ import annotations
 
+from kvpass.patterns.unwritten import why_unwritten
 from torch import fx
 
 from kvpass.errors import Reason
 from kvpass.graph.calls import call_name, changes, operand
 from kvpass.graph.dataflow import Flow
 from kvpass.graph.miss import Miss
-from kvpass.graph.nearby import SLICES, grows, nearby, whole
-
-COPIES = frozenset({"index_copy", "index_put", "scatter", "slice_scatter", "select_scatter"})
-"""Writes that give a new tensor."""
+from kvpass.graph.nearby import COPIES, SLICES, grows, nearby, whole
 
 
 class BufferWrite:
@@ -25,12 +23,12 @@ class BufferWrite:
 
     def match(self, base: fx.Node, flow: Flow) -> None:
         """Raises:
-        Miss: UNSUPPORTED_UPDATE at the write.
+        Miss: UNSUPPORTED_UPDATE at the write, UNSUPPORTED_ATTENTION or PAGED_CACHE at the read.
         """
         for node in whole(base):
             written = node if call_name(node) in COPIES or changes(node) else _written(node)
             if written is not None:
-                raise Miss(Reason.UNSUPPORTED_UPDATE, written, f"the cache is written by {call_name(written)}")
+                raise why_unwritten(base, written, flow)
 
 
 class PartlyStored:
@@ -50,10 +48,12 @@ class PartlyStored:
             below = (n for cat in above for n in nearby(cat, lambda n: n.users) if n in flow.outputs)
             stored = next(below, None)
         if stored in above:
-            raise Miss(Reason.UNSUPPORTED_ATTENTION, base, f"the attention reads only a part of {above[0].name}")
+            what, hint = f"the attention reads only a part of {above[0].name}", "let it read all that is cached"
+            raise Miss(Reason.UNSUPPORTED_ATTENTION, base, what, hint=f"{hint}, under a mask if it must not see all")
         if stored is not None:
             what = f"not {above[0].name} itself is stored, but {call_name(stored)} of it"
-            raise Miss(Reason.UNSUPPORTED_UPDATE, stored, what)
+            hint = "return what torch.cat gives, as it is, and append to that in the next call"
+            raise Miss(Reason.UNSUPPORTED_UPDATE, stored, what, hint=hint)
 
 
 def _written(buffer: fx.Node) -> fx.Node | None:

@@ -5,16 +5,15 @@ The attention reads `cat([past, new])`, the cache takes `cat[:, :, -window:]`. I
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import fx
 
 from kvpass.errors import Reason
-from kvpass.graph.calls import argument, call_name, operand
+from kvpass.graph.calls import argument, call_name
 from kvpass.graph.dataflow import Flow
 from kvpass.graph.miss import Miss
 from kvpass.graph.nearby import whole
 from kvpass.graph.shapes import normal_dim, shape_of
+from kvpass.graph.windows import keeps_the_end
 
 
 class SlidingWindow:
@@ -29,24 +28,5 @@ class SlidingWindow:
                 continue
             axis = normal_dim(argument(node, 1, "dim", 0), len(shape_of(node)))
             for user in node.users:
-                if user in flow.outputs and _keeps_the_end(user, axis):
+                if user in flow.outputs and keeps_the_end(user, axis):
                     raise Miss(Reason.SLIDING_WINDOW, user, f"the cache takes only the end of {node.name}")
-
-
-def _keeps_the_end(node: fx.Node, axis: int) -> bool:
-    if call_name(node) == "slice":
-        dim = normal_dim(argument(node, 1, "dim", 0), len(shape_of(operand(node))))
-        return dim == axis and _negative(argument(node, 2, "start"))
-    if call_name(node) != "getitem":
-        return False
-    index: Any = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-    if Ellipsis in index:
-        index = (slice(None),) * (len(shape_of(operand(node))) - len(index) + 1) + index[index.index(Ellipsis) + 1 :]
-    cut = [at for at, item in enumerate(index) if item != slice(None, None, None)]
-    if cut != [axis] or not isinstance(index[axis], slice):
-        return False
-    return _negative(index[axis].start) and index[axis].stop is None
-
-
-def _negative(start: Any) -> bool:
-    return isinstance(start, int) and start < 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence, Set
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,6 +58,8 @@ _NOT_IN_PLACE = frozenset({"and_", "or_", "not_", "is_"})
 _IN_PLACE = frozenset(
     {"setitem", "iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"}
 )
+
+_TORCH = str(Path(torch.__file__).parent) + os.sep
 
 PROJECTIONS = frozenset({"linear", "matmul", "addmm", "mm", "bmm", "einsum", "conv1d"})
 
@@ -150,12 +154,18 @@ def is_input(node: fx.Node) -> bool:
 
 
 def source_line(node: fx.Node) -> str:
-    """`file.py:123 in forward: code` of the user's line that made the node; '' if the trace has none."""
+    """`file.py:123 in forward: code` of the user's line that made the node, the innermost that is not in torch itself;
+    '' if the trace has none.
+    """
     frames = str(node.meta.get("stack_trace") or "").strip().splitlines()
+    innermost = ""
     for at in range(len(frames) - 1, -1, -1):
         line = frames[at].strip()
         if line.startswith("File "):
             path, number, function = (part.strip() for part in line[5:].split(",", 2))
             code = frames[at + 1].strip() if at + 1 < len(frames) else ""
-            return f"{path.strip(chr(34))}:{number.removeprefix('line ')} {function}: {code}"
-    return ""
+            found = f"{path.strip(chr(34))}:{number.removeprefix('line ')} {function}: {code}"
+            if not path.strip('"').startswith(_TORCH):
+                return found
+            innermost = innermost or found
+    return innermost

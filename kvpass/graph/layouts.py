@@ -151,7 +151,11 @@ def _layout(base: fx.Node, factors: Factors, found: _Roles, last: fx.Node) -> La
     for factor, what in ((found.token, "tokens"), (found.batch, "sequences")):
         assert factor.root is not None
         if len(factors.roots[factor.root]) != 1 or not factor.whole:
-            raise Miss(Reason.UNSUPPORTED_ATTENTION, last, f"the attention reads only a part of {base.name}: not all of its {what}")
+            raise Miss(
+                Reason.UNSUPPORTED_ATTENTION,
+                last,
+                f"the attention reads only a part of {base.name}: not all of its {what}",
+            )
     batch, token = found.batch.root, found.token.root
     sizes = shape_of(base)
     plain = _plain(base, factors, found)

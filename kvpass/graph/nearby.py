@@ -13,6 +13,8 @@ from kvpass.graph.views import is_view
 
 ENDS = PROJECTIONS | {"sdpa", "sdpa_aten", "flex_attention"}
 SLICES = frozenset({"getitem", "slice", "narrow", "select", "index_select", "chunk", "split"})
+COPIES = frozenset({"index_copy", "index_put", "scatter", "slice_scatter", "select_scatter"})
+"""Writes that give a new tensor."""
 LIMIT = 300
 """Nodes looked at around one value: far more than lies between a projection and a cache."""
 

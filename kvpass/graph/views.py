@@ -140,7 +140,11 @@ def is_front(node: fx.Node) -> bool:
         at_start = all(isinstance(item, slice) and item.start in (None, 0) and item.step in (None, 1) for item in cuts)
     elif name in ("narrow", "slice"):
         at_start = argument(node, 2, "start") in (None, 0) and argument(node, 4, "step", 1) == 1
-    if name not in ("getitem", "narrow", "slice") or not at_start or len(shape_of(operand(node))) != len(shape_of(node)):
+    if (
+        name not in ("getitem", "narrow", "slice")
+        or not at_start
+        or len(shape_of(operand(node))) != len(shape_of(node))
+    ):
         return False
     changed = front_axes(node)
     return len(changed) <= 1 or (len(changed) == 2 and changed[0] == 0)

@@ -127,7 +127,8 @@ class Retirement:
         for node in reversed(update.inner):
             self._erase(self.copy[node])
         others = taken_out(update.past, update.path) if update.past is not None else []
-        for node in (part, self.copy[update.node], *(self.copy[n] for n in others)):
+        starts: list[Any] = [part, self.copy[update.node], *(self.copy[n] for n in others)]
+        for node in starts:
             while isinstance(node, fx.Node) and node.op != "placeholder" and not node._erased and not _is_read(node):
                 above = node.args[0] if node.args else None
                 self._erase(node)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
@@ -45,11 +46,22 @@ def find_mixing(core: Core, updates: dict[fx.Node, Update], stop: Callable[[fx.N
     (key, key_nodes), (value, value_nodes) = halves
     assert key is not None
     assert value is not None
-    keys = heads_read(key.node, key_nodes, core.k, core.axes.k)
-    blocks = heads_read(value.node, value_nodes, core.v, core.axes.v)
+    queries = shape_of(core.q)[1]
+    keys = _for_queries(heads_read(key.node, key_nodes, core.k, core.axes.k), queries)
+    blocks = _for_queries(heads_read(value.node, value_nodes, core.v, core.axes.v), queries)
     if keys is None or blocks is None or len(keys) != 1:
         return None
     return Mixing(core, key, value, keys[0], blocks, (tuple(key_nodes), tuple(value_nodes)))
+
+
+def _for_queries(heads: Heads | None, queries: Any) -> Heads | None:
+    """For each query head, where an attention shares one head of its keys or values among neighbours
+    (`enable_gqa=True`).
+    """
+    if heads is None or not isinstance(queries, int) or queries % len(heads[0]):
+        return None
+    group = queries // len(heads[0])
+    return tuple(tuple(head for head in block for _ in range(group)) for block in heads)
 
 
 def join_mixed(name: str, layer: int, group: Sequence[Mixing], flow: Flow) -> Site:

@@ -14,10 +14,10 @@ from kvpass.graph.calls import example, is_input, is_metadata, operand, source_l
 from kvpass.graph.dataflow import Flow
 from kvpass.graph.miss import Miss
 from kvpass.graph.nearby import home_of, taken_out
-from kvpass.graph.projections import foreign
 from kvpass.graph.shapes import is_one, quotient, same, shape_of
 from kvpass.graph.views import front_axes, is_front
 from kvpass.graph.visibility import Visibility
+from kvpass.sites.queries import check_queries
 from kvpass.sites.site import Core, End, Half, Mixed, Site, Update
 from kvpass.terms import CacheForm, Phase
 
@@ -46,7 +46,7 @@ def check_site(site: Site) -> None:
     """Raises:
     Miss: core and updates do not belong together, or ask for something that the ops do not do.
     """
-    core, dims = site.core, site.dims
+    core = site.core
     cast = autocast_of(core.node)
     if cast is not None:
         raise Miss(Reason.AUTOCAST, core.node, cast)
@@ -58,10 +58,7 @@ def check_site(site: Site) -> None:
     keys, values = (shape_of(half.update.new)[half.layout.token_axis] for half in (site.key, site.value))
     if not same(keys, values):
         raise Miss(Reason.KEY_VALUE_MISMATCH, core.node, f"{keys} new keys, {values} new values")
-    if not same(dims["S"], keys):
-        raise Miss(Reason.CROSS_ATTENTION, core.node, f"{dims['S']} queries but {keys} new keys")
-    if foreign(core.q, site.key.update.new):
-        raise Miss(Reason.CROSS_ATTENTION, core.node, "queries and keys are projected from different inputs")
+    check_queries(site)
     for term in core.terms:
         if not 1 <= len(shape_of(term.node)) <= len(term.axes):
             raise Miss(Reason.MASK_SHAPE, term.node, f"mask of shape {shape_of(term.node)}")

@@ -9,20 +9,21 @@ from typing import Any
 from torch import fx
 
 from kvpass.errors import Reason
-from kvpass.graph.aliases import changed
 from kvpass.graph.attended import PARTS
-from kvpass.graph.calls import argument, call_name, is_metadata, operand
+from kvpass.graph.calls import argument, call_name, operand
 from kvpass.graph.dataflow import Flow
 from kvpass.graph.equal import equal
 from kvpass.graph.miss import Miss
 from kvpass.graph.module_names import module_path
 from kvpass.graph.nearby import home_of
 from kvpass.graph.shapes import shape_of
-from kvpass.graph.layouts import is_tiled, read_layout
 from kvpass.graph.views import chain_scale, is_front, walk_pieces, walk_up
+from kvpass.sites.halves import check_unchanged, half_of, is_tiled_core
+from kvpass.sites.kept import kept_otherwise, packed
+from kvpass.sites.mismatch import mismatch
 from kvpass.sites.mixed import Mixing, find_mixing, join_mixed
-from kvpass.sites.rules import buffer_readers, check_buffer, check_site, make_site
-from kvpass.sites.site import Core, Half, Site, Update
+from kvpass.sites.rules import check_site, make_site
+from kvpass.sites.site import Core, Site, Update
 from kvpass.sites.table import Decline, SiteTable
 from kvpass.sites.unclaimed import changes_of, decline, unclaimed
 from kvpass.sites.visible import Proofs
@@ -162,20 +163,26 @@ class _Found:
         """
         base_k, chain_k = self._walk(core.k)
         base_v, chain_v = self._walk(core.v)
-        of_k, of_v = self._update_of(base_k), self._update_of(base_v)
+        of_k, of_v = self._updates_of(core, base_k, base_v)
         if of_k is None and of_v is None:
             return None
         if of_k is None or of_v is None or of_k.form != of_v.form:
             raise self._mismatch(core, of_k, of_v)
         if not equal(of_k.start, of_v.start, self.flow):
-            raise Miss(Reason.KEY_VALUE_MISMATCH, core.node, "keys and values are written at different places")
-        core = replace(core, tiled=_tiled(core, (of_k, of_v), (chain_k, chain_v)))
+            what = f"keys are written at {of_k.start}, values at {of_v.start}"
+            raise Miss(
+                Reason.KEY_VALUE_MISMATCH, core.node, what, hint="write both at the same place: one index for both"
+            )
+        core = replace(core, tiled=is_tiled_core(core, (of_k, of_v), (chain_k, chain_v)))
         lengths = [shape_of(u.node)[u.axis] for u in (of_k, of_v) if u.axis is not None]
         one: set[fx.Node] = {*chain_k, *chain_v} if of_k.node is of_v.node else set()
         if of_k.renews and of_v.renews and of_k.past is of_v.past:  # the same zeros, before the first token
             one = {n for u in (of_k, of_v) for n in (u.node, *u.inner)}
-        key = self._half(core, of_k, chain_k, core.axes.k, Reason.KEY_ESCAPES, one, lengths)
-        value = self._half(core, of_v, chain_v, core.axes.v, Reason.VALUE_ESCAPES, one, lengths)
+        both = ((of_k, chain_k), (of_v, chain_v))
+        key, value = (
+            half_of(self.flow, core, at, update, chain, self.readers[update.node], one, lengths)
+            for at, (update, chain) in enumerate(both)
+        )
         if chain_scale(chain_v) != 1.0:
             raise Miss(Reason.UNSUPPORTED_ATTENTION, chain_v[-1], "the cached values are scaled")
         self._check_inner(core)
@@ -203,9 +210,23 @@ class _Found:
         for mixing in group:
             self._check_inner(mixing.core)
             for update in (mixing.key, mixing.value):
-                self._check_unchanged(mixing.core, update)
+                check_unchanged(self.flow, mixing.core, update)
         name = module_path(group[0].core.node) or f"site{layer}"
         return join_mixed(name, layer, group, self.flow)
+
+    def _updates_of(self, core: Core, base_k: fx.Node, base_v: fx.Node) -> tuple[Update | None, Update | None]:
+        """Of keys and values. Raises Miss, also where what is kept of both is no update."""
+        bases = base_k, base_v
+        try:
+            found = self._update_of(base_k), self._update_of(base_v)
+        except Miss as refused:
+            miss: Miss | None = (None if refused.reason.by_choice else packed(self.flow, bases)) or refused
+        else:
+            miss = kept_otherwise(self.flow, core, bases) if found == (None, None) else None
+        if miss is not None:
+            self.blamed.update(miss.reads)
+            raise miss
+        return found
 
     def _mismatch(self, core: Core, key: Update | None, value: Update | None) -> Miss:
         bases = [self._walk(node)[0] for node in (core.k, core.v)]
@@ -213,7 +234,7 @@ class _Found:
         between = (changes_of(self.flow, cache, bases) for cache in caches)
         miss = next((miss for miss in between if miss is not None), None)
         if miss is None:
-            return Miss(Reason.KEY_VALUE_MISMATCH, core.node, f"keys: {_form(key)}, values: {_form(value)}")
+            return mismatch(self.flow, core, bases, (key, value))
         self.blamed.update(cache for cache in self.updates if self.flow.between(cache, miss.node))
         return miss
 
@@ -235,68 +256,3 @@ class _Found:
         if escaped or any(node in self.flow.outputs for node in core.inner):
             where = escaped[0].name if escaped else "the output"
             raise Miss(Reason.UNSUPPORTED_ATTENTION, core.node, f"logits or probabilities also feed {where}")
-
-    def _half(
-        self, core: Core, update: Update, chain: tuple[fx.Node, ...], roles: str, reason: Reason, beside: set[fx.Node],
-        lengths: Sequence[Any] = (),
-    ) -> Half:
-        """A cached tensor as the core reads it.
-
-        beside: views down to the other half, if it lies in the same tensor; `lengths`: of both buffers.
-        """
-        end = None
-        layout = read_layout(update.node, chain, update.axis, roles, core.tiled, _fronts(update, chain))
-        if update.axis is not None and update.axis != layout.token_axis:
-            raise Miss(Reason.CAT_AXIS, update.node, f"cat along axis {update.axis} of {layout.value}")
-        if self.readers[update.node] > 1:
-            raise Miss(Reason.SHARED_CACHE, update.node, f"{self.readers[update.node]} attentions read it")
-        readers = [core.node, *core.inner]
-        if update.form is CacheForm.BUFFER:
-            escaped = buffer_readers(self.flow, update, (*chain, *beside), readers)
-            end = check_buffer(self.flow, core, update, chain, lengths)
-        else:
-            region = {*chain, *beside} | (set() if update.form is CacheForm.RETURNED else {update.node})
-            escaped = self.flow.escapes(region, readers)
-            if update.past is not None:
-                escaped += self.flow.escapes([update.past], [update.node])
-        if escaped:
-            raise Miss(reason, escaped[0], f"{update.node.name} also feeds {escaped[0].name}")
-        self._check_unchanged(core, update)
-        for view in chain:
-            sizes = [user for user in view.users if is_metadata(user) and user.users]
-            if sizes and view not in self.flow.outputs:
-                raise Miss(reason, sizes[0], f"the size of {view.name}, a view of the cache, is read")
-        places = {at for node in (update.node, update.write) if node for at in self.flow.outputs.get(node, [])}
-        return Half(update, layout, chain, tuple(sorted(places)), end)
-
-    def _check_unchanged(self, core: Core, update: Update) -> None:
-        """The op reads everything where the attention stands; it must still be what was read or cached before."""
-        order, end = self.flow.order, self.flow.order[core.node]
-        written = update.write if update.write is not None else update.node
-        taken = order[written] if update.form is not CacheForm.RETURNED else end
-        change = changed(update.new, taken, len(order), order)
-        if change is not None:
-            raise Miss(Reason.UNSUPPORTED_UPDATE, change, f"{update.new.name} is changed after it was cached")
-        begins = min((order[node] for node in core.inner), default=end)
-        for node in (core.q, *(term.node for term in core.terms), *([core.sinks] if core.sinks is not None else [])):
-            change = changed(node, begins, end, order)
-            if change is not None:
-                raise Miss(Reason.UNSUPPORTED_ATTENTION, change, f"{node.name} is changed inside the attention")
-
-
-def _tiled(core: Core, updates: tuple[Update, Update], chains: tuple[tuple[fx.Node, ...], tuple[fx.Node, ...]]) -> bool:
-    """Are the KV heads of keys and values both tiled?"""
-    if "G" in core.axes.q or "G" in core.axes.out:
-        return False
-    roles = core.axes.k, core.axes.v
-    both = zip(updates, chains, roles, strict=True)
-    return all(is_tiled(u.node, chain, u.axis, r, _fronts(u, chain)) for u, chain, r in both)
-
-
-def _fronts(update: Update, chain: tuple[fx.Node, ...]) -> list[fx.Node]:
-    """Views that take the written part of a buffer; `check_buffer` looks at them."""
-    return [node for node in chain if is_front(node)] if update.form is CacheForm.BUFFER else []
-
-
-def _form(update: Update | None) -> str:
-    return update.form.value if update is not None else "not cached"

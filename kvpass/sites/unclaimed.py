@@ -16,6 +16,7 @@ from kvpass.graph.miss import Miss
 from kvpass.graph.module_names import module_path
 from kvpass.graph.nearby import whole
 from kvpass.graph.shapes import normal_dim, same, shape_of
+from kvpass.sites.kept import ESCAPES, change_between
 from kvpass.sites.near import near_misses
 from kvpass.sites.site import Site
 from kvpass.sites.table import Decline
@@ -87,10 +88,8 @@ def _unattended(found: Any, node: fx.Node) -> Miss | None:
 
 def changes_of(flow: Flow, cache: fx.Node, bases: list[fx.Node]) -> Miss | None:
     """What stands between a cache and the keys and values that an attention reads."""
-    for reason, base in zip((Reason.KEY_ESCAPES, Reason.VALUE_ESCAPES), bases, strict=False):
-        if base is not cache and flow.between(cache, base):
-            return Miss(reason, base, f"{call_name(base)} changes {cache.name} before the attention reads it")
-    return None
+    found = (change_between(flow, cache, base, reason) for reason, base in zip(ESCAPES, bases, strict=False))
+    return next(filter(None, found), None)
 
 
 def decline(node: fx.Node, miss: Miss, near: tuple[str, ...] = ()) -> Decline:

@@ -136,7 +136,9 @@ class RowAndPlace(Decoder):
 
 class _IndexPut(Decoder):
     def write(self, buffer: Tensor, new: Tensor, pos: Any, t: int) -> Tensor:
-        return buffer.transpose(1, 2).index_put_((torch.arange(BATCH)[:, None], pos), new.transpose(1, 2)).transpose(1, 2)
+        return (
+            buffer.transpose(1, 2).index_put_((torch.arange(BATCH)[:, None], pos), new.transpose(1, 2)).transpose(1, 2)
+        )
 
 
 class Flat(ByNumber):

@@ -14,8 +14,8 @@ from models.graphs import dynamic, outcome, table
 from torch import Tensor, fx
 
 from kvpass.errors import Reason
-from kvpass.graph.miss import Miss
 from kvpass.graph.layouts import read_layout
+from kvpass.graph.miss import Miss
 from kvpass.graph.views import is_view, walk_up
 from kvpass.terms import Layout
 

@@ -93,7 +93,7 @@ def padding_zeroed_in_the_values(self, k, v):
     return k, v.where(v.norm(dim=-1, keepdim=True) > 1, 0.0)
 
 
-@changed(V)
+@changed("PROJECTED_CACHE")
 def projected_values(self, k, v):
     """Values go through a weight after the cache."""
     return k, v @ self.q.weight[:DIM, :DIM]

@@ -76,7 +76,7 @@ def hopfield(self, x, memory):
     return self.finish(logits(q, memory).softmax(-1) @ memory), memory
 
 
-@case("CROSS_ATTENTION", lambda: (hidden(1), torch.randn(2, HEADS, 10, DIM)))
+@case("UNSUPPORTED_UPDATE", lambda: (hidden(1), torch.randn(2, HEADS, 10, DIM)))
 def memory_written_by_a_gate(self, x, memory):
     """A neural Turing machine: every place of the memory changes at every step."""
     q, _, _ = self.project(x)

@@ -24,7 +24,7 @@ def streamed_source(self, x, memory, cache):
     return self.finish(eager(q, k, v)), (k, v)
 
 
-@case("CROSS_ATTENTION", lambda: (hidden(6), past()))
+@case("QUERY_COUNT", lambda: (hidden(6), past()))
 def only_the_last_query(self, x, cache):
     """Six new keys, one query: positions of queries and keys do not run together."""
     q, k, v = self.project(x)
@@ -32,7 +32,7 @@ def only_the_last_query(self, x, cache):
     return self.finish(attend(q[:, :, -1:], k, v)), (k, v)
 
 
-@case("CROSS_ATTENTION", lambda: (hidden(6), past()))
+@case("QUERY_COUNT", lambda: (hidden(6), past()))
 def queries_repeated(self, x, cache):
     """Two queries for each new key."""
     q, k, v = self.project(x)

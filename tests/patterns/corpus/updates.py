@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from corpus.case import case, eager, grow, step
+from corpus.case import MATCHED, case, eager, grow, step
 from models.attention import DIM, KV_HEADS, attend, hidden, past
 from models.plain import rotary
 
@@ -98,7 +98,7 @@ def two_new_values_for_one_new_key(cache, k, v):
     return torch.cat([cache[0], k], 2), torch.cat([cache[1], v.repeat(1, 1, 2, 1)], 2)
 
 
-@updated("KEY_VALUE_MISMATCH")
+@updated(UPDATE)
 def keys_cached_values_from_a_sum(cache, k, v):
     """The values are no tokens."""
     k = torch.cat([cache[0], k], 2)

@@ -1,0 +1,96 @@
+"""One cached tensor of a site, as its attention reads it, and what must hold for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx
+
+from kvpass.errors import Reason
+from kvpass.graph.aliases import changed
+from kvpass.graph.calls import is_metadata
+from kvpass.graph.dataflow import Flow
+from kvpass.graph.layouts import is_tiled, read_layout
+from kvpass.graph.miss import Miss
+from kvpass.graph.views import is_front
+from kvpass.sites.rules import buffer_readers, check_buffer
+from kvpass.sites.site import Core, Half, Update
+from kvpass.terms import CacheForm
+
+
+def half_of(
+    flow: Flow,
+    core: Core,
+    at: int,
+    update: Update,
+    chain: tuple[fx.Node, ...],
+    readers: int,
+    beside: set[fx.Node],
+    lengths: Sequence[Any],
+) -> Half:
+    """A cached tensor as the core reads it.
+
+    Args:
+        at: 0 for keys, 1 for values.
+        chain: views from the tensor down to the core.
+        readers: attentions that read it.
+        beside: what else may read it: views down to the other half, if it lies in the same tensor.
+        lengths: of the buffers of keys and values.
+
+    Raises:
+        Miss: a rule of sites is broken.
+    """
+    reason, roles, end = (Reason.KEY_ESCAPES, Reason.VALUE_ESCAPES)[at], (core.axes.k, core.axes.v)[at], None
+    layout = read_layout(update.node, chain, update.axis, roles, core.tiled, _fronts(update, chain))
+    if update.axis is not None and update.axis != layout.token_axis:
+        raise Miss(Reason.CAT_AXIS, update.node, f"cat along axis {update.axis} of {layout.value}")
+    if readers > 1:
+        raise Miss(Reason.SHARED_CACHE, update.node, f"{readers} attentions read it")
+    cores = [core.node, *core.inner]
+    if update.form is CacheForm.BUFFER:
+        escaped = buffer_readers(flow, update, (*chain, *beside), cores)
+        end = check_buffer(flow, core, update, chain, lengths)
+    else:
+        region = {*chain, *beside} | (set() if update.form is CacheForm.RETURNED else {update.node})
+        escaped = flow.escapes(region, cores)
+        if update.past is not None:
+            escaped += flow.escapes([update.past], [update.node])
+    if escaped:
+        raise Miss(reason, escaped[0], f"{update.node.name} also feeds {escaped[0].name}")
+    check_unchanged(flow, core, update)
+    for view in chain:
+        sizes = [user for user in view.users if is_metadata(user) and user.users]
+        if sizes and view not in flow.outputs:
+            raise Miss(reason, sizes[0], f"the size of {view.name}, a view of the cache, is read")
+    places = {at for node in (update.node, update.write) if node for at in flow.outputs.get(node, [])}
+    return Half(update, layout, chain, tuple(sorted(places)), end)
+
+
+def check_unchanged(flow: Flow, core: Core, update: Update) -> None:
+    """The op reads everything where the attention stands; it must still be what was read or cached before."""
+    order, end = flow.order, flow.order[core.node]
+    written = update.write if update.write is not None else update.node
+    taken = order[written] if update.form is not CacheForm.RETURNED else end
+    change = changed(update.new, taken, len(order), order)
+    if change is not None:
+        raise Miss(Reason.UNSUPPORTED_UPDATE, change, f"{update.new.name} is changed after it was cached")
+    begins = min((order[node] for node in core.inner), default=end)
+    for node in (core.q, *(term.node for term in core.terms), *([core.sinks] if core.sinks is not None else [])):
+        change = changed(node, begins, end, order)
+        if change is not None:
+            raise Miss(Reason.UNSUPPORTED_ATTENTION, change, f"{node.name} is changed inside the attention")
+
+
+def is_tiled_core(core: Core, updates: tuple[Update, Update], chains: Sequence[tuple[fx.Node, ...]]) -> bool:
+    """Are the KV heads of keys and values both tiled?"""
+    if "G" in core.axes.q or "G" in core.axes.out:
+        return False
+    roles = core.axes.k, core.axes.v
+    both = zip(updates, chains, roles, strict=True)
+    return all(is_tiled(u.node, chain, u.axis, r, _fronts(u, chain)) for u, chain, r in both)
+
+
+def _fronts(update: Update, chain: tuple[fx.Node, ...]) -> list[fx.Node]:
+    """Views that take the written part of a buffer; `check_buffer` looks at them."""
+    return [node for node in chain if is_front(node)] if update.form is CacheForm.BUFFER else []
