@@ -61,8 +61,8 @@ class SdpaCore:
 
 
 def check_operands(node: fx.Node, q: fx.Node, k: fx.Node, v: fx.Node) -> None:
-    """What every core asks of its operands: four axes, or three (sequences and heads in one), a constant head dimension,
-    one floating dtype.
+    """What every core asks of its operands: four axes, or three with sequences and heads in one; a constant head
+    dimension, one floating dtype.
 
     Raises:
         Miss: LAYOUT or DTYPE.

@@ -124,11 +124,11 @@ class Retirement:
         into = changes(update.write) or home_of(given)[0] is update.past or home_of(given)[0] is home_of(update.node)[0]
         part = write.args[0] if into else None  # a blend takes something else first
         self._erase(write)
-        for node in reversed(update.inner):
-            self._erase(self.copy[node])
+        for inner in reversed(update.inner):
+            self._erase(self.copy[inner])
         others = taken_out(update.past, update.path) if update.past is not None else []
-        starts: list[Any] = [part, self.copy[update.node], *(self.copy[n] for n in others)]
-        for node in starts:
+        node: Any
+        for node in (part, self.copy[update.node], *(self.copy[n] for n in others)):
             while isinstance(node, fx.Node) and node.op != "placeholder" and not node._erased and not _is_read(node):
                 above = node.args[0] if node.args else None
                 self._erase(node)

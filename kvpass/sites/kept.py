@@ -87,7 +87,7 @@ def change_between(flow: Flow, cache: fx.Node, base: fx.Node, reason: Reason) ->
             detail = f"{call_name(node)} makes keys and values from {cache.name} anew in each call"
             return Miss(Reason.PROJECTED_CACHE, node, detail, (cache,))
     for node in between:
-        if call_name(node) not in PARTS and not is_view(node):
+        if call_name(node) not in PARTS and not is_view(node) and not is_metadata(node) and not _makes(node):
             what = "keys" if reason is Reason.KEY_ESCAPES else "values"
             hint = f"cache the {what} as the attention reads them: rotate, scale or convert them before they are cached"
             return Miss(
@@ -171,3 +171,8 @@ def _is_wide(node: fx.Node) -> bool:
 
 def _tensors(values: Any) -> bool:
     return any(isinstance(value, torch.Tensor) for value in values)
+
+
+def _makes(node: fx.Node) -> bool:
+    """A tensor like another one, none of whose numbers it reads."""
+    return call_name(node).startswith("new_") or call_name(node).endswith("_like")

@@ -108,8 +108,8 @@ def test_three_dimensions():
         v = torch.cat([cache[1], x], 1)
         return F.scaled_dot_product_attention(x, k, v), (k, v)
 
-    found = declined(layer(forward), hidden(), (hidden(5), hidden(5)))
-    assert (found.reason, found.detail) == ("LAYOUT", "operand of shape (2, 1, 32) is not 4-d")
+    (site,) = table(layer(forward), hidden(), (hidden(5), hidden(5))).sites
+    assert (site.key.layout.value, site.dims["Hkv"], site.dims["Hq"]) == ("BT[32]", 1, 1)
 
 
 def test_double():
