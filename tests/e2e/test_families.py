@@ -52,6 +52,17 @@ def test_family(family: str, attention: str) -> None:
     check(family, attention, "graphs", "masks")
 
 
+@pytest.mark.usefixtures("one_trace")
+def test_attentions_that_share_heads_over_one_cache() -> None:
+    """DiffLlama's second shape: two attentions read one cache, and each KV head serves two query heads of both."""
+    for attention in ("sdpa", "eager"):
+        model = build("diffllama", attention)
+        result = case.run("diffllama", attention, skip=("graphs", "masks"), other=True)
+        assert build("diffllama", attention, True).config.num_key_value_heads != model.config.num_key_value_heads
+        assert scoreboard.runs(result), result
+        assert not scoreboard.wrong_in_other_shape({"other shape": result}), result
+
+
 @pytest.mark.parametrize(("family", "attention"), [("gpt2", "eager"), ("gpt_oss", "eager")])
 def test_family_and_its_graphs(family: str, attention: str) -> None:
     """The second has sinks, sliding layers, and experts whose sizes Dynamo guards."""

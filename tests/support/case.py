@@ -35,16 +35,20 @@ Result = dict[str, Any]
 
 
 def run(
-    family: str, attention: str, save: Callable[[Result], None] = lambda _: None, skip: tuple[str, ...] = ()
+    family: str,
+    attention: str,
+    save: Callable[[Result], None] = lambda _: None,
+    skip: tuple[str, ...] = (),
+    other: bool = False,
 ) -> Result:
     """All checks but those to `skip`, in order; `save` is handed the result after each, for those who may not see the
-    end.
+    end. `other`: the family's second shape.
     """
     torch._dynamo.reset()
-    result: Result = {"status": "building"}
+    result: Result = {"status": "building"} | ({"other": True} if other else {})
     start = time.perf_counter()
     try:
-        model = build(family, attention)
+        model = build(family, attention, other)
     except Exception as error:
         return {"status": "no_sdpa" if "scaled_dot_product" in str(error) else "not_built", "why": short(error)}
     result |= {"status": "running", "model": type(model).__name__}
@@ -178,7 +182,7 @@ def against_oracle(family: str, model: Any, policy: str, result: Result) -> Resu
     evicting = set(kept(ours.cache))
     if not evicting:
         return {"ok": None, "why": "nothing is matched"}
-    plain = build(family, "eager")
+    plain = build(family, "eager", result.get("other", False))
     plain.load_state_dict(model.state_dict())
     oracle = AnyOracle(plain, policy, BUDGET, FLOOR, evicting, family in ONE_HEAD)
     theirs = Feed(plain, oracle)

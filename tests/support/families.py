@@ -16,9 +16,15 @@ FAMILIES: list[str] = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 GAIN = 1.2
 
 
-def build(family: str, attention: str) -> Any:
-    """A tiny model of this family, the same weights each time, in eval mode."""
-    config = tiny_config(CONFIG_MAPPING[family], OVERRIDES.get(family))
+def build(family: str, attention: str, other: bool = False) -> Any:
+    """A tiny model of this family, the same weights each time, in eval mode; `other`: in its second shape.
+
+    Raises:
+        ValueError: it has no second shape.
+    """
+    config = tiny_config(CONFIG_MAPPING[family], OVERRIDES.get(family), other)
+    if config is None:
+        raise ValueError("it has one shape only")
     part = OVERRIDES.get(family, {}).get("__part__")
     if getattr(config, "is_decoder", True) is False:
         config.is_decoder = True

@@ -49,7 +49,16 @@ def passes(result: Result) -> bool:
 
 def whole(results: Result) -> bool:
     """All is right with each attention implementation that the family has."""
-    return in_scope(results) and all(passes(r) for r in offered(results))
+    return in_scope(results) and all(passes(r) for r in offered(results)) and not wrong_in_other_shape(results)
+
+
+def wrong_in_other_shape(results: Result) -> str:
+    """What is wrong in a family's second shape, in a line; "" where it has none, or none was tried."""
+    result = results.get("other shape", {"status": "not tried"})
+    if not runs(result):
+        return ""
+    failed = [name for name in VERDICTS[1:] if result.get(name, {}).get("ok") is False]
+    return reason(result) if failed or not matched(result) else ""
 
 
 def offered(results: Result) -> list[Result]:
@@ -65,6 +74,9 @@ def regressions(before: Result, now: Result) -> list[str]:
             lost = [name for name in VERDICTS if verdict(old, name) and not verdict(new, name)]
             if lost:
                 worse.append(f"  {family} {attention}: {', '.join(lost)}; {reason(new)}")
+        wrong = wrong_in_other_shape(now[family])
+        if wrong and not wrong_in_other_shape(before[family]):
+            worse.append(f"  {family} in its other shape: {wrong}")
     return worse
 
 
@@ -114,6 +126,8 @@ def line(family: str, results: Result) -> str:
         states = [f"{name} {word(result, name)}" for name in VERDICTS[1:]]
         parts.append(f"{attention}: {sites(result)} sites, {', '.join(states)}".replace("**", ""))
         parts += [f"  {why}" for why in [reason(result)] if why and not passes(result)]
+    other = wrong_in_other_shape(results) or results.get("other shape", {}).get("status", "not tried")
+    parts.append(f"other shape: {other}")
     return "; ".join(parts) + f"; {results.get('seconds', 0):.0f} s"
 
 

@@ -126,9 +126,30 @@ def tiny_values(config: Any, overrides: dict[str, Any]) -> dict[str, Any]:
     return values | {k: v for k, v in overrides.items() if k not in getattr(config, "sub_configs", {})}
 
 
-def tiny_config(config_class: Any, overrides: dict[str, Any] | None = None) -> Any:
-    """A tiny config of this class."""
+def tiny_config(config_class: Any, overrides: dict[str, Any] | None = None, other: bool = False) -> Any:
+    """A tiny config of this class; `other`: in its second shape, None where it has only one."""
     overrides = overrides or {}
     wanted = overrides.get("__default__", {})
     rest = {k: v for k, v in overrides.items() if not k.startswith("__")}
-    return config_class(**tiny_values(config_class(**wanted), rest))
+    values = tiny_values(config_class(**wanted), rest)
+    first = config_class(**values)
+    if not other:
+        return first
+    changes = other_shape(first)
+    kept = {k: v for k, v in values.items() if k != "layer_types" or "use_sliding_window" not in changes}
+    return config_class(**(kept | changes)) if changes else None
+
+
+def other_shape(config: Any) -> dict[str, Any]:
+    """What differs in the second shape of a config: heads share keys and values where they did not, or the other way
+    round; and windows, where it has them and they are off.
+    """
+    has, changes = vars(config), {}
+    heads, kv_heads = has.get("num_attention_heads"), has.get("num_key_value_heads")
+    if isinstance(heads, int) and isinstance(kv_heads, int) and "kv_lora_rank" not in has:
+        changes["num_key_value_heads"] = heads // 2 if kv_heads == heads else heads
+    if has.get("use_sliding_window") is False:
+        changes |= {"use_sliding_window": True, "sliding_window": WINDOW}
+    elif "sliding_window" in has and has["sliding_window"] is None:
+        changes["sliding_window"] = WINDOW
+    return changes

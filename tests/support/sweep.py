@@ -28,6 +28,10 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 PARTS = ROOT / ".cache" / "support"
 ATTENTIONS = ("sdpa", "eager")
+OTHER = "other shape"
+"""Of a family's results: heads grouped where they were not, or the other way round, and windows where they were off;
+with the first attention implementation that ran.
+"""
 
 
 def find_packages() -> None:
@@ -73,6 +77,10 @@ def child(family: str, mode: str) -> None:
         if mode in PARTIAL and results[attention]["status"] == "ran":
             save("eager", results.get("eager", {"status": "not tried"}))
             break
+    first = next((a for a in ATTENTIONS if results[a]["status"] == "ran"), None)
+    if mode in ("full", "quick") and first is not None:
+        skip = ("masks", "graphs") if mode == "full" else ("eviction", "bytes", "masks", "graphs")
+        save(OTHER, run(family, first, lambda result: save(OTHER, result), skip, other=True))
     save("done", True)
 
 

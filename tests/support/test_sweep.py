@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import Gemma2Config, LlamaConfig, Qwen3NextConfig
+from transformers import Gemma2Config, LlamaConfig, Qwen2Config, Qwen3NextConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -65,6 +65,23 @@ def test_every_kind_of_layer_is_there() -> None:
     assert tiny_config(Gemma2Config).sliding_window == WINDOW
     assert tiny_config(Qwen3NextConfig).layer_types == ["linear_attention", "full_attention", "full_attention"]
     assert covering(["dense", "sparse", "sparse", "sparse"], 3) == ["dense", "sparse", "sparse"]
+
+
+def test_second_shapes() -> None:
+    """Heads the other way round, windows on."""
+    one, other = tiny_config(LlamaConfig), tiny_config(LlamaConfig, other=True)
+    assert (one.num_key_value_heads, other.num_key_value_heads) == (2, 4)
+    windowed = tiny_config(Qwen2Config, other=True)
+    assert windowed.sliding_window == WINDOW
+    assert "sliding_attention" in windowed.layer_types
+
+
+def test_a_wrong_second_shape_is_worse() -> None:
+    good, bad = {**both(GOOD), "other shape": GOOD}, {**both(GOOD), "other shape": {**GOOD, "identity": BAD}}
+    assert scoreboard.whole(good)
+    assert not scoreboard.whole(bad)
+    assert scoreboard.regressions({"llama": good}, {"llama": good}) == []
+    assert "other shape" in scoreboard.regressions({"llama": both(GOOD)}, {"llama": bad})[0]
 
 
 def test_sub_configs() -> None:
