@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from kvpass.errors import RecompileError
+from kvpass.pipeline.conditions import MARK, decided
 from kvpass.pipeline.progress import tracing
 
 LIMIT = 64
@@ -64,6 +65,9 @@ class _Entrance:
         return backend(gm, example_inputs)
 
 
+setattr(_Entrance, MARK, True)
+
+
 @contextmanager
 def limits() -> Iterator[None]:
     """Dynamo's settings for calls of `isolated`; the caller's come back afterwards.
@@ -78,7 +82,7 @@ def limits() -> Iterator[None]:
     for name in before:
         setattr(config, name, _WITHIN_A_CALL[name])
     try:
-        with tracing():
+        with tracing(), decided():
             yield
     except torch._dynamo.exc.FailOnRecompileLimitHit as error:
         raise _too_many() from error
