@@ -26,7 +26,12 @@ class _Roles:
 
 
 def read_layout(
-    base: fx.Node, chain: Sequence[fx.Node], axis: int | None = None, roles: str = "BHTD", tiled: bool = False
+    base: fx.Node,
+    chain: Sequence[fx.Node],
+    axis: int | None = None,
+    roles: str = "BHTD",
+    tiled: bool = False,
+    fronts: Sequence[fx.Node] = (),
 ) -> Layout:
     """Layout of `base` if the chain turns it into what the attention reads, with grouped heads in the right order.
 
@@ -34,13 +39,14 @@ def read_layout(
         axis: the axis along which the cache grows, if known; it decides where sizes of one leave the order open.
         roles: axes that the attention reads, `BHTD`, `BHDT`, `NTD`, `BHGTD`, `BTD`, ...; see `kvpass.sites.site.Axes`.
         tiled: the right order is query head h reading KV head h % Hkv.
+        fronts: views of the chain that take the written part of a buffer.
 
     Raises:
         Miss: LAYOUT, GROUP_ORDER or UNSUPPORTED_ATTENTION (only a part of the tokens is read), with the view that
         breaks it.
     """
     factors = Factors(base)
-    unknown = factors.follow(base, chain)
+    unknown = factors.follow(base, chain, fronts)
     last = chain[-1] if chain else base
     if unknown is not None:
         raise Miss(Reason.LAYOUT, unknown, f"views between cache and attention do not end in {roles}")
@@ -50,10 +56,12 @@ def read_layout(
     return _layout(base, factors, found, last)
 
 
-def is_tiled(base: fx.Node, chain: Sequence[fx.Node], axis: int | None, roles: str) -> bool:
+def is_tiled(
+    base: fx.Node, chain: Sequence[fx.Node], axis: int | None, roles: str, fronts: Sequence[fx.Node] = ()
+) -> bool:
     """Does query head h read KV head h % Hkv?"""
     try:
-        read_layout(base, chain, axis, roles)
+        read_layout(base, chain, axis, roles, fronts=fronts)
     except Miss as miss:
         return miss.reason is Reason.GROUP_ORDER
     return False
