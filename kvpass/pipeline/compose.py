@@ -88,6 +88,7 @@ class Backend:
         from kvpass.graph.dataflow import data_inputs
         from kvpass.graph.plain import plain
         from kvpass.patterns import DEFAULT
+        from kvpass.pipeline.parted import check_parted
         from kvpass.runtime.untouched import Untouched
         from kvpass.sites.dense import dense_by_choice
         from kvpass.sites.scan import scan
@@ -103,6 +104,8 @@ class Backend:
                 raise _strict_error(table)
         if not table.sites:
             call = current()
+            if self.strict and call is not None:
+                check_parted(gm.graph, example_inputs, self.patterns or DEFAULT, call)
             chosen = self.inner if call is None or call.whole else "eager"  # an encoder or a head, called alone
             with stages(self.debug, len(self.graphs), gm, record, None), record.timed("inner"):
                 inner = compile_inner(chosen, gm, example_inputs)

@@ -15,6 +15,7 @@ import torch
 from kvpass.errors import DeclinedError, RecompileError, ShellDataError
 from kvpass.runtime.active import ACTIVE, Ledger
 from kvpass.runtime.attributes import DEEPEST, attributes
+from kvpass.runtime.breaks import MEND, breaks, told
 from kvpass.runtime.shell import find, is_shell
 from kvpass.runtime.store import SlotStore
 from kvpass.runtime.veil import Shell, unveil, veil
@@ -70,6 +71,7 @@ class Call(Ledger):
         unveil([one.tensor for one in shells] + hosted)
         self.made += [one.tensor for one in shells] + hosted
         self.shells = [(one.path, one.tensor, store) for one in shells if (store := find(one.tensor)) is not None]
+        self.breaks = len(breaks())
         ACTIVE.calls.append(self)
 
     def end(self) -> None:
@@ -143,10 +145,11 @@ class Call(Ledger):
         how = "no graph with an attention that kvpass knows wrote them"
         if not self.graphs:
             how = "Dynamo compiled no part of this call"
+        broken = told(self.breaks)
         return DeclinedError(
             f"a cache grew that kvpass did not compress: {names}{more} ({list(grown[0].tensor.shape)}); {how}",
-            where=f"a call of {self.owner}",
-            hint="kvpass.explain(model, ...) shows what was traced, TORCH_LOGS=graph_breaks what was not; strict=False "
+            where=f"a call of {self.owner}" + (f"; {broken}" if broken else ""),
+            hint=(f"{MEND}; " if broken else "") + "kvpass.explain(model, ...) shows what was traced, TORCH_LOGS=graph_breaks what was not; strict=False "
             "leaves such caches dense",
         )
 
