@@ -17,6 +17,7 @@ from torch import fx
 from kvpass.errors import DeclinedError, KVPassError, TrainingError
 from kvpass.graph.calls import example
 from kvpass.pipeline.arguments import check_options, checked_patterns
+from kvpass.pipeline.conditions import MARK, decided_from_now_on
 from kvpass.pipeline.graphs import GraphRecord, Graphs, capture_seconds
 from kvpass.pipeline.inner import compile_inner
 from kvpass.policy.policy import Policy
@@ -74,6 +75,8 @@ class Backend:
         call = current()
         if call is not None:
             call.compiling()
+        else:
+            decided_from_now_on()
         try:
             return self._compile(gm, example_inputs)
         except KVPassError as error:
@@ -85,6 +88,7 @@ class Backend:
         from kvpass.graph.dataflow import data_inputs
         from kvpass.graph.plain import plain
         from kvpass.patterns import DEFAULT
+        from kvpass.pipeline.parted import check_parted
         from kvpass.runtime.untouched import Untouched
         from kvpass.sites.dense import dense_by_choice
         from kvpass.sites.scan import scan
@@ -100,6 +104,8 @@ class Backend:
                 raise _strict_error(table)
         if not table.sites:
             call = current()
+            if self.strict and call is not None:
+                check_parted(gm.graph, example_inputs, self.patterns or DEFAULT, call)
             chosen = self.inner if call is None or call.whole else "eager"  # an encoder or a head, called alone
             with stages(self.debug, len(self.graphs), gm, record, None), record.timed("inner"):
                 inner = compile_inner(chosen, gm, example_inputs)
@@ -195,6 +201,9 @@ class Backend:
         return total
 
 
+setattr(Backend, MARK, True)
+
+
 def _title(number: int, table: SiteTable) -> str:
     """What is told of a graph while it is compiled."""
     phases = sorted({site.phase.value for site in table})
@@ -282,3 +291,6 @@ def from_options(
         return _FROM_OPTIONS[key](gm, example_inputs)
     except KVPassError as error:
         return _Refusal(error)
+
+
+setattr(from_options, MARK, True)

@@ -28,12 +28,16 @@ class Ledger:
         made: the tensors that stand for stores after it.
         dense: caches that are left as they are by choice, which its graphs returned.
         hosted: shells that only the model itself held after earlier calls.
+        breaks: how many graph breaks Dynamo had told of when it began.
+        parted: memories that graphs without a site write new tokens into, how many, and the model's line.
     """
 
     owner: Any
     whole: bool
     hosted: list[weakref.ref[torch.Tensor]]
     before: Any = None
+    breaks: int = 0
+    parted: list[tuple[int, int, str]] = field(default_factory=list)
     graphs: int = 0
     opened: list[SlotStore] = field(default_factory=list)
     made: list[torch.Tensor] = field(default_factory=list)

@@ -15,7 +15,8 @@ import torch
 from kvpass.errors import DeclinedError, RecompileError, ShellDataError
 from kvpass.runtime.active import ACTIVE, Ledger
 from kvpass.runtime.attributes import DEEPEST, attributes
-from kvpass.runtime.shell import find
+from kvpass.runtime.breaks import MEND, breaks, told
+from kvpass.runtime.shell import find, is_shell
 from kvpass.runtime.store import SlotStore
 from kvpass.runtime.veil import Shell, unveil, veil
 
@@ -53,10 +54,12 @@ class Call(Ledger):
 
     Attributes:
         kept: tensors in the model's attributes before the call, of those attributes that calls change.
+        spoke: shells that were given, or that the model itself held.
     """
 
     given: list[Found] = field(default_factory=list)
     kept: list[Found] = field(default_factory=list)
+    spoke: list[torch.Tensor] = field(default_factory=list)
     shells: list[tuple[Path, torch.Tensor, SlotStore]] = field(default_factory=list)
 
     def begin(self, args: Any, kwargs: Any, kept: list[Found]) -> None:
@@ -64,15 +67,17 @@ class Call(Ledger):
         self.given, self.kept = tensors((args, kwargs)), kept
         shells = [one for one in self.given if type(one.tensor) is Shell]
         hosted = [t for t in (ref() for ref in self.hosted) if t is not None]
+        self.spoke = [t for t in (*(one.tensor for one in shells), *hosted) if type(t) is Shell]
         unveil([one.tensor for one in shells] + hosted)
         self.made += [one.tensor for one in shells] + hosted
         self.shells = [(one.path, one.tensor, store) for one in shells if (store := find(one.tensor)) is not None]
+        self.breaks = len(breaks())
         ACTIVE.calls.append(self)
 
     def end(self) -> None:
         """Make shells speak again."""
         ACTIVE.calls.remove(self)
-        veil(t for t in self.made if t.untyped_storage().nbytes() <= t.element_size())
+        veil([*self.spoke, *(t for t in self.made if is_shell(t))])
 
     def compare(self, args: Any, kwargs: Any, result: Any, kept: list[Found]) -> list[Found]:
         """Compare what the call left with what its graphs noted. Returns what it left, beside `kept`: what is in the
@@ -140,10 +145,11 @@ class Call(Ledger):
         how = "no graph with an attention that kvpass knows wrote them"
         if not self.graphs:
             how = "Dynamo compiled no part of this call"
+        broken = told(self.breaks)
         return DeclinedError(
             f"a cache grew that kvpass did not compress: {names}{more} ({list(grown[0].tensor.shape)}); {how}",
-            where=f"a call of {self.owner}",
-            hint="kvpass.explain(model, ...) shows what was traced, TORCH_LOGS=graph_breaks what was not; strict=False "
+            where=f"a call of {self.owner}" + (f"; {broken}" if broken else ""),
+            hint=(f"{MEND}; " if broken else "") + "kvpass.explain(model, ...) shows what was traced, TORCH_LOGS=graph_breaks what was not; strict=False "
             "leaves such caches dense",
         )
 
