@@ -12,16 +12,26 @@ import torch
 from models.plain import causal_mask, tokens
 from models.styles import (
     alibi,
+    blended,
     einsum,
+    from_scratch,
     gpt_fast,
+    keyed,
+    litgpt,
     llama_reference,
+    multi_query,
     multihead,
+    nanochat,
     nanogpt,
+    nanovlm,
+    one_tensor,
     packed_groups,
     rebinding,
     sinks,
     softcap,
     stacked,
+    torchtune,
+    x_transformers,
 )
 from models.styles.style import DIM, LAYERS, Attention, greedy, make, one
 from oracle.simulator import Simulator
@@ -49,6 +59,20 @@ KINDS = [
     packed_groups.Packed,
     packed_groups.MultiQuery,
     stacked.Stacked,
+    nanochat.Chat,
+    x_transformers.Intermediate,
+    from_scratch.Pointer,
+    from_scratch.Listed,
+    torchtune.Tuned,
+    litgpt.Lit,
+    litgpt.LitToTheEnd,
+    nanovlm.Vision,
+    keyed.Keyed,
+    one_tensor.Fused,
+    one_tensor.SideBySide,
+    blended.Blended,
+    blended.Product,
+    multi_query.Headless,
 ]
 SOME = [nanogpt.GPT, gpt_fast.Transformer, llama_reference.MovingLlama, rebinding.Rebinding, stacked.Stacked]
 """For each way to keep a cache."""
@@ -69,11 +93,27 @@ BUFFERED = [
     llama_reference.Llama,
     llama_reference.MovingLlama,
     stacked.Stacked,
+    torchtune.Tuned,
+    litgpt.Lit,
+    litgpt.LitToTheEnd,
+    blended.Blended,
+    blended.Product,
 ]
 """Those that allocate buffers before their first call."""
-KEEPING = [gpt_fast.Transformer, llama_reference.Llama, rebinding.Rebinding, stacked.Stacked]
+KEEPING = [
+    gpt_fast.Transformer,
+    llama_reference.Llama,
+    rebinding.Rebinding,
+    stacked.Stacked,
+    nanochat.Chat,
+    from_scratch.Pointer,
+    from_scratch.Listed,
+    torchtune.Tuned,
+    litgpt.LitToTheEnd,
+    keyed.Keyed,
+]
 """Those whose cache is no value that the caller passes from call to call."""
-TOP_LEFT = (nanogpt.GPT, multihead.Multihead)
+TOP_LEFT = (nanogpt.GPT, multihead.Multihead, nanovlm.Vision)
 """is_causal counts from the top left, so they take one token at a time after the prompt."""
 
 BATCH, PROMPT, BUDGET, ROOM = 2, 50, 24, 128
@@ -105,6 +145,8 @@ class Oracle:
     def attend(self, attention: Attention, q: Any, k: Any, v: Any, extra: Any) -> torch.Tensor:
         if attention.tokens_first:
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        if k.dim() == 3:  # [B, T, D] of one head
+            k, v = k.unsqueeze(1), v.unsqueeze(1)
         length = self.start + q.shape[2]
         out = self.weighted(attention, q.double(), k[:, :, :length].double(), v[:, :, :length].double()).to(q.dtype)
         return out.transpose(1, 2) if attention.tokens_first else out
