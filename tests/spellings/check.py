@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 import time
 import warnings
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
+from unittest import mock
 
 import torch
+from models import traced
 from spellings.decoder import DIM, VOCABULARY, Decoder, kv_heads, make
 from spellings.predicted import predicted
 from spellings.reference import Reference
@@ -55,12 +58,17 @@ class Wrong(Exception):
     """A check that failed: its kind, and what was found."""
 
 
-def check(spelling: Spelling, policy: str = "h2o") -> Outcome:
-    """Never raises for what kvpass does; an AssertionError says that the grammar's own decoder is wrong."""
+def check(spelling: Spelling, policy: str = "h2o", shared: bool = False) -> Outcome:
+    """Never raises for what kvpass does; an AssertionError says that the grammar's own decoder is wrong.
+
+    Args:
+        shared: both budgets share what Dynamo traced (tests/models/traced.py): half of the time.
+    """
     start = time.monotonic()
     torch._dynamo.reset()
     by_itself(make(spelling))
-    with warnings.catch_warnings():
+    traces = mock.patch("kvpass.model.compilation.isolated", traced.isolated) if shared else nullcontext()
+    with warnings.catch_warnings(), traces:
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", NothingRewritten)
         outcome = _outcome(spelling, policy)
@@ -76,24 +84,25 @@ def _outcome(spelling: Spelling, policy: str) -> Outcome:
     except Wrong as wrong:
         if wrong.args[0] not in REFUSED:
             return Outcome(*wrong.args)
-        return without_strict(spelling, policy) or Outcome(*wrong.args)
+        return without_strict(spelling, policy, wrong.args[1]) or Outcome(*wrong.args)
     if predicted(spelling):
         return Outcome("a predicted decline did not happen", text=str(predicted(spelling)))
     return Outcome("matched", graphs=graphs)
 
 
-def without_strict(spelling: Spelling, policy: str) -> Outcome | None:
+def without_strict(spelling: Spelling, policy: str, code: str) -> Outcome | None:
     """What is declined runs all the same under strict=False, dense or evicting; what is wrong with that."""
     compiled = kvpass.compile(make(spelling), policy, BUDGET, inner="eager", strict=False)
     for lengths, room in conversations(spelling):
         cache, start = compiled.init_cache(BATCH, room), 0
         for call, length in enumerate(lengths):
             try:
-                with torch.no_grad():
+                with torch.no_grad(), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
                     _, cache = compiled.step(tokens(length, start), cache, start)
             except Exception as raised:
                 first = next(iter(str(raised).splitlines()), "")
-                words = f"call {call + 1}: {type(raised).__name__}: {first[:150]}"
+                words = f"{code}, call {call + 1}: {type(raised).__name__}: {first[:150]}"
                 return Outcome("strict=False raises", words, str(raised))
             start += length
     return None

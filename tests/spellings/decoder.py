@@ -199,7 +199,7 @@ class Decoder(nn.Module):
         if s.carried == "counter":
             return self.counter
         if s.carried == "range":
-            return self.range
+            return (self.range,)
         if s.carried == "module_int":
             return self.at
         return cache.at if s.carried == "object_int" else given

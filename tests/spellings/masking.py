@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from spellings.writing import index_of
 from torch import Tensor
 
 WINDOW = 8
@@ -16,13 +17,11 @@ def tril(square: Tensor, place: Any, count: int, length: int) -> Tensor:
 
 def rows(square: Tensor, place: Any, count: int, length: int) -> Tensor:
     """Of the square that the model keeps."""
-    if isinstance(place, Tensor):
-        return square[place[:count] if place.dim() else place + torch.arange(count)]
-    return square[place : place + count]
+    return square[place : place + count] if isinstance(place, int) else square[index_of(place, count)]
 
 
 def positions(square: Tensor, place: Any, count: int, length: int) -> Tensor:
-    return torch.arange(length) <= queries_at(place, count)[:, None]
+    return torch.arange(length) <= index_of(place, count)[:, None]
 
 
 def prompt(square: Tensor, place: Any, count: int, length: int) -> Tensor | None:
@@ -30,19 +29,13 @@ def prompt(square: Tensor, place: Any, count: int, length: int) -> Tensor | None
     return tril(square, place, count, length) if count > 1 else None
 
 
-def queries_at(place: Any, count: int) -> Tensor:
-    if isinstance(place, Tensor):
-        return place[:count] if place.dim() else place + torch.arange(count)
-    return torch.arange(place, place + count)
-
-
 def within_window(mask: Tensor, place: Any, count: int) -> Tensor:
-    return mask & (queries_at(place, count)[:, None] - torch.arange(mask.shape[-1]) < WINDOW)
+    return mask & (index_of(place, count)[:, None] - torch.arange(mask.shape[-1]) < WINDOW)
 
 
 def distances(slopes: Tensor, place: Any, count: int, length: int) -> Tensor:
     """ALiBi, [H, S, T]."""
-    return slopes[:, None, None] * (torch.arange(length) - queries_at(place, count)[:, None])
+    return slopes[:, None, None] * (torch.arange(length) - index_of(place, count)[:, None])
 
 
 MASKS = {"tril": tril, "rows": rows, "positions": positions, "prompt": prompt}

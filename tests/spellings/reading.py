@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from spellings.writing import index_of
 from torch import Tensor
 
 ALL = slice(None)
@@ -40,6 +41,6 @@ READS = {
 
 def end_of(place: Any, count: int) -> Any:
     """Where the new tokens end: an int, or a tensor if the place is one."""
-    if isinstance(place, Tensor) and place.dim():
-        return place[count - 1] + 1
-    return place + count
+    if isinstance(place, int) or (isinstance(place, Tensor) and not place.dim()):
+        return place + count
+    return index_of(place, count)[-1] + 1

@@ -1,6 +1,7 @@
 """How new tokens get into the cache. Each function returns the cache with them: the same tensor if it wrote in place.
 
-place: where they begin, an int or a tensor of no axes; or their positions [S]; or (`range`) the positions from there on.
+place: where they begin, an int or a tensor of no axes; or their positions [S]; or a tuple with the positions of all
+tokens that may still come, of which each reader takes the first S.
 axis: the token axis, counted from the front.
 """
 
@@ -17,8 +18,10 @@ ALL = slice(None)
 
 def index_of(place: Any, count: int) -> Tensor:
     """Positions of a call's tokens, [S]."""
+    if isinstance(place, tuple):
+        return place[0][:count]
     if isinstance(place, Tensor):
-        return place[:count] if place.dim() else place + torch.arange(count)
+        return place if place.dim() else place + torch.arange(count)
     return torch.arange(place, place + count)
 
 
