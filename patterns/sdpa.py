@@ -18,7 +18,7 @@ from kvpass.graph.calls import argument, call_name, example
 from kvpass.graph.miss import Miss
 from kvpass.graph.numbers import constant
 from kvpass.graph.shapes import shape_of
-from kvpass.sites.site import Core, Term
+from kvpass.sites.site import Axes, Core, Term
 from kvpass.terms import MaskKind
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -44,10 +44,11 @@ class SdpaCore:
             q=q,
             k=k,
             v=v,
-            terms=mask_terms(argument(node, 3, "attn_mask")),
+            terms=mask_terms(argument(node, 3, "attn_mask"), "NST" if len(shape_of(q)) == 3 else "BHST"),
             scale=float(scale) if scale is not None else 1.0 / math.sqrt(shape_of(q)[-1]),
             causal=bool(argument(node, 5, "is_causal", False)),
             pattern=self.name,
+            axes=Axes("NSD", "NTD", "NTD", "NSD") if len(shape_of(q)) == 3 else Axes(),
         )
 
     def _check(self, node: fx.Node, q: fx.Node, k: fx.Node, v: fx.Node) -> None:
@@ -60,13 +61,13 @@ class SdpaCore:
 
 
 def check_operands(node: fx.Node, q: fx.Node, k: fx.Node, v: fx.Node) -> None:
-    """What every core asks of its operands: four axes, a constant head dimension, one floating dtype.
+    """What every core asks of its operands: four axes, or three (sequences and heads in one), a constant head dimension, one floating dtype.
 
     Raises:
         Miss: LAYOUT or DTYPE.
     """
     for operand in (q, k, v):
-        if len(shape_of(operand)) != 4:
+        if len(shape_of(operand)) not in (3, 4) or len(shape_of(operand)) != len(shape_of(q)):
             raise Miss(Reason.LAYOUT, operand, f"operand of shape {shape_of(operand)} is not 4-d")
     if not all(isinstance(shape_of(operand)[-1], int) for operand in (q, v)):
         raise Miss(Reason.LAYOUT, node, "the head dimension is not a constant")
@@ -75,8 +76,8 @@ def check_operands(node: fx.Node, q: fx.Node, k: fx.Node, v: fx.Node) -> None:
         raise Miss(Reason.DTYPE, node, f"q, k, v are {sorted(map(str, dtypes))}")
 
 
-def mask_terms(mask: fx.Node | None) -> tuple[Term, ...]:
+def mask_terms(mask: fx.Node | None, axes: str = "BHST") -> tuple[Term, ...]:
     """An SDPA's mask in normal form: none, one that is added, or a bool one in which True is kept."""
     if mask is None:
         return ()
-    return split_choices((Term(mask, MaskKind.KEEP if example(mask).dtype == torch.bool else MaskKind.ADD),))
+    return split_choices((Term(mask, MaskKind.KEEP if example(mask).dtype == torch.bool else MaskKind.ADD, axes),))

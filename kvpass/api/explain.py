@@ -128,9 +128,10 @@ class _Seen:
         self.call = "step"
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        from kvpass.graph.plain import plain
         from kvpass.sites.scan import scan
 
-        self.tables.append(scan(gm, self.patterns))
+        self.tables.append(scan(plain(gm), self.patterns))
         self.calls.append(self.call)
         return gm.forward
 

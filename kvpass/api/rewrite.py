@@ -132,6 +132,7 @@ def rewrite(
         DeclinedError: a site cannot be rewritten (strict), nothing in the program is a cache, the program is no
             decode step, or its past has a fixed length.
     """
+    from kvpass.graph.plain import plain
     from kvpass.lowering.lower import lower
     from kvpass.lowering.standalone import prepared, pure
     from kvpass.patterns import DEFAULT
@@ -144,6 +145,7 @@ def rewrite(
     found = checked_patterns(patterns) or DEFAULT
     chosen = Policy.load(policy).with_budget(budget)
     gm = prepared(program if isinstance(program, fx.GraphModule) else program.module(check_guards=False))
+    gm = plain(gm)
     table = scan(gm, found, prove=False)  # other compilers get the mask as they know it
     _check(table, strict)
     planned = plan(chosen, table)

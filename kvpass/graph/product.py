@@ -86,6 +86,10 @@ def _einsum(node: fx.Node) -> tuple[str, str, str, fx.Node, fx.Node] | None:
     return left, right, out, operands[0], operands[1]  # type: ignore[return-value]  # tensors, so nodes
 
 
+_KINDS = {(2, 1): "BHS", (2, 2): "BHGS", (1, 2): "BHS"}
+"""What keys share with queries, and what queries have of their own: heads, heads and groups of them, or one KV head."""
+
+
 def _einsum_logits(node: fx.Node) -> Product | None:
     parts = _einsum(node)
     if parts is None:
@@ -95,11 +99,10 @@ def _einsum_logits(node: fx.Node) -> Product | None:
     queries = [x for x in out if x in q and x not in k]
     keys = [x for x in out if x in k and x not in q]
     summed = [x for x in q if x in k and x not in out]
-    if (len(shared), len(keys), len(summed)) != (2, 1, 1) or len(queries) not in (1, 2) or out[-1] != keys[0]:
+    if (len(keys), len(summed)) != (1, 1) or out[-1] != keys[0] or (len(shared), len(queries)) not in _KINDS:
         return None
-    names = {shared[0]: "B", shared[1]: "H", keys[0]: "T", summed[0]: "D", queries[-1]: "S"}
-    if len(queries) == 2:
-        names[queries[0]] = "G"
+    kind = _KINDS[len(shared), len(queries)]
+    names = dict(zip([*shared, *queries], kind, strict=True)) | {keys[0]: "T", summed[0]: "D"}
     return _named(node, parts, names)
 
 

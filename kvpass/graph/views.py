@@ -14,12 +14,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from kvpass.errors import Reason
 from kvpass.graph.calls import argument, call_name, example, operand
-from kvpass.graph.miss import Miss
+from kvpass.graph.factors import APART
 from kvpass.graph.numbers import factor_of
 from kvpass.graph.shapes import is_one, normal_dim, same, shape_of
-from kvpass.terms import Layout
 
 Axis = tuple[str, ...]
 
@@ -46,55 +44,38 @@ def walk_up(node: fx.Node, stop: Callable[[fx.Node], bool]) -> tuple[fx.Node, tu
     return node, tuple(reversed(chain))
 
 
-def read_layout(
-    base: fx.Node, chain: Sequence[fx.Node], axis: int | None = None, roles: str = "BHTD", tiled: bool = False
-) -> Layout:
-    """Axis order of `base` if the chain turns it into what the attention reads, with grouped heads in the right order.
-
-    Args:
-        axis: the axis along which the cache grows, if known; it decides where sizes of one leave the order open.
-        roles: axes that the attention reads, `BHTD`, `BHDT`, `NTD`, `BHGTD`, ...; see `kvpass.sites.site.Axes`.
-        tiled: the right order is query head h reading KV head h % Hkv.
-
-    Raises:
-        Miss: LAYOUT or GROUP_ORDER, with the view that breaks it.
+def walk_pieces(node: fx.Node, stop: Callable[[fx.Node], bool]) -> tuple[fx.Node, tuple[fx.Node, ...]]:
+    """`walk_up` that also goes through constant pieces of a tensor: `chunk`, `split`, `unbind`, `select`, `narrow`,
+    slices. Whether what they cut is known axes is for `kvpass.graph.layouts` to say.
     """
-    sizes = shape_of(base)
-    if len(sizes) != 4:
-        raise Miss(Reason.LAYOUT, base, f"a cached tensor of shape {sizes} is not 4-d")
-    fitting, other = [], None
-    for layout in Layout:
-        axes = forward([(letter,) for letter in layout.value], base, chain)
-        if axes is not None and is_one(sizes[layout.head_axis]):
-            axes = [tuple(letter for letter in names if letter != "H") for names in axes]  # one head: any place will do
-        if axes is None:
-            continue
-        axes = [_other_order(names) for names in axes] if tiled else axes
-        if _fits(axes, roles):
-            fitting.append(layout)
-        elif any("G" in names and "H" in names[names.index("G") :] for names in axes):
-            other = chain[-1]
-    if fitting:
-        return next((layout for layout in fitting if layout.token_axis == axis), fitting[0])
-    if other is not None:
-        here = ("interleaved", "tiled (repeat)") if tiled else ("tiled (repeat)", "interleaved")
-        raise Miss(Reason.GROUP_ORDER, other, f"KV heads are {here[0]}, not {here[1]}")
-    raise Miss(Reason.LAYOUT, chain[-1] if chain else base, f"views between cache and attention do not end in {roles}")
+    chain: list[fx.Node] = []
+    while not stop(node) and (is_view(node) or factor_of(node) is not None or is_piece(node)):
+        chain.append(node)
+        node = next(n for n in node.all_input_nodes if shape_of(n)) if factor_of(node) is not None else operand(node)
+        if call_name(node) in APART and not shape_of(node):
+            chain.append(node)
+            node = operand(node)
+    return node, tuple(reversed(chain))
 
 
-def is_tiled(base: fx.Node, chain: Sequence[fx.Node], axis: int | None, roles: str) -> bool:
-    """Does query head h read KV head h % Hkv?"""
-    try:
-        read_layout(base, chain, axis, roles)
-    except Miss as miss:
-        return miss.reason is Reason.GROUP_ORDER
-    return False
+def is_piece(node: fx.Node) -> bool:
+    """A part of a tensor whose place does not change from call to call."""
+    name, above = call_name(node), operand(node)
+    if not isinstance(above, fx.Node) or not isinstance(example(node), torch.Tensor):
+        return False
+    if name == "getitem":
+        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        if call_name(above) in APART and not shape_of(above):
+            return isinstance(node.args[1], int)
+        return all(item is None or item is Ellipsis or _is_fixed(item) for item in index)
+    if name in ("narrow", "select"):
+        return isinstance(argument(node, 2, "start" if name == "narrow" else "index"), int)
+    return name in ("movedim", "moveaxis", "slice")
 
 
-def _other_order(names: Axis) -> Axis:
-    """KV heads and groups in one axis, the other way round."""
-    swap = {"H": "G", "G": "H"} if {"H", "G"} <= set(names) else {}
-    return tuple(swap.get(name, name) for name in names)
+def _is_fixed(item: Any) -> bool:
+    parts = (item.start, item.stop, item.step) if isinstance(item, slice) else (item,)
+    return all(part is None or (isinstance(part, int) and not isinstance(part, bool)) for part in parts)
 
 
 def lands(base: fx.Node, chain: Sequence[fx.Node], roles: str) -> bool:

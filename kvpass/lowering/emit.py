@@ -18,7 +18,7 @@ from kvpass.plan.plan import SitePlan
 from kvpass.runtime.steps.buffer_position import POSITION
 from kvpass.runtime.steps.caller_marks import MARKS
 from kvpass.sites.site import Half
-from kvpass.terms import CacheForm, Layout, Phase
+from kvpass.terms import CacheForm, Phase
 
 
 class Emitter:
@@ -99,7 +99,9 @@ class Emitter:
     def _heads_first(self, half: Half) -> fx.Node:
         """This call's keys or values as [B, H, S, D]."""
         node = self.write.copy(half.update.new)
-        return node if half.layout is Layout.BHTD else self.write.method("transpose", node, 1, 2)
+        for name, *args in half.layout.to_heads_first:
+            node = self.write.method(name, node, *args)
+        return node
 
     def _position(self) -> fx.Node | int:
         """Where this call's tokens begin."""

@@ -183,6 +183,7 @@ class _Lowering:
             where=f"{site.name}, {site.source}",
             start=self._start(update.start) if "L" in dims else None,
             paths=(update.path, site.value.update.path),
+            joined=update.node is site.value.update.node,
             host=self._host(site),
             angles=self._angles(planned),
         )
@@ -219,4 +220,4 @@ class _Lowering:
 
 def _heads_and_entries(half: Half) -> tuple[int, int]:
     sizes = shape_of(half.update.new)
-    return sizes[half.layout.head_axis], sizes[3]
+    return half.layout.heads(sizes), half.layout.entries(sizes)

@@ -57,11 +57,16 @@ class Retirement:
         """
         for node in reversed(core):
             self._erase(node)
+        done: set[fx.Node] = set()
+        for half in halves:
+            for view in reversed(half.chain):
+                if not self.copy[view].users and not self.copy[view]._erased:
+                    self.graph.erase_node(self.copy[view])
         for half in halves:
             update = half.update
-            for view in reversed(half.chain):
-                if not self.copy[view].users:
-                    self.graph.erase_node(self.copy[view])
+            if update.node in done:
+                continue  # keys and values in one tensor
+            done.add(update.node)
             if update.write is not None:
                 self._unwrite(update)
             elif update.node is not update.new:

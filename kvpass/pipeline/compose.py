@@ -83,12 +83,14 @@ class Backend:
     def _compile(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         from kvpass.debug import stages
         from kvpass.graph.dataflow import data_inputs
+        from kvpass.graph.plain import plain
         from kvpass.patterns import DEFAULT
         from kvpass.runtime.untouched import Untouched
         from kvpass.sites.dense import dense_by_choice
         from kvpass.sites.scan import scan
 
         start = time.perf_counter()
+        gm = plain(gm)
         table = scan(gm, self.patterns or DEFAULT)
         record = GraphRecord(table, seconds={"scan": time.perf_counter() - start})
         self.graphs.append(record)

@@ -85,7 +85,7 @@ class SitePlan:
         """The rotation of the new keys, for a rule that turns them again; None if it does not."""
         half = self.site.key
         new: Any = half.update.new
-        if half.layout is Layout.BTHD:
+        if half.layout == Layout.BTHD:
             new = operand(new) if call_name(new) == "transpose" else None
         found = rotation(new) if self.rule[Reindex].reindex and isinstance(new, fx.Node) else None
         # angles of half precision are too coarse to tell one position from the next

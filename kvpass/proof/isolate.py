@@ -52,8 +52,8 @@ class Isolated:
         """
         halves = self.site.key, self.site.value
         given = {name: values[node.name] for name, node in self.wanted.items()}
-        for at, (t, half) in enumerate(zip(past, halves, strict=True)):
-            dense = _as_cached(t, half)
+        cached = _as_cached(past, halves)
+        for at, (dense, half) in enumerate(zip(cached, halves, strict=True)):
             given[f"past_{at}"] = dense
             if half.update.form is CacheForm.BUFFER:
                 given[f"buffer_{at}"] = self._filled(half, dense, given[f"new_{at}"])
@@ -111,8 +111,22 @@ class Isolated:
         return self.sizes.read(value)(self.args) if isinstance(value, torch.SymInt) else value
 
 
-def _as_cached(t: Tensor, half: Half) -> Tensor:
-    return t if half.layout is Layout.BHTD else t.transpose(1, 2)
+def _as_cached(past: tuple[Tensor, Tensor], halves: tuple[Half, Half]) -> list[Tensor]:
+    """K and V, `[B, Hkv, T, D]`, as the host caches them; where both lie in one tensor, that one twice."""
+    found: dict[fx.Node, Tensor] = {}
+    for t, half in zip(past, halves, strict=True):
+        layout = half.layout
+        if layout.piece is None:
+            found[half.update.node] = t if layout == Layout.BHTD else t.transpose(1, 2)
+            continue
+        letters = {"B": t.shape[0], "T": t.shape[2]}
+        sizes = [letters[axis] if isinstance(axis, str) else axis for axis in layout.axes]
+        whole = found.setdefault(half.update.node, t.new_zeros(sizes))
+        places = torch.arange(whole.numel(), device=t.device).view(sizes)
+        for name, *args in layout.to_heads_first:
+            places = getattr(places, name)(*args)
+        whole.view(-1)[places.reshape(-1)] = t.reshape(-1)
+    return [found[half.update.node] for half in halves]
 
 
 def _heads_first(out: Tensor, site: Site) -> Tensor:

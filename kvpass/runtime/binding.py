@@ -32,6 +32,7 @@ class Binding:
         paths: places of the buffers of K and V in their inputs, where several are stacked in one.
         host: heads and entries of the host's keys and values, where the slots hold them otherwise.
         angles: what a call's keys are rotated by, where keys are turned again.
+        joined: keys and values are parts of one tensor of the host.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Binding:
     paths: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
     host: tuple[tuple[int, int], tuple[int, int]] | None = None
     angles: Angles | None = None
+    joined: bool = False
 
     def open(self, args: Sequence[Any], origin: Origin, position: int = 0, recorded: bool = False) -> SlotStore:
         """The store of this site for a call, with room for the call's tokens, of which the first is at `position`.
@@ -63,7 +65,8 @@ class Binding:
         key, value = (args[at] for at in self.past)
         if key.shape[self.layouts[0].token_axis] == 0:
             return self._fresh(args, origin, new)
-        store = unwrap((key, value), self.layouts, self.where)
+        past = (key,) if self.joined else (key, value)
+        store = unwrap(past, self.layouts[: len(past)], self.where)
         require_same(store.origin, origin, self.where)
         store.layouts = self.layouts
         if origin.declined:
@@ -81,7 +84,9 @@ class Binding:
             raise StaleCacheError(
                 f"the attention reads the new tokens only, but they are written at {position}", where=self.where
             )
-        store = of_buffer((args[self.past[0]], args[self.past[1]]), self.paths, position, self.where)
+        places = self.past[:1] if self.joined else self.past
+        buffers = tuple(args[at] for at in places)
+        store = of_buffer(buffers, self.paths[: len(buffers)], position, self.where)
         require_same(store.origin, origin, self.where)
         store.recorded = recorded
         store.make_room(new, self.phase is Phase.DECODE)
@@ -90,9 +95,10 @@ class Binding:
     def leave(self, args: Sequence[Any], store: SlotStore) -> tuple[torch.Tensor, torch.Tensor]:
         """What the host holds as K and V after a call: shells, or its own buffers, which stand for the store."""
         if self.past is None or "L" not in self.sizes:
-            return make(store, 0), make(store, 1)
+            key = make(store, 0)
+            return key, key if self.joined else make(store, 1)
         buffers = args[self.past[0]], args[self.past[1]]
-        for half, buffer in enumerate(buffers):
+        for half, buffer in enumerate(buffers[:1] if self.joined else buffers):
             attach(buffer, self.paths[half], store, half)
         return buffers
 

@@ -63,8 +63,8 @@ def attached(tensor: torch.Tensor) -> list[SlotStore]:
 
 
 def of_buffer(
-    buffers: tuple[torch.Tensor, torch.Tensor],
-    paths: tuple[tuple[int, ...], tuple[int, ...]],
+    buffers: tuple[torch.Tensor, ...],
+    paths: tuple[tuple[int, ...], ...],
     position: int,
     where: str,
 ) -> SlotStore:
@@ -78,7 +78,7 @@ def of_buffer(
     for buffer, standing in zip(buffers, found, strict=True):
         if standing is None or standing[0] is not found[0][0]:
             raise _foreign(buffer, where)
-    if [half for _, half in found] != [0, 1]:
+    if [half for _, half in found] != [*range(len(buffers))]:
         raise _swapped(where)
     store: SlotStore = found[0][0]
     _check_left_alone(store, buffers, where)
@@ -91,8 +91,8 @@ def of_buffer(
     return store
 
 
-def unwrap(past: tuple[torch.Tensor, torch.Tensor], layouts: tuple[Layout, Layout], where: str) -> SlotStore:
-    """The store behind the K and V of a past, checked.
+def unwrap(past: tuple[torch.Tensor, ...], layouts: tuple[Layout, ...], where: str) -> SlotStore:
+    """The store behind the K and V of a past, or behind the tensor that both are parts of, checked.
 
     Raises:
         ForeignCacheError: real keys that kvpass did not make.
@@ -100,12 +100,12 @@ def unwrap(past: tuple[torch.Tensor, torch.Tensor], layouts: tuple[Layout, Layou
         StaleCacheError: the cache was cropped, advanced by another branch or changed; or sequences were picked from it.
     """
     key, store = past[0], find(past[0])
-    if store is not None and store.layouts == layouts and _newest(store, past):
+    if store is not None and store.layouts[: len(past)] == layouts and _newest(store, past):
         _check_left_alone(store, past, where)
         return store
-    if store is None or find(past[1]) is not store:
-        raise _foreign(key if store is None else past[1], where)
-    if not all(same_storage(t, base) for t, base in zip(past, store.bases, strict=True)):
+    if store is None or find(past[-1]) is not store:
+        raise _foreign(key if store is None else past[-1], where)
+    if not all(same_storage(t, base) for t, base in zip(past, store.bases, strict=False)):
         raise _swapped(where)
     _check_left_alone(store, past, where)
     length = key.shape[layouts[0].token_axis]
@@ -126,11 +126,11 @@ def unwrap(past: tuple[torch.Tensor, torch.Tensor], layouts: tuple[Layout, Layou
     return store
 
 
-def _newest(store: SlotStore, past: tuple[torch.Tensor, torch.Tensor]) -> bool:
+def _newest(store: SlotStore, past: tuple[torch.Tensor, ...]) -> bool:
     """Whether a past is the very shells that the last call left, of what the store is now: the usual case."""
     return all(
         seen is not None and seen[0]() is tensor and seen[1] == store.tokens
-        for seen, tensor in zip(store.shown, past, strict=True)
+        for seen, tensor in zip(store.shown, past, strict=False)
     )
 
 
@@ -139,7 +139,7 @@ def _sizes(store: SlotStore, half: int, layout: Layout) -> list[int]:
     batch, heads, _, dim = (store.state.k, store.state.v)[half].shape
     heads, dim = (heads, dim) if store.host is None else store.host[half]
     sizes = {"B": batch, "H": heads, "T": store.tokens if store.length is None else store.length, "D": dim}
-    return [sizes[letter] for letter in layout.value]
+    return [sizes[axis] if isinstance(axis, str) else axis for axis in layout.axes]
 
 
 def _check_left_alone(store: SlotStore, tensors: Sequence[torch.Tensor], where: str) -> None:
@@ -150,7 +150,7 @@ def _check_left_alone(store: SlotStore, tensors: Sequence[torch.Tensor], where: 
             where=where,
             hint="begin again from an empty cache; a copy.deepcopy(cache) from before that call is good too",
         )
-    for seen, tensor in zip(store.versions, tensors, strict=True):
+    for seen, tensor in zip(store.versions, tensors, strict=False):
         if seen is not None and seen != version(tensor):
             raise StaleCacheError(
                 "the cache was written to between two calls, which changes nothing in its compressed state",

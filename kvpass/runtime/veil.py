@@ -150,7 +150,7 @@ def _picked(shell: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
     from kvpass.runtime.shell import find, half_of, make
 
     store, half = find(shell), half_of(shell)
-    if dim != 0 or store is None or half is None:
+    if store is None or half is None or dim != store.layouts[half].batch_axis:
         raise _refusal("index_select", shell)
     result = make(selected(store, index, half), half)
     veil([result])

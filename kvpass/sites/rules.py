@@ -25,7 +25,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 def make_site(name: str, core: Core, key: Half, value: Half, layer: int, mixed: Mixed | None = None) -> Site:
     k, v = shape_of(key.update.new), shape_of(value.update.new)
-    dims = {**_query_dims(core, k[0]), "Hkv": k[key.layout.head_axis], "Dv": v[3]}
+    batch = k[key.layout.batch_axis]
+    dims = {**_query_dims(core, batch), "Hkv": key.layout.heads(k), "Dv": value.layout.entries(v)}
     with_past = Phase.DECODE if is_one(dims["S"]) else Phase.EXTEND
     if core.latent is not None:
         dims |= {"D": core.latent.rank + v[3], "Dv": 0}  # latent and rotated key in one slot; values are a part of it
@@ -133,9 +134,9 @@ def _check_heads(site: Site) -> None:
     node = site.core.node
     for half in (site.key, site.value):
         sizes = shape_of(half.update.new)
-        shared = sizes[half.layout.head_axis]
-        if not same(sizes[0], batch):
-            raise Miss(Reason.LAYOUT, node, f"{batch} sequences of queries, {sizes[0]} of keys or values")
+        shared, rows = half.layout.heads(sizes), sizes[half.layout.batch_axis]
+        if not same(rows, batch):
+            raise Miss(Reason.LAYOUT, node, f"{batch} sequences of queries, {rows} of keys or values")
         if not same(shared, kv_heads):
             raise Miss(Reason.KEY_VALUE_MISMATCH, node, f"{kv_heads} heads of keys, {shared} of values")
     if not isinstance(heads, int) or not isinstance(kv_heads, int) or heads % kv_heads:

@@ -16,7 +16,8 @@ from kvpass.graph.dataflow import Flow
 from kvpass.graph.miss import Miss
 from kvpass.graph.module_names import module_path
 from kvpass.graph.nearby import home_of
-from kvpass.graph.views import chain_scale, is_front, is_tiled, read_layout, walk_up
+from kvpass.graph.layouts import is_tiled, read_layout
+from kvpass.graph.views import chain_scale, is_front, walk_pieces, walk_up
 from kvpass.sites.mixed import Mixing, find_mixing, join_mixed
 from kvpass.sites.rules import buffer_readers, check_buffer, check_site, make_site
 from kvpass.sites.site import Core, Half, Site, Update
@@ -136,7 +137,12 @@ class _Found:
             top = self._same_buffer(top)
             if top in self.updates and self.updates[top].form is CacheForm.BUFFER:
                 return top, (*upper, base, *chain)
-        return self._same_buffer(base), chain
+        base = self._same_buffer(base)
+        if not self._stops(base):
+            top, pieces = walk_pieces(node, self._stops)
+            if self._stops(top):
+                return top, pieces
+        return base, chain
 
     def _same_buffer(self, node: fx.Node) -> fx.Node:
         """The node by which a buffer in a stack was written, if `node` takes the same one out of the stack."""
@@ -157,15 +163,16 @@ class _Found:
         of_k, of_v = self._update_of(base_k), self._update_of(base_v)
         if of_k is None and of_v is None:
             return None
-        if of_k is of_v:
-            raise Miss(Reason.KEY_VALUE_MISMATCH, base_k, "keys and values are one tensor")
         if of_k is None or of_v is None or of_k.form != of_v.form:
             raise self._mismatch(core, of_k, of_v)
         if of_k.start is not of_v.start and of_k.start != of_v.start:
             raise Miss(Reason.KEY_VALUE_MISMATCH, core.node, "keys and values are written at different places")
         core = replace(core, tiled=_tiled(core, (of_k, of_v), (chain_k, chain_v)))
-        key = self._half(core, of_k, chain_k, core.axes.k, Reason.KEY_ESCAPES)
-        value = self._half(core, of_v, chain_v, core.axes.v, Reason.VALUE_ESCAPES)
+        one = {*chain_k, *chain_v} if of_k.node is of_v.node else set()
+        key = self._half(core, of_k, chain_k, core.axes.k, Reason.KEY_ESCAPES, one)
+        value = self._half(core, of_v, chain_v, core.axes.v, Reason.VALUE_ESCAPES, one)
+        if one and key.layout == value.layout:
+            raise Miss(Reason.KEY_VALUE_MISMATCH, base_k, "keys and values are one and the same tensor")
         if chain_scale(chain_v) != 1.0:
             raise Miss(Reason.UNSUPPORTED_ATTENTION, chain_v[-1], "the cached values are scaled")
         self._check_inner(core)
@@ -224,7 +231,13 @@ class _Found:
             where = escaped[0].name if escaped else "the output"
             raise Miss(Reason.UNSUPPORTED_ATTENTION, core.node, f"logits or probabilities also feed {where}")
 
-    def _half(self, core: Core, update: Update, chain: tuple[fx.Node, ...], roles: str, reason: Reason) -> Half:
+    def _half(
+        self, core: Core, update: Update, chain: tuple[fx.Node, ...], roles: str, reason: Reason, beside: set[fx.Node]
+    ) -> Half:
+        """A cached tensor as the core reads it.
+
+        beside: views down to the other half, if it lies in the same tensor.
+        """
         layout = read_layout(update.node, chain, update.axis, roles, core.tiled)
         if update.axis is not None and update.axis != layout.token_axis:
             raise Miss(Reason.CAT_AXIS, update.node, f"cat along axis {update.axis} of {layout.value}")
@@ -232,10 +245,10 @@ class _Found:
             raise Miss(Reason.SHARED_CACHE, update.node, f"{self.readers[update.node]} attentions read it")
         readers = [core.node, *core.inner]
         if update.form is CacheForm.BUFFER:
-            escaped = buffer_readers(self.flow, update, chain, readers)
+            escaped = buffer_readers(self.flow, update, (*chain, *beside), readers)
             check_buffer(self.flow, core, update, chain)
         else:
-            region = set(chain) if update.form is CacheForm.RETURNED else {update.node, *chain}
+            region = {*chain, *beside} | (set() if update.form is CacheForm.RETURNED else {update.node})
             escaped = self.flow.escapes(region, readers)
             if update.past is not None:
                 escaped += self.flow.escapes([update.past], [update.node])

@@ -15,7 +15,8 @@ from torch import Tensor, fx
 
 from kvpass.errors import Reason
 from kvpass.graph.miss import Miss
-from kvpass.graph.views import is_view, read_layout, walk_up
+from kvpass.graph.layouts import read_layout
+from kvpass.graph.views import is_view, walk_up
 from kvpass.terms import Layout
 
 B, H, G, D, PAST = 2, 2, 4, 16, 5
@@ -138,7 +139,6 @@ def test_tiled_heads(view: Callable[[Tensor], Tensor]) -> None:
 
 REFUSED = {
     "tokens repeated": (lambda k: k.repeat_interleave(2, 2), Reason.LAYOUT),
-    "head dim reversed in blocks": (lambda k: k.unflatten(3, (4, 4)).transpose(3, 4).flatten(3), Reason.LAYOUT),
     "tokens and heads swapped": (lambda k: k.reshape(B, -1, H, D).transpose(1, 2), Reason.LAYOUT),
     "scaled by a vector": (lambda k: k * torch.arange(16.0), Reason.KEY_ESCAPES),
     "sliced": (lambda k: k[:, :, 1:], Reason.UNSUPPORTED_ATTENTION),
@@ -205,7 +205,9 @@ def test_an_accepted_chain_is_what_it_is_taken_for(sizes: list[int], steps: list
         layout = read_layout(first, chain)
     except Miss:
         return
-    heads_first = base if layout is Layout.BHTD else base.transpose(1, 2)
+    heads_first = base
+    for name, *args in layout.to_heads_first:
+        heads_first = getattr(heads_first, name)(*args)
     seen = last.meta["example_value"]
     assert torch.equal(seen, heads_first.repeat_interleave(seen.shape[1] // heads_first.shape[1], 1))
 

@@ -1,0 +1,57 @@
+"""A captured graph without the views that change nothing: slices that cover their axis, `expand` to the same sizes.
+
+`kept = k[..., 0:, :]` is the cache, not a part of it. Patterns and rules need not know such spellings.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
+
+from kvpass.graph.calls import argument, call_name, example, operand
+from kvpass.graph.shapes import same
+
+
+def plain(gm: fx.GraphModule) -> fx.GraphModule:
+    """The graph without such views; itself if it has none. The given graph is not modified."""
+    idle = [node for node in gm.graph.nodes if _is_idle(node)]
+    if not idle:
+        return gm
+    graph = fx.Graph()
+    copy: dict[fx.Node, fx.Node] = {}
+    output: Any = graph.graph_copy(gm.graph, copy)
+    for node in idle:
+        above, ours = copy[operand(node)], copy[node]
+        ours.replace_all_uses_with(above)
+        copy[node] = above
+        graph.erase_node(ours)
+    last = next(iter(reversed(gm.graph.nodes)))
+    output = fx.map_arg(last.args[0], copy.__getitem__)
+    graph.output(output)
+    with _use_lazy_graph_module(True):
+        result = _make_graph_module(gm, graph, class_name="GraphModule")
+    result.meta.update(gm.meta)
+    return result
+
+
+def _is_idle(node: fx.Node) -> bool:
+    """A view of all of a tensor, in the same order. An input that is only returned stays a tensor of its own."""
+    above, name = operand(node), call_name(node)
+    if not isinstance(above, fx.Node):
+        return False
+    before, after = example(above), example(node)
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor) or before.dim() != after.dim():
+        return False
+    if above.op == "placeholder" and any(user.op == "output" for user in node.users):
+        return False
+    if not all(same(a, b) for a, b in zip(before.shape, after.shape, strict=True)):
+        return False
+    if name == "getitem":
+        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        return all(item is Ellipsis or (isinstance(item, slice) and item.step in (None, 1)) for item in index)
+    if name == "slice":
+        return argument(node, 4, "step", 1) == 1
+    return name in ("narrow", "expand", "alias")
