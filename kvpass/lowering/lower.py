@@ -58,7 +58,7 @@ def lower(gm: fx.GraphModule, plan: Plan) -> Lowered:
     work = _Lowering(gm, plan)
     bindings = tuple(work.site(site_plan) for site_plan in plan.sites)
     masks_gone = work.retirement.retire_masks(_masks(plan))
-    gm, states = work.finish(bindings), tuple(tuple(nodes) for nodes in work.state_inputs)
+    gm, states = work.finish(), tuple(tuple(nodes) for nodes in work.state_inputs)
     return Lowered(gm, bindings, len(work.outputs), states, work.retirement.sizes_moved(), masks_gone)
 
 
@@ -75,6 +75,7 @@ class _Lowering:
         self.copy: dict[fx.Node, fx.Node] = {}
         self.outputs = flat_outputs(next(iter(reversed(gm.graph.nodes))))
         self.graph.graph_copy(gm.graph, self.copy)
+        self._return(plan)  # before anything is taken out: what is returned is used
         self.inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
         self.last_input = self.copy[self.inputs[-1]]
         self.sizes = SizeReader(self.inputs)
@@ -110,11 +111,14 @@ class _Lowering:
         self.retirement.retire(cores, site.key, site.value)
         return self._binding(planned)
 
-    def finish(self, bindings: Sequence[Binding]) -> fx.GraphModule:
-        """Return what is no cache; compile to a module that shares the original's attributes."""
-        cached = {at for b in bindings for half in b.returned for at in half}
+    def _return(self, plan: Plan) -> None:
+        """Return what is no cache."""
+        cached = {at for planned in plan.sites for half in (planned.site.key, planned.site.value) for at in half.places}
         kept: list[Any] = [v for at, v in enumerate(self.outputs) if at not in cached]
         self.graph.output(tuple(self.copy[v] if isinstance(v, fx.Node) else v for v in kept))
+
+    def finish(self) -> fx.GraphModule:
+        """Compile to a module that shares the original's attributes."""
         self.graph.lint()
         with _use_lazy_graph_module(True):  # as Dynamo does: Inductor never needs the Python code
             result = _make_graph_module(self.original, self.graph, class_name="KVPassGraph")

@@ -17,6 +17,7 @@ from torch import fx
 from kvpass.errors import DeclinedError, KVPassError, TrainingError
 from kvpass.graph.calls import example
 from kvpass.pipeline.arguments import check_options, checked_patterns
+from kvpass.pipeline.conditions import MARK, decided_from_now_on
 from kvpass.pipeline.graphs import GraphRecord, Graphs, capture_seconds
 from kvpass.pipeline.inner import compile_inner
 from kvpass.policy.policy import Policy
@@ -74,6 +75,8 @@ class Backend:
         call = current()
         if call is not None:
             call.compiling()
+        else:
+            decided_from_now_on()
         try:
             return self._compile(gm, example_inputs)
         except KVPassError as error:
@@ -195,6 +198,9 @@ class Backend:
         return total
 
 
+setattr(Backend, MARK, True)
+
+
 def _title(number: int, table: SiteTable) -> str:
     """What is told of a graph while it is compiled."""
     phases = sorted({site.phase.value for site in table})
@@ -282,3 +288,6 @@ def from_options(
         return _FROM_OPTIONS[key](gm, example_inputs)
     except KVPassError as error:
         return _Refusal(error)
+
+
+setattr(from_options, MARK, True)

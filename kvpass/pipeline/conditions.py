@@ -1,0 +1,116 @@
+"""Conditions on sizes as arguments, `is_causal=t > 1`: Dynamo would break the graph at each; here it decides them.
+
+Once a size is symbolic, so is a condition on it, and torch's functions take no symbolic bool: Dynamo gives up at the
+call, and K and V leave one graph to be attended to in another. An `if t > 1:` it decides, with a guard. The same is done
+for such arguments, in compilations by a backend of kvpass alone.
+"""
+
+from __future__ import annotations
+
+import threading
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+MARK = "_decides_conditions"
+"""Attribute of backends in whose compilations conditions are decided."""
+
+_INNER = ("compiler_fn", "_torchdynamo_orig_backend", "__wrapped__")
+"""What torch wraps around a backend, and where it keeps it."""
+
+_NUMBERS = ("dropout_p",)
+"""Arguments that decide what is computed as a condition does, though they are numbers."""
+
+_LOCK = threading.Lock()
+
+
+class _Patch:
+    """Dynamo's call of a torch function, wrapped while somebody wants it."""
+
+    def __init__(self) -> None:
+        self.wanted = 0
+        self.original: Callable[..., Any] | None = None
+
+    def more(self) -> None:
+        with _LOCK:
+            self.wanted += 1
+            cls = _function_variable()
+            if self.wanted == 1 and cls is not None:
+                self.original, cls.call_function = cls.call_function, _deciding(cls.call_function)
+
+    def less(self) -> None:
+        with _LOCK:
+            self.wanted -= 1
+            cls = _function_variable()
+            if not self.wanted and self.original is not None:
+                if getattr(cls.call_function, MARK, False):  # else somebody has wrapped it in turn: stay below
+                    cls.call_function = self.original
+                self.original = None
+
+
+_PATCH = _Patch()
+
+
+@contextmanager
+def decided() -> Iterator[None]:
+    """While calls of compiled models run."""
+    _PATCH.more()
+    try:
+        yield
+    finally:
+        _PATCH.less()
+
+
+_kept: list[None] = []
+
+
+def decided_from_now_on() -> None:
+    """For the spelling `torch.compile(backend="kvpass")`, whose calls nobody surrounds."""
+    if not _kept:
+        _kept.append(None)
+        _PATCH.more()
+
+
+def _function_variable() -> Any:
+    """Dynamo's class for torch functions; None in a torch that has another."""
+    try:
+        from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
+
+        return TorchInGraphFunctionVariable if hasattr(TorchInGraphFunctionVariable, "call_function") else None
+    except ImportError:
+        return None
+
+
+def _deciding(original: Callable[..., Any]) -> Callable[..., Any]:
+    def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        value = getattr(self, "value", None)
+        if isinstance(value, types.BuiltinFunctionType) and _is_ours(tx):
+            args = [_decide(tx, one) for one in args]
+            kwargs = {name: _decide(tx, one, name in _NUMBERS) for name, one in kwargs.items()}
+        return original(self, tx, args, kwargs)
+
+    setattr(call_function, MARK, True)
+    return call_function
+
+
+def _is_ours(tx: Any) -> bool:
+    """Is this a compilation by a backend of kvpass?"""
+    backend = getattr(getattr(tx, "output", None), "compiler_fn", None)
+    while backend is not None and not getattr(backend, MARK, False):
+        within = getattr(backend, "__dict__", {})
+        backend = next((within[name] for name in _INNER if within.get(name) is not None), None)
+    return backend is not None
+
+
+def _decide(tx: Any, given: Any, number: bool = False) -> Any:
+    """What Dynamo knows of an argument: of a condition its value in this call, with a guard; else as it is."""
+    said = getattr(given, "sym_num", None)
+    kinds = (torch.SymBool, torch.SymInt, torch.SymFloat) if number else (torch.SymBool,)
+    if not isinstance(said, kinds) or not said.node.has_hint():  # what depends on data Dynamo cannot decide
+        return given
+    from torch._dynamo.variables import ConstantVariable
+
+    return ConstantVariable.create(given.evaluate_expr(tx.output))
