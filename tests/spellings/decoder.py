@@ -121,7 +121,7 @@ class Layer(nn.Module):
         written, read = self.cached(held, new, place, room)
         k, v = (with_heads(s.layout, t, DIM) for t in taken_apart(s.parts, s.layout, read))
         length = k.shape[2] if s.layout == "bhtd" else k.shape[1]
-        causal = s.mask == "causal" and count > 1 or s.mask == "causal_both" and (count == length and count > 1)
+        causal = (s.mask == "causal" and count > 1) or (s.mask == "causal_both" and (count == length and count > 1))
         bias = None
         if s.mask in masking.MASKS:
             mask = masking.MASKS[s.mask](square, place, count, length)
@@ -150,9 +150,7 @@ class Layer(nn.Module):
             memory_k, memory_v, axis = memory_k[0], memory_v[0], 1
         elif self.spelling.layout != "bhtd":
             memory_k, memory_v, axis = memory_k.transpose(0, 1), memory_v.transpose(0, 1), 1
-        k, v = (
-            torch.cat([m.expand(x.shape[0], *m.shape), x], dim=axis) for m, x in ((memory_k, k), (memory_v, v))
-        )
+        k, v = (torch.cat([m.expand(x.shape[0], *m.shape), x], dim=axis) for m, x in ((memory_k, k), (memory_v, v)))
         mask = torch.cat([torch.ones(*mask.shape[:-1], MEMORIES, dtype=torch.bool), mask], dim=-1)
         if bias is not None:
             bias = torch.cat([torch.zeros(*bias.shape[:-1], MEMORIES), bias], dim=-1)

@@ -56,4 +56,5 @@ def by_choice(records: list[Record]) -> list[str]:
     if not worse:
         return []
     lines = [f"failures by choice ({100 * share:.0f} % of all draws failed):"]
-    return lines + [f"  {100 * s:5.1f} % of {n:4}  {f}={o!r}" for s, n, f, o in sorted(worse, key=lambda one: one[0], reverse=True)]
+    worse.sort(key=lambda one: one[0], reverse=True)
+    return lines + [f"  {100 * s:5.1f} % of {n:4}  {field}={option!r}" for s, n, field, option in worse]

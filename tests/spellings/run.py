@@ -1,10 +1,10 @@
 """Draws decoders from the grammar of spellings (spelling.py), and checks each (check.py).
 
 python -P tests/spellings/run.py [--draws N] [--first SEED] [--jobs N] [--resume] [--nearby]
-python -P tests/spellings/run.py --only "Spelling(...)"
+python -P tests/spellings/run.py --only "Spelling(...)" | --styles
 
 A draw is a seed. What was checked is kept in .cache/spellings.jsonl as it comes, so that a run that was cut goes on
-with --resume. --nearby checks plain decoders with one choice of their own instead, each once. Exits with 1 if anything
+with --resume. --styles writes the table of host styles in docs/support.md instead. --nearby checks plain decoders with one choice of their own instead, each once. Exits with 1 if anything
 failed.
 """
 
@@ -98,11 +98,14 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes (2)")
     parser.add_argument("--resume", action="store_true", help="keep what an interrupted run has checked")
     parser.add_argument("--nearby", action="store_true", help="plain decoders with one choice of their own")
+    parser.add_argument("--styles", action="store_true", help="the table of host styles in docs/support.md")
     parser.add_argument("--only", default="", help="one spelling, as a failure's line shows it")
     options = parser.parse_args()
-    if options.only:
+    if options.only or options.styles:
         start()
-        return only(options.only)
+        from spellings import host_styles
+
+        return only(options.only) if options.only else host_styles.write()
     from spellings.outcomes import bar, table
     from spellings.spelling import nearby
 

@@ -56,7 +56,9 @@ class Lit(Tupled):
     def init_cache(self, batch: int, room: int) -> Any:
         for layer in self.attentions():
             layer.kv_cache = KVCache((batch, KV_HEADS, room, DIM))
-        self.register_buffer("mask_cache", torch.ones(room, room, dtype=torch.bool).tril()[None, None], persistent=False)
+        self.register_buffer(
+            "mask_cache", torch.ones(room, room, dtype=torch.bool).tril()[None, None], persistent=False
+        )
         self.register_buffer("freqs_cis", precompute_freqs_cis(room), persistent=False)
         return self
 
