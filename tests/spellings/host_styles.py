@@ -26,9 +26,10 @@ BATCH, PROMPTS, STEPS, BUDGET, ROOM = 2, (50, 33), 4, 24, 128
 FLOAT32 = {"rtol": 1e-4, "atol": 1e-4}
 HEAD = """## Host styles beyond transformers
 
-Written by `make spellings ARGS=--styles`: decoders as their authors write them (`tests/models/styles`), two layers, a batch of 2, two prompts with
-tokens one by one, inner compiler `eager`. Identity: the model's own numbers at full budget. Eviction: at 24 slots (h2o) the slots and numbers of a naive
-oracle, and bytes as the budget says. Graphs: of all those calls, of which the second prompt's may be one.
+Written by `make spellings ARGS=--styles`: decoders as their authors write them (`tests/models/styles`), two layers, a
+batch of 2, two prompts with tokens one by one, inner compiler `eager`. Identity: the model's own numbers at full
+budget. Eviction: at 24 slots (h2o) the slots and numbers of a naive oracle, and bytes as the budget says. Graphs: of
+all those calls, the second prompt's own included.
 
 | style | attentions | identity | eviction = oracle | graphs |
 | --- | --- | --- | --- | --- |
@@ -113,11 +114,8 @@ def write() -> bool:
     """Put the block into docs/support.md, in place of the one there, else in front of what is out of scope."""
     text = PAGE.read_text()
     made, old = block(), found(text)
-    if old:
-        text = text.replace(old, made)
-    else:
-        text = text.replace("## Out of scope\n", f"{made}\n## Out of scope\n")
-    PAGE.write_text(text)
+    place = "## Out of scope\n"
+    PAGE.write_text(text.replace(old, made) if old else text.replace(place, f"{made}\n{place}"))
     return "WRONG" in made
 
 

@@ -4,8 +4,8 @@ python -P tests/spellings/run.py [--draws N] [--first SEED] [--jobs N] [--resume
 python -P tests/spellings/run.py --only "Spelling(...)" | --styles
 
 A draw is a seed. What was checked is kept in .cache/spellings.jsonl as it comes, so that a run that was cut goes on
-with --resume. --styles writes the table of host styles in docs/support.md instead. --nearby checks plain decoders with one choice of their own instead, each once. Exits with 1 if anything
-failed.
+with --resume. --nearby checks plain decoders with one choice of their own instead, each once; --styles writes the table
+of host styles in docs/support.md. Exits with 1 if anything failed.
 """
 
 from __future__ import annotations
