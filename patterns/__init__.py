@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from kvpass.patterns.cache_blend import BlendUpdate
 from kvpass.patterns.cache_buffer import BufferUpdate
 from kvpass.patterns.cache_concat import ConcatUpdate
 from kvpass.patterns.cache_returned import ReturnedUpdate
@@ -96,7 +97,7 @@ class PatternSet:
 
 DEFAULT = PatternSet(
     cores=(SdpaCore(), AtenSdpaCore(), SoftmaxCore()),
-    updates=(ConcatUpdate(), BufferUpdate()),
+    updates=(ConcatUpdate(), BufferUpdate(), BlendUpdate()),
     returned=ReturnedUpdate(),
     refused=(SlidingWindow(), BufferWrite(), PartlyStored()),
     expanded=(LatentAttention(),),

@@ -56,11 +56,12 @@ class BufferUpdate:
 
 
 def _is_new_tokens(buffer: Any, axis: int, new: Any) -> bool:
-    if not isinstance(new, fx.Node) or len(shape_of(buffer)) != 4 or len(shape_of(new)) != 4 or axis in (0, 3):
+    rank = len(shape_of(buffer))
+    if not isinstance(new, fx.Node) or rank < 3 or len(shape_of(new)) != rank:
         return False
-    others = (at for at in range(4) if at != axis)
-    if not all(same(shape_of(buffer)[at], shape_of(new)[at]) for at in others):
-        return False
+    others = [at for at in range(rank) if at != axis]
+    if not all(same(shape_of(buffer)[at], shape_of(new)[at]) for at in others if at):
+        return False  # of the first axis, fewer rows may be written than there are
     if example(buffer).dtype != example(new).dtype or not example(buffer).is_floating_point():
         what = f"{example(new).dtype} is written into a buffer of {example(buffer).dtype}"
         miss = Miss(Reason.DTYPE, buffer, what, (new,))
@@ -80,7 +81,7 @@ def _index_copy(node: fx.Node) -> Where | None:
 def _scatter(node: fx.Node) -> Where | None:
     dim, index, new = (argument(node, at, name) for at, name in ((1, "dim"), (2, "index"), (3, "src")))
     buffer = operand(node)
-    if not isinstance(dim, int) or len(shape_of(index)) != 4 or "reduce" in node.kwargs or len(node.args) > 4:
+    if not isinstance(dim, int) or len(shape_of(index)) != 4 or len(shape_of(buffer)) != 4 or "reduce" in node.kwargs or len(node.args) > 4:
         return None
     axis = normal_dim(dim, 4)
     top, chain = walk_up(index, lambda n: False)
@@ -104,19 +105,74 @@ def _setitem(node: fx.Node) -> Where | None:
 
 
 def _placed(buffer: Any, index: tuple[Any, ...], new: Any) -> Where | None:
-    """A write to all of a buffer but one axis."""
-    rank = len(shape_of(buffer))
+    """A write to all of a buffer but one axis; of its first axis it may leave out rows behind those of the call."""
+    rank, sizes = len(shape_of(buffer)), shape_of(buffer)
     if Ellipsis in index:
         at = index.index(Ellipsis)
         index = index[:at] + (slice(None),) * (rank - len(index) + 1) + index[at + 1 :]
     index += (slice(None),) * (rank - len(index))
-    cut = [at for at, item in enumerate(index) if not _whole(item, shape_of(buffer)[at])]
-    if len(index) != rank or len(cut) != 1:
+    if len(index) != rank:
+        return None
+    cut = [at for at, item in enumerate(index) if not _whole(item, sizes[at])]
+    if len(cut) == 2 and cut[0] == 0:
+        if _is_rows(index[0], new):
+            cut = cut[1:]
+        elif isinstance(index[0], fx.Node):
+            return _by_rows(buffer, index, cut[1], new)
+    if not cut:  # as many tokens as there is room for
+        cut = [at for at, item in enumerate(index) if isinstance(item, slice) and item != slice(None)]
+    if len(cut) != 1:
         return None
     item = index[cut[0]]
     if isinstance(item, slice):
         return (buffer, cut[0], item.start or 0, new) if item.step in (None, 1) else None
     return (buffer, cut[0], item, new) if isinstance(item, fx.Node) and len(shape_of(item)) == 1 else None
+
+
+def _is_rows(item: Any, new: Any) -> bool:
+    """`:b` of the first axis, for b sequences."""
+    if not isinstance(item, slice) or item.start not in (None, 0) or item.step not in (None, 1):
+        return False
+    stop = example(item.stop) if isinstance(item.stop, fx.Node) else item.stop
+    return isinstance(new, fx.Node) and bool(shape_of(new)) and same(stop, shape_of(new)[0])
+
+
+def _by_rows(buffer: Any, index: tuple[Any, ...], axis: int, new: Any) -> Where | None:
+    """`buffer[rows, :, places] = new`: each row's tokens by an index of their own; all rows, in order."""
+    rows, places, sizes = index[0], index[axis], shape_of(buffer)
+    top, _ = walk_up(rows, lambda n: False)
+    counted = call_name(top) == "arange" and len(top.args) == 1 and same(shape_of(top)[0], sizes[0])
+    if not counted or not isinstance(places, fx.Node) or not shape_of(places) or not isinstance(new, fx.Node):
+        return None
+    wanted = [*sizes]
+    if len(shape_of(rows)) == 1 and len(shape_of(places)) == 1:  # one token of each row
+        wanted[axis] = 1
+        whole = _with_axis(new, wanted)
+    elif len(shape_of(rows)) == 2 and is_one(shape_of(rows)[1]) and len(shape_of(places)) in (1, 2):
+        wanted[axis] = shape_of(places)[-1]
+        whole = new if axis == 1 else _tokens_back(new, wanted)
+    else:
+        return None
+    return None if whole is None else (buffer, axis, places, whole)
+
+
+def _fits(node: Any, sizes: list[Any]) -> bool:
+    have = shape_of(node)
+    return len(have) == len(sizes) and all(same(a, b) for a, b in zip(have, sizes, strict=True))
+
+
+def _with_axis(new: fx.Node, sizes: list[Any]) -> fx.Node | None:
+    """What a node is, before an axis of size one was taken from it."""
+    above = operand(new)
+    takes = call_name(new) in ("getitem", "select", "squeeze", "reshape")
+    return above if takes and isinstance(above, fx.Node) and _fits(above, sizes) else None
+
+
+def _tokens_back(new: fx.Node, sizes: list[Any]) -> fx.Node | None:
+    """What a node was, before its tokens were put behind its rows."""
+    above = operand(new)
+    moved = call_name(new) in ("transpose", "permute") and isinstance(above, fx.Node)
+    return above if moved and _fits(above, sizes) and same(shape_of(new)[1], sizes[2]) else None
 
 
 def _whole(item: Any, size: Any) -> bool:

@@ -57,11 +57,14 @@ class Factors:
         self.roots = [[Factor(at, size, 0, size)] for at, size in enumerate(shape_of(base))]
         self.axes: list[Axis] = [tuple(parts) for parts in self.roots]
 
-    def follow(self, base: fx.Node, chain: Sequence[fx.Node]) -> fx.Node | None:
-        """Take in a chain of views, top first. Returns the first view that is not followed; None if all are."""
+    def follow(self, base: fx.Node, chain: Sequence[fx.Node], passed: Sequence[fx.Node] = ()) -> fx.Node | None:
+        """Take in a chain of views, top first. Returns the first view that is not followed; None if all are.
+
+        passed: those that are taken for views of everything.
+        """
         before = base
         for node in chain:
-            if factor_of(node) is None and not isinstance(example(node), (tuple, list)):
+            if node not in passed and factor_of(node) is None and not isinstance(example(node), (tuple, list)):
                 try:
                     if call_name(node) == "getitem" and isinstance(node.args[1], int) and _parts(node) is not None:
                         self._part(node)
@@ -241,10 +244,12 @@ def _sliced(f: Factors, axis: int, item: slice, size: Any) -> None:
     if item.step not in (None, 1):
         raise _Unknown
     whole = math.prod((x.size for x in f.axes[axis]), start=1)
-    if start == 0 and (item.stop is None or same(size, whole)):
+    if start == 0 and (item.stop is None or (not isinstance(item.stop, int) and same(size, whole))):
         return
     if not isinstance(start, int) or not isinstance(size, int) or not isinstance(whole, int):
         raise _Unknown
+    if start <= -whole or (isinstance(item.stop, int) and item.stop > whole):
+        raise _Unknown  # a window, which covers its axis only while that is short
     f.cut(axis, start + whole if start < 0 else start, size)
 
 
@@ -261,10 +266,16 @@ def _select(f: Factors, node: fx.Node, before: Sequence[Any], after: Sequence[An
     f.drop(normal_dim(argument(node, 1, "dim"), len(before)), argument(node, 2, "index"))
 
 
+_FAR = (1 << 63) - 1
+"""The end of an aten slice without one."""
+
+
 def _slice(f: Factors, node: fx.Node, before: Sequence[Any], after: Sequence[Any]) -> None:
     axis = normal_dim(argument(node, 1, "dim", 0), len(before))
     start = argument(node, 2, "start", 0)
-    _sliced(f, axis, slice(start, argument(node, 3, "end"), argument(node, 4, "step", 1)), after[axis])
+    end = argument(node, 3, "end")
+    end = None if end == _FAR else end
+    _sliced(f, axis, slice(start, end, argument(node, 4, "step", 1)), after[axis])
 
 
 def _expand(f: Factors, node: fx.Node, before: Sequence[Any], after: Sequence[Any]) -> None:

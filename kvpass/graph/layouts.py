@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from kvpass.errors import Reason
+from kvpass.graph.calls import call_name
 from kvpass.graph.factors import Axis, Factor, Factors
 from kvpass.graph.miss import Miss
 from kvpass.graph.shapes import is_one, shape_of
@@ -26,7 +27,12 @@ class _Roles:
 
 
 def read_layout(
-    base: fx.Node, chain: Sequence[fx.Node], axis: int | None = None, roles: str = "BHTD", tiled: bool = False
+    base: fx.Node,
+    chain: Sequence[fx.Node],
+    axis: int | None = None,
+    roles: str = "BHTD",
+    tiled: bool = False,
+    fronts: Sequence[fx.Node] = (),
 ) -> Layout:
     """Layout of `base` if the chain turns it into what the attention reads, with grouped heads in the right order.
 
@@ -34,14 +40,17 @@ def read_layout(
         axis: the axis along which the cache grows, if known; it decides where sizes of one leave the order open.
         roles: axes that the attention reads, `BHTD`, `BHDT`, `NTD`, `BHGTD`, `BTD`, ...; see `kvpass.sites.site.Axes`.
         tiled: the right order is query head h reading KV head h % Hkv.
+        fronts: views of the chain that take the written part of a buffer.
 
     Raises:
         Miss: LAYOUT, GROUP_ORDER or UNSUPPORTED_ATTENTION (only a part of the tokens is read), with the view that
         breaks it.
     """
     factors = Factors(base)
-    unknown = factors.follow(base, chain)
+    unknown = factors.follow(base, chain, fronts)
     last = chain[-1] if chain else base
+    if unknown is not None and call_name(unknown) in ("getitem", "slice", "narrow", "select"):
+        raise Miss(Reason.UNSUPPORTED_ATTENTION, unknown, f"the attention reads only a part of {base.name}")
     if unknown is not None:
         raise Miss(Reason.LAYOUT, unknown, f"views between cache and attention do not end in {roles}")
     if len(factors.axes) != len(roles):
@@ -50,10 +59,12 @@ def read_layout(
     return _layout(base, factors, found, last)
 
 
-def is_tiled(base: fx.Node, chain: Sequence[fx.Node], axis: int | None, roles: str) -> bool:
+def is_tiled(
+    base: fx.Node, chain: Sequence[fx.Node], axis: int | None, roles: str, fronts: Sequence[fx.Node] = ()
+) -> bool:
     """Does query head h read KV head h % Hkv?"""
     try:
-        read_layout(base, chain, axis, roles)
+        read_layout(base, chain, axis, roles, fronts=fronts)
     except Miss as miss:
         return miss.reason is Reason.GROUP_ORDER
     return False
@@ -140,7 +151,7 @@ def _layout(base: fx.Node, factors: Factors, found: _Roles, last: fx.Node) -> La
     for factor, what in ((found.token, "tokens"), (found.batch, "sequences")):
         assert factor.root is not None
         if len(factors.roots[factor.root]) != 1 or not factor.whole:
-            raise Miss(Reason.UNSUPPORTED_ATTENTION, last, f"the attention reads only a part of the {what} cached")
+            raise Miss(Reason.UNSUPPORTED_ATTENTION, last, f"the attention reads only a part of {base.name}: not all of its {what}")
     batch, token = found.batch.root, found.token.root
     sizes = shape_of(base)
     plain = _plain(base, factors, found)

@@ -51,7 +51,23 @@ def _is_idle(node: fx.Node) -> bool:
         return False
     if name == "getitem":
         index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-        return all(item is Ellipsis or (isinstance(item, slice) and item.step in (None, 1)) for item in index)
+        if any(item is Ellipsis for item in index):
+            at = next(at for at, item in enumerate(index) if item is Ellipsis)
+            index = (*index[:at], *(slice(None),) * (before.dim() - len(index) + 1), *index[at + 1 :])
+        sizes = zip(index, before.shape, strict=False)
+        return all(isinstance(item, slice) and item.step in (None, 1) and _covers(item, size) for item, size in sizes)
     if name == "slice":
-        return argument(node, 4, "step", 1) == 1
+        axis = argument(node, 1, "dim", 0)
+        covered = slice(argument(node, 2, "start"), argument(node, 3, "end"))
+        return argument(node, 4, "step", 1) == 1 and _covers(covered, before.shape[axis], far=_FAR)
     return name in ("narrow", "expand", "alias")
+
+
+_FAR = (1 << 63) - 1
+"""The end of an aten slice without one."""
+
+
+def _covers(item: slice, size: Any, far: int | None = None) -> bool:
+    """Everything, of however many: a window (`[-w:]`, `[:w]`) covers its axis too, while that is short."""
+    short = isinstance(item.stop, int) and item.stop != far and not same(item.stop, size)
+    return item.start in (None, 0) and not short

@@ -128,15 +128,28 @@ def widens(before: torch.dtype, after: torch.dtype) -> bool:
 
 
 def is_front(node: fx.Node) -> bool:
-    """`x[:, :n]`: everything but the end along one axis, and no more axes than before."""
-    if call_name(node) != "getitem" or not isinstance(operand(node), fx.Node) or is_view(node):
+    """`x[:, :n]`, `x.narrow(1, 0, n)`: everything but the end along one axis, or along the first and another, and no
+    more axes than before.
+    """
+    if not isinstance(operand(node), fx.Node) or is_view(node):
         return False
-    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-    cuts = [item for item in index if item is not Ellipsis and item != slice(None, None, None)]
-    fits = all(isinstance(item, slice) and item.start in (None, 0) and item.step in (None, 1) for item in cuts)
+    name, at_start = call_name(node), True
+    if name == "getitem":
+        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        cuts = [item for item in index if item is not Ellipsis and item != slice(None, None, None)]
+        at_start = all(isinstance(item, slice) and item.start in (None, 0) and item.step in (None, 1) for item in cuts)
+    elif name in ("narrow", "slice"):
+        at_start = argument(node, 2, "start") in (None, 0) and argument(node, 4, "step", 1) == 1
+    if name not in ("getitem", "narrow", "slice") or not at_start or len(shape_of(operand(node))) != len(shape_of(node)):
+        return False
+    changed = front_axes(node)
+    return len(changed) <= 1 or (len(changed) == 2 and changed[0] == 0)
+
+
+def front_axes(node: fx.Node) -> list[int]:
+    """The axes along which a front is shorter, as far as is known."""
     before, after = shape_of(operand(node)), shape_of(node)
-    changed = [at for at, (a, b) in enumerate(zip(before, after, strict=False)) if not same(a, b)]
-    return fits and len(before) == len(after) and len(changed) <= 1
+    return [at for at, (a, b) in enumerate(zip(before, after, strict=True)) if not same(a, b)]
 
 
 def chain_scale(chain: Sequence[fx.Node]) -> float:

@@ -10,8 +10,8 @@ import torch
 from torch import fx
 
 from kvpass.errors import VerificationError
-from kvpass.graph.calls import changes, example, is_metadata, unused_sizes
-from kvpass.graph.nearby import taken_out
+from kvpass.graph.calls import changes, example, is_metadata, operand, unused_sizes
+from kvpass.graph.nearby import home_of, taken_out
 from kvpass.graph.remains import remains
 from kvpass.graph.symbols import SizeReader
 from kvpass.sites.site import Half, Update
@@ -120,8 +120,12 @@ class Retirement:
         """Erase a write to a buffer, the slice that it went to, and a buffer that the graph allocated."""
         assert update.write is not None
         write = self.copy[update.write]
-        part = write.args[0]
+        given = operand(update.write)
+        into = changes(update.write) or home_of(given)[0] is update.past or home_of(given)[0] is home_of(update.node)[0]
+        part = write.args[0] if into else None  # a blend takes something else first
         self._erase(write)
+        for node in reversed(update.inner):
+            self._erase(self.copy[node])
         others = taken_out(update.past, update.path) if update.past is not None else []
         for node in (part, self.copy[update.node], *(self.copy[n] for n in others)):
             while isinstance(node, fx.Node) and node.op != "placeholder" and not node._erased and not _is_read(node):

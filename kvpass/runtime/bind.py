@@ -157,7 +157,8 @@ def written_at(bindings: Sequence[Binding], args: Sequence[Any]) -> list[int]:
     if tensors:
         parts = [starts[at] for at in tensors]
         single = all(part.numel() == 1 for part in parts)  # a step's: nothing to compute
-        pairs = [part.reshape(1) for part in parts] if single else [_first_and_gap(part) for part in parts]
+        new = bindings[0].sizes["S"](args) if not single else 1
+        pairs = [part.reshape(1) for part in parts] if single else [_first_and_gap(part, new) for part in parts]
         read = torch.stack(pairs).tolist()
         for at, (first, *gap) in zip(tensors, read, strict=True):
             starts[at] = -1 if any(gap) else first
@@ -171,8 +172,8 @@ def written_at(bindings: Sequence[Binding], args: Sequence[Any]) -> list[int]:
     return [int(at) for at in starts]
 
 
-def _first_and_gap(index: torch.Tensor) -> torch.Tensor:
-    """The first place, and how far the others are from following it."""
-    flat = index.reshape(-1)
-    straight = torch.arange(len(flat), device=flat.device, dtype=flat.dtype)
-    return torch.stack([flat[0], (flat - flat[0] - straight).abs().max()])
+def _first_and_gap(index: torch.Tensor, new: int) -> torch.Tensor:
+    """The first of `new` places, and how far the others are from following it; of all rows, if it has several."""
+    rows = index.reshape(-1, new) if index.numel() % new == 0 else index.reshape(1, -1)
+    straight = torch.arange(rows.shape[1], device=rows.device, dtype=rows.dtype)
+    return torch.stack([rows[0, 0], (rows - rows[0, 0] - straight).abs().max()])

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kvpass.errors import StaleCacheError
+from kvpass.errors import CacheError, StaleCacheError
 from kvpass.kernels.budget import kept
 from kvpass.kernels.rule import Rule
 from kvpass.runtime.angles import Angles
@@ -33,6 +33,9 @@ class Binding:
         host: heads and entries of the host's keys and values, where the slots hold them otherwise.
         angles: what a call's keys are rotated by, where keys are turned again.
         joined: keys and values are parts of one tensor of the host.
+        renews: of a buffer, the host goes on with what the graph returns, not with what it gave.
+        ends: how many tokens of its buffers a call reads, where its graph does not tell that the new ones are the last;
+            and whether a mask hides what is behind them.
     """
 
     name: str
@@ -51,6 +54,8 @@ class Binding:
     host: tuple[tuple[int, int], tuple[int, int]] | None = None
     angles: Angles | None = None
     joined: bool = False
+    renews: bool = False
+    ends: tuple[tuple[Size, bool], ...] = ()
 
     def open(self, args: Sequence[Any], origin: Origin, position: int = 0, recorded: bool = False) -> SlotStore:
         """The store of this site for a call, with room for the call's tokens, of which the first is at `position`.
@@ -76,6 +81,7 @@ class Binding:
         return store
 
     def _of_buffer(self, args: Sequence[Any], origin: Origin, position: int, new: int, recorded: bool) -> SlotStore:
+        self._check_read(args, position + new)
         if position == 0:
             store = self._fresh(args, origin, new)
             store.length = self.sizes["L"](args)
@@ -88,13 +94,42 @@ class Binding:
         buffers = tuple(args[at] for at in places)
         store = of_buffer(buffers, self.paths[: len(buffers)], position, self.where)
         require_same(store.origin, origin, self.where)
+        if len(store.state.cursor) != self.sizes["B"](args):
+            raise StaleCacheError(
+                f"{self.sizes['B'](args)} sequences go on, but the cache was begun with {len(store.state.cursor)}",
+                where=self.where,
+                hint="run each batch from its own prompt",
+            )
         store.recorded = recorded
         store.make_room(new, self.phase is Phase.DECODE)
         return store
 
+    def _check_read(self, args: Sequence[Any], written: int) -> None:
+        """A call reads its buffers up to its last token, or further under a mask; and both are as long.
+
+        Raises:
+            CacheError: it does not.
+        """
+        for size, masked in self.ends:
+            end = size(args)
+            if end < written or (end > written and not masked):
+                raise CacheError(
+                    f"the attention reads {end} tokens of its buffer, of which {written} are written",
+                    where=self.where,
+                    hint="read up to where the new tokens end, or hide what lies behind them by a mask",
+                )
+        if self.past is not None and self.paths == ((), ()) and not self.joined:
+            long = [args[at].shape[layout.token_axis] for at, layout in zip(self.past, self.layouts, strict=True)]
+            if long[0] != long[1]:
+                raise CacheError(
+                    f"the buffer of keys has room for {long[0]} tokens, that of values for {long[1]}",
+                    where=self.where,
+                    hint="give both the same length",
+                )
+
     def leave(self, args: Sequence[Any], store: SlotStore) -> tuple[torch.Tensor, torch.Tensor]:
         """What the host holds as K and V after a call: shells, or its own buffers, which stand for the store."""
-        if self.past is None or "L" not in self.sizes:
+        if self.past is None or "L" not in self.sizes or self.renews:
             key = make(store, 0)
             return key, key if self.joined else make(store, 1)
         buffers = args[self.past[0]], args[self.past[1]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,9 +16,9 @@ from kvpass.graph.miss import Miss
 from kvpass.graph.nearby import home_of, taken_out
 from kvpass.graph.projections import foreign
 from kvpass.graph.shapes import is_one, quotient, same, shape_of
-from kvpass.graph.views import is_front
+from kvpass.graph.views import front_axes, is_front
 from kvpass.graph.visibility import Visibility
-from kvpass.sites.site import Core, Half, Mixed, Site, Update
+from kvpass.sites.site import Core, End, Half, Mixed, Site, Update
 from kvpass.terms import CacheForm, Phase
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -72,7 +73,7 @@ def buffer_readers(flow: Flow, update: Update, chain: tuple[fx.Node, ...], core:
     """Whoever else reads a buffer as data: neither the write, nor the views down to the core, nor the core."""
     write = update.write
     assert write is not None
-    region = {update.node, write, *chain, *(taken_out(update.past, update.path) if update.past else ())}
+    region = {update.node, write, *update.inner, *chain, *(taken_out(update.past, update.path) if update.past else ())}
     part = operand(write)
     if isinstance(part, fx.Node) and part is not update.node and not is_input(part):
         region.add(part)  # the slice that copy_ writes into
@@ -83,8 +84,13 @@ def buffer_readers(flow: Flow, update: Update, chain: tuple[fx.Node, ...], core:
     return found
 
 
-def check_buffer(flow: Flow, core: Core, update: Update, chain: tuple[fx.Node, ...]) -> None:
-    """An attention over a buffer sees what was written, and nothing beyond.
+def check_buffer(
+    flow: Flow, core: Core, update: Update, chain: tuple[fx.Node, ...], lengths: Sequence[Any]
+) -> End | None:
+    """An attention over a buffer sees what was written, and nothing beyond. Returns how much it reads, if a call must
+    tell whether that is so.
+
+    lengths: of the keys' buffer and the values', which an attention over all of both takes to be the same.
 
     Raises:
         Miss: UNSUPPORTED_UPDATE if it reads before the write, MASK_UNKNOWN if nothing hides the rest of the buffer.
@@ -94,27 +100,34 @@ def check_buffer(flow: Flow, core: Core, update: Update, chain: tuple[fx.Node, .
     early = [node for node in (*chain, core.node) if flow.order[node] < flow.order[update.write]]
     if early:
         raise Miss(Reason.UNSUPPORTED_UPDATE, early[0], f"{early[0].name} reads the buffer before it is written")
-    if is_input(update.node) and not same(shape_of(update.node)[0], shape_of(update.new)[0]):
-        raise Miss(Reason.LAYOUT, update.write, "the buffer has room for more sequences than there are")
     front = next((node for node in chain if is_front(node)), None)
-    if front is not None:
-        _check_front(update, front)
-        return
-    whole = shape_of(update.node)[update.axis]
-    covering = [term for term in core.terms if same(shape_of(term.node)[-1], whole)]
+    rows = shape_of(update.node)[0], shape_of(update.new)[0]
+    if is_input(update.node) and not same(*rows) and not (front is not None and same(shape_of(front)[0], rows[1])):
+        what = f"{rows[1]} of the {rows[0]} sequences of the buffer are written, and all of them are read"
+        raise Miss(Reason.UNSUPPORTED_UPDATE, update.write, what)
+    if front is not None and update.axis in front_axes(front):
+        return _end_of(core, update, front)
+    if update.start == 0 and same(shape_of(update.new)[update.axis], shape_of(update.node)[update.axis]):
+        return None  # all of it is written
+    covering = [term for term in core.terms if any(same(shape_of(term.node)[-1], whole) for whole in lengths)]
     if not covering and not (core.causal and (update.past is None or update.start == 0)):
         raise Miss(Reason.MASK_UNKNOWN, core.node, "the attention reads the whole buffer, and no mask spans it")
+    return None
 
 
-def _check_front(update: Update, front: fx.Node) -> None:
-    """A part of the buffer is read: it must end where the new tokens end."""
+def _end_of(core: Core, update: Update, front: fx.Node) -> End | None:
+    """A part of the buffer is read: it must end where the new tokens end, or be masked behind them."""
     assert update.axis is not None
     start = example(update.start) if isinstance(update.start, fx.Node) else update.start
     new, end = shape_of(update.new)[update.axis], shape_of(front)[update.axis]
     if same(end, new):
-        return  # right where the tokens are the first ones: `reads_only_new`
-    if isinstance(start, torch.Tensor) or not same(end, start + new):
+        return None  # right where the tokens are the first ones: `reads_only_new`
+    if not isinstance(start, torch.Tensor) and same(end, start + new):
+        return None
+    masked = any(same(shape_of(term.node)[-1], end) for term in core.terms)
+    if not masked and all(isinstance(size, int) for size in (end, start, new)):
         raise Miss(Reason.UNSUPPORTED_ATTENTION, front, "the part of the buffer that is read does not end with the new")
+    return End(end, masked)
 
 
 def reads_only_new(half: Half) -> bool:

@@ -13,9 +13,11 @@ from kvpass.graph.aliases import changed
 from kvpass.graph.attended import PARTS
 from kvpass.graph.calls import argument, call_name, is_metadata, operand
 from kvpass.graph.dataflow import Flow
+from kvpass.graph.equal import equal
 from kvpass.graph.miss import Miss
 from kvpass.graph.module_names import module_path
 from kvpass.graph.nearby import home_of
+from kvpass.graph.shapes import shape_of
 from kvpass.graph.layouts import is_tiled, read_layout
 from kvpass.graph.views import chain_scale, is_front, walk_pieces, walk_up
 from kvpass.sites.mixed import Mixing, find_mixing, join_mixed
@@ -165,20 +167,23 @@ class _Found:
             return None
         if of_k is None or of_v is None or of_k.form != of_v.form:
             raise self._mismatch(core, of_k, of_v)
-        if of_k.start is not of_v.start and of_k.start != of_v.start:
+        if not equal(of_k.start, of_v.start, self.flow):
             raise Miss(Reason.KEY_VALUE_MISMATCH, core.node, "keys and values are written at different places")
         core = replace(core, tiled=_tiled(core, (of_k, of_v), (chain_k, chain_v)))
-        one = {*chain_k, *chain_v} if of_k.node is of_v.node else set()
-        key = self._half(core, of_k, chain_k, core.axes.k, Reason.KEY_ESCAPES, one)
-        value = self._half(core, of_v, chain_v, core.axes.v, Reason.VALUE_ESCAPES, one)
-        if one and key.layout == value.layout:
-            raise Miss(Reason.KEY_VALUE_MISMATCH, base_k, "keys and values are one and the same tensor")
+        lengths = [shape_of(u.node)[u.axis] for u in (of_k, of_v) if u.axis is not None]
+        one: set[fx.Node] = {*chain_k, *chain_v} if of_k.node is of_v.node else set()
+        if of_k.renews and of_v.renews and of_k.past is of_v.past:  # the same zeros, before the first token
+            one = {n for u in (of_k, of_v) for n in (u.node, *u.inner)}
+        key = self._half(core, of_k, chain_k, core.axes.k, Reason.KEY_ESCAPES, one, lengths)
+        value = self._half(core, of_v, chain_v, core.axes.v, Reason.VALUE_ESCAPES, one, lengths)
         if chain_scale(chain_v) != 1.0:
             raise Miss(Reason.UNSUPPORTED_ATTENTION, chain_v[-1], "the cached values are scaled")
         self._check_inner(core)
         name = module_path(core.node) or f"site{layer}"
         site = make_site(name, replace(core, scale=core.scale * chain_scale(chain_k)), key, value, layer)
         check_site(site)
+        if of_k.node is of_v.node and key.layout == value.layout:
+            raise Miss(Reason.KEY_VALUE_MISMATCH, base_k, "keys and values are one tensor")
         return site
 
     def mixed(self) -> dict[fx.Node, list[Mixing]]:
@@ -232,13 +237,15 @@ class _Found:
             raise Miss(Reason.UNSUPPORTED_ATTENTION, core.node, f"logits or probabilities also feed {where}")
 
     def _half(
-        self, core: Core, update: Update, chain: tuple[fx.Node, ...], roles: str, reason: Reason, beside: set[fx.Node]
+        self, core: Core, update: Update, chain: tuple[fx.Node, ...], roles: str, reason: Reason, beside: set[fx.Node],
+        lengths: Sequence[Any] = (),
     ) -> Half:
         """A cached tensor as the core reads it.
 
-        beside: views down to the other half, if it lies in the same tensor.
+        beside: views down to the other half, if it lies in the same tensor; `lengths`: of both buffers.
         """
-        layout = read_layout(update.node, chain, update.axis, roles, core.tiled)
+        end = None
+        layout = read_layout(update.node, chain, update.axis, roles, core.tiled, _fronts(update, chain))
         if update.axis is not None and update.axis != layout.token_axis:
             raise Miss(Reason.CAT_AXIS, update.node, f"cat along axis {update.axis} of {layout.value}")
         if self.readers[update.node] > 1:
@@ -246,7 +253,7 @@ class _Found:
         readers = [core.node, *core.inner]
         if update.form is CacheForm.BUFFER:
             escaped = buffer_readers(self.flow, update, (*chain, *beside), readers)
-            check_buffer(self.flow, core, update, chain)
+            end = check_buffer(self.flow, core, update, chain, lengths)
         else:
             region = {*chain, *beside} | (set() if update.form is CacheForm.RETURNED else {update.node})
             escaped = self.flow.escapes(region, readers)
@@ -260,7 +267,7 @@ class _Found:
             if sizes and view not in self.flow.outputs:
                 raise Miss(reason, sizes[0], f"the size of {view.name}, a view of the cache, is read")
         places = {at for node in (update.node, update.write) if node for at in self.flow.outputs.get(node, [])}
-        return Half(update, layout, chain, tuple(sorted(places)))
+        return Half(update, layout, chain, tuple(sorted(places)), end)
 
     def _check_unchanged(self, core: Core, update: Update) -> None:
         """The op reads everything where the attention stands; it must still be what was read or cached before."""
@@ -282,7 +289,13 @@ def _tiled(core: Core, updates: tuple[Update, Update], chains: tuple[tuple[fx.No
     if "G" in core.axes.q or "G" in core.axes.out:
         return False
     roles = core.axes.k, core.axes.v
-    return all(is_tiled(u.node, chain, u.axis, r) for u, chain, r in zip(updates, chains, roles, strict=True))
+    both = zip(updates, chains, roles, strict=True)
+    return all(is_tiled(u.node, chain, u.axis, r, _fronts(u, chain)) for u, chain, r in both)
+
+
+def _fronts(update: Update, chain: tuple[fx.Node, ...]) -> list[fx.Node]:
+    """Views that take the written part of a buffer; `check_buffer` looks at them."""
+    return [node for node in chain if is_front(node)] if update.form is CacheForm.BUFFER else []
 
 
 def _form(update: Update | None) -> str:

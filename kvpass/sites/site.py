@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from kvpass.graph.calls import call_name, operand, unused_sizes
+from kvpass.graph.calls import call_name, changes, operand, unused_sizes
 from kvpass.graph.nearby import taken_out
 from kvpass.graph.visibility import Visibility
 from kvpass.terms import CacheForm, Layout, MaskKind, Phase
@@ -123,6 +123,7 @@ class Update:
         write: the node that writes into a buffer; None for other forms.
         start: where it writes: an index tensor, or the first place (a number or its node).
         path: the buffer's place in a stack of buffers.
+        inner: nodes between the past and `node` that are gone with it.
     """
 
     node: fx.Node
@@ -134,6 +135,12 @@ class Update:
     write: fx.Node | None = None
     start: Any = None
     path: tuple[int, ...] = ()
+    inner: tuple[fx.Node, ...] = ()
+
+    @property
+    def renews(self) -> bool:
+        """The host goes on with a tensor of the graph's own, not with the buffer that it gave."""
+        return self.write is not None and self.past is not None and not self.path and not changes(self.write)
 
 
 @dataclass(frozen=True)
@@ -163,14 +170,34 @@ class Mixed:
 
 @dataclass(frozen=True)
 class Half:
-    """One of the two cached tensors of a site: its update, the axis order it is cached in, the views down to the
-    core, its output places.
+    """One of the two cached tensors of a site.
+
+    Attributes:
+        update: its update.
+        layout: the axis order it is cached in.
+        chain: the views down to the core, the highest first.
+        places: of it among the graph's outputs.
+        end: how many tokens of a buffer are read, where only a call can tell whether the new ones are the last of them.
     """
 
     update: Update
     layout: Layout
     chain: tuple[fx.Node, ...]
     places: tuple[int, ...]
+    end: End | None = None
+
+
+@dataclass(frozen=True)
+class End:
+    """How many tokens of a buffer an attention reads.
+
+    Attributes:
+        size: an int or a SymInt.
+        masked: a mask spans what is read, so that it may be more than is written.
+    """
+
+    size: Any
+    masked: bool
 
 
 @dataclass(frozen=True)
@@ -209,6 +236,7 @@ class Site:
         """What a rewrite takes out of the captured graph: core, views and updates, not the operands."""
         halves = {n for half in (self.key, self.value) for n in (half.update.node, *half.chain)}
         halves |= {half.update.write for half in (self.key, self.value) if half.update.write is not None}
+        halves |= {n for half in (self.key, self.value) for n in half.update.inner}
         halves |= {operand(n) for n in set(halves) if call_name(n) == "copy_"}
         for update in (self.key.update, self.value.update):
             for node in taken_out(update.past, update.path) if update.past is not None else ():

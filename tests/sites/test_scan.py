@@ -18,7 +18,7 @@ from kvpass.sites.table import SiteTable
 def test_decoders(kind, length, phase):
     cache = tuple((torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)) for _ in range(2))
     found = table(plain.make(kind), plain.tokens(2, length), cache)
-    assert [(s.name, s.layer, s.phase, s.key.layout, s.group) for s in found] == [
+    assert [(s.name, s.layer, s.phase, s.key.layout.value, s.group) for s in found] == [
         ("blocks.0", 0, phase, "BHTD", 2),
         ("blocks.1", 1, phase, "BHTD", 2),
     ]
@@ -30,7 +30,7 @@ def test_decoders(kind, length, phase):
 def test_module_attributes():
     model = plain.make(plain.AttributeDecoder)
     first = table(model, plain.tokens(1, 20))
-    assert [(s.phase, s.key.layout, s.key.update.form) for s in first] == [
+    assert [(s.phase, s.key.layout.value, s.key.update.form) for s in first] == [
         ("prefill", "BTHD", "new returned as the cache")
     ] * 2
     second = table(model, plain.tokens(1, 1))

@@ -150,7 +150,7 @@ def written_by_a_boolean_mask(self, q, k, v, at):
     return attend(q, self.keys, self.values, attn_mask=up_to(at))
 
 
-@written(UPDATE)
+@written("UNSUPPORTED_ATTENTION")
 def only_the_last_four_places(self, q, k, v, at):
     """A window of a longer buffer."""
     write(self, k, v, at)

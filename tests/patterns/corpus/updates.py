@@ -121,7 +121,7 @@ def one_past_for_keys_and_values(self, x, cache):
     return self.finish(attend(q, k, v)), (k, v)
 
 
-@case("UNSUPPORTED_ATTENTION", lambda: (hidden(), torch.randn(2, KV_HEADS, 5, 2 * DIM)))
+@case(MATCHED, lambda: (hidden(), torch.randn(2, KV_HEADS, 5, 2 * DIM)))
 def keys_and_values_packed(self, x, cache):
     """One cat for both; the attention reads halves of it."""
     q, k, v = self.project(x)
@@ -129,7 +129,7 @@ def keys_and_values_packed(self, x, cache):
     return self.finish(attend(q, *both.chunk(2, -1))), both
 
 
-@case("UNSUPPORTED_ATTENTION", lambda: (hidden(), torch.randn(2, 2, KV_HEADS, 5, DIM)))
+@case(MATCHED, lambda: (hidden(), torch.randn(2, 2, KV_HEADS, 5, DIM)))
 def keys_and_values_stacked(self, x, cache):
     """One 5-d cat for both."""
     q, k, v = self.project(x)
@@ -137,7 +137,7 @@ def keys_and_values_stacked(self, x, cache):
     return self.finish(attend(q, both[0], both[1])), both
 
 
-@case("LAYOUT", lambda: (hidden(), (torch.randn(2, 5, DIM), torch.randn(2, 5, DIM))))
+@case(MATCHED, lambda: (hidden(), (torch.randn(2, 5, DIM), torch.randn(2, 5, DIM))))
 def one_head_without_an_axis(self, x, cache):
     """Multi-query attention in three dimensions."""
     q, k, v = self.project(x)
