@@ -11,7 +11,7 @@ import torch
 from kvpass.runtime.attributes import DEEPEST, attributes
 from kvpass.runtime.identity import Origin
 from kvpass.runtime.left import FEWEST_AXES, left_by
-from kvpass.runtime.shell import attached, find
+from kvpass.runtime.shell import attached, find, is_shell
 from kvpass.runtime.store import SlotStore
 
 NO_CACHES = {*vars(torch.nn.Module()), "kvpass", "_compiled_call_impl"}
@@ -87,8 +87,8 @@ def holdings(cache: Any) -> Holdings:
         if not counts or part.storage in known:
             continue
         stands = attached(tensor)
-        if find(tensor) is not None and (not stands or part.bytes <= tensor.element_size()):
-            continue  # a shell, over one element
+        if is_shell(tensor):
+            continue
         beside = part.group in with_shells and tensor.dim() >= FEWEST_AXES
         if stands or not part.group or beside or _looks_cached(tensor, found.stores):
             known.add(part.storage)

@@ -1,9 +1,9 @@
-"""Shells: tensors of the cache's logical shape over one NaN element, which carry the store in the host's own cache
-object.
+"""Shells: tensors of the cache's logical shape over next to no memory, all NaN, which carry the store in the host's own
+cache object.
 
 The host sees lengths (it derives positions and masks from them) but no data. The store rides on the tensor as an
-attribute, so it lives, is
-deep-copied and dies with the host's cache. A view of a shell loses the attribute and is found again by its storage.
+attribute, so it lives, is deep-copied and dies with the host's cache. A view of a shell loses the attribute and is found
+again by its storage; what buffers of the caller's stand for is found by their memory.
 """
 
 from __future__ import annotations
@@ -15,21 +15,26 @@ from weakref import ref
 import torch
 
 from kvpass.errors import ForeignCacheError, ShellDataError, StaleCacheError
+from kvpass.runtime.memory import Stands, overlapping, stand, stands
 from kvpass.runtime.pick import take_back
 from kvpass.runtime.store import SlotStore, same_storage, sharing_storage, version
 from kvpass.terms import Layout
 
-_STANDING = "_kvpass_stores"
-"""Store and half (0 keys, 1 values) that a shell stands for, or a buffer of the caller's, by their place in it."""
+_SHELL = "_kvpass_shell"
+"""Store and half (0 keys, 1 values) that a shell stands for."""
 
 
 def make(store: SlotStore, half: int) -> torch.Tensor:
     """The shell of a store's keys (half 0) or values (half 1), `[B, Hkv, T, D]` in the host's axis order."""
-    base = store.bases[half]
-    shell = base.expand(_sizes(store, half, store.layouts[half]))
+    sizes = _sizes(store, half, store.layouts[half])
+    if store.length is None:
+        shell = store.bases[half].expand(sizes)
+    else:  # later calls write into it, which even a fake of it allows only where no step is 0
+        shell = store.base_of(half, sum(sizes) - len(sizes) + 1).as_strided(sizes, [1] * len(sizes))
     if store.length is None:  # it changes from step to step: unmarked, Dynamo compiles a step of this one length first
         torch._dynamo.maybe_mark_dynamic(shell, store.layouts[half].token_axis)
-    attach(shell, (), store, half)
+    setattr(shell, _SHELL, (store, half))
+    store.versions[half] = version(shell)
     store.shown[half] = ref(shell), store.tokens
     return shell
 
@@ -38,8 +43,12 @@ def find(tensor: Any) -> SlotStore | None:
     """The store of a shell, of a view of one, or of a buffer; None for any other tensor."""
     if not isinstance(tensor, torch.Tensor):
         return None
-    standing = getattr(tensor, _STANDING, None)
-    return next(iter(standing.values()))[0] if standing else sharing_storage(tensor)
+    shell = getattr(tensor, _SHELL, None)
+    if shell is not None:
+        found: SlotStore = shell[0]
+        return found
+    lies = overlapping(tensor)
+    return lies[0][0] if lies else sharing_storage(tensor)
 
 
 def half_of(shell: torch.Tensor) -> int | None:
@@ -50,16 +59,40 @@ def half_of(shell: torch.Tensor) -> int | None:
 
 
 def attach(tensor: torch.Tensor, path: tuple[int, ...], store: SlotStore, half: int) -> None:
-    """Let a tensor, or one of several stacked in it, stand for a store's keys (half 0) or values (half 1)."""
-    if not hasattr(tensor, _STANDING):
-        setattr(tensor, _STANDING, {})
-    getattr(tensor, _STANDING)[path] = store, half
+    """Let a buffer, or one of several stacked in it, stand for a store's keys (half 0) or values (half 1)."""
+    if same_storage(tensor, store.bases[half]):  # a shell, that stands for it already: its memory is the store's own
+        setattr(tensor, _SHELL, (store, half))
+    else:
+        forget(tensor)
+        stand(tensor, path, store, half)
     store.versions[half] = version(tensor)
 
 
 def attached(tensor: torch.Tensor) -> list[SlotStore]:
-    """The stores that a shell or a buffer stands for."""
-    return [store for store, _ in getattr(tensor, _STANDING, {}).values()]
+    """The stores that a shell or a buffer, or parts of it, stand for."""
+    shell = getattr(tensor, _SHELL, None)
+    return [shell[0]] if shell is not None else [store for store, _ in overlapping(tensor)]
+
+
+def forget(tensor: torch.Tensor) -> None:
+    """Of a shell that becomes a tensor of its host's again."""
+    vars(tensor).pop(_SHELL, None)
+
+
+def is_shell(tensor: torch.Tensor) -> bool:
+    """A shell of a store, or a view of one: its memory is the store's own."""
+    return hasattr(tensor, _SHELL) or sharing_storage(tensor) is not None
+
+
+def _stands_for(tensor: torch.Tensor, path: tuple[int, ...]) -> Stands | None:
+    """What a buffer, or one of several stacked in it, stands for, if the last call was given the same memory."""
+    shell: Stands | None = getattr(tensor, _SHELL, None) or stands(tensor, path)
+    store = sharing_storage(tensor) if shell is None and not path else None
+    if store is None or store.length is None:
+        return shell
+    seen = tuple(_sizes(store, 0, store.layouts[0])), tuple(_sizes(store, 1, store.layouts[1]))
+    same = [h for h in (0, 1) if same_storage(tensor, store.bases[h]) and seen[h] == tuple(tensor.shape)]
+    return (store, same[0]) if same and not tensor.storage_offset() and set(tensor.stride()) == {1} else None
 
 
 def of_buffer(
@@ -74,10 +107,10 @@ def of_buffer(
         ForeignCacheError: the buffers hold tokens that kvpass did not see.
         StaleCacheError: the write does not continue what the store has seen, or somebody else wrote in between.
     """
-    found: list[Any] = [getattr(t, _STANDING, {}).get(path) for t, path in zip(buffers, paths, strict=True)]
-    for buffer, standing in zip(buffers, found, strict=True):
+    found: list[Any] = [_stands_for(t, path) for t, path in zip(buffers, paths, strict=True)]
+    for buffer, path, standing in zip(buffers, paths, found, strict=True):
         if standing is None or standing[0] is not found[0][0]:
-            raise _foreign(buffer, where)
+            raise _other_part(buffer, path, where) if standing is None else _foreign(buffer, where)
     if [half for _, half in found] != [*range(len(buffers))]:
         raise _swapped(where)
     store: SlotStore = found[0][0]
@@ -111,7 +144,7 @@ def unwrap(past: tuple[torch.Tensor, ...], layouts: tuple[Layout, ...], where: s
     length = key.shape[layouts[0].token_axis]
     if length != store.tokens and not (length < store.tokens and take_back(store, length)):
         hint = "evicted tokens cannot come back: crop before compiling, or keep a copy.deepcopy(cache) from before"
-        if length > store.tokens or hasattr(key, _STANDING):
+        if length > store.tokens or hasattr(key, _SHELL):
             hint = "continue from the newest cache, or branch with copy.deepcopy(cache) before generating"
         raise StaleCacheError(
             f"the cache is {length} tokens long, but its state has seen {store.tokens}", where=where, hint=hint
@@ -165,6 +198,19 @@ def _swapped(where: str) -> StaleCacheError:
         "the cached keys were given as values, or the values as keys",
         where=where,
         hint="give them back in the order in which the model returned them",
+    )
+
+
+def _other_part(buffer: torch.Tensor, path: tuple[int, ...], where: str) -> Exception:
+    """Why no store was found: a part of the memory stands for one, but in another cut, or none does."""
+    lies = overlapping(buffer, path)
+    if not lies:
+        return _foreign(buffer, where)
+    sizes = list(buffer.shape[len(path) :])
+    return StaleCacheError(
+        f"the buffer {sizes} is another part of the memory in which the cache of {lies[0][0].name} lies",
+        where=where,
+        hint="give each call the same part of it (the same offset, sizes and strides), or begin again at position 0",
     )
 
 

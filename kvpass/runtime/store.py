@@ -38,7 +38,7 @@ class SlotStore:
         host: heads and entries of keys and of values in the host's cache, where the slots hold them otherwise: both as
             the key (latent attention), or all heads side by side (mixed heads).
         length: tokens that the host's preallocated buffer has room for; None for a cache that grows.
-        bases: one-element NaN tensors that the shells of K and V expand.
+        bases: NaN tensors under the shells of K and V: one element, or a row where shells are written into.
         versions: of the host's tensors for K and V, as the last call left them; None if torch does not count them, or
             if this is a copy.
         shown: shells of K and V that the last call left, and of how many tokens; None likewise.
@@ -104,9 +104,18 @@ class SlotStore:
             fields["state"] = self.state.clone()
             bases = copy.deepcopy(self.bases, memo)
             # an inference tensor's copy is one too if the shell was copied before: a view of its storage is not
-            fields["bases"] = tuple(b.new_empty(0).set_(b.untyped_storage(), 0, (1,), (1,)) for b in bases)
+            fields["bases"] = tuple(b.new_empty(0).set_(b.untyped_storage(), 0, b.shape, (1,)) for b in bases)
         other.__setstate__(fields)
         return other
+
+    def base_of(self, half: int, elements: int) -> torch.Tensor:
+        """The memory under the shell of K or V, of so many NaN."""
+        if self.bases[half].numel() < elements:
+            with torch.inference_mode(False):
+                wide = self.bases[half].new_full((elements,), float("nan"))
+            self.bases = (wide, self.bases[1]) if half == 0 else (self.bases[0], wide)
+            self._register()
+        return self.bases[half]
 
     def _register(self) -> None:
         _BY_STORAGE.update((_storage_key(base), self) for base in self.bases)
@@ -189,7 +198,7 @@ class SlotStore:
 
 
 def sharing_storage(tensor: torch.Tensor) -> SlotStore | None:
-    """The living store whose one-element base a tensor is a view of."""
+    """The living store whose base a tensor is a view of."""
     return _BY_STORAGE.get(_storage_key(tensor))
 
 

@@ -132,13 +132,14 @@ def _deep_copy(shell: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
 
 def _emptied(shell: torch.Tensor) -> torch.Tensor:
     """The zeros of a preallocated buffer again, as `StaticCache.reset()` asks for: as large as it was."""
-    from kvpass.runtime.shell import find
+    from kvpass.runtime.shell import find, forget
 
     store = find(shell)
     if store is None or store.length is None:
         raise _refusal("zero_", shell)
     unveil([shell])
     vars(shell).pop(_OF, None)
+    forget(shell)
     with torch.inference_mode(False):
         shell.data = torch.zeros(shell.shape, dtype=shell.dtype, device=shell.device)
     return shell

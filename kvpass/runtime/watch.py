@@ -15,7 +15,7 @@ import torch
 from kvpass.errors import DeclinedError, RecompileError, ShellDataError
 from kvpass.runtime.active import ACTIVE, Ledger
 from kvpass.runtime.attributes import DEEPEST, attributes
-from kvpass.runtime.shell import find
+from kvpass.runtime.shell import find, is_shell
 from kvpass.runtime.store import SlotStore
 from kvpass.runtime.veil import Shell, unveil, veil
 
@@ -53,10 +53,12 @@ class Call(Ledger):
 
     Attributes:
         kept: tensors in the model's attributes before the call, of those attributes that calls change.
+        spoke: shells that were given, or that the model itself held.
     """
 
     given: list[Found] = field(default_factory=list)
     kept: list[Found] = field(default_factory=list)
+    spoke: list[torch.Tensor] = field(default_factory=list)
     shells: list[tuple[Path, torch.Tensor, SlotStore]] = field(default_factory=list)
 
     def begin(self, args: Any, kwargs: Any, kept: list[Found]) -> None:
@@ -64,6 +66,7 @@ class Call(Ledger):
         self.given, self.kept = tensors((args, kwargs)), kept
         shells = [one for one in self.given if type(one.tensor) is Shell]
         hosted = [t for t in (ref() for ref in self.hosted) if t is not None]
+        self.spoke = [t for t in (*(one.tensor for one in shells), *hosted) if type(t) is Shell]
         unveil([one.tensor for one in shells] + hosted)
         self.made += [one.tensor for one in shells] + hosted
         self.shells = [(one.path, one.tensor, store) for one in shells if (store := find(one.tensor)) is not None]
@@ -72,7 +75,7 @@ class Call(Ledger):
     def end(self) -> None:
         """Make shells speak again."""
         ACTIVE.calls.remove(self)
-        veil(t for t in self.made if t.untyped_storage().nbytes() <= t.element_size())
+        veil([*self.spoke, *(t for t in self.made if is_shell(t))])
 
     def compare(self, args: Any, kwargs: Any, result: Any, kept: list[Found]) -> list[Found]:
         """Compare what the call left with what its graphs noted. Returns what it left, beside `kept`: what is in the
