@@ -75,9 +75,7 @@ BUFFERED = [
     torchtune.Tuned,
     litgpt.Lit,
     litgpt.LitToTheEnd,
-    blended.Blended,
-    blended.Product,
 ]
-"""Those that allocate buffers before their first call."""
+"""Those that allocate buffers before their first call, and keep them."""
 TOP_LEFT = (nanogpt.GPT, multihead.Multihead, nanovlm.Vision)
 """is_causal counts from the top left, so they take one token at a time after the prompt."""
