@@ -1,4 +1,4 @@
-# kvpass: make demo | test | wide | bench | quality | policies | providers | support | versions | canary | lock | api | lint | clean. Every target makes the environment it needs, once, in $(VENV).
+# kvpass: make demo | test | wide | bench | quality | policies | providers | support | spellings | versions | canary | lock | api | lint | clean. Every target makes the environment it needs, once, in $(VENV).
 #
 #   PYTHON  the interpreter to build the environment from (3.11 to 3.13)
 #   TORCH   what pip installs as torch (the line of constraints.txt). It comes first and alone: as somebody's dependency a plain "torch" may pull gigabytes of CUDA packages.
@@ -13,7 +13,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test wide bench quality policies providers support versions canary lock api lint env clean
+.PHONY: help demo test wide bench quality policies providers support spellings versions canary lock api lint env clean
 
 BIN   := $(VENV)/bin
 PIP   := $(BIN)/python -m pip --disable-pip-version-check -qq
@@ -53,6 +53,11 @@ support: $(STAMP)
 # builds of several GB; each environment goes when its row is done. ARGS="--only transformers5.17" or ARGS=--resume.
 versions: $(STAMP)
 	@$(BIN)/python -P tests/support/versions.py $(ARGS)
+
+# Decoders drawn from a grammar of the spellings that people use, each against an oracle; and the table of host styles in
+# docs/support.md. 2,000 draws take an hour or so; goes on where it was stopped. ARGS="--draws 300" or ARGS="--only 'Spelling(..)'"
+spellings: $(STAMP)
+	@$(BIN)/python -P tests/spellings/run.py $(ARGS)
 
 # The same tests with the newest of everything: says what broke, and which versions are not those of constraints.txt.
 # ARGS="--torch 2.13.0": the newest of everything but torch, whose newest may be several GB.

@@ -22,6 +22,7 @@ for name in (
     "oracle",
     "models",
     "gpu",
+    "spellings",
 ):  # not tests/ on sys.path: its folders kvpass and kernels would shadow the real ones
     package = types.ModuleType(name)
     package.__path__ = [str(ROOT / "tests" / name)]

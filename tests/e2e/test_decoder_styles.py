@@ -4,55 +4,38 @@ from __future__ import annotations
 
 import copy
 import gc
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from models.plain import causal_mask, tokens
+from models.plain import tokens
 from models.styles import (
     alibi,
-    einsum,
+    from_scratch,
     gpt_fast,
+    keyed,
+    litgpt,
     llama_reference,
     multihead,
+    nanochat,
     nanogpt,
-    packed_groups,
     rebinding,
     sinks,
-    softcap,
     stacked,
+    torchtune,
 )
-from models.styles.style import DIM, LAYERS, Attention, greedy, make, one
-from oracle.simulator import Simulator
+from models.styles.kinds import BUFFERED, KINDS, TOP_LEFT
+from models.styles.oracle import Oracle
+from models.styles.style import DIM, LAYERS, greedy, make, one
 from torch._subclasses.fake_tensor import FakeTensor
 
 import kvpass
 from kvpass.terms import Phase
 
-KINDS = [
-    nanogpt.GPT,
-    gpt_fast.Transformer,
-    gpt_fast.FusedTransformer,
-    gpt_fast.CopiedTransformer,
-    gpt_fast.ScatteredTransformer,
-    llama_reference.Llama,
-    llama_reference.MovingLlama,
-    rebinding.Rebinding,
-    einsum.Einsum,
-    einsum.GroupedEinsum,
-    alibi.Alibi,
-    alibi.Bloom,
-    sinks.Sinks,
-    multihead.Multihead,
-    softcap.Softcap,
-    packed_groups.Packed,
-    packed_groups.MultiQuery,
-    stacked.Stacked,
-]
 SOME = [nanogpt.GPT, gpt_fast.Transformer, llama_reference.MovingLlama, rebinding.Rebinding, stacked.Stacked]
 """For each way to keep a cache."""
 INDUCTOR = [gpt_fast.Transformer, llama_reference.Llama, alibi.Bloom, sinks.Sinks]
+"""Both ways to write into buffers, and the cores with most to them."""
 
 
 def _wide(kind: Any) -> tuple[Any, ...]:
@@ -60,22 +43,19 @@ def _wide(kind: Any) -> tuple[Any, ...]:
     return () if kind is llama_reference.Llama else (pytest.mark.wide,)
 
 
-"""Both ways to write into buffers, and the cores with most to them."""
-BUFFERED = [
+KEEPING = [
     gpt_fast.Transformer,
-    gpt_fast.FusedTransformer,
-    gpt_fast.CopiedTransformer,
-    gpt_fast.ScatteredTransformer,
     llama_reference.Llama,
-    llama_reference.MovingLlama,
+    rebinding.Rebinding,
     stacked.Stacked,
+    nanochat.Chat,
+    from_scratch.Pointer,
+    from_scratch.Listed,
+    torchtune.Tuned,
+    litgpt.LitToTheEnd,
+    keyed.Keyed,
 ]
-"""Those that allocate buffers before their first call."""
-KEEPING = [gpt_fast.Transformer, llama_reference.Llama, rebinding.Rebinding, stacked.Stacked]
 """Those whose cache is no value that the caller passes from call to call."""
-TOP_LEFT = (nanogpt.GPT, multihead.Multihead)
-"""is_causal counts from the top left, so they take one token at a time after the prompt."""
-
 BATCH, PROMPT, BUDGET, ROOM = 2, 50, 24, 128
 FLOAT32 = {"rtol": 1e-4, "atol": 1e-4}
 """Logits of order 1 after two layers of sums of 32 to 64 float32 products."""
@@ -83,59 +63,6 @@ FLOAT32 = {"rtol": 1e-4, "atol": 1e-4}
 
 def name(kind: Any) -> str:
     return kind.__name__
-
-
-class Oracle:
-    """A style whose attention is computed from its definition, in float64 over full matrices, by the simulator's
-    leave.
-    """
-
-    def __init__(self, model: Any, policy: str, budget: int) -> None:
-        self.model, self.simulator, self.start = copy.deepcopy(model), Simulator(policy, budget), 0
-        for attention in self.model.attentions():
-            attention.attend = partial(self.attend, attention)
-        self.cache = self.model.init_cache(BATCH, 128)
-
-    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            logits, self.cache = self.model.step(ids, self.cache, self.start)
-        self.start += ids.shape[1]
-        return logits[:, -1]
-
-    def attend(self, attention: Attention, q: Any, k: Any, v: Any, extra: Any) -> torch.Tensor:
-        if attention.tokens_first:
-            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        length = self.start + q.shape[2]
-        out = self.weighted(attention, q.double(), k[:, :, :length].double(), v[:, :, :length].double()).to(q.dtype)
-        return out.transpose(1, 2) if attention.tokens_first else out
-
-    def weighted(self, attention: Attention, q: Any, k: Any, v: Any) -> torch.Tensor:
-        (rows, heads, queries, _), kv_heads = q.shape, k.shape[1]
-        sees = causal_mask(queries, self.start).expand(rows, heads, -1, -1)
-        visible = self.simulator.enter(attention.index, sees, kv_heads)
-        logits = self.logits(attention, q, k.repeat_interleave(heads // kv_heads, 1))
-        weights = normalised(logits.masked_fill(~visible, -torch.inf), attention.sink_logits())
-        for b in range(rows):
-            for h in range(kv_heads):
-                group = slice(h * heads // kv_heads, (h + 1) * heads // kv_heads)
-                self.simulator.observe(attention.index, b, h, weights[b, group], visible[b, group])
-        self.simulator.leave(attention.index)
-        return weights @ v.repeat_interleave(heads // kv_heads, 1)
-
-    def logits(self, attention: Attention, q: Any, k: Any) -> torch.Tensor:
-        logits = q @ k.transpose(-1, -2) * attention.scale
-        if attention.softcap:
-            logits = attention.softcap * torch.tanh(logits / attention.softcap)
-        bias = attention.bias(torch.arange(self.start, k.shape[2]), torch.arange(k.shape[2]))
-        return logits if bias is None else logits + bias.double()
-
-
-def normalised(logits: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
-    """Softmax over the keys, and over a sink of each head that keeps its share."""
-    if sinks is None:
-        return logits.softmax(-1)
-    column = sinks.double().view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
-    return torch.cat([logits, column], -1).softmax(-1)[..., :-1]
 
 
 @pytest.mark.usefixtures("one_trace")

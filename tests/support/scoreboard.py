@@ -199,6 +199,15 @@ with eager attention; `reads` if some of it stays a tensor, in the phases that a
 """
 
 
+def with_host_styles(text: str, before: str) -> str:
+    """The page with the block that `make spellings ARGS=--styles` put into the one before."""
+    first, last, place = "<!-- made by tests/spellings/host_styles.py -->", "<!-- end -->", "## Out of scope\n"
+    if first not in before or place not in text:
+        return text
+    block = before[before.index(first) : before.index(last, before.index(first)) + len(last)]
+    return text.replace(place, f"{block}\n\n{place}", 1)
+
+
 def markdown(head: dict[str, str], results: Result) -> str:
     s = summary(results)
     share = {name: f"{s[name]} ({100 * s[name] / max(s['in_scope'], 1):.0f} %)" for name in (*VERDICTS, "all")}

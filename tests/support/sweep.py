@@ -204,7 +204,7 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=240, help="seconds for one family (240)")
     options = parser.parse_args()
     from families import FAMILIES
-    from scoreboard import document, in_scope, regressions
+    from scoreboard import document, in_scope, regressions, with_host_styles
 
     only = [f for f in options.only.split(",") if f]
     unknown = sorted(set(only) - set(FAMILIES))
@@ -218,7 +218,7 @@ def main() -> int:
     if not only:
         record = document(results, command=command_line(options.mode))
         for name, text in record.items():
-            (ROOT / "docs" / name).write_text(text)
+            (ROOT / "docs" / name).write_text(with_host_styles(text, (ROOT / "docs" / name).read_text()))
         print("wrote docs/support.md and docs/support.json")
     worse = regressions(before, results)
     print("\n".join(["worse than the committed docs/support.json:", *worse] if worse else ["nothing got worse"]))

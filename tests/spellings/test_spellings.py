@@ -1,0 +1,61 @@
+"""Draws from the grammar: each is matched, exact and evicting, or declined for the reason that the grammar predicts."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+from spellings.check import POLICIES, check
+from spellings.spelling import CHOICES, Spelling, draw, leaning, nearby, objection, parse
+
+CHUNKS, DRAWS = 6, 50
+"""Of each chunk, which a worker may take."""
+
+
+@st.composite
+def spellings(choose: st.DrawFn) -> Spelling:
+    """Half of all choices are the plainest, as in run.py."""
+    return draw(lambda options: choose(st.one_of(st.just(options[0]), st.sampled_from(options))))
+
+
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_drawn_decoders(chunk: int) -> None:
+    @seed(chunk)
+    @settings(max_examples=DRAWS, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(spellings(), st.sampled_from(POLICIES))
+    def draws(spelling: Spelling, policy: str) -> None:
+        outcome = check(spelling, policy, shared=True)
+        again = f'python -P tests/spellings/run.py --only "{spelling!r}"'
+        assert not outcome.failed, f"{outcome.kind}: {outcome.reason}\n{outcome.text}\n{again}"
+
+    draws()
+
+
+def test_a_spelling_is_read_as_it_is_written() -> None:
+    for number in range(200):
+        spelling = draw(leaning(random.Random(number)))
+        assert objection(spelling) == ""
+        assert parse(repr(spelling)) == spelling
+
+
+def test_nearby_spellings_cover_every_option() -> None:
+    """So that a grammar that loses an option is seen."""
+    from spellings.spelling import EVERY
+
+    found = {(field, getattr(one, field)) for one in nearby() for field in CHOICES}
+    assert found == {(field, option) for field, options in EVERY.items() for option in options}
+
+
+def test_a_wrong_decoder_is_found_out() -> None:
+    """The generator can fail: a decoder that hides nothing is not what the oracle takes it for."""
+    from spellings import masking
+
+    kept = masking.MASKS["tril"]
+    masking.MASKS["tril"] = lambda square, place, count, length: kept(square, place, count, length) | True
+    try:
+        with pytest.raises(AssertionError, match="not close"):
+            check(Spelling())
+    finally:
+        masking.MASKS["tril"] = kept
