@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from kvpass.patterns.cache_one_by_one import one_by_one
 from torch import fx
 
 from kvpass.errors import Reason
@@ -37,7 +38,9 @@ class BufferUpdate:
             Miss: DTYPE.
         """
         read = _READERS.get(call_name(node))
-        found = read(node) if read is not None else None
+        found, inner = read(node) if read is not None else None, ()
+        if found is None and call_name(node) == "setitem":
+            found, inner = one_by_one(node)
         if found is None:
             return None
         buffer, axis, start, new = found
@@ -51,7 +54,7 @@ class BufferUpdate:
             past = home if is_input(home) else None
             if past is None and call_name(home) not in ALLOCATIONS:
                 return None
-            return Update(base, new, past, axis, CacheForm.BUFFER, self.name, node, start, path)
+            return Update(base, new, past, axis, CacheForm.BUFFER, self.name, node, start, path, inner)
         return None
 
 
@@ -91,11 +94,15 @@ def _scatter(node: fx.Node) -> Where | None:
         return None
     axis = normal_dim(dim, 4)
     top, chain = walk_up(index, lambda n: False)
-    wide = [at for at, size in enumerate(shape_of(top)) if not is_one(size)]
-    places = [node for node in (top, *chain) if len(shape_of(node)) == 4]
-    grown = len(shape_of(top)) == 1 or (len(shape_of(top)) == 4 and wide in ([axis], []))
-    aligned = bool(places) and [at for at, size in enumerate(shape_of(places[0])) if not is_one(size)] in ([axis], [])
-    return (buffer, axis, top, new) if grown and aligned else None
+    aligned = [n for n in (top, *chain) if call_name(n) != "expand"]
+    along = _wide_axes(aligned[-1]) in ([axis], []) or (top is aligned[-1] and axis == 3)
+    return (buffer, axis, top, new) if along and _wide_axes(top) in ([axis], [], [3]) else None
+
+
+def _wide_axes(node: fx.Node) -> list[int]:
+    """Axes that are longer than one, counted as those of a tensor of four that it is broadcast to."""
+    sizes = shape_of(node)
+    return [4 - len(sizes) + at for at, size in enumerate(sizes) if not is_one(size)]
 
 
 def _index_put(node: fx.Node) -> Where | None:

@@ -39,6 +39,7 @@ class Factor:
 
 
 Axis = tuple[Factor, ...]
+Passed = Callable[[Sequence[Axis], fx.Node], bool]
 
 
 class _Unknown(Exception):
@@ -57,14 +58,17 @@ class Factors:
         self.roots = [[Factor(at, size, 0, size)] for at, size in enumerate(shape_of(base))]
         self.axes: list[Axis] = [tuple(parts) for parts in self.roots]
 
-    def follow(self, base: fx.Node, chain: Sequence[fx.Node], passed: Sequence[fx.Node] = ()) -> fx.Node | None:
+    def follow(self, base: fx.Node, chain: Sequence[fx.Node], passed: Passed | None = None) -> fx.Node | None:
         """Take in a chain of views, top first. Returns the first view that is not followed; None if all are.
 
-        passed: those that are taken for views of everything.
+        passed: which views are taken for those of everything.
         """
         before = base
         for node in chain:
-            if node not in passed and factor_of(node) is None and not isinstance(example(node), (tuple, list)):
+            if passed is not None and passed(self.axes, node):
+                before = node
+                continue
+            if factor_of(node) is None and not isinstance(example(node), (tuple, list)):
                 try:
                     if call_name(node) == "getitem" and isinstance(node.args[1], int) and _parts(node) is not None:
                         self._part(node)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
@@ -12,8 +13,41 @@ from kvpass.errors import Reason
 from kvpass.graph.calls import call_name
 from kvpass.graph.factors import Axis, Factor, Factors
 from kvpass.graph.miss import Miss
-from kvpass.graph.shapes import is_one, shape_of
+from kvpass.graph.shapes import is_one, same, shape_of
+from kvpass.graph.views import front_axes, is_front
 from kvpass.terms import Layout, Piece
+
+
+class Written:
+    """The views of a chain that take the written part of a buffer.
+
+    Args:
+        token: the axis of the buffer's tokens.
+        new: sizes of what is written into it.
+
+    Attributes:
+        parts: those met, each with the axis of its tokens, or None for one that only leaves out other rows.
+    """
+
+    def __init__(self, token: int | None, new: Sequence[Any]) -> None:
+        self.token, self.new = token, new
+        self.parts: dict[fx.Node, int | None] = {}
+
+    def __call__(self, axes: Sequence[Axis], node: fx.Node) -> bool:
+        """Does a view only shorten the tokens, or leave out rows behind those of the call?"""
+        if not is_front(node):
+            return False
+        after, token = shape_of(node), None
+        for at in front_axes(node):
+            (factor,) = axes[at] if len(axes[at]) == 1 else (None,)
+            if factor is None or factor.root is None:
+                return False
+            if factor.root == self.token:
+                token = at
+            elif not same(after[at], self.new[factor.root]) or same(factor.size, self.new[factor.root]):
+                return False
+        self.parts[node] = token
+        return True
 
 
 @dataclass
@@ -32,7 +66,7 @@ def read_layout(
     axis: int | None = None,
     roles: str = "BHTD",
     tiled: bool = False,
-    fronts: Sequence[fx.Node] = (),
+    written: Written | None = None,
 ) -> Layout:
     """Layout of `base` if the chain turns it into what the attention reads, with grouped heads in the right order.
 
@@ -40,14 +74,14 @@ def read_layout(
         axis: the axis along which the cache grows, if known; it decides where sizes of one leave the order open.
         roles: axes that the attention reads, `BHTD`, `BHDT`, `NTD`, `BHGTD`, `BTD`, ...; see `kvpass.sites.site.Axes`.
         tiled: the right order is query head h reading KV head h % Hkv.
-        fronts: views of the chain that take the written part of a buffer.
+        written: of a buffer, whose written part may be all that is read.
 
     Raises:
         Miss: LAYOUT, GROUP_ORDER or UNSUPPORTED_ATTENTION (only a part of the tokens is read), with the view that
         breaks it.
     """
     factors = Factors(base)
-    unknown = factors.follow(base, chain, fronts)
+    unknown = factors.follow(base, chain, written)
     last = chain[-1] if chain else base
     if unknown is not None and call_name(unknown) in ("getitem", "slice", "narrow", "select"):
         raise Miss(Reason.UNSUPPORTED_ATTENTION, unknown, f"the attention reads only a part of {base.name}")
@@ -60,11 +94,11 @@ def read_layout(
 
 
 def is_tiled(
-    base: fx.Node, chain: Sequence[fx.Node], axis: int | None, roles: str, fronts: Sequence[fx.Node] = ()
+    base: fx.Node, chain: Sequence[fx.Node], axis: int | None, roles: str, written: Written | None = None
 ) -> bool:
     """Does query head h read KV head h % Hkv?"""
     try:
-        read_layout(base, chain, axis, roles, fronts=fronts)
+        read_layout(base, chain, axis, roles, written=written)
     except Miss as miss:
         return miss.reason is Reason.GROUP_ORDER
     return False

@@ -44,12 +44,18 @@ def walk_up(node: fx.Node, stop: Callable[[fx.Node], bool]) -> tuple[fx.Node, tu
     return node, tuple(reversed(chain))
 
 
-def walk_pieces(node: fx.Node, stop: Callable[[fx.Node], bool]) -> tuple[fx.Node, tuple[fx.Node, ...]]:
+def walk_pieces(
+    node: fx.Node, stop: Callable[[fx.Node], bool], fronts: bool = False
+) -> tuple[fx.Node, tuple[fx.Node, ...]]:
     """`walk_up` that also goes through constant pieces of a tensor: `chunk`, `split`, `unbind`, `select`, `narrow`,
-    slices. Whether what they cut is known axes is for `kvpass.graph.layouts` to say.
+    slices; and with `fronts` through those that only leave out an end. What they cut is for `kvpass.graph.layouts` to
+    say.
     """
     chain: list[fx.Node] = []
-    while not stop(node) and (is_view(node) or factor_of(node) is not None or is_piece(node)):
+    while not stop(node):
+        passes = is_view(node) or factor_of(node) is not None or is_piece(node)
+        if not passes and not (fronts and is_front(node)):
+            break
         chain.append(node)
         node = next(n for n in node.all_input_nodes if shape_of(n)) if factor_of(node) is not None else operand(node)
         if call_name(node) in APART and not shape_of(node):

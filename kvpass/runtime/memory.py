@@ -1,7 +1,7 @@
 """Which stores a memory of the caller's stands for: known by storage, offset, sizes and strides, not by tensor object.
 
-A host may take its buffers anew out of one stack at every call. What stands there hangs on the storage, which every view
-shares, and dies with it; and on the tensors that were seen, as `copy.deepcopy` copies what hangs on tensors.
+A host may take its buffers anew out of one stack at every call. What stands there hangs on the storage, which every
+view shares, and dies with it; and on the tensors that were seen, as `copy.deepcopy` copies what hangs on tensors.
 """
 
 from __future__ import annotations

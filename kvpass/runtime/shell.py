@@ -2,8 +2,8 @@
 cache object.
 
 The host sees lengths (it derives positions and masks from them) but no data. The store rides on the tensor as an
-attribute, so it lives, is deep-copied and dies with the host's cache. A view of a shell loses the attribute and is found
-again by its storage; what buffers of the caller's stand for is found by their memory.
+attribute, so it lives, is deep-copied and dies with the host's cache. A view of a shell loses the attribute and is
+found again by its storage; what buffers of the caller's stand for is found by their memory.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ from kvpass.errors import Reason
 from kvpass.graph.aliases import changed
 from kvpass.graph.calls import is_metadata
 from kvpass.graph.dataflow import Flow
-from kvpass.graph.layouts import is_tiled, read_layout
+from kvpass.graph.layouts import Written, is_tiled, read_layout
 from kvpass.graph.miss import Miss
-from kvpass.graph.views import is_front
+from kvpass.graph.shapes import shape_of
 from kvpass.sites.rules import buffer_readers, check_buffer
 from kvpass.sites.site import Core, Half, Update
 from kvpass.terms import CacheForm
@@ -42,7 +42,9 @@ def half_of(
         Miss: a rule of sites is broken.
     """
     reason, roles, end = (Reason.KEY_ESCAPES, Reason.VALUE_ESCAPES)[at], (core.axes.k, core.axes.v)[at], None
-    layout = read_layout(update.node, chain, update.axis, roles, core.tiled, _fronts(update, chain))
+    written = _written(update)
+    layout = read_layout(update.node, chain, update.axis, roles, core.tiled, written)
+    parts = tuple(written.parts.items()) if written is not None else ()
     if update.axis is not None and update.axis != layout.token_axis:
         raise Miss(Reason.CAT_AXIS, update.node, f"cat along axis {update.axis} of {layout.value}")
     if readers > 1:
@@ -50,7 +52,7 @@ def half_of(
     cores = [core.node, *core.inner]
     if update.form is CacheForm.BUFFER:
         escaped = buffer_readers(flow, update, (*chain, *beside), cores)
-        end = check_buffer(flow, core, update, chain, lengths)
+        end = check_buffer(flow, core, update, chain, parts, lengths)
     else:
         region = {*chain, *beside} | (set() if update.form is CacheForm.RETURNED else {update.node})
         escaped = flow.escapes(region, cores)
@@ -64,7 +66,7 @@ def half_of(
         if sizes and view not in flow.outputs:
             raise Miss(reason, sizes[0], f"the size of {view.name}, a view of the cache, is read")
     places = {at for node in (update.node, update.write) if node for at in flow.outputs.get(node, [])}
-    return Half(update, layout, chain, tuple(sorted(places)), end)
+    return Half(update, layout, chain, tuple(sorted(places)), end, parts)
 
 
 def check_unchanged(flow: Flow, core: Core, update: Update) -> None:
@@ -88,9 +90,8 @@ def is_tiled_core(core: Core, updates: tuple[Update, Update], chains: Sequence[t
         return False
     roles = core.axes.k, core.axes.v
     both = zip(updates, chains, roles, strict=True)
-    return all(is_tiled(u.node, chain, u.axis, r, _fronts(u, chain)) for u, chain, r in both)
+    return all(is_tiled(u.node, chain, u.axis, r, _written(u)) for u, chain, r in both)
 
 
-def _fronts(update: Update, chain: tuple[fx.Node, ...]) -> list[fx.Node]:
-    """Views that take the written part of a buffer; `check_buffer` looks at them."""
-    return [node for node in chain if is_front(node)] if update.form is CacheForm.BUFFER else []
+def _written(update: Update) -> Written | None:
+    return Written(update.axis, shape_of(update.new)) if update.form is CacheForm.BUFFER else None

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from kvpass.errors import Reason
-from kvpass.graph.calls import PROJECTIONS, call_name, changes, example, is_input, is_metadata, operand
+from kvpass.graph.calls import PROJECTIONS, argument, call_name, changes, example, is_input, is_metadata, operand
 from kvpass.graph.dataflow import Flow
 from kvpass.graph.miss import Miss
 from kvpass.graph.nearby import COPIES, SLICES, whole
@@ -40,11 +40,27 @@ def kept_otherwise(flow: Flow, core: Core, bases: Sequence[fx.Node]) -> Miss | N
     both = packed(flow, bases)
     if both is not None or foreign(core.q, bases[0]):
         return both
+    joined = _joined(flow, bases[0])
+    if joined is not None:
+        return joined
     key, value = (half_otherwise(flow, core, bases, at) for at in (0, 1))
     if key is None or value is None:
         return None
     key.reads += value.reads
     return key
+
+
+def _joined(flow: Flow, base: fx.Node) -> Miss | None:
+    """Keys that are joined with others, of no token, before the attention reads them."""
+    parts = argument(base, 0, "tensors") if call_name(base) == "cat" else ()
+    tops = {part: next(reversed([*_wholes(part)])) for part in parts if isinstance(part, fx.Node)}
+    cached = [part for part in tops if part in flow.outputs and part.op != "placeholder"]
+    others = [part for part, top in tops.items() if part not in cached and top.op in ("placeholder", "get_attr")]
+    if not cached or not others:
+        return None
+    what = f"the attention reads {cached[0].name} joined with {others[0].name}, which are keys of no token"
+    hint = "memory keys and values beside the cache are not supported yet: let the attention read the cache alone"
+    return Miss(Reason.UNSUPPORTED_ATTENTION, base, what, (cached[0],), hint)
 
 
 def packed(flow: Flow, bases: Sequence[fx.Node]) -> Miss | None:

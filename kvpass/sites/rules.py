@@ -15,12 +15,13 @@ from kvpass.graph.dataflow import Flow
 from kvpass.graph.miss import Miss
 from kvpass.graph.nearby import home_of, taken_out
 from kvpass.graph.shapes import is_one, quotient, same, shape_of
-from kvpass.graph.views import front_axes, is_front
 from kvpass.graph.visibility import Visibility
 from kvpass.sites.queries import check_queries
 from kvpass.sites.site import Core, End, Half, Mixed, Site, Update
 from kvpass.terms import CacheForm, Phase
 
+Parts = Sequence[tuple[fx.Node, int | None]]
+"""Views that take the written part of a buffer, each with its axis of tokens."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -82,12 +83,13 @@ def buffer_readers(flow: Flow, update: Update, chain: tuple[fx.Node, ...], core:
 
 
 def check_buffer(
-    flow: Flow, core: Core, update: Update, chain: tuple[fx.Node, ...], lengths: Sequence[Any]
+    flow: Flow, core: Core, update: Update, chain: tuple[fx.Node, ...], parts: Parts, lengths: Sequence[Any]
 ) -> End | None:
     """An attention over a buffer sees what was written, and nothing beyond. Returns how much it reads, if a call must
     tell whether that is so.
 
-    lengths: of the keys' buffer and the values', which an attention over all of both takes to be the same.
+    parts: views that take its written part; `lengths`: of the keys' buffer and the values', which an attention over all
+    of both takes to be the same.
 
     Raises:
         Miss: UNSUPPORTED_UPDATE if it reads before the write, MASK_UNKNOWN if nothing hides the rest of the buffer.
@@ -97,13 +99,13 @@ def check_buffer(
     early = [node for node in (*chain, core.node) if flow.order[node] < flow.order[update.write]]
     if early:
         raise Miss(Reason.UNSUPPORTED_UPDATE, early[0], f"{early[0].name} reads the buffer before it is written")
-    front = next((node for node in chain if is_front(node)), None)
     rows = shape_of(update.node)[0], shape_of(update.new)[0]
-    if is_input(update.node) and not same(*rows) and not (front is not None and same(shape_of(front)[0], rows[1])):
+    if is_input(update.node) and not same(*rows) and not parts:
         what = f"{rows[1]} of the {rows[0]} sequences of the buffer are written, and all of them are read"
         raise Miss(Reason.UNSUPPORTED_UPDATE, update.write, what)
-    if front is not None and update.axis in front_axes(front):
-        return _end_of(core, update, front)
+    front = next(((node, axis) for node, axis in parts if axis is not None), None)
+    if front is not None:
+        return _end_of(core, update, *front)
     if update.start == 0 and same(shape_of(update.new)[update.axis], shape_of(update.node)[update.axis]):
         return None  # all of it is written
     covering = [term for term in core.terms if any(same(shape_of(term.node)[-1], whole) for whole in lengths)]
@@ -112,11 +114,11 @@ def check_buffer(
     return None
 
 
-def _end_of(core: Core, update: Update, front: fx.Node) -> End | None:
+def _end_of(core: Core, update: Update, front: fx.Node, axis: int) -> End | None:
     """A part of the buffer is read: it must end where the new tokens end, or be masked behind them."""
     assert update.axis is not None
     start = example(update.start) if isinstance(update.start, fx.Node) else update.start
-    new, end = shape_of(update.new)[update.axis], shape_of(front)[update.axis]
+    new, end = shape_of(update.new)[update.axis], shape_of(front)[axis]
     if same(end, new):
         return None  # right where the tokens are the first ones: `reads_only_new`
     if not isinstance(start, torch.Tensor) and same(end, start + new):
@@ -134,8 +136,8 @@ def reads_only_new(half: Half) -> bool:
     update = half.update
     if update.form is not CacheForm.BUFFER or update.start == 0:
         return update.start == 0 and update.past is not None
-    axis = half.layout.token_axis
-    return any(is_front(node) and same(shape_of(node)[axis], shape_of(update.new)[axis]) for node in half.chain)
+    new = shape_of(update.new)[half.layout.token_axis]
+    return any(axis is not None and same(shape_of(node)[axis], new) for node, axis in half.parts)
 
 
 def _check_heads(site: Site) -> None:

@@ -10,14 +10,14 @@ from torch import fx
 
 from kvpass.errors import Reason
 from kvpass.graph.attended import PARTS
-from kvpass.graph.calls import argument, call_name, operand
+from kvpass.graph.calls import argument, call_name
 from kvpass.graph.dataflow import Flow
 from kvpass.graph.equal import equal
 from kvpass.graph.miss import Miss
 from kvpass.graph.module_names import module_path
 from kvpass.graph.nearby import home_of
 from kvpass.graph.shapes import shape_of
-from kvpass.graph.views import chain_scale, is_front, walk_pieces, walk_up
+from kvpass.graph.views import chain_scale, walk_pieces, walk_up
 from kvpass.sites.halves import check_unchanged, half_of, is_tiled_core
 from kvpass.sites.kept import kept_otherwise, packed
 from kvpass.sites.mismatch import mismatch
@@ -134,18 +134,20 @@ class _Found:
     def _walk(self, node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:
         """What an operand is a view of; the written part of a buffer counts as a view of it."""
         base, chain = walk_up(node, self._stops)
-        above = operand(base) if is_front(base) else None
-        if not self._stops(base) and isinstance(above, fx.Node):
-            top, upper = walk_up(above, self._stops)
-            top = self._same_buffer(top)
-            if top in self.updates and self.updates[top].form is CacheForm.BUFFER:
-                return top, (*upper, base, *chain)
         base = self._same_buffer(base)
         if not self._stops(base):
-            top, pieces = walk_pieces(node, self._stops)
-            if self._stops(top):
-                return top, pieces
+            for fronts in (False, True):
+                top, pieces = walk_pieces(node, self._stops_here, fronts)
+                top = self._same_buffer(top)
+                if self._stops(top) and (not fronts or self._is_buffer(top)):
+                    return top, pieces
         return base, chain
+
+    def _stops_here(self, node: fx.Node) -> bool:
+        return self._stops(self._same_buffer(node))
+
+    def _is_buffer(self, node: fx.Node) -> bool:
+        return node in self.updates and self.updates[node].form is CacheForm.BUFFER
 
     def _same_buffer(self, node: fx.Node) -> fx.Node:
         """The node by which a buffer in a stack was written, if `node` takes the same one out of the stack."""

@@ -177,6 +177,8 @@ class Half:
         layout: the axis order it is cached in.
         chain: the views down to the core, the highest first.
         places: of it among the graph's outputs.
+        parts: views of the chain that take the written part of a buffer, each with its axis of tokens; None for one
+            that only leaves out other rows.
         end: how many tokens of a buffer are read, where only a call can tell whether the new ones are the last of them.
     """
 
@@ -185,6 +187,7 @@ class Half:
     chain: tuple[fx.Node, ...]
     places: tuple[int, ...]
     end: End | None = None
+    parts: tuple[tuple[fx.Node, int | None], ...] = ()
 
 
 @dataclass(frozen=True)
