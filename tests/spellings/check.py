@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 from models import traced
 from spellings.decoder import DIM, VOCABULARY, Decoder, kv_heads, make
-from spellings.predicted import predicted
+from spellings.predicted import GRAPH_BREAK, predicted
 from spellings.reference import Reference
 from spellings.spelling import Spelling
 
@@ -192,7 +192,7 @@ def one_call(compiled: Any, ids: torch.Tensor, cache: Any, start: int, calls: in
 def refused(spelling: Spelling, text: str, calls: int) -> tuple[str, str]:
     """What a decline is worth, and its code."""
     found = [reason for reason in Reason if re.search(rf"\b{reason}\b", text)]
-    code = str(found[0]) if found else "no code"
+    code = str(found[0]) if found else GRAPH_BREAK if "Dynamo broke the graph" in text else "no code"
     if code not in predicted(spelling):
         return "declined untruly", code
     return ("declined", code) if calls == 0 else ("declined late", code)

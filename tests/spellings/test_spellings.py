@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from spellings.check import POLICIES, check
 from spellings.spelling import CHOICES, Spelling, draw, leaning, nearby, objection, parse
 
-CHUNKS, DRAWS = 6, 50
-"""Of each chunk, which a worker may take."""
+CHUNKS, DRAWS = 8, 20
+"""A draw costs 2 s: three traces of Dynamo. More by command: `make spellings`."""
 
 
 @st.composite
