@@ -48,7 +48,7 @@ class BufferUpdate:
             return None
         home, path = home_of(buffer)
         in_place = changes(node)
-        kept = home in flow.outputs or is_input(home) if in_place else node in flow.outputs
+        kept = node in flow.outputs or (in_place and (home in flow.outputs or is_input(home)))
         if kept:
             base = buffer if in_place else node
             past = home if is_input(home) else None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from kvpass.patterns.cache_padded import padded_sum
 from torch import fx
 
 from kvpass.errors import Reason
@@ -31,7 +32,12 @@ class ConcatUpdate:
         Raises:
             Miss: NEW_FIRST, PAST_NOT_INPUT or UNSUPPORTED_UPDATE.
         """
-        if call_name(node) != "cat" or node not in flow.outputs:
+        if node not in flow.outputs:
+            return None
+        padded = padded_sum(node)
+        if padded is not None:
+            return Update(node, padded.new, padded.past, padded.axis, CacheForm.CONCAT, self.name, inner=padded.inner)
+        if call_name(node) != "cat":
             return None
         parts = argument(node, 0, "tensors")
         if not all(isinstance(part, fx.Node) for part in parts) or not example(node).is_floating_point():

@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx
 
 from kvpass.graph.calls import PROJECTIONS, argument, call_name, example, is_input, is_metadata, operand
+from kvpass.graph.plain import covers
 from kvpass.graph.shapes import is_empty, normal_dim, shape_of
 from kvpass.graph.views import is_view
 
@@ -69,6 +70,8 @@ def home_of(buffer: fx.Node) -> tuple[fx.Node, tuple[int, ...]]:
             before, after = example(above), example(buffer)
             if (before.dtype, before.device) != (after.dtype, after.device) or buffer.kwargs.get("copy"):
                 return buffer, path
+        elif covers(buffer):
+            pass
         elif call_name(buffer) in ("getitem", "select") and isinstance(above, fx.Node):
             index = _places(buffer)
             if index is None or not shape_of(above):

@@ -38,14 +38,20 @@ def plain(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _is_idle(node: fx.Node) -> bool:
-    """A view of all of a tensor, in the same order. An input that is only returned stays a tensor of its own."""
+    """A view of all of a tensor; an input that is only returned stays a tensor of its own."""
+    above = operand(node)
+    if not isinstance(above, fx.Node) or not covers(node):
+        return False
+    return above.op != "placeholder" or not any(user.op == "output" for user in node.users)
+
+
+def covers(node: fx.Node) -> bool:
+    """A view of all of a tensor, in the same order."""
     above, name = operand(node), call_name(node)
     if not isinstance(above, fx.Node):
         return False
     before, after = example(above), example(node)
     if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor) or before.dim() != after.dim():
-        return False
-    if above.op == "placeholder" and any(user.op == "output" for user in node.users):
         return False
     if not all(same(a, b) for a, b in zip(before.shape, after.shape, strict=True)):
         return False

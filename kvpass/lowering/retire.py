@@ -71,6 +71,8 @@ class Retirement:
                 self._unwrite(update)
             elif update.node is not update.new:
                 self._drop(self.copy[update.node], half)
+                for node in reversed(update.inner):
+                    self._erase(self.copy[node])
 
     def _drop(self, node: fx.Node, half: Half) -> None:
         """Erase a cache; whoever reads its size gets a shell's."""

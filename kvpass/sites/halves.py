@@ -54,10 +54,10 @@ def half_of(
         escaped = buffer_readers(flow, update, (*chain, *beside), cores)
         end = check_buffer(flow, core, update, chain, parts, lengths)
     else:
-        region = {*chain, *beside} | (set() if update.form is CacheForm.RETURNED else {update.node})
+        region = {*chain, *beside} | (set() if update.form is CacheForm.RETURNED else {update.node, *update.inner})
         escaped = flow.escapes(region, cores)
         if update.past is not None:
-            escaped += flow.escapes([update.past], [update.node])
+            escaped += flow.escapes([update.past], [update.node, *update.inner])
     if escaped:
         raise Miss(reason, escaped[0], f"{update.node.name} also feeds {escaped[0].name}")
     check_unchanged(flow, core, update)
