@@ -8,6 +8,7 @@ Dynamo gave it. Whatever else kvpass does is the real thing: rewriting, its proo
 
 from __future__ import annotations
 
+import itertools
 import types
 import weakref
 from collections.abc import Callable
@@ -64,6 +65,8 @@ class Trace:
         return 0 if self.env is None else len(self.env.guards)
 
 
+setattr(Trace, dynamo.MARK, True)  # Dynamo asks for it: a compilation by kvpass
+_NUMBERS = itertools.count()
 _SHARED: weakref.WeakKeyDictionary[torch.nn.Module, Any] = weakref.WeakKeyDictionary()
 
 
@@ -73,7 +76,8 @@ def isolated(backend: Backend) -> Callable[..., Any]:
 
     def call(function: Any, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         if module not in _SHARED:
-            code = dynamo._entry.__code__.replace(co_name="shared_call")
+            name = f"shared_call_{next(_NUMBERS)}"  # Dynamo remembers by it which sizes have changed
+            code = dynamo._entry.__code__.replace(co_name=name)
             own = types.FunctionType(code, dynamo._entry.__globals__)
             _SHARED[module] = torch.compile(own, backend=Trace)
         RUNNING.append(running)

@@ -120,6 +120,7 @@ BASES = (
     {"origin": "given", "write": "index_copy", "carried": "index", "heads": "gqa"},
     {"origin": "given", "home": "buffer", "write": "slice", "carried": "int", "read": "front", "layout": "bthd"},
     {"origin": "made", "write": "index", "carried": "tensor", "mask": "positions"},
+    {"home": "object", "carried": "object_int"},
 )
 """Plain decoders of different kinds."""
 

@@ -65,8 +65,6 @@ WAITING: tuple[type[Style], ...] = (
     nanochat.Chat,  # UNSUPPORTED_UPDATE: written into a part of a tensor that the first call makes
     from_scratch.Pointer,  # compressed, but report and inspect do not look into registered buffers
     from_scratch.Listed,  # CacheError: its counter is reset on the compiled model
-    nanovlm.Vision,  # ShellDataError: `t == T and t > 1` in decode
-    multi_query.Headless,  # LAYOUT in decode: D becomes a symbol
 )
 """Styles that kvpass does not take yet: in the table, not in the tests."""
 KINDS = [kind for kind in WORDS if kind not in WAITING]
