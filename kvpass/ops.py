@@ -33,7 +33,7 @@ SCHEMAS = {
     "Tensor? tokens=None, Tensor? bounds=None, Tensor? at=None) -> Tensor",
     "token_bounds": "(Tensor tokens, SymInt position, SymInt queries, Tensor? at=None) -> Tensor",
     "mask_spans": "(Tensor mask) -> Tensor",
-    "written": "(Tensor mask, SymInt end, Tensor? at=None) -> Tensor",
+    "written": "(Tensor mask, SymInt end, Tensor? at=None, bool check=True) -> Tensor",
     "window_rows": "(Tensor q, Tensor k, Tensor? pos, Tensor? mask, Tensor valid, float scale, str sees, str rule, "
     "Tensor? sinks=None, float softcap=0.0, Tensor? tokens=None, SymInt position=0) -> Tensor",
     "arrivals": "(Tensor k_new, Tensor v_new, Tensor cursor, SymInt position, str rule, Tensor? wo=None, "
@@ -167,7 +167,7 @@ def _fake_mask_spans(mask: Tensor) -> Tensor:
     return mask.new_empty(mask.shape[0], 4, dtype=torch.int32)
 
 
-def _fake_written(mask: Tensor, end: int, at: Tensor | None = None) -> Tensor:
+def _fake_written(mask: Tensor, end: int, at: Tensor | None = None, check: bool = True) -> Tensor:
     return mask.new_empty(mask.shape) if at is not None else mask.new_empty(*mask.shape[:-1], end)
 
 

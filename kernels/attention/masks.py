@@ -100,13 +100,17 @@ def _is(part: Tensor, value: int) -> bool:
     return part.numel() == 0 or int(part.amin() if value else part.amax()) == value
 
 
-def written(mask: Tensor, end: int, at: Tensor | None = None) -> Tensor:
+def written(mask: Tensor, end: int, at: Tensor | None = None, check: bool = True) -> Tensor:
     """The part of a mask that covers the written part of a buffer: `mask[..., :end]`, a copy. With `at`, int32 [1], the
     position of the only query, all of the mask: nobody looks behind the token.
+
+    check: False if causality hides what is beyond already.
 
     Raises MaskError if the mask shows a query what is beyond: the attention would read what nobody wrote. On a GPU the
     check is an assertion of the device.
     """
+    if not check:
+        return (mask if at is not None else mask[..., :end]).clone()
     if at is None:
         beyond, kept = ~visible(mask[..., end:]).any(), mask[..., :end]
     else:

@@ -178,7 +178,8 @@ def _entries(value: Any) -> list[tuple[str, Any]]:
 
 def _of_module(module: torch.nn.Module) -> list[tuple[str, Any]]:
     """Buffers and plain attributes of a module and of those in it."""
-    found: list[tuple[str, Any]] = [(f".{name}", buffer) for name, buffer in module.named_buffers()]
+    ours = hasattr(type(module), "_kvpass_attributes")  # then buffers are among them, as the compiled model has them
+    found: list[tuple[str, Any]] = [] if ours else [(f".{name}", buffer) for name, buffer in module.named_buffers()]
     for path, inner in module.named_modules():
         prefix = f".{path}" if path else ""
         own = inner._kvpass_attributes() if hasattr(type(inner), "_kvpass_attributes") else vars(inner)

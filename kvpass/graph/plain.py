@@ -1,4 +1,5 @@
-"""A captured graph without the views that change nothing: slices that cover their axis, `expand` to the same sizes.
+"""A captured graph in plainer words: without the views that change nothing (slices that cover their axis, `expand` to
+the same sizes), and with stacks grown as a whole (`kvpass.graph.stacks`).
 
 `kept = k[..., 0:, :]` is the cache, not a part of it. Patterns and rules need not know such spellings.
 """
@@ -13,12 +14,13 @@ from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_modu
 
 from kvpass.graph.calls import argument, call_name, example, operand
 from kvpass.graph.shapes import same
+from kvpass.graph.stacks import rewrite, stacks
 
 
 def plain(gm: fx.GraphModule) -> fx.GraphModule:
-    """The graph without such views; itself if it has none. The given graph is not modified."""
+    """The graph so; itself if it is plain. The given graph is not modified."""
     idle = [node for node in gm.graph.nodes if _is_idle(node)]
-    if not idle:
+    if not idle and not stacks(gm.graph):
         return gm
     graph = fx.Graph()
     copy: dict[fx.Node, fx.Node] = {}
@@ -31,6 +33,8 @@ def plain(gm: fx.GraphModule) -> fx.GraphModule:
     last = next(iter(reversed(gm.graph.nodes)))
     output = fx.map_arg(last.args[0], copy.__getitem__)
     graph.output(output)
+    for stack in stacks(graph):
+        rewrite(graph, stack)
     with _use_lazy_graph_module(True):
         result = _make_graph_module(gm, graph, class_name="GraphModule")
     result.meta.update(gm.meta)

@@ -78,8 +78,9 @@ class Facade:
         return _get(self, "_kvpass_compilation").run(real, (torch.nn.Module._call_impl, real), args, kwargs)
 
     def _kvpass_attributes(self) -> dict[str, Any]:
-        """The module's attributes as the compiled model has them, for reports."""
-        return {name: _seen(self, name, value) for name, value in vars(_get(self, "_kvpass_real")).items()}
+        """The module's attributes and buffers as the compiled model has them, for reports."""
+        own = vars(_get(self, "_kvpass_real"))
+        return {name: _seen(self, name, value) for name, value in {**own, **own.get("_buffers", {})}.items()}
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Nothing but a warning: kvpass' own compiler is chosen by `kvpass.compile(model, inner=...)`."""

@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 
+from kvpass.errors import CacheError
+from kvpass.runtime.store import version
+
 DEEPEST = 4
 """Steps from an attribute to what it holds: containers in objects in lists."""
 
@@ -27,6 +30,7 @@ class Snapshot:
     def __init__(self, root: torch.nn.Module) -> None:
         self.root = root
         self.values: dict[Key, tuple[dict[str, Any], str, Any]] = _attributes(root)
+        self.versions = {k: version(v) for k, (_, _, v) in self.values.items() if isinstance(v, torch.Tensor)}
         self.contents: dict[int, tuple[Any, Any]] = {}
         self.parts: dict[int, list[Any]] = {}
         for _, _, value in self.values.values():
@@ -39,6 +43,10 @@ class Snapshot:
         now = _attributes(self.root)
         keys = [*self.values, *(key for key in now if key not in self.values)]
         return [key for key in keys if self._differs(key, now)]
+
+    def moved(self) -> str:
+        """Names of tensors that were written to in place since."""
+        return ", ".join(key[1] for key, seen in self.versions.items() if version(self.values[key][2]) != seen)
 
     def note(self, holder: dict[str, Any], name: str) -> None:
         """Take an attribute's value of now as the one that it had."""
@@ -118,9 +126,15 @@ class HostState:
         attributes that are new here and that somebody else had changed between compile and this call.
         """
         fresh = [key for key in before.changed() if key not in self.own]
-        alien = self._drifted(fresh)
+        moved = before.moved()
         self._adopt(fresh)
         before.restore(fresh)
+        alien = self._drifted(fresh)
+        if alien and moved:
+            raise CacheError(
+                f"calls of the model itself changed its state after kvpass.compile, and this one {moved} in place",
+                hint="call kvpass.compile again",
+            )
         if alien:
             self._begin_again(alien)
         self.first = None
