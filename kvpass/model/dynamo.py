@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from kvpass.errors import RecompileError
+from kvpass.model.changing import changing_is_dynamic
 from kvpass.pipeline.conditions import MARK, decided
 from kvpass.pipeline.progress import tracing
 
@@ -28,9 +29,6 @@ _WITHIN_A_CALL = {
     "accumulated_recompile_limit": 1 << 20,  # counts all models of a class: says nothing of this one
     "fail_on_recompile_limit_hit": True,
     "skip_nnmodule_hook_guards": False,  # hooks that come or go after the first call are seen
-    "allow_unspec_int_on_nn_module": True,  # a counter in a module may become a symbol, as one elsewhere does
-    "force_parameter_static_shapes": False,  # a buffer that is rebound may grow
-    "force_nn_module_property_static_shapes": False,
     "side_effect_replay_policy": "silent",  # else a stack trace for each cache layer, for a log nobody asked for
 }
 """Settings of Dynamo while it is called; those that a torch does not have are left out."""
@@ -85,7 +83,7 @@ def limits() -> Iterator[None]:
     for name in before:
         setattr(config, name, _WITHIN_A_CALL[name])
     try:
-        with tracing(), decided():
+        with tracing(), decided(), changing_is_dynamic():
             yield
     except torch._dynamo.exc.FailOnRecompileLimitHit as error:
         raise _too_many() from error

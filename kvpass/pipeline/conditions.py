@@ -7,13 +7,14 @@ done for such arguments, in compilations by a backend of kvpass alone.
 
 from __future__ import annotations
 
-import threading
 import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+
+from kvpass.pipeline.patched import Patch
 
 MARK = "_decides_conditions"
 """Attribute of backends in whose compilations conditions are decided."""
@@ -24,44 +25,9 @@ _INNER = ("compiler_fn", "_torchdynamo_orig_backend", "__wrapped__")
 _NUMBERS = ("dropout_p",)
 """Arguments that decide what is computed as a condition does, though they are numbers."""
 
-_LOCK = threading.Lock()
-
-
-class _Patch:
-    """Dynamo's call of a torch function, wrapped while somebody wants it."""
-
-    def __init__(self) -> None:
-        self.wanted = 0
-        self.original: Callable[..., Any] | None = None
-
-    def more(self) -> None:
-        with _LOCK:
-            self.wanted += 1
-            cls = _function_variable()
-            if self.wanted == 1 and cls is not None:
-                self.original, cls.call_function = cls.call_function, _deciding(cls.call_function)
-
-    def less(self) -> None:
-        with _LOCK:
-            self.wanted -= 1
-            cls = _function_variable()
-            if not self.wanted and self.original is not None:
-                if getattr(cls.call_function, MARK, False):  # else somebody has wrapped it in turn: stay below
-                    cls.call_function = self.original
-                self.original = None
-
-
-_PATCH = _Patch()
-
-
-@contextmanager
-def decided() -> Iterator[None]:
+def decided() -> AbstractContextManager[None]:
     """While calls of compiled models run."""
-    _PATCH.more()
-    try:
-        yield
-    finally:
-        _PATCH.less()
+    return _PATCH.put()
 
 
 _kept: list[None] = []
@@ -71,17 +37,7 @@ def decided_from_now_on() -> None:
     """For the spelling `torch.compile(backend="kvpass")`, whose calls nobody surrounds."""
     if not _kept:
         _kept.append(None)
-        _PATCH.more()
-
-
-def _function_variable() -> Any:
-    """Dynamo's class for torch functions; None in a torch that has another."""
-    try:
-        from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
-
-        return TorchInGraphFunctionVariable if hasattr(TorchInGraphFunctionVariable, "call_function") else None
-    except ImportError:
-        return None
+        _PATCH.begin()
 
 
 def _deciding(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -92,8 +48,10 @@ def _deciding(original: Callable[..., Any]) -> Callable[..., Any]:
             kwargs = {name: _decide(tx, one, name in _NUMBERS) for name, one in kwargs.items()}
         return original(self, tx, args, kwargs)
 
-    setattr(call_function, MARK, True)
     return call_function
+
+
+_PATCH = Patch("torch._dynamo.variables.torch", "TorchInGraphFunctionVariable.call_function", _deciding)
 
 
 def _is_ours(tx: Any) -> bool:

@@ -76,12 +76,17 @@ class Snapshot:
 
 
 class HostState:
-    """The compiled model's own values of the attributes that its calls change."""
+    """The compiled model's own values of the attributes that its calls change.
+
+    Attributes:
+        names: of those, and of attributes that were set on the compiled model between calls.
+    """
 
     def __init__(self, root: torch.nn.Module) -> None:
         self.root = root
         self.first: Snapshot | None = Snapshot(root)
         self.own: dict[Key, tuple[dict[str, Any], str, Any]] = {}
+        self.names: set[str] = set()
 
     def get(self, holder: dict[str, Any], name: str, value: Any) -> Any:
         """The compiled model's value of an attribute, `value` if it has none of its own."""
@@ -98,6 +103,8 @@ class HostState:
 
     def given(self, holder: dict[str, Any], name: str) -> None:
         """An attribute was set on the compiled model itself: before its first call too, it is no other's doing."""
+        if name in holder and isinstance(holder[name], (int, torch.Tensor)):
+            self.names.add(name)
         if self.first is not None:
             self.first.note(holder, name)
 
@@ -163,6 +170,7 @@ class HostState:
         for key in keys:
             holder, name, value = now.get(key, (None, "", _MISSING))
             if holder is not None:
+                self.names.add(name)
                 self.own[key] = holder, name, _copied(value, memo)
 
     def _begin_again(self, keys: list[Key]) -> None:
