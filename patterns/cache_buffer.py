@@ -38,7 +38,7 @@ class BufferUpdate:
             Miss: DTYPE.
         """
         read = _READERS.get(call_name(node))
-        found, inner = read(node) if read is not None else None, ()
+        found, inner = read(node) if read is not None else None, tuple[fx.Node, ...]()
         if found is None and call_name(node) == "setitem":
             found, inner = one_by_one(node)
         if found is None:

@@ -11,6 +11,7 @@ from torch import fx
 
 from kvpass.errors import Reason
 from kvpass.graph.calls import call_name
+from kvpass.graph.factor_steps import STEPS
 from kvpass.graph.factors import Axis, Factor, Factors
 from kvpass.graph.miss import Miss
 from kvpass.graph.shapes import is_one, same, shape_of
@@ -80,7 +81,7 @@ def read_layout(
         Miss: LAYOUT, GROUP_ORDER or UNSUPPORTED_ATTENTION (only a part of the tokens is read), with the view that
         breaks it.
     """
-    factors = Factors(base)
+    factors = Factors(base, STEPS)
     unknown = factors.follow(base, chain, written)
     last = chain[-1] if chain else base
     if unknown is not None and call_name(unknown) in ("getitem", "slice", "narrow", "select"):

@@ -68,7 +68,7 @@ def rewrite(graph: fx.Graph, stack: Stack) -> None:
 
 
 def _made(graph: fx.Graph, stack: Stack, name: str, *args: Any) -> fx.Node:
-    function = {"stack": torch.stack, "cat": torch.cat, "select": torch.select, "narrow": torch.narrow}[name]
+    function: Any = {"stack": torch.stack, "cat": torch.cat, "select": torch.select, "narrow": torch.narrow}[name]
     node = graph.call_function(function, args)
     names = ("stack_trace", "nn_module_stack")
     node.meta = {key: stack.node.meta[key] for key in names if key in stack.node.meta}
@@ -88,7 +88,7 @@ def _stack(node: fx.Node) -> Stack | None:
     pasts: set[fx.Node] = set()
     start = 0
     for at, part in enumerate(parts):
-        pair = argument(part, 0, "tensors") if call_name(part) == "cat" else ()
+        pair: Any = argument(part, 0, "tensors") if call_name(part) == "cat" else ()
         if len(pair) != 2 or not all(isinstance(p, fx.Node) for p in pair):
             return None
         axis = normal_dim(argument(part, 1, "dim", 0), len(shape_of(part)))
@@ -100,10 +100,10 @@ def _stack(node: fx.Node) -> Stack | None:
         start += 0 if size is None else size
         pasts.add(past)
         new.append(pair[1])
-    past = pasts.pop()
-    if pasts or len(axes) != 1 or dim in axes or not same(shape_of(past)[dim], len(parts) if whole else start):
+    past, axis = pasts.pop(), axes.pop()
+    if pasts or axes or dim == axis or not same(shape_of(past)[dim], len(parts) if whole else start):
         return None
-    return Stack(node, past, dim, axes.pop(), tuple(parts), tuple(new))
+    return Stack(node, past, dim, axis, tuple(parts), tuple(new))
 
 
 def _taken_from(piece: fx.Node, dim: int, start: int, size: Any) -> fx.Node | None:
@@ -114,7 +114,7 @@ def _taken_from(piece: fx.Node, dim: int, start: int, size: Any) -> fx.Node | No
     name = call_name(piece)
     if name == "getitem" and call_name(above) in APART and isinstance(piece.args[1], int):
         source, tensors = operand(above), example(above)
-        along = argument(above, *((1, "dim", 0) if call_name(above) == "unbind" else (2, "dim", 0)))
+        along: Any = argument(above, 1 if call_name(above) == "unbind" else 2, "dim", 0)
         if not isinstance(source, fx.Node) or normal_dim(along, len(shape_of(source))) != dim:
             return None
         if (call_name(above) == "unbind") != (size is None):

@@ -105,7 +105,7 @@ def _front(write: Writer, mask: fx.Node, end: fx.Node) -> fx.Node:
         return write.op("written", mask, end)
     if is_one(shape_of(mask)[-1]):
         return mask
-    return write.op("written", mask, end, None, False)  # the words hide what is not written
+    return write.call(torch.ops.kvpass.written.default, mask, end, check=False)  # the words hide what is not written
 
 
 def _joined(write: Writer) -> fx.Node:

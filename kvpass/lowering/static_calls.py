@@ -101,7 +101,10 @@ class StaticCalls:
             node.update_kwarg("at", self.at)
 
     def _written(self, node: fx.Node) -> None:
-        """All of a buffer's mask, checked on the device."""
+        """All of a buffer's mask, checked on the device unless the words of its readers hide what is behind."""
+        if not node.kwargs.get("check", True):
+            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]  # a node
+            return
         self._op(node, 1, on_device=True)
         with example(self.at).fake_mode:
             node.meta["example_value"] = torch.empty_like(example(node.args[0]))  # type: ignore[arg-type]  # a node
@@ -190,9 +193,6 @@ class StaticCalls:
     def _getitem(self, node: fx.Node) -> None:
         """Columns stay whole, or are picked by indices; `x[P]` and `x[P:P + 1]` of a table are rows of it."""
         table, index = node.args
-        if self._is_cut(node):  # the words of the only readers hide what is behind
-            node.replace_all_uses_with(table)  # type: ignore[arg-type]  # a node
-            return
         parts = list(index) if isinstance(index, tuple) else [index]
         sized = [at for at, part in enumerate(parts) if part is not None and part is not Ellipsis]
         shape, rest = example(table).shape, len(example(table).shape) - len(sized)  # type: ignore[arg-type]  # a node
@@ -205,15 +205,6 @@ class StaticCalls:
                     table, parts[at] = self._part(node, table, axis, part, self.steps.is_made_of_steps(shape[axis]))
                     axis += 1
         node.args = (table, tuple(parts))
-
-    def _is_cut(self, node: fx.Node) -> bool:
-        """Whether it is a buffer's mask, cut for ops of ours to what is written: of fixed length."""
-        table: Any = node.args[0]
-        index: Any = node.args[1]
-        ours = bool(node.users) and all(call_name(user) == "decode_attend" for user in node.users)
-        if not ours or self.steps.grows(table) or not isinstance(index, tuple) or len(index) != 2:
-            return False
-        return index[0] is Ellipsis and isinstance(index[1], slice) and index[1].start is None
 
     def _part(self, node: fx.Node, table: Any, axis: int, part: Any, grows: bool) -> tuple[Any, Any]:
         """One axis of an index."""

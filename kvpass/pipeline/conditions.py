@@ -25,6 +25,7 @@ _INNER = ("compiler_fn", "_torchdynamo_orig_backend", "__wrapped__")
 _NUMBERS = ("dropout_p",)
 """Arguments that decide what is computed as a condition does, though they are numbers."""
 
+
 def decided() -> AbstractContextManager[None]:
     """While calls of compiled models run."""
     return _PATCH.put()

@@ -84,7 +84,7 @@ def place_of(tensor: torch.Tensor, path: Sequence[int] = ()) -> Place:
     offset, sizes, strides = tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
     for axis, at in enumerate(path):
         offset += (at % sizes[axis]) * strides[axis]
-    return Place(offset, sizes[len(path) :], strides[len(path) :], tensor.dtype)
+    return Place(int(offset), sizes[len(path) :], strides[len(path) :], tensor.dtype)
 
 
 def standing_of(tensor: torch.Tensor) -> Standing | None:
