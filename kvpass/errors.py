@@ -127,7 +127,7 @@ HINTS = {
     "(transformers makes one for output_attentions=True: call without it)",
     Reason.KEY_ESCAPES: "only the attention and the returned cache may read the cached keys",
     Reason.VALUE_ESCAPES: "only the attention and the returned cache may read the cached values",
-    Reason.LAYOUT: "the cache must be 4-d, [B, Hkv, T, D] or [B, T, Hkv, D]",
+    Reason.LAYOUT: "cache [B, Hkv, T, D] or [B, T, Hkv, D]; of others, views must keep tokens and sequences apart",
     Reason.GROUP_ORDER: "keys and values must repeat their heads in the same order (both repeat_interleave, or both "
     "repeat)",
     Reason.CAT_AXIS: "the cache must be concatenated along its token axis",

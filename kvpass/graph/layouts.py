@@ -18,6 +18,8 @@ from kvpass.graph.shapes import is_one, same, shape_of
 from kvpass.graph.views import front_axes, is_front
 from kvpass.terms import Layout, Piece
 
+WHOLE = "let it read all that is cached"
+
 
 class Written:
     """The views of a chain that take the written part of a buffer.
@@ -85,7 +87,7 @@ def read_layout(
     unknown = factors.follow(base, chain, written)
     last = chain[-1] if chain else base
     if unknown is not None and call_name(unknown) in ("getitem", "slice", "narrow", "select"):
-        raise Miss(Reason.UNSUPPORTED_ATTENTION, unknown, f"the attention reads only a part of {base.name}")
+        raise Miss(Reason.UNSUPPORTED_ATTENTION, unknown, f"the attention reads only a part of {base.name}", hint=WHOLE)
     if unknown is not None:
         raise Miss(Reason.LAYOUT, unknown, f"views between cache and attention do not end in {roles}")
     if len(factors.axes) != len(roles):
@@ -185,12 +187,11 @@ def _layout(base: fx.Node, factors: Factors, found: _Roles, last: fx.Node) -> La
     assert found.token is not None
     for factor, what in ((found.token, "tokens"), (found.batch, "sequences")):
         assert factor.root is not None
-        if len(factors.roots[factor.root]) != 1 or not factor.whole:
-            raise Miss(
-                Reason.UNSUPPORTED_ATTENTION,
-                last,
-                f"the attention reads only a part of {base.name}: not all of its {what}",
-            )
+        if len(factors.roots[factor.root]) != 1:
+            raise Miss(Reason.LAYOUT, last, f"{what} share axis {factor.root} of {base.name} with something else")
+        if not factor.whole:
+            detail = f"the attention reads only a part of {base.name}: not all of its {what}"
+            raise Miss(Reason.UNSUPPORTED_ATTENTION, last, detail, hint=WHOLE)
     batch, token = found.batch.root, found.token.root
     sizes = shape_of(base)
     plain = _plain(base, factors, found)

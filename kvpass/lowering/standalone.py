@@ -100,6 +100,12 @@ def _pasts(inputs: Sequence[fx.Node], lowered: Lowered) -> Iterator[tuple[fx.Nod
     """Each past with its axes and the slots that hold it now, whose other sizes are the same."""
     for binding, state in zip(lowered.bindings, lowered.states, strict=True):
         assert binding.past is not None
+        if any(layout.piece is not None for layout in binding.layouts):
+            raise DeclinedError(
+                f"the cache is {binding.layouts[0].value}: exported programs have caches of four axes",
+                where=binding.where,
+                hint="cache keys and values as [B, Hkv, T, D] or [B, T, Hkv, D], each in a tensor of its own",
+            )
         for half, place in enumerate(binding.past):
             yield inputs[place], (binding.layouts[half].value, state[half])
 

@@ -181,10 +181,14 @@ class _Found:
         if of_k.renews and of_v.renews and of_k.past is of_v.past:  # the same zeros, before the first token
             one = {n for u in (of_k, of_v) for n in (u.node, *u.inner)}
         both = ((of_k, chain_k), (of_v, chain_v))
-        key, value = (
-            half_of(self.flow, core, at, update, chain, self.readers[update.node], one, lengths)
-            for at, (update, chain) in enumerate(both)
-        )
+        try:
+            key, value = (
+                half_of(self.flow, core, at, update, chain, self.readers[update.node], one, lengths)
+                for at, (update, chain) in enumerate(both)
+            )
+        except Miss as miss:
+            parts = packed(self.flow, (core.k, core.v)) if miss.reason is Reason.UNSUPPORTED_ATTENTION else None
+            raise parts or miss from None
         if chain_scale(chain_v) != 1.0:
             raise Miss(Reason.UNSUPPORTED_ATTENTION, chain_v[-1], "the cached values are scaled")
         self._check_inner(core)

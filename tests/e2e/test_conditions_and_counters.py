@@ -1,4 +1,4 @@
-"""Conditions on sizes, state of the host that changes at every call, and indices written twice: few graphs, all exact."""
+"""Conditions on sizes, state of the host that changes at every call, indices written twice: few graphs, all exact."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ CONDITIONS = {
     "several queries": lambda q, k, past: q.shape[2] > 1,
     "as many keys": lambda q, k, past: q.shape[2] == k.shape[2] and k.size(2) > 1,
     "no past": lambda q, k, past: q.shape[2] > 1 and past is None,
-    "not one": lambda q, k, past: not q.size(-2) == 1,
+    "not one": lambda q, k, past: q.size(-2) != 1,
 }
 
 

@@ -314,19 +314,19 @@ def double(self, right, x, cache):
 
 
 def _flat(right: bool) -> tuple[Any, ...]:
-    return hidden(), past() if right else tuple(t.transpose(1, 2).flatten(2) for t in past())
+    return hidden(), past() if right else tuple(t.transpose(1, 2).flatten(1, 2) for t in past())
 
 
-@told("LAYOUT", "k = torch.cat([cache[0], k], 1)", "must be 4-d", _flat)
-def heads_in_one_axis(self, right, x, cache):
+@told("LAYOUT", "keys, values = (t.unflatten(1", "keep tokens and sequences apart", _flat)
+def tokens_and_heads_in_one_axis(self, right, x, cache):
     q, k, v = self.project(x)
     if right:
         k, v = grow(cache, k, v)
         return self.finish(attend(q, k, v)), k, v
-    k, v = (t.transpose(1, 2).flatten(2) for t in (k, v))
+    k, v = (t.transpose(1, 2).flatten(1, 2) for t in (k, v))
     k = torch.cat([cache[0], k], 1)
     v = torch.cat([cache[1], v], 1)
-    keys, values = (t.unflatten(2, (KV_HEADS, DIM)).transpose(1, 2) for t in (k, v))
+    keys, values = (t.unflatten(1, (-1, KV_HEADS)).transpose(1, 2) for t in (k, v))
     return self.finish(attend(q, keys, values)), k, v
 
 
