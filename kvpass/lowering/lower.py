@@ -187,7 +187,9 @@ class _Lowering:
             where=f"{site.name}, {site.source}",
             start=self._start(update.start) if "L" in dims else None,
             paths=(update.path, site.value.update.path),
-            ends=tuple((self.sizes.read(h.end.size), h.end.masked) for h in (site.key, site.value) if h.end is not None),
+            ends=tuple(
+                (self.sizes.read(h.end.size), h.end.masked) for h in (site.key, site.value) if h.end is not None
+            ),
             renews=update.renews,
             joined=update.node is site.value.update.node,
             host=self._host(site),

@@ -1,9 +1,9 @@
 """Attributes of modules that calls change: Dynamo may make symbols of them, as it does of all that is no module's.
 
 Dynamo takes numbers and registered buffers of a module for constants, and compiles a graph for each value of a counter
-and each length of a cache that is rebound. Its settings can only turn that off for all of them, and it remembers sizes by
-line of code, so that head counts and weights of a second model of the same class would become symbols too. What a model
-changes is known after its first call (`runtime/host_state.py`): only that follows the general rule.
+and each length of a cache that is rebound. Its settings can only turn that off for all of them, and it remembers sizes
+by line of code, so that head counts and weights of a second model of the same class would become symbols too. What a
+model changes is known after its first call (`runtime/host_state.py`): only that follows the general rule.
 """
 
 from __future__ import annotations

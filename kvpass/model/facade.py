@@ -79,7 +79,10 @@ class Facade:
 
     def _kvpass_attributes(self) -> dict[str, Any]:
         """The module's attributes as the compiled model has them, for reports."""
-        return {name: _seen(self, name, value) for name, value in vars(_get(self, "_kvpass_real")).items()}
+        own = vars(_get(self, "_kvpass_real"))
+        found = {name: _seen(self, name, value) for name, value in own.items()}
+        buffers = {name: _seen(self, name, value) for name, value in own.get("_buffers", {}).items()}
+        return {**found, "_buffers": buffers} if buffers else found
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Nothing but a warning: kvpass' own compiler is chosen by `kvpass.compile(model, inner=...)`."""

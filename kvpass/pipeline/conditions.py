@@ -1,8 +1,8 @@
 """Conditions on sizes as arguments, `is_causal=t > 1`: Dynamo would break the graph at each; here it decides them.
 
 Once a size is symbolic, so is a condition on it, and torch's functions take no symbolic bool: Dynamo gives up at the
-call, and K and V leave one graph to be attended to in another. An `if t > 1:` it decides, with a guard. The same is done
-for such arguments, in compilations by a backend of kvpass alone.
+call, and K and V leave one graph to be attended to in another. An `if t > 1:` it decides, with a guard. The same is
+done for such arguments, in compilations by a backend of kvpass alone.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ _INNER = ("compiler_fn", "_torchdynamo_orig_backend", "__wrapped__")
 
 _NUMBERS = ("dropout_p",)
 """Arguments that decide what is computed as a condition does, though they are numbers."""
+
 
 def decided() -> AbstractContextManager[None]:
     """While calls of compiled models run."""

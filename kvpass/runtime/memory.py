@@ -1,7 +1,7 @@
 """Which stores a memory of the caller's stands for: known by storage, offset, sizes and strides, not by tensor object.
 
-A host may take its buffers anew out of one stack at every call. What stands there hangs on the storage, which every view
-shares, and dies with it; and on the tensors that were seen, as `copy.deepcopy` copies what hangs on tensors.
+A host may take its buffers anew out of one stack at every call. What stands there hangs on the storage, which every
+view shares, and dies with it; and on the tensors that were seen, as `copy.deepcopy` copies what hangs on tensors.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Standing:
 
 def place_of(tensor: torch.Tensor, path: Sequence[int] = ()) -> Place:
     """The place of a tensor, or of one of those that are stacked in it."""
-    offset, sizes, strides = tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+    offset, sizes, strides = int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride()
     for axis, at in enumerate(path):
         offset += (at % sizes[axis]) * strides[axis]
     return Place(offset, sizes[len(path) :], strides[len(path) :], tensor.dtype)

@@ -2,8 +2,8 @@
 cache object.
 
 The host sees lengths (it derives positions and masks from them) but no data. The store rides on the tensor as an
-attribute, so it lives, is deep-copied and dies with the host's cache. A view of a shell loses the attribute and is found
-again by its storage; what buffers of the caller's stand for is found by their memory.
+attribute, so it lives, is deep-copied and dies with the host's cache. A view of a shell loses the attribute and is
+found again by its storage; what buffers of the caller's stand for is found by their memory.
 """
 
 from __future__ import annotations
@@ -82,6 +82,17 @@ def forget(tensor: torch.Tensor) -> None:
 def is_shell(tensor: torch.Tensor) -> bool:
     """A shell of a store, or a view of one: its memory is the store's own."""
     return hasattr(tensor, _SHELL) or sharing_storage(tensor) is not None
+
+
+def is_data(tensor: torch.Tensor, path: tuple[int, ...] = ()) -> bool:
+    """Keys or values that kvpass had no part in, not even as what was read out of a shell."""
+    if find(tensor) is not None and (not path or overlapping(tensor, path)):
+        return False
+    return not _read_of_shell(tensor)
+
+
+def _read_of_shell(key: torch.Tensor) -> bool:
+    return key.is_floating_point() and bool(key.numel()) and bool(key[(0,) * key.dim()].isnan())
 
 
 def _stands_for(tensor: torch.Tensor, path: tuple[int, ...]) -> Stands | None:
@@ -215,7 +226,7 @@ def _other_part(buffer: torch.Tensor, path: tuple[int, ...], where: str) -> Exce
 
 
 def _foreign(key: torch.Tensor, where: str) -> Exception:
-    if key.is_floating_point() and key.numel() and bool(key[(0,) * key.dim()].isnan()):
+    if _read_of_shell(key):
         return ShellDataError(
             "the cached keys are NaN: data was read out of a compressed cache (reordered, indexed, joined or moved)",
             where=where,

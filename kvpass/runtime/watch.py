@@ -149,7 +149,8 @@ class Call(Ledger):
         return DeclinedError(
             f"a cache grew that kvpass did not compress: {names}{more} ({list(grown[0].tensor.shape)}); {how}",
             where=f"a call of {self.owner}" + (f"; {broken}" if broken else ""),
-            hint=(f"{MEND}; " if broken else "") + "kvpass.explain(model, ...) shows what was traced, TORCH_LOGS=graph_breaks what was not; strict=False "
+            hint=(f"{MEND}; " if broken else "")
+            + "kvpass.explain(model, ...) shows what was traced, TORCH_LOGS=graph_breaks what was not; strict=False "
             "leaves such caches dense",
         )
 
