@@ -82,7 +82,7 @@ class Facade:
         own = vars(_get(self, "_kvpass_real"))
         found = {name: _seen(self, name, value) for name, value in own.items()}
         buffers = {name: _seen(self, name, value) for name, value in own.get("_buffers", {}).items()}
-        return {**found, "_buffers": buffers} if buffers else found
+        return found | buffers
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Nothing but a warning: kvpass' own compiler is chosen by `kvpass.compile(model, inner=...)`."""

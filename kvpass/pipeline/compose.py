@@ -24,6 +24,7 @@ from kvpass.pipeline.recorded import recorded
 from kvpass.pipeline.refusal import Refusal, kept, or_as_it_is, refuse_training, stage, strict_error
 from kvpass.policy.policy import Policy
 from kvpass.runtime.active import current
+from kvpass.runtime.breaks import told
 from kvpass.sites.table import SiteTable
 
 if TYPE_CHECKING:
@@ -106,11 +107,11 @@ class Backend:
         record = GraphRecord(table, seconds={"scan": time.perf_counter() - start})
         self.graphs.append(record)
         log.info("graph %d: %s", len(self.graphs), table)
+        call = current()
         if self.strict and table.failed:
             with stages(self.debug, len(self.graphs), gm, record, None):
-                raise strict_error(table)
+                raise strict_error(table, told(call.breaks) if call is not None else "")
         if not table.sites:
-            call = current()
             if self.strict and call is not None:
                 check_parted(gm.graph, example_inputs, self.patterns or DEFAULT, call)
             chosen = self.inner if call is None or call.whole else "eager"  # an encoder or a head, called alone

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from kvpass.errors import DeclinedError, KVPassError, TrainingError, VerificationError
+from kvpass.errors import DeclinedError, KVPassError, Reason, TrainingError, VerificationError
 from kvpass.graph.calls import example
 from kvpass.sites.table import SiteTable
 
@@ -64,13 +64,15 @@ def or_as_it_is(rewrite: Callable[[], Compiled], dense: Callable[[], Compiled]) 
         return dense()
 
 
-def strict_error(table: SiteTable) -> DeclinedError:
+def strict_error(table: SiteTable, broken: str) -> DeclinedError:
+    """broken: where Dynamo broke the graph, if it did: what is not attended to here may be behind that."""
     first = table.failed[0]
+    behind = f"; {broken}" if broken and any(d.reason is Reason.NO_ATTENTION for d in table.failed) else ""
     listed = "\n".join(f"  {d}" for d in table.failed[:8])
     more = f"\n  ... and {len(table.failed) - 8} more" if len(table.failed) > 8 else ""
     return DeclinedError(
         f"{len(table.failed)} attention site(s) with a KV cache cannot be rewritten:\n{listed}{more}",
-        where=f"{first.site}, {first.source}",
+        where=f"{first.site}, {first.source}{behind}",
         hint=f"{first.hint}; or pass strict=False to leave such sites dense",
     )
 

@@ -125,9 +125,9 @@ class HostState:
         attributes that are new here and that somebody else had changed between compile and this call.
         """
         fresh = [key for key in before.changed() if key not in self.own]
-        alien = self._drifted(fresh)
         self._adopt(fresh)
         before.restore(fresh)
+        alien = self._drifted(fresh)
         if alien:
             self._begin_again(alien)
         self.first = None

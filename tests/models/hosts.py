@@ -16,7 +16,9 @@ VOCABULARY, WIDTH, HEADS, DIM, LAYERS, ROOM = 50, 32, 2, 16, 2, 128
 Pair = tuple[Tensor, Tensor]
 
 
-def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def masked(q: Tensor, k: Tensor, v: Tensor, shown: Tensor | None = None) -> Tensor:
+    if shown is not None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=shown)
     queries, keys = q.shape[2], k.shape[2]
     mask = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -37,14 +39,17 @@ class Decoder(nn.Module):
     def init(self) -> None:
         pass
 
-    def run(self, ids: Tensor, position: Any, cached: Callable[[int, Tensor, Tensor], Pair]) -> Tensor:
-        """cached: from a layer and its new keys and values to all of them."""
+    def run(
+        self, ids: Tensor, position: Any, cached: Callable[[int, Tensor, Tensor], Pair], shown: Tensor | None = None
+    ) -> Tensor:
+        """cached: from a layer and its new keys and values to all of them. shown: the mask, if it is not as usual."""
+        more = () if shown is None else (shown,)
         x = self.emb(ids)
         b, t = ids.shape
         for layer, project in enumerate(self.qkv):
             q, k, v = project(x).view(b, t, 3, HEADS, DIM).permute(2, 0, 3, 1, 4)
             k, v = cached(layer, k, v)
-            x = x + self.attend(q * (1 + 1e-3 * position), k, v).transpose(1, 2).reshape(b, t, WIDTH)
+            x = x + self.attend(q * (1 + 1e-3 * position), k, v, *more).transpose(1, 2).reshape(b, t, WIDTH)
         return self.out(x)
 
 
