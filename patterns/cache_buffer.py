@@ -23,7 +23,8 @@ from kvpass.graph.views import walk_up
 from kvpass.sites.site import Update
 from kvpass.terms import CacheForm
 
-ALLOCATIONS = frozenset({"zeros", "new_zeros", "empty", "new_empty", "zeros_like", "empty_like", "full", "new_full"})
+ALLOCATIONS = frozenset({"zeros", "new_zeros", "zeros_like", "empty", "new_empty", "empty_like", "full", "new_full",
+                         "full_like", "ones", "new_ones", "ones_like"})  # fmt: skip
 Where = tuple[fx.Node, int, Any, Any]
 """Buffer, axis, index tensor or first place, new tokens."""
 

@@ -15,6 +15,7 @@ from kvpass.model.dynamo import isolated, limits
 from kvpass.model.facade import Facade, facade_of
 from kvpass.pipeline.compose import Backend
 from kvpass.runtime.active import current
+from kvpass.runtime.breaks import told
 from kvpass.runtime.host_state import HostState
 from kvpass.runtime.watch import Call, Found, tensors
 
@@ -101,7 +102,7 @@ class Compilation:
         self._hosted = [weakref.ref(t) for t in call.made if id(t) not in reachable]
         if not self._said and (call.whole or any(one.pair for one in after)):
             self._said = True
-            self._say_if_idle()
+            self._say_if_idle(told(call.breaks))
         return result
 
     def _kept(self, new: bool = False) -> Iterator[Found]:
@@ -111,7 +112,7 @@ class Compilation:
         for name, value in self.state.changing(new):
             yield from tensors(value, (name,))
 
-    def _say_if_idle(self) -> None:
+    def _say_if_idle(self, broken: str) -> None:
         """Once: this model has run, and nothing of it is rewritten."""
         tables = [record.table for record in self.backend.graphs]
         if any(table.sites for table in tables):
@@ -119,6 +120,7 @@ class Compilation:
         declined = {d.site: d for table in tables for d in table.declined}
         kinds = dict.fromkeys(d.reason.hint for d in declined.values())
         why = "; ".join(kinds) or "it sees no attention with a KV cache (with use_cache=True, where there is one)"
+        why += f"; {broken}" if broken else ""
         warnings.warn(
             f"kvpass rewrites nothing in this {type(self.model).__name__}: {why}", NothingRewritten, stacklevel=8
         )

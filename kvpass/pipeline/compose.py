@@ -8,26 +8,28 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import fx
 
-from kvpass.errors import DeclinedError, KVPassError, TrainingError
+from kvpass.errors import KVPassError
 from kvpass.graph.calls import example
 from kvpass.pipeline.arguments import check_options, checked_patterns
 from kvpass.pipeline.conditions import MARK, decided_from_now_on
 from kvpass.pipeline.graphs import GraphRecord, Graphs, capture_seconds
 from kvpass.pipeline.inner import compile_inner
+from kvpass.pipeline.recorded import recorded
+from kvpass.pipeline.refusal import Refusal, kept, or_as_it_is, refuse_training, stage, strict_error
 from kvpass.policy.policy import Policy
 from kvpass.runtime.active import current
+from kvpass.runtime.breaks import told
 from kvpass.sites.table import SiteTable
-from kvpass.terms import Phase
 
 if TYPE_CHECKING:
     from kvpass.lowering.lower import Lowered
-    from kvpass.runtime.captured import Captured
+    from kvpass.plan.plan import Plan
     from kvpass.runtime.identity import Origin
     from kvpass.runtime.recordings import Recordings
 
@@ -70,7 +72,7 @@ class Backend:
             try:
                 check_options(mode=mode)
             except KVPassError as error:
-                return _Refusal(error)
+                return Refusal(error)
             return replace(self, mode=mode)(gm, example_inputs)
         call = current()
         if call is not None:
@@ -78,10 +80,13 @@ class Backend:
         else:
             decided_from_now_on()
         try:
-            return self._compile(gm, example_inputs)
+            if self.strict:
+                return self._compile(gm, example_inputs)
+            given = gm, example_inputs
+            return or_as_it_is(partial(self._compile, *given), partial(self._as_it_is, *given, len(self.graphs)))
         except KVPassError as error:
             log.info("refused: %s", error)
-            return _Refusal(error)
+            return Refusal(error)
 
     def _compile(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         from kvpass.debug import stages
@@ -94,16 +99,19 @@ class Backend:
         from kvpass.sites.scan import scan
 
         start = time.perf_counter()
-        gm = plain(gm)
-        table = scan(gm, self.patterns or DEFAULT)
+        if not self.strict:
+            gm = kept(gm)
+        with stage("scan"):
+            gm = plain(gm)
+            table = scan(gm, self.patterns or DEFAULT)
         record = GraphRecord(table, seconds={"scan": time.perf_counter() - start})
         self.graphs.append(record)
         log.info("graph %d: %s", len(self.graphs), table)
+        call = current()
         if self.strict and table.failed:
             with stages(self.debug, len(self.graphs), gm, record, None):
-                raise _strict_error(table)
+                raise strict_error(table, told(call.breaks) if call is not None else "")
         if not table.sites:
-            call = current()
             if self.strict and call is not None:
                 check_parted(gm.graph, example_inputs, self.patterns or DEFAULT, call)
             chosen = self.inner if call is None or call.whole else "eager"  # an encoder or a head, called alone
@@ -111,74 +119,105 @@ class Backend:
                 inner = compile_inner(chosen, gm, example_inputs)
             left = self._origin(table) if table.declined else None
             return Untouched(inner, data_inputs(gm.graph), dense_by_choice(gm.graph, table.declined), left)
-        _refuse_training(table)
+        refuse_training(table)
         return self._rewrite(gm, example_inputs, record)
 
-    def _rewrite(self, gm: fx.GraphModule, example_inputs: list[Any], record: GraphRecord) -> Callable[..., Any]:
-        from kvpass.debug import stages
+    def _as_it_is(self, gm: fx.GraphModule, example_inputs: list[Any], before: int) -> Callable[..., Any]:
+        """A graph in which a stage of ours failed, as the model wrote it."""
         from kvpass.graph.dataflow import data_inputs
+        from kvpass.runtime.untouched import Untouched
+
+        self.graphs[before:] = [GraphRecord(SiteTable())]
+        inner = compile_inner(self.inner, gm, example_inputs)
+        return Untouched(inner, data_inputs(gm.graph), (), self._origin(SiteTable()))
+
+    def _rewrite(self, gm: fx.GraphModule, example_inputs: list[Any], record: GraphRecord) -> Callable[..., Any]:
+        from kvpass.runtime.forms import Forms
+
+        planned, lowered = self._lowered(gm, record, record.table)
+        if self.strict:
+            return self._bound(gm, example_inputs, record, planned, lowered, self.inner)
+        forms = Forms(lowered.bindings, partial(self._form, gm, example_inputs, record, (planned, lowered)))
+        forms.of(example_inputs)
+        return forms
+
+    def _lowered(self, gm: fx.GraphModule, record: GraphRecord, table: SiteTable) -> tuple[Plan, Lowered]:
         from kvpass.lowering.lower import lower
         from kvpass.plan.plan import plan
+
+        with record.timed("plan"), stage("plan"):
+            planned = plan(self.policy, table)
+        with record.timed("lower"), stage("lower"):
+            return planned, lower(gm, planned)
+
+    def _form(
+        self,
+        gm: fx.GraphModule,
+        example_inputs: list[Any],
+        record: GraphRecord,
+        whole: tuple[Plan, Lowered],
+        dense: frozenset[int],
+        first: bool,
+    ) -> Callable[..., Any]:
+        """The graph with the sites at some places of a plan left as they are. Only the form for a graph's first call is
+        compiled: guards of a later one would reach nobody.
+        """
+        from kvpass.graph.dataflow import data_inputs
+        from kvpass.runtime.untouched import Untouched
+
+        inner = self.inner if first else "eager"
+        if not dense:
+            return self._bound(gm, example_inputs, record, *whole, inner)
+        left = [one.site for at, one in enumerate(whole[0].sites) if at not in dense]
+        if not left:
+            run = compile_inner(inner, gm, example_inputs)
+            return Untouched(run, data_inputs(gm.graph), (), self._origin(record.table))
+        # layers are counted as in the graph of the prompt, which did not rewrite the others either
+        sites = tuple(replace(site, layer=layer) for layer, site in enumerate(left))
+        parts = self._lowered(gm, record, replace(record.table, sites=sites))
+        return self._bound(gm, example_inputs, record, *parts, inner)
+
+    def _bound(
+        self,
+        gm: fx.GraphModule,
+        example_inputs: list[Any],
+        record: GraphRecord,
+        planned: Plan,
+        lowered: Lowered,
+        chosen: str,
+    ) -> Callable[..., Any]:
+        from kvpass.debug import stages
+        from kvpass.graph.dataflow import data_inputs
         from kvpass.proof.check_masks import check_masks
         from kvpass.proof.verify import verify
         from kvpass.runtime.bind import Bound
         from kvpass.sites.dense import dense_by_choice
 
-        with record.timed("plan"):
-            record.plan = plan(self.policy, record.table)
-        with record.timed("lower"):
-            lowered = lower(gm, record.plan)
-        log.info("graph %d: %s", len(self.graphs), record.plan)
+        record.plan = planned
+        log.info("graph %d: %s", len(self.graphs), planned)
         inputs = [example(n) for n in lowered.gm.graph.nodes if n.op == "placeholder"]
         with stages(self.debug, len(self.graphs), gm, record, lowered):
-            with record.timed("verify"):
-                verify(gm, lowered, record.plan)
-                check_masks(gm, record.plan, lowered.bindings, example_inputs)
-            title = _title(len(self.graphs), record.table)
-            captured = self._captured(lowered, record, title)
+            with record.timed("verify"), stage("verify"):
+                verify(gm, lowered, planned)
+                check_masks(gm, planned, lowered.bindings, example_inputs)
+            title = record.title(len(self.graphs))
+            captured = recorded(self, lowered, planned, record, chosen, title)
             if isinstance(captured, str):
                 with record.timed("inner"):
-                    inner = compile_inner(self.inner, lowered.gm, inputs, title)
+                    inner = compile_inner(chosen, lowered.gm, inputs, title)
             else:
                 inner = captured.otherwise
         if self.verify:
             from kvpass.proof.check_sites import checked_once
 
-            inner = checked_once(inner, gm, lowered, record.plan)
+            inner = checked_once(inner, gm, lowered, planned)
         watched, origin = data_inputs(gm.graph), self._origin(record.table)
         names = [str(n.target) for n in gm.graph.find_nodes(op="placeholder")]
         dense = dense_by_choice(gm.graph, record.table.declined)
-        steps, shared = record.plan.steps, record.plan.inputs
-        recorded = (None, captured) if isinstance(captured, str) else (captured, "")
+        steps, shared = planned.steps, planned.inputs
+        replayed = (None, captured) if isinstance(captured, str) else (captured, "")
         about = origin, watched, steps, shared, names, dense
-        return Bound(inner, lowered.bindings, lowered.outputs, *about, *recorded)
-
-    def _captured(self, lowered: Lowered, record: GraphRecord, title: str) -> Captured | str:
-        """The graph in the form that a device records; or why its steps are launched, "" if nobody asked."""
-        from kvpass.lowering.static import static
-        from kvpass.runtime.captured import Captured
-        from kvpass.runtime.graph_device import DEVICES
-        from kvpass.runtime.recordings import Recordings
-
-        if self.mode == "default" or lowered.bindings[0].phase is not Phase.DECODE:
-            return ""
-        kind = lowered.bindings[0].device.type
-        if kind not in DEVICES:
-            return f"a {kind} records no graphs"
-        if self.verify:
-            return "verify=True looks into the first call of each graph"
-        assert record.plan is not None
-        with record.timed("lower"):
-            found = static(lowered, record.plan)
-        if isinstance(found, str):
-            log.info("graph %d is not static: %s", len(self.graphs), found)
-            return found
-        inputs = [example(n) for n in found.gm.graph.nodes if n.op == "placeholder"]
-        with record.timed("inner"):
-            run = compile_inner(self.inner, found.gm, inputs, title)
-        if not self.recordings:
-            self.recordings.append(Recordings(DEVICES[kind]))
-        return Captured(run, lowered.gm.forward, found.feeds, self.recordings[0])
+        return Bound(inner, lowered.bindings, lowered.outputs, *about, *replayed)
 
     def __reduce__(self) -> Any:
         """Graphs are not pickled: whoever loads it compiles anew."""
@@ -196,50 +235,12 @@ class Backend:
         """Seconds spent, by stage, over all graphs; `capture` is Dynamo's own time for the same graphs."""
         total: dict[str, float] = {"capture": capture_seconds(self.graphs)}
         for record in self.graphs:
-            for stage, seconds in record.seconds.items():
-                total[stage] = total.get(stage, 0.0) + seconds
+            for name, seconds in record.seconds.items():
+                total[name] = total.get(name, 0.0) + seconds
         return total
 
 
 setattr(Backend, MARK, True)
-
-
-def _title(number: int, table: SiteTable) -> str:
-    """What is told of a graph while it is compiled."""
-    phases = sorted({site.phase.value for site in table})
-    return f"graph {number} ({' and '.join(phases)}, {len(table.sites)} layers)"
-
-
-class _Refusal:
-    """Stands in for a compiled graph and raises the reason: Dynamo would wrap an exception of a backend."""
-
-    def __init__(self, error: KVPassError) -> None:
-        self.error = error
-
-    def __call__(self, *args: Any) -> Any:
-        raise self.error
-
-
-def _strict_error(table: SiteTable) -> DeclinedError:
-    first = table.failed[0]
-    listed = "\n".join(f"  {d}" for d in table.failed[:8])
-    more = f"\n  ... and {len(table.failed) - 8} more" if len(table.failed) > 8 else ""
-    return DeclinedError(
-        f"{len(table.failed)} attention site(s) with a KV cache cannot be rewritten:\n{listed}{more}",
-        where=f"{first.site}, {first.source}",
-        hint=f"{first.hint}; or pass strict=False to leave such sites dense",
-    )
-
-
-def _refuse_training(table: SiteTable) -> None:
-    for site in table:
-        halves = (site.key.update.new, site.value.update.new)
-        if torch.is_grad_enabled() and any(example(node).requires_grad for node in halves):
-            raise TrainingError(
-                "K and V require grad: an evicting cache has no gradients",
-                where=f"{site.name}, {site.source}",
-                hint="call the model under torch.no_grad() or torch.inference_mode(), as generate() does",
-            )
 
 
 def backend(
@@ -290,7 +291,7 @@ def from_options(
             _FROM_OPTIONS[key] = backend(**given)
         return _FROM_OPTIONS[key](gm, example_inputs)
     except KVPassError as error:
-        return _Refusal(error)
+        return Refusal(error)
 
 
 setattr(from_options, MARK, True)

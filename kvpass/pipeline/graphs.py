@@ -43,6 +43,11 @@ class GraphRecord:
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
+    def title(self, number: int) -> str:
+        """What is told of the graph while it is compiled."""
+        phases = sorted({site.phase.value for site in self.table})
+        return f"graph {number} ({' and '.join(phases)}, {len(self.table.sites)} layers)"
+
     @property
     def phase(self) -> str:
         """`prefill`, `extend`, `decode`, or several; else `declined` (sites with a cache, none rewritten) or

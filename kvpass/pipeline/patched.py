@@ -14,8 +14,7 @@ _LOCK = threading.Lock()
 class Patch:
     """One function, by module and dotted name; a torch that has none by that name stays as it is.
 
-    wrap: makes the wrapper of the original. It must give what the original gives wherever nothing of kvpass is
-        compiled.
+    wrap: makes the wrapper of the original, which gives what that gives wherever nothing of kvpass is compiled.
     """
 
     def __init__(self, module: str, name: str, wrap: Callable[[Any], Any]) -> None:

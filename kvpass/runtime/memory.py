@@ -81,7 +81,7 @@ class Standing:
 
 def place_of(tensor: torch.Tensor, path: Sequence[int] = ()) -> Place:
     """The place of a tensor, or of one of those that are stacked in it."""
-    offset, sizes, strides = tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+    offset, sizes, strides = int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride()
     for axis, at in enumerate(path):
         offset += (at % sizes[axis]) * strides[axis]
     return Place(int(offset), sizes[len(path) :], strides[len(path) :], tensor.dtype)

@@ -84,6 +84,17 @@ def is_shell(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, _SHELL) or sharing_storage(tensor) is not None
 
 
+def is_data(tensor: torch.Tensor, path: tuple[int, ...] = ()) -> bool:
+    """Keys or values that kvpass had no part in, not even as what was read out of a shell."""
+    if find(tensor) is not None and (not path or overlapping(tensor, path)):
+        return False
+    return not _read_of_shell(tensor)
+
+
+def _read_of_shell(key: torch.Tensor) -> bool:
+    return key.is_floating_point() and bool(key.numel()) and bool(key[(0,) * key.dim()].isnan())
+
+
 def _stands_for(tensor: torch.Tensor, path: tuple[int, ...]) -> Stands | None:
     """What a buffer, or one of several stacked in it, stands for, if the last call was given the same memory."""
     shell: Stands | None = getattr(tensor, _SHELL, None) or stands(tensor, path)
@@ -215,7 +226,7 @@ def _other_part(buffer: torch.Tensor, path: tuple[int, ...], where: str) -> Exce
 
 
 def _foreign(key: torch.Tensor, where: str) -> Exception:
-    if key.is_floating_point() and key.numel() and bool(key[(0,) * key.dim()].isnan()):
+    if _read_of_shell(key):
         return ShellDataError(
             "the cached keys are NaN: data was read out of a compressed cache (reordered, indexed, joined or moved)",
             where=where,

@@ -1,0 +1,127 @@
+"""Graph breaks: each part does its share, and a cache that is written in one and read in another is declined by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models.hosts import DIM, HEADS, LAYERS, ROOM, WIDTH, Decoder
+from torch import Tensor
+
+import kvpass
+from kvpass.errors import DeclinedError
+
+BUDGET = 12
+
+
+class Breaking(Decoder):
+    """Buffers of its own; breaks the graph at a place."""
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+        super().__init__()
+        self.place = place
+
+    def init(self) -> None:
+        for layer in range(LAYERS):
+            for name in ("k", "v"):
+                self.register_buffer(f"{name}{layer}", torch.zeros(1, HEADS, ROOM, DIM), persistent=False)
+
+    def forward(self, ids: Tensor, places: Tensor, mask: Tensor) -> Tensor:
+        x = self.layer(0, self.emb(ids), places, mask)
+        return self.out(self.layer(1, x, places, mask))
+
+    def layer(self, layer: int, x: Tensor, places: Tensor, mask: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        if self.place == "before" and places.max().item() >= ROOM:
+            raise ValueError("too long")
+        q, k, v = self.qkv[layer](x).view(b, t, 3, HEADS, DIM).permute(2, 0, 3, 1, 4)
+        keys, values = getattr(self, f"k{layer}"), getattr(self, f"v{layer}")
+        keys.index_copy_(2, places, k)
+        values.index_copy_(2, places, v)
+        if self.place == "between" and places.max().item() >= ROOM:
+            raise ValueError("too long")
+        return x + F.scaled_dot_product_attention(q, keys, values, attn_mask=mask).transpose(1, 2).reshape(b, t, WIDTH)
+
+
+def converse(model: Any, prompt: int, steps: int) -> Tensor:
+    tril, start, logits = torch.ones(ROOM, ROOM, dtype=torch.bool).tril(), 0, []
+    with torch.no_grad():
+        for at in range(steps + 1):
+            length = prompt if at == 0 else 1
+            ids = torch.randint(0, 50, (1, length), generator=torch.Generator().manual_seed(at))
+            logits.append(model(ids, torch.arange(start, start + length), tril[start : start + length])[:, -1])
+            start += length
+    return torch.stack(logits)
+
+
+@pytest.mark.parametrize("place", ["nowhere", "before"])
+def test_parts_do_their_share(place: str) -> None:
+    compiled = kvpass.compile(Breaking(place).eval(), "full", inner="eager")
+    for prompt, steps in ((30, 40), (37, 5)):
+        expected = converse(Breaking(place).eval(), prompt, steps)
+        torch.testing.assert_close(converse(compiled, prompt, steps), expected, rtol=1e-4, atol=1e-5)
+    evicting = kvpass.compile(Breaking(place).eval(), "streaming_llm", BUDGET, inner="eager")
+    converse(evicting, 30, 5)
+    assert kvpass.report(evicting).to_dict()["slot_bytes"] == LAYERS * 2 * HEADS * (BUDGET + 1) * DIM * 4
+
+
+def test_between_write_and_attention_is_declined_at_the_first_call() -> None:
+    compiled = kvpass.compile(Breaking("between").eval(), "h2o", BUDGET, inner="eager")
+    with pytest.raises(DeclinedError, match="written into a buffer in one graph, and attended to in another") as raised:
+        converse(compiled, 30, 0)
+    where = raised.value.where
+    assert "keys.index_copy_(2, places, k)" in where
+    assert "F.scaled_dot_product_attention(q, keys, values" in where
+    assert "Dynamo broke the graph at" in where
+    assert "places.max().item()" in where
+    assert ".item()" in raised.value.hint
+
+
+@pytest.mark.filterwarnings("ignore::kvpass.errors.NothingRewritten")
+def test_not_strict_it_stays_dense() -> None:
+    compiled = kvpass.compile(Breaking("between").eval(), "h2o", BUDGET, inner="eager", strict=False)
+    for prompt in (30, 37):
+        assert torch.equal(converse(compiled, prompt, 5), converse(Breaking("between").eval(), prompt, 5))
+
+
+class Growing(Decoder):
+    """A cache that grows in a part that is not compiled."""
+
+    def forward(self, ids: Tensor, past: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        x = self.emb(ids)
+        b, t = ids.shape
+        q, k, v = self.qkv[0](x).view(b, t, 3, HEADS, DIM).permute(2, 0, 3, 1, 4)
+        k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        torch._dynamo.graph_break()
+        x = x + F.scaled_dot_product_attention(q, k, v, is_causal=t > 1).transpose(1, 2).reshape(b, t, WIDTH)
+        return self.out(x), [k, v]
+
+
+def test_a_cache_that_grew_names_the_break() -> None:
+    compiled = kvpass.compile(Growing().eval(), "h2o", BUDGET, inner="eager")
+    past = [torch.randn(1, HEADS, 5, DIM), torch.randn(1, HEADS, 5, DIM)]
+    with torch.no_grad(), pytest.raises(DeclinedError) as raised:
+        compiled(torch.arange(30)[None], past)
+    assert "torch._dynamo.graph_break()" in str(raised.value), raised.value
+
+
+def test_attention_over_another_sequence_is_no_break() -> None:
+    """An encoder's states, written in one graph, are read in the next by queries of another length."""
+
+    class Cross(Breaking):
+        def forward(self, ids: Tensor, places: Tensor, mask: Tensor) -> Tensor:
+            x = self.emb(ids)
+            k, v = self.qkv[0](x).view(1, -1, 3, HEADS, DIM).permute(2, 0, 3, 1, 4)[:2]
+            self.k0[:, :, : ids.shape[1]] = k
+            self.v0[:, :, : ids.shape[1]] = v
+            torch._dynamo.graph_break()
+            y = F.scaled_dot_product_attention(k[:, :, :3], self.k0, self.v0)
+            return y.sum() + x
+
+    compiled, original = kvpass.compile(Cross("").eval(), "h2o", BUDGET, inner="eager"), Cross("").eval()
+    with torch.no_grad():
+        given = torch.arange(30)[None], torch.arange(30), torch.ones(1)
+        torch.testing.assert_close(compiled(*given), original(*given))
