@@ -20,8 +20,7 @@ def tokens(length: int, seed: int = 1) -> torch.Tensor:
 def converse(model: Any, prompt: int, steps: int) -> tuple[torch.Tensor, Host]:
     host, logits = Host(model), []
     with torch.no_grad():
-        for at in range(steps + 1):
-            logits.append(host.step(tokens(prompt if at == 0 else 1, seed=at))[:, -1])
+        logits += [host.step(tokens(prompt if at == 0 else 1, seed=at))[:, -1] for at in range(steps + 1)]
     return torch.stack(logits), host
 
 
