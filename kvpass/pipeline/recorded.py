@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvpass.graph.calls import example
 from kvpass.pipeline.inner import compile_inner
@@ -11,7 +11,6 @@ from kvpass.terms import Phase
 
 if TYPE_CHECKING:
     from kvpass.lowering.lower import Lowered
-    from kvpass.pipeline.compose import Backend
     from kvpass.pipeline.graphs import GraphRecord
     from kvpass.plan.plan import Plan
     from kvpass.runtime.captured import Captured
@@ -20,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 def recorded(
-    backend: Backend, lowered: Lowered, planned: Plan, record: GraphRecord, inner: str, title: str
+    backend: Any, lowered: Lowered, planned: Plan, record: GraphRecord, inner: str, title: str
 ) -> Captured | str:
     """The graph in that form; or why its steps are launched, "" if nobody asked."""
     from kvpass.lowering.static import static

@@ -203,9 +203,11 @@ class _Found:
         """Cores that read heads of a cache in an order of their own, by their node, with all others of that cache."""
         groups: dict[tuple[fx.Node, fx.Node], list[Mixing]] = {}
         for core in self.cores:
-            bases = [self._walk(node)[0] for node in (core.k, core.v)]
+            bases = [self._same_buffer(walk_up(node, self._stops)[0]) for node in (core.k, core.v)]
             if all(base in self.updates or base in self.missed_updates for base in bases):
                 continue
+            if self._walk(core.k)[0] is self._walk(core.v)[0]:
+                continue  # keys and values in one tensor
             mixing = find_mixing(core, self.updates, self._stops)
             if mixing is not None:
                 groups.setdefault((mixing.key.node, mixing.value.node), []).append(mixing)
