@@ -110,8 +110,8 @@ class Call(Ledger):
         if store is not None:
             broken = told(self.breaks)
             raise ShellDataError(
-                f"a part of the model ran uncompiled, and wrote into and read the buffer in the place of the compressed "
-                f"cache of {store.name}: what it gave is worthless",
+                f"a part of the model ran uncompiled, and wrote into and read the buffer in the place of the "
+                f"compressed cache of {store.name}: what it gave is worthless",
                 where=broken or "no graph of this call continued that cache",
                 hint=f"{MEND}; begin again at position 0",
             )

@@ -1,4 +1,4 @@
-"""Graph breaks: each part does its share, and a cache that is written in one and read in another is declined by name."""
+"""Graph breaks: each part does its share; a cache that is written in one and read in another is declined by name."""
 
 from __future__ import annotations
 

@@ -176,7 +176,7 @@ class Rebound(Decoder):
             setattr(self, f"v{layer}", v)
             return k, v
 
-        first: Any = getattr(self, "k0")
+        first: Any = self.k0
         return self.run(ids, 0 if first is None else first.shape[2], cached)
 
 
