@@ -17,6 +17,7 @@ from kvpass.pipeline.compose import Backend
 from kvpass.runtime.active import current
 from kvpass.runtime.breaks import told
 from kvpass.runtime.host_state import HostState
+from kvpass.runtime.store import SlotStore
 from kvpass.runtime.watch import Call, Found, tensors
 
 
@@ -27,6 +28,7 @@ class Compilation:
         model: the module that was compiled; shared with whoever has it.
         root: its facade: what `kvpass.compile` returns.
         state: attributes that calls change, where the compiled model has values of its own.
+        stores: those that its calls continued or began, while they live.
     """
 
     def __init__(self, model: torch.nn.Module, backend: Backend) -> None:
@@ -35,6 +37,7 @@ class Compilation:
         self.compiled = isolated(backend)
         self._facades: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self._hosted: list[weakref.ref[torch.Tensor]] = []
+        self.stores: weakref.WeakSet[SlotStore] = weakref.WeakSet()
         self._said = False
 
     @property

@@ -105,10 +105,15 @@ def _too_many() -> RecompileError:
 
 
 def _advice(cause: str) -> str:
+    if "_buffers[" in cause or "_parameters[" in cause:
+        return "a tensor of a module that somebody else than the model replaces: set it on the compiled model instead"
     if "size" in cause or "shape" in cause or "stride" in cause:
         return "pad batches and prompts to fewer shapes"
     if "training" in cause or "grad" in cause:
         return "call the model always in eval mode under torch.no_grad()"
     if "hooks" in cause:
         return "do not add and remove hooks between calls"
-    return "keep it constant, make it a tensor, or compile a model for each value"
+    return (
+        "keep it constant, make it a tensor, or compile a model for each value; an attribute of a module that the host "
+        "counts must be set on the compiled model, not on the original"
+    )

@@ -201,7 +201,8 @@ class Backend:
                 verify(gm, lowered, planned)
                 check_masks(gm, planned, lowered.bindings, example_inputs)
             title = record.title(len(self.graphs))
-            captured = recorded(self, lowered, planned, record, chosen, title)
+            about = lowered, planned, record, chosen, title
+            captured = "" if self.mode == "default" else recorded(*about, self.recordings, self.verify)
             if isinstance(captured, str):
                 with record.timed("inner"):
                     inner = compile_inner(chosen, lowered.gm, inputs, title)
@@ -216,8 +217,8 @@ class Backend:
         dense = dense_by_choice(gm.graph, record.table.declined)
         steps, shared = planned.steps, planned.inputs
         replayed = (None, captured) if isinstance(captured, str) else (captured, "")
-        about = origin, watched, steps, shared, names, dense
-        return Bound(inner, lowered.bindings, lowered.outputs, *about, *replayed)
+        bound = origin, watched, steps, shared, names, dense
+        return Bound(inner, lowered.bindings, lowered.outputs, *bound, *replayed)
 
     def __reduce__(self) -> Any:
         """Graphs are not pickled: whoever loads it compiles anew."""

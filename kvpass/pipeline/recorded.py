@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kvpass.graph.calls import example
 from kvpass.pipeline.inner import compile_inner
@@ -14,34 +14,46 @@ if TYPE_CHECKING:
     from kvpass.pipeline.graphs import GraphRecord
     from kvpass.plan.plan import Plan
     from kvpass.runtime.captured import Captured
+    from kvpass.runtime.recordings import Recordings
 
 log = logging.getLogger(__name__)
 
 
 def recorded(
-    backend: Any, lowered: Lowered, planned: Plan, record: GraphRecord, inner: str, title: str
+    lowered: Lowered,
+    planned: Plan,
+    record: GraphRecord,
+    inner: str,
+    title: str,
+    recordings: list[Recordings],
+    looked_into: bool,
 ) -> Captured | str:
-    """The graph in that form; or why its steps are launched, "" if nobody asked."""
+    """The graph in that form; or why its steps are launched, "" for no step.
+
+    Args:
+        recordings: those of the backend, none before its first graph of this kind.
+        looked_into: `verify=True`.
+    """
     from kvpass.lowering.static import static
     from kvpass.runtime.captured import Captured
     from kvpass.runtime.graph_device import DEVICES
     from kvpass.runtime.recordings import Recordings
 
-    if backend.mode == "default" or lowered.bindings[0].phase is not Phase.DECODE:
+    if lowered.bindings[0].phase is not Phase.DECODE:
         return ""
     kind = lowered.bindings[0].device.type
     if kind not in DEVICES:
         return f"a {kind} records no graphs"
-    if backend.verify:
+    if looked_into:
         return "verify=True looks into the first call of each graph"
     with record.timed("lower"):
         found = static(lowered, planned)
     if isinstance(found, str):
-        log.info("graph %d is not static: %s", len(backend.graphs), found)
+        log.info("%s is not static: %s", title, found)
         return found
     inputs = [example(n) for n in found.gm.graph.nodes if n.op == "placeholder"]
     with record.timed("inner"):
         run = compile_inner(inner, found.gm, inputs, title)
-    if not backend.recordings:
-        backend.recordings.append(Recordings(DEVICES[kind]))
-    return Captured(run, lowered.gm.forward, found.feeds, backend.recordings[0])
+    if not recordings:
+        recordings.append(Recordings(DEVICES[kind]))
+    return Captured(run, lowered.gm.forward, found.feeds, recordings[0])

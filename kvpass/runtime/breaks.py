@@ -9,6 +9,9 @@ MEND = (
     "branch on a tensor's data between the two"
 )
 
+MOST = 3
+"""Lines that are told."""
+
 
 def breaks() -> list[Any]:
     """Dynamo's reasons so far in this process, the oldest first; none in a torch that does not tell."""
@@ -26,8 +29,9 @@ def told(since: int) -> str:
     found = dict.fromkeys(filter(None, map(_line, breaks()[since:])))
     if not found:
         return ""
-    more = f" (and at {len(found) - 1} more lines)" if len(found) > 1 else ""
-    return f"Dynamo broke the graph at {next(iter(found))}{more}"
+    lines = [*found]
+    more = f", and at {len(lines) - MOST} more lines" if len(lines) > MOST else ""
+    return f"Dynamo broke the graph at {'; at '.join(lines[:MOST])}{more}"
 
 
 def _line(reason: Any) -> str:

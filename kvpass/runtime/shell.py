@@ -15,7 +15,7 @@ from weakref import ref
 import torch
 
 from kvpass.errors import ForeignCacheError, ShellDataError, StaleCacheError
-from kvpass.runtime.memory import Stands, overlapping, stand, stands
+from kvpass.runtime.memory import Stands, overlapping, stand, standing_of, stands
 from kvpass.runtime.pick import take_back
 from kvpass.runtime.store import SlotStore, same_storage, sharing_storage, version
 from kvpass.terms import Layout
@@ -65,6 +65,7 @@ def attach(tensor: torch.Tensor, path: tuple[int, ...], store: SlotStore, half: 
     else:
         forget(tensor)
         stand(tensor, path, store, half)
+        store.held[half] = ref(tensor if tensor._base is None else tensor._base)
     store.versions[half] = version(tensor)
 
 
@@ -72,6 +73,17 @@ def attached(tensor: torch.Tensor) -> list[SlotStore]:
     """The stores that a shell or a buffer, or parts of it, stand for."""
     shell = getattr(tensor, _SHELL, None)
     return [shell[0]] if shell is not None else [store for store, _ in overlapping(tensor)]
+
+
+def written(store: SlotStore, half: int) -> torch.Tensor | None:
+    """The memory of a buffer that stands for a store, if anybody has written to it since the store's last call."""
+    held = store.held[half]
+    tensor = held() if held is not None else None
+    if tensor is None or store.versions[half] is None or store.versions[half] == version(tensor):
+        return None
+    found = standing_of(tensor)
+    still = found is not None and any(one is store for one, _ in found.places.values())
+    return tensor if still else None
 
 
 def forget(tensor: torch.Tensor) -> None:

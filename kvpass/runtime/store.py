@@ -42,6 +42,7 @@ class SlotStore:
         versions: of the host's tensors for K and V, as the last call left them; None if torch does not count them, or
             if this is a copy.
         shown: shells of K and V that the last call left, and of how many tokens; None likewise.
+        held: tensors whose memory the caller's buffers of K and V lie in.
         spoiled: a call failed halfway, and may or may not have changed the state.
         used: slots in use, at most; of heads with budgets of their own on average. Not where layers `ShareOut`.
         waiting: steps since something was evicted, where `Timing.every` lets them wait.
@@ -68,6 +69,7 @@ class SlotStore:
     bases: tuple[torch.Tensor, torch.Tensor] = field(init=False)
     versions: list[int | None] = field(init=False)
     shown: list[tuple[ref[torch.Tensor], int] | None] = field(init=False)
+    held: list[ref[torch.Tensor] | None] = field(init=False)
     spoiled: bool = False
     used: int = 0
     waiting: int = 0
@@ -84,13 +86,13 @@ class SlotStore:
         k, v = self.state.k, self.state.v
         with torch.inference_mode(False):
             self.bases = (k.new_full((1,), float("nan")), v.new_full((1,), float("nan")))
-        self.versions, self.shown = [None, None], [None, None]
+        self.versions, self.shown, self.held = [None, None], [None, None], [None, None]
         self._register()
 
     def __setstate__(self, fields: dict[str, Any]) -> None:
         """A store that was unpickled is found by its own storages."""
         self.__dict__.update(fields)
-        self.versions, self.shown = [None, None], [None, None]
+        self.versions, self.shown, self.held = [None, None], [None, None], [None, None]
         self._register()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SlotStore:

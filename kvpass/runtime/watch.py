@@ -16,7 +16,7 @@ from kvpass.errors import DeclinedError, RecompileError, ShellDataError
 from kvpass.runtime.active import ACTIVE, Ledger
 from kvpass.runtime.attributes import DEEPEST, attributes
 from kvpass.runtime.breaks import MEND, breaks, told
-from kvpass.runtime.shell import find, is_shell
+from kvpass.runtime.shell import find, is_shell, written
 from kvpass.runtime.store import SlotStore
 from kvpass.runtime.veil import Shell, unveil, veil
 
@@ -54,11 +54,13 @@ class Call(Ledger):
 
     Attributes:
         kept: tensors in the model's attributes before the call, of those attributes that calls change.
+        buffered: stores of earlier calls that buffers of the caller's stand for, as they were left.
         spoke: shells that were given, or that the model itself held.
     """
 
     given: list[Found] = field(default_factory=list)
     kept: list[Found] = field(default_factory=list)
+    buffered: list[tuple[SlotStore, int]] = field(default_factory=list)
     spoke: list[torch.Tensor] = field(default_factory=list)
     shells: list[tuple[Path, torch.Tensor, SlotStore]] = field(default_factory=list)
 
@@ -72,11 +74,14 @@ class Call(Ledger):
         self.made += [one.tensor for one in shells] + hosted
         self.shells = [(one.path, one.tensor, store) for one in shells if (store := find(one.tensor)) is not None]
         self.breaks = len(breaks())
+        halves = [(store, half) for store in self.owner.stores for half in (0, 1) if store.held[half] is not None]
+        self.buffered = [(store, half) for store, half in halves if written(store, half) is None]
         ACTIVE.calls.append(self)
 
     def end(self) -> None:
         """Make shells speak again."""
         ACTIVE.calls.remove(self)
+        self.owner.stores.update(self.opened)
         veil([*self.spoke, *(t for t in self.made if is_shell(t))])
 
     def compare(self, args: Any, kwargs: Any, result: Any, kept: list[Found]) -> list[Found]:
@@ -88,6 +93,7 @@ class Call(Ledger):
             ShellDataError: a part of the model that ran uncompiled took a compressed cache as data.
             DeclinedError: strict, and a cache grew that is not kvpass' own.
         """
+        self._check_buffers()
         # a cache that was given and returned is looked through once, by the name under which it was given
         seen: set[int] = set()
         after = [*tensors((args, kwargs), seen=seen), *tensors(result, seen=seen)]
@@ -97,6 +103,18 @@ class Call(Ledger):
             if grown:
                 raise self._dense(grown)
         return after
+
+    def _check_buffers(self) -> None:
+        """A buffer that stands for a store is never written: only the model as it is would do that, and read it too."""
+        store = next((store for store, half in self.buffered if written(store, half) is not None), None)
+        if store is not None:
+            broken = told(self.breaks)
+            raise ShellDataError(
+                f"a part of the model ran uncompiled, and wrote into and read the buffer in the place of the "
+                f"compressed cache of {store.name}: what it gave is worthless",
+                where=broken or "no graph of this call continued that cache",
+                hint=f"{MEND}; begin again at position 0",
+            )
 
     def _check_shells(self, after: list[Found]) -> None:
         if self.shells and not self.graphs:

@@ -7,43 +7,57 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models.hosts import DIM, HEADS, LAYERS, ROOM, WIDTH, Decoder
-from torch import Tensor
+from models.hosts import DIM, HEADS, ROOM, WIDTH, Decoder
+from torch import Tensor, nn
 
 import kvpass
-from kvpass.errors import DeclinedError
+from kvpass.errors import DeclinedError, ShellDataError
 
 BUDGET = 12
 
 
-class Breaking(Decoder):
-    """Buffers of its own; breaks the graph at a place."""
+class Part(nn.Module):
+    """An attention with buffers of its own; breaks the graph at a place."""
 
     def __init__(self, place: str) -> None:
-        self.place = place
         super().__init__()
-        self.place = place
+        self.place, self.project = place, nn.Linear(WIDTH, 3 * WIDTH)
+        for name in ("k", "v"):
+            self.register_buffer(name, torch.zeros(1, HEADS, ROOM, DIM), persistent=False)
 
-    def init(self) -> None:
-        for layer in range(LAYERS):
-            for name in ("k", "v"):
-                self.register_buffer(f"{name}{layer}", torch.zeros(1, HEADS, ROOM, DIM), persistent=False)
-
-    def forward(self, ids: Tensor, places: Tensor, mask: Tensor) -> Tensor:
-        x = self.layer(0, self.emb(ids), places, mask)
-        return self.out(self.layer(1, x, places, mask))
-
-    def layer(self, layer: int, x: Tensor, places: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, places: Tensor, mask: Tensor) -> Tensor:
         b, t, _ = x.shape
         if self.place == "before" and places.max().item() >= ROOM:
             raise ValueError("too long")
-        q, k, v = self.qkv[layer](x).view(b, t, 3, HEADS, DIM).permute(2, 0, 3, 1, 4)
-        keys, values = getattr(self, f"k{layer}"), getattr(self, f"v{layer}")
-        keys.index_copy_(2, places, k)
-        values.index_copy_(2, places, v)
+        q, k, v = self.project(x).view(b, t, 3, HEADS, DIM).permute(2, 0, 3, 1, 4)
+        self.k.index_copy_(2, places, k)
+        self.v.index_copy_(2, places, v)
         if self.place == "between" and places.max().item() >= ROOM:
             raise ValueError("too long")
-        return x + F.scaled_dot_product_attention(q, keys, values, attn_mask=mask).transpose(1, 2).reshape(b, t, WIDTH)
+        return x + F.scaled_dot_product_attention(q, self.k, self.v, attn_mask=mask).transpose(1, 2).reshape(b, t, -1)
+
+
+class Breaking(Decoder):
+    def __init__(self, place: str) -> None:
+        super().__init__()
+        self.one, self.two = Part(place), Part(place)
+
+    def forward(self, ids: Tensor, places: Tensor, mask: Tensor) -> Tensor:
+        return self.out(self.two(self.one(self.emb(ids), places, mask), places, mask))
+
+
+class Leaves(Breaking):
+    """Runs its steps uncompiled."""
+
+    def forward(self, ids: Tensor, places: Tensor, mask: Tensor) -> Tensor:
+        x = self.emb(ids)
+        x = self.one(x, places, mask) if ids.shape[1] > 1 else self.alone(x, places, mask)
+        return self.out(self.two(x, places, mask))
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]  # torch does not say what it gives
+    def alone(self, x: Tensor, places: Tensor, mask: Tensor) -> Tensor:
+        result: Tensor = self.one(x, places, mask)
+        return result
 
 
 def converse(model: Any, prompt: int, steps: int) -> Tensor:
@@ -65,7 +79,7 @@ def test_parts_do_their_share(place: str) -> None:
         torch.testing.assert_close(converse(compiled, prompt, steps), expected, rtol=1e-4, atol=1e-5)
     evicting = kvpass.compile(Breaking(place).eval(), "streaming_llm", BUDGET, inner="eager")
     converse(evicting, 30, 5)
-    assert kvpass.report(evicting).to_dict()["slot_bytes"] == LAYERS * 2 * HEADS * (BUDGET + 1) * DIM * 4
+    assert kvpass.report(evicting).to_dict()["slot_bytes"] == 2 * 2 * HEADS * (BUDGET + 1) * DIM * 4
 
 
 def test_between_write_and_attention_is_declined_at_the_first_call() -> None:
@@ -73,8 +87,8 @@ def test_between_write_and_attention_is_declined_at_the_first_call() -> None:
     with pytest.raises(DeclinedError, match="written into a buffer in one graph, and attended to in another") as raised:
         converse(compiled, 30, 0)
     where = raised.value.where
-    assert "keys.index_copy_(2, places, k)" in where
-    assert "F.scaled_dot_product_attention(q, keys, values" in where
+    assert "self.k.index_copy_(2, places, k)" in where
+    assert "F.scaled_dot_product_attention(q, self.k, self.v" in where
     assert "Dynamo broke the graph at" in where
     assert "places.max().item()" in where
     assert ".item()" in raised.value.hint
@@ -85,6 +99,16 @@ def test_not_strict_it_stays_dense() -> None:
     compiled = kvpass.compile(Breaking("between").eval(), "h2o", BUDGET, inner="eager", strict=False)
     for prompt in (30, 37):
         assert torch.equal(converse(compiled, prompt, 5), converse(Breaking("between").eval(), prompt, 5))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_step_that_ran_uncompiled_beside_a_compressed_cache(strict: bool) -> None:
+    """It reads zeros where the prompt's keys would lie, and no graph of ours sees it."""
+    compiled = kvpass.compile(Leaves("nowhere").eval(), "full", inner="eager", strict=strict)
+    converse(compiled, 30, 0)
+    with pytest.raises(ShellDataError, match="ran uncompiled, and wrote into and read the buffer") as raised:
+        converse(compiled, 30, 1)
+    assert "begin again" in raised.value.hint
 
 
 class Growing(Decoder):
@@ -115,10 +139,10 @@ def test_attention_over_another_sequence_is_no_break() -> None:
         def forward(self, ids: Tensor, places: Tensor, mask: Tensor) -> Tensor:
             x = self.emb(ids)
             k, v = self.qkv[0](x).view(1, -1, 3, HEADS, DIM).permute(2, 0, 3, 1, 4)[:2]
-            self.k0[:, :, : ids.shape[1]] = k
-            self.v0[:, :, : ids.shape[1]] = v
+            self.one.k[:, :, : ids.shape[1]] = k
+            self.one.v[:, :, : ids.shape[1]] = v
             torch._dynamo.graph_break()
-            y = F.scaled_dot_product_attention(k[:, :, :3], self.k0, self.v0)
+            y = F.scaled_dot_product_attention(k[:, :, :3], self.one.k, self.one.v)
             return y.sum() + x
 
     compiled, original = kvpass.compile(Cross("").eval(), "h2o", BUDGET, inner="eager"), Cross("").eval()

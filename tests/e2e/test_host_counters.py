@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from models.hosts import DIM, HEADS, HOSTS, LAYERS, ROOM, Host, ModuleCounter, Written
+from models.hosts import DIM, HEADS, HOSTS, LAYERS, ROOM, Host, ModuleCounter, Written, masked
+from torch import Tensor, nn
 
 import kvpass
 
@@ -50,18 +51,39 @@ def test_keeps_what_the_policy_says(kind: Any) -> None:
         assert data["caller_bytes"] == (LAYERS * 2 * HEADS * ROOM * DIM * 4 if kind is Written else 0)
 
 
+class Sized(nn.Module):
+    """A counter on the module, beside a number of heads."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads, self.position = heads, 0
+        self.emb, self.qkv = nn.Embedding(50, heads * DIM), nn.Linear(heads * DIM, 3 * heads * DIM)
+        self.register_buffer("table", torch.randn(64, heads * DIM))
+
+    def forward(self, ids: Tensor, past: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        b, t = ids.shape
+        start, self.position = self.position, self.position + t
+        x = self.emb(ids) + self.table[start : start + t]
+        q, k, v = self.qkv(x).view(b, t, 3, self.heads, DIM).permute(2, 0, 3, 1, 4)
+        k, v = (torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)) if past else (k, v)
+        return masked(q, k, v), [k, v]
+
+
 def test_a_second_model_of_the_class_has_sizes_of_its_own() -> None:
-    """Dynamo remembers sizes by line of code: what one model's module counts must not make symbols of another's."""
-    kvpass.compile(ModuleCounter().eval(), "full", inner="eager")
-    wide = ModuleCounter().eval()
-    for model in (ModuleCounter().eval(), wide):
-        if model is wide:
-            wide.qkv = torch.nn.ModuleList(torch.nn.Linear(32, 96, bias=False) for _ in range(LAYERS))
-            wide.out = torch.nn.Linear(32, 70)
-        compiled = kvpass.compile(model, "full", inner="eager")
-        converse(compiled, 30, 3)
+    """Dynamo remembers sizes by line of code: what one model has must not make symbols of another's."""
+    for heads in (2, 3, 5):
+        model = Sized(heads).eval()
+        compiled, original = kvpass.compile(model, "full", inner="eager"), Sized(heads).eval()
+        original.load_state_dict(model.state_dict())
+        past, ours = list[Tensor](), list[Tensor]()
+        for at in range(4):
+            ids = tokens(30 if at == 0 else 1, at)
+            with torch.no_grad():
+                (found, past), (expected, ours) = compiled(ids, past), original(ids, ours)
+            torch.testing.assert_close(found[:, :, -1], expected[:, :, -1], rtol=1e-4, atol=1e-5)
+        assert len(compiled.kvpass.graphs) <= 3
         for record in compiled.kvpass.graphs:
-            assert all(site.dims["Hkv"] == HEADS and site.dims["D"] == DIM for site in record.table)
+            assert [(site.dims["Hkv"], site.dims["D"]) for site in record.table] == [(heads, DIM)]
 
 
 def test_torch_is_as_it_was_after_a_call() -> None:

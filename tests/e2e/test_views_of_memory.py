@@ -1,4 +1,4 @@
-"""A buffer is known by its memory: fresh views of one stack at each call are the same cache, other cuts are not."""
+"""A buffer is known by its memory: fresh views of one stack at each call are one cache, other cuts of it are not."""
 
 from __future__ import annotations
 
