@@ -168,7 +168,8 @@ def talk(model: Decoder, policy: str, budget: int | float, strict: bool = True) 
         if budget == BUDGET:
             bytes_as_said(model.spelling, holder, room)
     graphs = len(compiled.kvpass.graphs)
-    if graphs > GRAPHS + 1:
+    # Dynamo takes an int that picks one token for a constant: a graph for each place (docs/design/0014)
+    if graphs > GRAPHS + 1 and model.spelling.write != "rows":
         raise Wrong("too many graphs", f"{graphs} for {calls} calls", "", graphs)
     return graphs
 
