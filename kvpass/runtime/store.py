@@ -113,6 +113,7 @@ class SlotStore:
     def base_of(self, half: int, elements: int) -> torch.Tensor:
         """The memory under the shell of K or V, of so many NaN."""
         if self.bases[half].numel() < elements:
+            _BY_STORAGE.pop(_storage_key(self.bases[half]), None)  # its address will be another tensor's
             with torch.inference_mode(False):
                 wide = self.bases[half].new_full((elements,), float("nan"))
             self.bases = (wide, self.bases[1]) if half == 0 else (self.bases[0], wide)

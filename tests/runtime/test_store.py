@@ -14,7 +14,7 @@ from kvpass.kernels.slots.cursor import FIRST, LIVE
 
 from kvpass.runtime.identity import Origin
 from kvpass.runtime.shell import find, make, unwrap
-from kvpass.runtime.store import SlotStore, capacity, empty_state
+from kvpass.runtime.store import SlotStore, capacity, empty_state, sharing_storage
 from kvpass.terms import Layout
 
 RULES = [Rule(stats=("sum",), num=1, den=5, floor=64), Rule(slots=100), Rule()]
@@ -109,3 +109,13 @@ def test_a_deep_copy_can_be_changed_in_place_in_either_mode(begun, copied):
             tensor.add_(1)
     now = [t.nan_to_num() for t in original.state.tensors()]
     assert all(torch.equal(a, b.nan_to_num()) for a, b in zip(now, before, strict=True))
+
+
+def test_memory_that_a_wider_one_replaced_stands_for_nothing() -> None:
+    """Its address may be any tensor's next. `old` is held so that it is nobody's yet."""
+    one = store()
+    old = one.bases
+    for half in (0, 1):
+        one.base_of(half, 100)
+    assert [sharing_storage(base) for base in old] == [None, None]
+    assert [sharing_storage(base) for base in one.bases] == [one, one]
