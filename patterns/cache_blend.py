@@ -91,10 +91,10 @@ def _where(node: fx.Node) -> Blend | None:
 
 def _sum(node: fx.Node) -> Blend | None:
     """`old * miss + new * hit` in any order; `old.masked_fill(hit, 0)` for the first of them."""
-    sides = [_masked(argument(node, at, name)) for at, name in enumerate(("input", "other"))]
-    if any(side is None for side in sides) or node.kwargs.get("alpha", 1) != 1:
+    left, right = (_masked(argument(node, at, name)) for at, name in enumerate(("input", "other")))
+    if left is None or right is None or node.kwargs.get("alpha", 1) != 1:
         return None
-    (a, hit_a, factor_a, inner_a), (b, hit_b, factor_b, inner_b) = sides  # type: ignore[misc]  # none is None
+    (a, hit_a, factor_a, inner_a), (b, hit_b, factor_b, inner_b) = left, right
     if hit_a.inverted == hit_b.inverted or hit_a.at is not hit_b.at:
         return None
     old, new = (a, b) if hit_a.inverted else (b, a)

@@ -16,6 +16,7 @@ from torch import fx
 from kvpass.errors import Reason
 from kvpass.graph.calls import argument, call_name, changes, example, is_input, operand
 from kvpass.graph.dataflow import Flow
+from kvpass.graph.indices import by_axis, index_of
 from kvpass.graph.miss import Miss
 from kvpass.graph.nearby import home_of
 from kvpass.graph.shapes import is_one, normal_dim, same, shape_of
@@ -114,17 +115,13 @@ def _index_put(node: fx.Node) -> Where | None:
 
 
 def _setitem(node: fx.Node) -> Where | None:
-    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-    return _placed(operand(node), index, node.args[2])
+    return _placed(operand(node), index_of(node), node.args[2])
 
 
 def _placed(buffer: Any, index: tuple[Any, ...], new: Any) -> Where | None:
     """A write to all of a buffer but one axis; of its first axis it may leave out rows behind those of the call."""
     rank, sizes = len(shape_of(buffer)), shape_of(buffer)
-    if Ellipsis in index:
-        at = index.index(Ellipsis)
-        index = index[:at] + (slice(None),) * (rank - len(index) + 1) + index[at + 1 :]
-    index += (slice(None),) * (rank - len(index))
+    index = by_axis(index, rank)
     if len(index) != rank:
         return None
     cut = [at for at, item in enumerate(index) if not _whole(item, sizes[at])]
@@ -203,8 +200,7 @@ def _copied(node: fx.Node) -> Where | None:
     if not isinstance(part, fx.Node):
         return None
     if call_name(part) == "getitem":
-        index = part.args[1] if isinstance(part.args[1], tuple) else (part.args[1],)
-        return _placed(operand(part), index, new)
+        return _placed(operand(part), index_of(part), new)
     if call_name(part) == "narrow":
         axis = normal_dim(argument(part, 1, "dim"), len(shape_of(part)))
         return operand(part), axis, argument(part, 2, "start"), new

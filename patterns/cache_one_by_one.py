@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from kvpass.graph.calls import argument, call_name, example, operand
+from kvpass.graph.indices import by_axis, index_of, is_all
 from kvpass.graph.shapes import normal_dim, same, shape_of
 
 Where = tuple[fx.Node, int, Any, Any]
@@ -52,12 +53,8 @@ def one_by_one(node: fx.Node) -> tuple[Where | None, tuple[fx.Node, ...]]:
 
 def _one(node: fx.Node) -> One | None:
     buffer = operand(node)
-    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-    rank, value = len(shape_of(buffer)), node.args[2]
-    if Ellipsis in index:
-        at = index.index(Ellipsis)
-        index = (*index[:at], *(slice(None),) * (rank - len(index) + 1), *index[at + 1 :])
-    places = [at for at, item in enumerate(index) if not (isinstance(item, slice) and item == slice(None))]
+    index, value = by_axis(index_of(node), len(shape_of(buffer))), node.args[2]
+    places = [at for at, item in enumerate(index) if not is_all(item)]
     if len(places) != 1 or not _is_number(index[places[0]]) or not isinstance(value, fx.Node):
         return None
     axis, above = places[0], operand(value)
@@ -78,11 +75,8 @@ def _picked(value: fx.Node, axis: int) -> int | None:
     elif call_name(value) == "squeeze" and same(sizes[axis] if axis < len(sizes) else 0, 1):
         at = 0 if argument(value, 1, "dim") in (axis, axis - len(sizes)) else None
     elif call_name(value) == "getitem":
-        index = value.args[1] if isinstance(value.args[1], tuple) else (value.args[1],)
-        if Ellipsis in index:
-            place = index.index(Ellipsis)
-            index = (*index[:place], *(slice(None),) * (len(sizes) - len(index) + 1), *index[place + 1 :])
-        cut = [k for k, item in enumerate(index) if not (isinstance(item, slice) and item == slice(None))]
+        index = by_axis(index_of(value), len(sizes))
+        cut = [k for k, item in enumerate(index) if not is_all(item)]
         at = index[axis] if cut == [axis] else None
     if not isinstance(at, int) or isinstance(at, bool):
         return None

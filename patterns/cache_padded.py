@@ -25,10 +25,10 @@ def padded_sum(node: fx.Node) -> Padded | None:
         return None
     ends = [_ends(part) for part in parts]
     for at, other in ((0, 1), (1, 0)):
-        past, new = operand(parts[at]), operand(parts[other])
-        if ends[at] is None or ends[other] is None or not is_input(past):
+        past, new, of_past, of_new = operand(parts[at]), operand(parts[other]), ends[at], ends[other]
+        if of_past is None or of_new is None or not is_input(past):
             continue
-        (axis, before), (axis_of_new, before_new) = ends[at], ends[other]  # type: ignore[misc]  # none is None
+        (axis, before), (axis_of_new, before_new) = of_past, of_new
         fits = same(shape_of(node)[axis], shape_of(past)[axis] + shape_of(new)[axis])
         if axis == axis_of_new and same(before, 0) and same(before_new, shape_of(past)[axis]) and fits:
             return Padded(past, new, axis, parts)

@@ -15,9 +15,12 @@ from typing import Any
 from torch import fx
 
 from kvpass.graph.calls import argument, call_name, operand
+from kvpass.graph.layouts import read_layout
+from kvpass.graph.miss import Miss
 from kvpass.graph.shapes import is_one, normal_dim, same, shape_of
-from kvpass.graph.views import lands, walk_up
+from kvpass.graph.views import walk_up
 from kvpass.sites.site import Axes, Core, Latent, UpProjection
+from kvpass.terms import Layout
 
 Part = tuple[fx.Node, int]
 """A piece of the last axis and its width."""
@@ -51,10 +54,18 @@ class LatentAttention:
 def _base(node: fx.Node, roles: str, passed: list[fx.Node]) -> fx.Node | None:
     """What an operand is a view of, if it is [B, H, T, D] there."""
     base, chain = walk_up(node, lambda n: False)
-    if len(shape_of(base)) != 4 or not lands(base, chain, roles):
+    if len(shape_of(base)) != 4 or not _lands(base, chain, roles):
         return None
     passed += [*chain, base]
     return base
+
+
+def _lands(base: fx.Node, chain: tuple[fx.Node, ...], roles: str) -> bool:
+    """Does a chain turn [B, H, T, D] into the axes that an attention reads?"""
+    try:
+        return read_layout(base, chain, 2, roles) == Layout.BHTD
+    except Miss:
+        return False
 
 
 def _parts(node: fx.Node, passed: list[fx.Node]) -> list[Part]:

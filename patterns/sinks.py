@@ -15,9 +15,11 @@ from torch import fx
 
 from kvpass.errors import Reason
 from kvpass.graph.calls import argument, call_name, changes, is_metadata, operand
+from kvpass.graph.factor_steps import STEPS
+from kvpass.graph.factors import Factors
 from kvpass.graph.miss import Miss
 from kvpass.graph.shapes import is_one, normal_dim, same, shape_of
-from kvpass.graph.views import chain_scale, forward, walk_up
+from kvpass.graph.views import chain_scale, walk_up
 from kvpass.sites.site import Core
 
 _ROWS = SAME | {"unsqueeze"}
@@ -31,9 +33,10 @@ def sink_logits(node: fx.Node, rank: int = 4) -> fx.Node:
     """
     current, chain = walk_up(node, lambda n: len([size for size in shape_of(n) if not is_one(size)]) == 1)
     wide = [at for at, size in enumerate(shape_of(current)) if not is_one(size)]
-    axes = forward([("H",) if at in wide else () for at in range(len(shape_of(current)))], current, chain)
-    one = axes is not None and len(axes) == rank and axes[1] == ("H",) and chain_scale(chain) == 1.0
-    if len(wide) != 1 or not one or any("H" in names for at, names in enumerate(axes) if at != 1):  # type: ignore[arg-type]  # `one`: not None
+    factors = Factors(current, STEPS)
+    followed = factors.follow(current, chain) is None and len(factors.axes) == rank and chain_scale(chain) == 1.0
+    heads = [tuple(f for f in axis if not is_one(f.size)) for axis in factors.axes]
+    if len(wide) != 1 or not followed or heads[1] != tuple(factors.roots[wide[0]]):
         raise Miss(Reason.UNSUPPORTED_ATTENTION, node, "the sinks are not one number for each query head")
     return current
 

@@ -10,6 +10,7 @@ from torch import fx
 
 from kvpass.graph.calls import argument
 from kvpass.graph.factors import Axis, Factor, Factors, Unknown
+from kvpass.graph.indices import END, index_of
 from kvpass.graph.shapes import is_one, normal_dim, same
 
 
@@ -49,7 +50,7 @@ def _squeeze(f: Factors, node: fx.Node, before: Sequence[Any], after: Sequence[A
 
 
 def _getitem(f: Factors, node: fx.Node, before: Sequence[Any], after: Sequence[Any]) -> None:
-    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    index = index_of(node)
     named = sum(1 for item in index if item is not None and item is not Ellipsis)
     at = 0
     for item in index:
@@ -94,15 +95,11 @@ def _select(f: Factors, node: fx.Node, before: Sequence[Any], after: Sequence[An
     f.drop(normal_dim(argument(node, 1, "dim"), len(before)), argument(node, 2, "index"))
 
 
-FAR = (1 << 63) - 1
-"""The end of an aten slice without one."""
-
-
 def _slice(f: Factors, node: fx.Node, before: Sequence[Any], after: Sequence[Any]) -> None:
     axis = normal_dim(argument(node, 1, "dim", 0), len(before))
     start = argument(node, 2, "start", 0)
     end = argument(node, 3, "end")
-    end = None if end == FAR else end
+    end = None if end == END else end
     _sliced(f, axis, slice(start, end, argument(node, 4, "step", 1)), after[axis])
 
 

@@ -13,6 +13,7 @@ from torch import fx
 from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 
 from kvpass.graph.calls import argument, call_name, example, operand
+from kvpass.graph.indices import END, by_axis, index_of
 from kvpass.graph.shapes import same
 from kvpass.graph.stacks import rewrite, stacks
 
@@ -60,21 +61,14 @@ def covers(node: fx.Node) -> bool:
     if not all(same(a, b) for a, b in zip(before.shape, after.shape, strict=True)):
         return False
     if name == "getitem":
-        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-        if any(item is Ellipsis for item in index):
-            at = next(at for at, item in enumerate(index) if item is Ellipsis)
-            index = (*index[:at], *(slice(None),) * (before.dim() - len(index) + 1), *index[at + 1 :])
+        index = by_axis(index_of(node), before.dim())
         sizes = zip(index, before.shape, strict=False)
         return all(isinstance(item, slice) and item.step in (None, 1) and _covers(item, size) for item, size in sizes)
     if name == "slice":
         axis = argument(node, 1, "dim", 0)
         covered = slice(argument(node, 2, "start"), argument(node, 3, "end"))
-        return argument(node, 4, "step", 1) == 1 and _covers(covered, before.shape[axis], far=_FAR)
+        return argument(node, 4, "step", 1) == 1 and _covers(covered, before.shape[axis], far=END)
     return name in ("narrow", "expand", "alias")
-
-
-_FAR = (1 << 63) - 1
-"""The end of an aten slice without one."""
 
 
 def _covers(item: slice, size: Any, far: int | None = None) -> bool:

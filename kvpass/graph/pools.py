@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from kvpass.graph.calls import argument, call_name, example
+from kvpass.graph.indices import index_of
 from kvpass.graph.nearby import whole
 from kvpass.graph.shapes import shape_of
 
@@ -27,7 +28,7 @@ def writes_rows(write: fx.Node) -> bool:
     if call_name(write) in ("index_copy", "index_copy_"):
         return len(shape_of(buffer)) == 3 and argument(write, 1, "dim") in (0, -3)
     if call_name(write) in ("setitem", "index_put", "index_put_"):
-        index = write.args[1] if isinstance(write.args[1], (tuple, list)) else (write.args[1],)
+        index = index_of(write)
         tensors = [item for item in index if _is_tensor(item)]
         return bool(tensors) and _is_tensor(index[0]) and len(shape_of(buffer)) - len(tensors) == 2
     return False
@@ -36,8 +37,7 @@ def writes_rows(write: fx.Node) -> bool:
 def _by_tensor(node: fx.Node) -> bool:
     if call_name(node) != "getitem":
         return False
-    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-    return any(_is_tensor(item) for item in index)
+    return any(_is_tensor(item) for item in index_of(node))
 
 
 def _is_tensor(item: Any) -> bool:

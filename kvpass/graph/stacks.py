@@ -58,13 +58,12 @@ def rewrite(graph: fx.Graph, stack: Stack) -> None:
     stack.node.replace_all_uses_with(whole)
     graph.erase_node(stack.node)
     for part in stack.grown:
-        pieces = [part.args[0][0]]  # type: ignore[index]  # a cat of two
+        piece: Any = argument(part, 0, "tensors")[0]
         graph.erase_node(part)
-        for piece in pieces:
-            while isinstance(piece, fx.Node) and piece.op != "placeholder" and not piece.users and not piece._erased:
-                above = operand(piece)
-                graph.erase_node(piece)
-                piece = above
+        while isinstance(piece, fx.Node) and piece.op != "placeholder" and not piece.users and not piece._erased:
+            above = operand(piece)
+            graph.erase_node(piece)
+            piece = above
 
 
 def _made(graph: fx.Graph, stack: Stack, name: str, *args: Any) -> fx.Node:

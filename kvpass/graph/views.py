@@ -1,9 +1,4 @@
-"""View chains between a cached tensor and the attention that reads it, followed by axis letters.
-
-Each axis of a tensor is a tuple of letters: `("H", "G")` is the KV-head axis with the group folded in behind it, so
-    query head h reads KV head
-h // G; `("G", "H")` is the tiled order. An axis of size one made by unsqueeze is the empty tuple.
-"""
+"""View chains between a cached tensor and the attention that reads it. `kvpass.graph.factors` follows what they do."""
 
 from __future__ import annotations
 
@@ -17,20 +12,12 @@ from torch import fx
 from kvpass.graph.calls import argument, call_name, example, operand
 from kvpass.graph.factors import APART
 from kvpass.graph.numbers import factor_of
-from kvpass.graph.shapes import is_one, normal_dim, same, shape_of
+from kvpass.graph.shapes import same, shape_of
 
-Axis = tuple[str, ...]
-
-_ROLES: dict[str, tuple[Axis, ...]] = {
-    "B": (("B",),),
-    "T": (("T",),),
-    "D": (("D",),),
-    "H": (("H",), ("H", "G"), ("G",), ()),
-    "G": ((), ("G",)),
-    "N": (("B", "H"), ("B", "H", "G"), ("B", "G"), ("B",)),
-}
-"""Which letters an attention may find on each axis of its keys: KV heads or query heads in place of `H`, without `H`
-for a single KV head."""
+VIEWS = frozenset({
+    "transpose", "permute", "getitem", "unsqueeze", "squeeze", "expand", "reshape", "repeat_interleave", "repeat",
+    "contiguous", "clone", "to", "type_as", "float", "getattr", "slice",
+})  # fmt: skip
 
 
 def walk_up(node: fx.Node, stop: Callable[[fx.Node], bool]) -> tuple[fx.Node, tuple[fx.Node, ...]]:
@@ -84,34 +71,9 @@ def _is_fixed(item: Any) -> bool:
     return all(part is None or (isinstance(part, int) and not isinstance(part, bool)) for part in parts)
 
 
-def lands(base: fx.Node, chain: Sequence[fx.Node], roles: str) -> bool:
-    """Does a chain turn `[B, H, T, D]` into the axes that an attention reads?"""
-    axes = forward([("B",), ("H",), ("T",), ("D",)], base, chain)
-    return axes is not None and _fits(axes, roles)
-
-
-def _fits(axes: Sequence[Axis], roles: str) -> bool:
-    if len(axes) != len(roles) or sum("G" in names for names in axes) > 1:
-        return False
-    return all(names in _ROLES[role] for names, role in zip(axes, roles, strict=True))
-
-
-def forward(axes: list[Axis], base: fx.Node, chain: Sequence[fx.Node]) -> list[Axis] | None:
-    """Axes after the chain, None when a view does something unknown to them."""
-    current: list[Axis] | None = list(axes)
-    before = base
-    for node in chain:
-        if current is None:
-            return None
-        if factor_of(node) is None:
-            current = _FORWARD[call_name(node)](current, node, shape_of(before), shape_of(node))
-        before = node
-    return current
-
-
 def is_view(node: fx.Node) -> bool:
     """True for calls that only rearrange or repeat one tensor: same dtype, and `getitem` only of everything."""
-    if call_name(node) not in _FORWARD or not isinstance(operand(node), fx.Node):
+    if call_name(node) not in VIEWS or not isinstance(operand(node), fx.Node):
         return False
     before, after = example(operand(node)), example(node)
     if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
@@ -171,127 +133,3 @@ def chain_scale(chain: Sequence[fx.Node]) -> float:
 def _full_slices(index: Any) -> bool:
     items = index if isinstance(index, tuple) else (index,)
     return all(item is None or item is Ellipsis or item == slice(None, None, None) for item in items)
-
-
-def _transpose(axes: list[Axis], node: fx.Node, before: Sequence[Any], after: Sequence[Any]) -> list[Axis] | None:
-    a, b = (normal_dim(argument(node, at, name), len(axes)) for at, name in ((1, "dim0"), (2, "dim1")))
-    axes[a], axes[b] = axes[b], axes[a]
-    return axes
-
-
-def _transposed(axes: list[Axis], node: fx.Node, before: Sequence[Any], after: Sequence[Any]) -> list[Axis] | None:
-    axes[-2], axes[-1] = axes[-1], axes[-2]
-    return axes
-
-
-def _permute(axes: list[Axis], node: fx.Node, before: Sequence[Any], after: Sequence[Any]) -> list[Axis] | None:
-    dims = argument(node, 1, "dims")
-    order = list(dims) if isinstance(dims, (tuple, list)) else list(node.args[1:])
-    return [axes[normal_dim(d, len(axes))] for d in order]
-
-
-def _getitem(axes: list[Axis], node: fx.Node, before: Sequence[Any], after: Sequence[Any]) -> list[Axis] | None:
-    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-    named = sum(1 for item in index if item is not None and item is not Ellipsis)
-    result: list[Axis] = []
-    rest = list(axes)
-    for item in index:
-        if item is None:
-            result.append(())
-        elif item is Ellipsis:
-            take = len(axes) - named
-            result += rest[:take]
-            rest = rest[take:]
-        else:
-            result.append(rest.pop(0))
-    return result + rest
-
-
-def _unsqueeze(axes: list[Axis], node: fx.Node, before: Sequence[Any], after: Sequence[Any]) -> list[Axis] | None:
-    axes.insert(normal_dim(argument(node, 1, "dim"), len(axes) + 1), ())
-    return axes
-
-
-def _squeeze(axes: list[Axis], node: fx.Node, before: Sequence[Any], after: Sequence[Any]) -> list[Axis] | None:
-    dim = argument(node, 1, "dim")
-    if not isinstance(dim, int) or axes[normal_dim(dim, len(axes))] != ():
-        return None
-    del axes[normal_dim(dim, len(axes))]
-    return axes
-
-
-def _expand(axes: list[Axis], node: fx.Node, before: Sequence[Any], after: Sequence[Any]) -> list[Axis] | None:
-    if len(before) != len(after):
-        return None
-    for at, (old, new) in enumerate(zip(before, after, strict=True)):
-        if is_one(old) and not is_one(new):
-            if axes[at] not in ((), ("H",)):
-                return None
-            axes[at] = (*axes[at], "G")
-    return axes
-
-
-def _reshape(axes: list[Axis], node: fx.Node, before: Sequence[Any], after: Sequence[Any]) -> list[Axis] | None:
-    """Merge neighbouring axes whose sizes multiply to the new size; splitting an axis is not followed."""
-    result: list[Axis] = []
-    at = 0
-    for size in after:
-        if at < len(before) and same(before[at], size):
-            result.append(axes[at])
-            at += 1
-            continue
-        if is_one(size):
-            result.append(())
-            continue
-        product = 1
-        merged: Axis = ()
-        while at < len(before) and isinstance(before[at], int) and (product == 1 or not same(product, size)):
-            product, merged = product * before[at], merged + axes[at]
-            at += 1
-        if not same(product, size):
-            return None
-        result.append(merged)
-    return result if all(is_one(size) for size in before[at:]) else None
-
-
-def _repeat_interleave(
-    axes: list[Axis], node: fx.Node, before: Sequence[Any], after: Sequence[Any]
-) -> list[Axis] | None:
-    dim = argument(node, 2, "dim")
-    if not isinstance(dim, int) or not isinstance(argument(node, 1, "repeats"), int):
-        return None
-    axes[normal_dim(dim, len(axes))] += ("G",)
-    return axes
-
-
-def _repeat(axes: list[Axis], node: fx.Node, before: Sequence[Any], after: Sequence[Any]) -> list[Axis] | None:
-    if len(before) != len(after):
-        return None
-    for at, (old, new) in enumerate(zip(before, after, strict=True)):
-        if not same(old, new):
-            axes[at] = (*axes[at], "G") if is_one(old) else ("G", *axes[at])
-    return axes
-
-
-def _same_axes(axes: list[Axis], node: fx.Node, before: Sequence[Any], after: Sequence[Any]) -> list[Axis] | None:
-    return axes
-
-
-_FORWARD: dict[str, Callable[[list[Axis], fx.Node, Sequence[Any], Sequence[Any]], list[Axis] | None]] = {
-    "transpose": _transpose,
-    "permute": _permute,
-    "getitem": _getitem,
-    "unsqueeze": _unsqueeze,
-    "squeeze": _squeeze,
-    "expand": _expand,
-    "reshape": _reshape,
-    "repeat_interleave": _repeat_interleave,
-    "repeat": _repeat,
-    "contiguous": _same_axes,
-    "clone": _same_axes,
-    "to": _same_axes,
-    "type_as": _same_axes,
-    "float": _same_axes,
-    "getattr": _transposed,
-    "slice": _same_axes,
-}

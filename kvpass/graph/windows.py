@@ -7,6 +7,7 @@ from typing import Any
 from torch import fx
 
 from kvpass.graph.calls import argument, call_name, operand
+from kvpass.graph.indices import by_axis, index_of, is_all
 from kvpass.graph.shapes import normal_dim, shape_of
 
 
@@ -17,10 +18,8 @@ def keeps_the_end(node: fx.Node, axis: int) -> bool:
         return dim == axis and _negative(argument(node, 2, "start"))
     if call_name(node) != "getitem":
         return False
-    index: Any = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-    if Ellipsis in index:
-        index = (slice(None),) * (len(shape_of(operand(node))) - len(index) + 1) + index[index.index(Ellipsis) + 1 :]
-    cut = [at for at, item in enumerate(index) if item != slice(None, None, None)]
+    index = by_axis(index_of(node), len(shape_of(operand(node))))
+    cut = [at for at, item in enumerate(index) if not is_all(item)]
     if cut != [axis] or not isinstance(index[axis], slice):
         return False
     return _negative(index[axis].start) and index[axis].stop is None

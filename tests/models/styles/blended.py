@@ -53,11 +53,11 @@ class Blended(Tupled):
     def init_cache(self, batch: int, room: int) -> Any:
         return [tuple(torch.zeros(batch, KV_HEADS, room, DIM) for _ in range(2)) for _ in range(LAYERS)]
 
-    def forward(self, ids: Tensor, cache: Any, at: Tensor) -> tuple[Tensor, Any]:  # type: ignore[override]
+    def forward(self, ids: Tensor, cache: Any, at: Tensor) -> tuple[Tensor, Any]:
         return super().forward(ids, [(keys, values, at) for keys, values in cache])
 
     def step(self, ids: Tensor, cache: Any, start: int) -> tuple[Tensor, Any]:
-        return self(ids, cache, torch.arange(start, start + ids.shape[1]))  # type: ignore[no-any-return]
+        return self(ids, cache, torch.arange(start, start + ids.shape[1]))
 
 
 class Product(Blended):

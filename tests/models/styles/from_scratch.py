@@ -62,7 +62,7 @@ class Pointer(Tupled):
         self.current_pos = 0
         return self
 
-    def forward(self, ids: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, ids: Tensor) -> Tensor:
         seq_len = ids.shape[1]
         pos_ids = torch.arange(self.current_pos, self.current_pos + seq_len, device=ids.device)
         self.current_pos += seq_len
@@ -122,7 +122,7 @@ class Listed(Tupled):
         self.current_pos = 0
         return KVCache(LAYERS)
 
-    def forward(self, ids: Tensor, cache: Any) -> Tensor:  # type: ignore[override]
+    def forward(self, ids: Tensor, cache: Any) -> Tensor:
         x, num_tokens = self.embed(ids), ids.shape[1]
         pos_start = self.current_pos
         pos_end = pos_start + num_tokens

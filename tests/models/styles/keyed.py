@@ -33,7 +33,7 @@ class Keyed(Tupled):
     def init_cache(self, batch: int, room: int) -> Any:
         return {}
 
-    def forward(self, ids: Tensor, cache: Any = None) -> Tensor:  # type: ignore[override]
+    def forward(self, ids: Tensor, cache: Any = None) -> Tensor:
         return super().forward(ids, [cache] * LAYERS)[0]
 
     def step(self, ids: Tensor, cache: Any, start: int) -> tuple[Tensor, Any]:

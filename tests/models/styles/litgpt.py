@@ -62,7 +62,7 @@ class Lit(Tupled):
         self.register_buffer("freqs_cis", precompute_freqs_cis(room), persistent=False)
         return self
 
-    def forward(self, idx: Tensor, input_pos: Tensor, input_pos_maxp1: int | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, idx: Tensor, input_pos: Tensor, input_pos_maxp1: int | None = None) -> Tensor:
         freqs_cis = self.freqs_cis.index_select(0, input_pos)
         mask = self.mask_cache.index_select(2, input_pos)
         x = self.embed(idx)

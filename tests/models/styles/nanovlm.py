@@ -33,10 +33,10 @@ class VisionAttention(Projected):
 class Vision(Tupled):
     attention = VisionAttention
 
-    def forward(self, ids: Tensor, cache: Any, start_pos: int) -> tuple[Tensor, Any]:  # type: ignore[override]
+    def forward(self, ids: Tensor, cache: Any, start_pos: int) -> tuple[Tensor, Any]:
         cache = [None] * LAYERS if cache is None else cache
         logits, grown = super().forward(ids, [(start_pos, layer) for layer in cache])
         return logits, list(grown)
 
     def step(self, ids: Tensor, cache: Any, start: int) -> tuple[Tensor, Any]:
-        return self(ids, cache, start)  # type: ignore[no-any-return]
+        return self(ids, cache, start)

@@ -58,7 +58,7 @@ class Tuned(Tupled):
         self.causal_mask = torch.tril(torch.ones(room, room, dtype=torch.bool))
         return self
 
-    def forward(self, ids: Tensor, mask: Tensor, input_pos: int) -> Tensor:  # type: ignore[override]
+    def forward(self, ids: Tensor, mask: Tensor, input_pos: int) -> Tensor:
         x = self.embed(ids)
         for attention, feed in zip(self.attention_layers, self.feed_forward, strict=True):
             x = x + attention(x, (input_pos, mask[:, None]))[0]
