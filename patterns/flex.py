@@ -16,7 +16,7 @@ from kvpass.sites.site import Core
 
 class FlexAttention:
     name = "flex_attention"
-    anchors = frozenset({"flex_attention"})
+    refuses_all = True
 
     def match(self, node: fx.Node) -> Core | None:
         """None, where it is no such op.

@@ -16,8 +16,9 @@ class CorePattern(Protocol):
     Attributes:
         name: shown in tables and reports.
 
-    Optional, for near misses in `kvpass.explain`: `anchors`, a frozenset of canonical call names that `match` looks
-    for, and `why_not(node) -> str`, one phrase on why `match` gave None at such a call.
+    Optional: `refuses_all`, True for one that only names what is not supported. For near misses in `kvpass.explain`:
+    `anchors`, a frozenset of canonical call names that `match` looks for, and `why_not(node) -> str`, one phrase on why
+    `match` gave None at such a call.
     """
 
     @property

@@ -137,7 +137,11 @@ class Backend:
         planned, lowered = self._lowered(gm, record, record.table)
         if self.strict:
             return self._bound(gm, example_inputs, record, planned, lowered, self.inner)
-        forms = Forms(lowered.bindings, partial(self._form, gm, example_inputs, record, (planned, lowered)))
+        forms = Forms(
+            lowered.bindings,
+            partial(self._form, gm, example_inputs, record, (planned, lowered)),
+            self._origin(record.table),
+        )
         forms.of(example_inputs)
         return forms
 

@@ -13,6 +13,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from kvpass.runtime.binding import Binding
+from kvpass.runtime.identity import Origin
+from kvpass.runtime.left import Marking, left_by
 from kvpass.runtime.shell import is_data
 
 Form = Callable[..., Any]
@@ -24,10 +26,13 @@ class Forms:
     Attributes:
         bindings: of all sites that can be rewritten.
         build: the graph without those of them that are to stay as they are; and whether it is the first form.
+        marking: tells buffers that the model's own attention wrote to.
     """
 
-    def __init__(self, bindings: Sequence[Binding], build: Callable[[frozenset[int], bool], Form]) -> None:
-        self.bindings, self.build = tuple(bindings), build
+    def __init__(
+        self, bindings: Sequence[Binding], build: Callable[[frozenset[int], bool], Form], origin: Origin
+    ) -> None:
+        self.bindings, self.build, self.marking = tuple(bindings), build, Marking(origin)
         self.forms: dict[frozenset[int], Form] = {}
 
     def of(self, args: Sequence[Any]) -> Form:
@@ -38,7 +43,14 @@ class Forms:
         return self.forms[dense]
 
     def __call__(self, *args: Any) -> Any:
-        return self.of(args)(*args)
+        return self.marking.run(self.of(args), args)
+
+
+def _seen_dense(buffer: torch.Tensor) -> bool:
+    """Whether a graph that kvpass left as it is wrote into a buffer. Others may be copies of one that stands for a
+    compressed cache, in which nobody writes keys.
+    """
+    return any(left_by(t) is not None for t in (buffer, buffer._base) if t is not None)
 
 
 def _holds_data(binding: Binding, args: Sequence[Any]) -> bool:
@@ -52,6 +64,7 @@ def _holds_data(binding: Binding, args: Sequence[Any]) -> bool:
         start = binding.start(args) if binding.start is not None else 0
         if isinstance(start, torch.Tensor):
             start = start.reshape(-1)[:1].tolist()[0]
-        return bool(start) and all(is_data(t, path) for t, path in zip(past, binding.paths, strict=True))
+        ours = zip(past, binding.paths, strict=True)
+        return bool(start) and all(is_data(t, path) and _seen_dense(t) for t, path in ours)
     axis = binding.layouts[0].token_axis
     return past[0].shape[axis] > 0 and all(is_data(tensor) for tensor in past)

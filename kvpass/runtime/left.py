@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,25 +15,35 @@ FEWEST_AXES = 3
 """Of a tensor that may be a cache."""
 
 
-class Left:
-    """Runs a graph whose attentions all stay dense, and marks what may be their caches. A deep copy of a tensor keeps
-    the mark.
-    """
+class Marking:
+    """Runs a graph, and marks the inputs that it wrote to: these hold data. A deep copy of a tensor keeps the mark."""
 
     def __init__(self, origin: Origin) -> None:
         self.origin = origin
         self.inputs: list[int] | None = None
 
     def run(self, inner: Callable[..., Any], args: Sequence[Any]) -> Any:
-        """One call: what it returns is marked, and the buffers that it wrote to."""
+        """One call."""
         if self.inputs is None:
             self.inputs = [at for at, value in enumerate(args) if _may_be_cache(value)]
         given = [args[at] for at in self.inputs]
         before = [version(tensor) for tensor in given]
         results = inner(*args)
         written = [t for t, seen in zip(given, before, strict=True) if seen is None or version(t) != seen]
-        for tensor in (*written, *filter(_may_be_cache, results)):
+        self._mark(written)
+        return results
+
+    def _mark(self, tensors: Iterable[torch.Tensor]) -> None:
+        for tensor in tensors:
             setattr(tensor, _LEFT, self.origin)
+
+
+class Left(Marking):
+    """Of a graph whose attentions all stay dense: what it returns may be a cache too."""
+
+    def run(self, inner: Callable[..., Any], args: Sequence[Any]) -> Any:
+        results = super().run(inner, args)
+        self._mark(filter(_may_be_cache, results))
         return results
 
 

@@ -16,8 +16,9 @@ LIMIT = 200
 
 
 def near_misses(cores: Any, cache: fx.Node) -> tuple[str, ...]:
-    """One line for each core pattern."""
-    return tuple(f"{pattern.name}: {_how_far(pattern, cache)}" for pattern in cores)
+    """One line for each core pattern that takes any."""
+    taking = (pattern for pattern in cores if not getattr(pattern, "refuses_all", False))
+    return tuple(f"{pattern.name}: {_how_far(pattern, cache)}" for pattern in taking)
 
 
 def _how_far(pattern: Any, cache: fx.Node) -> str:

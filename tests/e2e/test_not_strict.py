@@ -141,3 +141,57 @@ def test_a_model_without_a_cache_says_so() -> None:
     compiled = kvpass.compile(Reads((0, 1)).eval(), "full", inner="eager", strict=False)
     with pytest.warns(NothingRewritten):
         converse(compiled, 30, 0)
+
+
+class Buffered(Decoder):
+    """Buffers of the caller's, written by index. In prompts of `dense` tokens something else reads the keys."""
+
+    dense = 31
+
+    def forward(self, ids: Tensor, past: list[Pair], at: Tensor) -> Tensor:
+        x = self.emb(ids)
+        b, t = ids.shape
+        for layer, project in enumerate(self.qkv):
+            q, k, v = project(x).view(b, t, 3, HEADS, DIM).permute(2, 0, 3, 1, 4)
+            keys, values = past[layer]
+            keys.index_copy_(2, at, k)
+            values.index_copy_(2, at, v)
+            sees = torch.arange(keys.shape[2])[None] <= at[:, None]
+            x = x + F.scaled_dot_product_attention(q, keys, values, attn_mask=sees).transpose(1, 2).reshape(b, t, WIDTH)
+            if t == self.dense:
+                x = x + keys.exp().mean()
+        return self.out(x)
+
+
+def room(length: int = 64) -> list[Pair]:
+    return [(torch.zeros(1, HEADS, length, DIM), torch.zeros(1, HEADS, length, DIM)) for _ in range(LAYERS)]
+
+
+def in_buffers(model: Any, past: list[Pair], calls: list[int], start: int = 0) -> list[Tensor]:
+    found = []
+    with torch.no_grad():
+        for n in calls:
+            found.append(model(tokens(n, start), past, torch.arange(start, start + n)))
+            start += n
+    return found
+
+
+@pytest.mark.filterwarnings("ignore::kvpass.errors.NothingRewritten")
+def test_buffers_of_a_dense_prompt_go_on_dense() -> None:
+    compiled = kvpass.compile(Buffered().eval(), "h2o", BUDGET, inner="eager", strict=False)
+    calls = [Buffered.dense, 1, 1, 1]
+    expected = in_buffers(Buffered().eval(), room(), calls)
+    torch.testing.assert_close(in_buffers(compiled, room(), calls), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_copy_of_a_buffer_that_holds_no_keys_is_refused() -> None:
+    """The caller's buffer stands for a compressed cache, so what is copied out of it is nothing."""
+    compiled = kvpass.compile(Buffered().eval(), "h2o", BUDGET, inner="eager", strict=False)
+    past = room()
+    in_buffers(compiled, past, [20, 1])
+    larger = room(128)
+    for (k, v), (wide_k, wide_v) in zip(past, larger, strict=True):
+        wide_k[:, :, :64].copy_(k)
+        wide_v[:, :, :64].copy_(v)
+    with pytest.raises(ForeignCacheError):
+        in_buffers(compiled, larger, [1], start=21)

@@ -141,8 +141,8 @@ def test_a_wrong_axis():
 def test_keys_cached_and_values_not():
     (found,) = table(grown(SPELLINGS["list"], lambda a, b: a + b), hidden(5), past()).declined
     assert (found.reason, found.detail) == (
-        "KEY_VALUE_MISMATCH",
-        "keys: cat(past, new), values: new returned as the cache",
+        "UNSUPPORTED_UPDATE",
+        "v_2 is made of l_cache_1_ by add",
     )
 
 

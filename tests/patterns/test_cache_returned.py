@@ -61,7 +61,7 @@ def test_only_keys_returned():
     (found,) = table(layer(forward), hidden(4)).declined
     assert (found.reason, found.detail) == (
         "KEY_VALUE_MISMATCH",
-        "keys: new returned as the cache, values: not cached",
+        "keys are this call's alone, and returned, values are not cached",
     )
 
 
