@@ -16,7 +16,7 @@ _HOMES = {
     "Policy": "policy.policy",
     "Reason": "errors",
     "Seen": "kernels.rank.scorers.seen",
-    "backend": "pipeline.compose",
+    "backend": "pipeline.entry",
     "compile": "api.compile",
     "explain": "api.explain",
     "export_mlir": "api.export_mlir",
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from kvpass.errors import KVPassError, Reason
     from kvpass.kernels.rank.scorers.registry import scorer
     from kvpass.kernels.rank.scorers.seen import Seen
-    from kvpass.pipeline.compose import backend
+    from kvpass.pipeline.entry import backend
     from kvpass.policy.policy import Policy
     from kvpass.runtime.marks import marked
 

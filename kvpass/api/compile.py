@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from kvpass.pipeline.arguments import check_model, check_ready
-from kvpass.pipeline.compose import backend
+from kvpass.pipeline.entry import backend
 from kvpass.policy.policy import Policy
 
 if TYPE_CHECKING:
