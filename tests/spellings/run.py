@@ -54,7 +54,7 @@ def one(task: tuple[int, str]) -> dict[str, Any]:
     chance = random.Random(seed)
     spelling = parse(text) if text else draw(leaning(chance))
     policy = chance.choice(POLICIES)
-    outcome = check(spelling, policy)
+    outcome = check(spelling, policy, shared=True)
     return {"seed": seed, "spelling": repr(spelling), "policy": policy, **outcome.record()}
 
 
