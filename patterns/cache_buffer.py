@@ -86,25 +86,21 @@ def _index_copy(node: fx.Node) -> Where | None:
 def _scatter(node: fx.Node) -> Where | None:
     dim, index, new = (argument(node, at, name) for at, name in ((1, "dim"), (2, "index"), (3, "src")))
     buffer = operand(node)
-    if (
-        not isinstance(dim, int)
-        or len(shape_of(index)) != 4
-        or len(shape_of(buffer)) != 4
-        or "reduce" in node.kwargs
-        or len(node.args) > 4
-    ):
+    rank = len(shape_of(buffer))
+    plain = "reduce" not in node.kwargs and len(node.args) <= 4
+    if not plain or not isinstance(dim, int) or len(shape_of(index)) != rank:
         return None
-    axis = normal_dim(dim, 4)
+    axis, last = normal_dim(dim, rank), rank - 1
     top, chain = walk_up(index, lambda n: False)
     aligned = [n for n in (top, *chain) if call_name(n) != "expand"]
-    along = _wide_axes(aligned[-1]) in ([axis], []) or (top is aligned[-1] and axis == 3)
-    return (buffer, axis, top, new) if along and _wide_axes(top) in ([axis], [], [3]) else None
+    along = _wide_axes(aligned[-1], rank) in ([axis], []) or (top is aligned[-1] and axis == last)
+    return (buffer, axis, top, new) if along and _wide_axes(top, rank) in ([axis], [], [last]) else None
 
 
-def _wide_axes(node: fx.Node) -> list[int]:
-    """Axes that are longer than one, counted as those of a tensor of four that it is broadcast to."""
+def _wide_axes(node: fx.Node, rank: int) -> list[int]:
+    """Axes that are longer than one, counted as those of a tensor of `rank` that it is broadcast to."""
     sizes = shape_of(node)
-    return [4 - len(sizes) + at for at, size in enumerate(sizes) if not is_one(size)]
+    return [rank - len(sizes) + at for at, size in enumerate(sizes) if not is_one(size)]
 
 
 def _index_put(node: fx.Node) -> Where | None:

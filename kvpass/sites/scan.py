@@ -179,7 +179,7 @@ class _Found:
         lengths = [shape_of(u.node)[u.axis] for u in (of_k, of_v) if u.axis is not None]
         one: set[fx.Node] = {*chain_k, *chain_v} if of_k.node is of_v.node else set()
         if of_k.renews and of_v.renews and of_k.past is of_v.past:  # the same zeros, before the first token
-            one = {n for u in (of_k, of_v) for n in (u.node, *u.inner)}
+            one |= {n for u in (of_k, of_v) for n in (u.node, *u.inner)}
         both = ((of_k, chain_k), (of_v, chain_v))
         try:
             key, value = (
