@@ -111,13 +111,14 @@ class Backend:
             with stages(self.debug, len(self.graphs), gm, record, None):
                 raise strict_error(table, told(call.breaks) if call is not None else "")
         if not table.sites:
+            written: list[tuple[int, int, str]] = []
             if self.strict and call is not None:
-                check_parted(gm.graph, example_inputs, self.patterns or DEFAULT, call)
+                written = check_parted(gm.graph, example_inputs, self.patterns or DEFAULT, call)
             chosen = self.inner if call is None or call.whole else "eager"  # an encoder or a head, called alone
             with stages(self.debug, len(self.graphs), gm, record, None), record.timed("inner"):
                 inner = compile_inner(chosen, gm, example_inputs)
             left = self._origin(table) if table.declined else None
-            return Untouched(inner, data_inputs(gm.graph), dense_by_choice(gm.graph, table.declined), left)
+            return Untouched(inner, data_inputs(gm.graph), dense_by_choice(gm.graph, table.declined), left, written)
         refuse_training(table)
         return self._rewrite(gm, example_inputs, record)
 

@@ -5,34 +5,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import fx
 
 from kvpass.errors import DeclinedError
-from kvpass.runtime.active import Ledger
+from kvpass.runtime.active import Ledger, memory
 from kvpass.runtime.breaks import MEND, told
 from kvpass.sites.parted import attended, written
 
 
-def check_parted(graph: fx.Graph, inputs: Sequence[Any], patterns: Any, call: Ledger) -> None:
+def check_parted(graph: fx.Graph, inputs: Sequence[Any], patterns: Any, call: Ledger) -> list[tuple[int, int, str]]:
     """Compare a graph without a site with those that ran before it in the same call. As many tokens as attend were
-    written: else they are another sequence's.
+    written: else they are another sequence's. Returns what it writes into tensors of its own: their places among its
+    results, how many tokens, the model's line.
 
     Raises:
         DeclinedError: it attends over a buffer that one of those wrote the new tokens into.
     """
     for half in attended(graph, patterns):
-        home = _memory(inputs[half.place])
-        source = next((line for memory, n, line in call.parted if memory == home and n == half.tokens), None)
+        home = memory(inputs[half.place])
+        source = next((line for known, n, line in call.parted if known == home and n == half.tokens), None)
         if source is not None:
             raise DeclinedError(
                 "new keys are written into a buffer in one graph, and attended to in another: neither shows a cache",
                 where=f"written at {source}; attended to at {half.source}; {told(call.breaks) or 'a graph break'}",
                 hint=f"{MEND}; or pass strict=False to leave such caches dense",
             )
-    call.parted += [(_memory(inputs[half.place]), half.tokens, half.source) for half in written(graph, patterns)]
-
-
-def _memory(value: Any) -> int:
-    """What tells one memory from another while a call runs."""
-    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else 0
+    halves = written(graph, patterns)
+    call.parted += [(memory(inputs[half.place]), half.tokens, half.source) for half in halves if half.result is None]
+    return [(half.result, half.tokens, half.source) for half in halves if half.result is not None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kvpass.runtime.active import current
+from kvpass.runtime.active import current, memory
 from kvpass.runtime.identity import Origin
 from kvpass.runtime.left import Left
 from kvpass.runtime.shell import refuse
@@ -15,6 +15,8 @@ class Untouched:
     """A compiled graph without a rewritten site, which must not be given shells to read.
 
     left: what to say of the caches in it, if it has any.
+    written: results that are buffers with new tokens in them, how many, and the model's line: for graphs of the same
+    call that attend to them.
     """
 
     def __init__(
@@ -23,8 +25,9 @@ class Untouched:
         watched: Sequence[int],
         dense: Sequence[int] = (),
         left: Origin | None = None,
+        written: Sequence[tuple[int, int, str]] = (),
     ) -> None:
-        self.inner, self.watched, self.dense = inner, tuple(watched), tuple(dense)
+        self.inner, self.watched, self.dense, self.written = inner, tuple(watched), tuple(dense), tuple(written)
         self.left = Left(left) if left is not None else None
 
     def __call__(self, *args: Any) -> Any:
@@ -33,4 +36,5 @@ class Untouched:
         call = current()
         if call is not None:
             call.ran(dense=[result[at] for at in self.dense])
+            call.parted += [(memory(result[at]), tokens, line) for at, tokens, line in self.written]
         return result

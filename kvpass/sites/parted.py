@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from kvpass.graph.calls import is_input, source_line
+from kvpass.graph.calls import changes, is_input, source_line
 from kvpass.graph.dataflow import Flow
 from kvpass.graph.miss import Miss
 from kvpass.graph.shapes import shape_of
@@ -23,11 +23,13 @@ class Half:
         place: of the buffer among the graph's inputs.
         tokens: new ones that are written, or queries that attend.
         source: the line of the model.
+        result: of the buffer among what the graph returns, if the write makes another tensor of it.
     """
 
     place: int
     tokens: int
     source: str
+    result: int | None = None
 
 
 def written(graph: fx.Graph, patterns: Any) -> list[Half]:
@@ -41,7 +43,8 @@ def written(graph: fx.Graph, patterns: Any) -> list[Half]:
                 continue
             if update is not None and update.write is not None and update.past in inputs and update.axis is not None:
                 tokens = _now(shape_of(update.new)[update.axis])
-                found.append(Half(inputs[update.past], tokens, source_line(update.write)))
+                result = None if changes(update.write) else next(iter(flow.outputs.get(update.node, ())), None)
+                found.append(Half(inputs[update.past], tokens, source_line(update.write), result))
                 break
     return found
 

@@ -82,6 +82,27 @@ def test_parts_do_their_share(place: str) -> None:
     assert kvpass.report(evicting).to_dict()["slot_bytes"] == 2 * 2 * HEADS * (BUDGET + 1) * DIM * 4
 
 
+class Renews(Part):
+    """Writes into a copy of its buffers, that takes their place."""
+
+    def forward(self, x: Tensor, places: Tensor, mask: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q, k, v = self.project(x).view(b, t, 3, HEADS, DIM).permute(2, 0, 3, 1, 4)
+        self.k, self.v = self.k.index_copy(2, places, k), self.v.index_copy(2, places, v)
+        if places.max().item() >= ROOM:
+            raise ValueError("too long")
+        return x + F.scaled_dot_product_attention(q, self.k, self.v, attn_mask=mask).transpose(1, 2).reshape(b, t, -1)
+
+
+def test_a_copy_that_takes_the_buffers_place_is_declined_too() -> None:
+    model = Breaking("nowhere")
+    model.one, model.two = Renews("between"), Renews("between")
+    compiled = kvpass.compile(model.eval(), "h2o", BUDGET, inner="eager")
+    with pytest.raises(DeclinedError, match="written into a buffer in one graph, and attended to in another") as raised:
+        converse(compiled, 30, 0)
+    assert "self.k.index_copy(2, places, k)" in raised.value.where
+
+
 def test_between_write_and_attention_is_declined_at_the_first_call() -> None:
     compiled = kvpass.compile(Breaking("between").eval(), "h2o", BUDGET, inner="eager")
     with pytest.raises(DeclinedError, match="written into a buffer in one graph, and attended to in another") as raised:
