@@ -177,10 +177,14 @@ def _row_max(node: Any, logits: Any) -> list[fx.Node]:
 
 
 def _add(found: Logits, other: Any, node: fx.Node, factor: float) -> None:
-    if number(other) is not None:
-        return  # the same for all keys
+    if number(other) == 0.0:
+        return
     if found.softcap:
         raise _unknown(node, "something is added inside the softcap")
+    if number(other) is not None or not shape_of(other):  # the same for all keys
+        if found.sinks is not None:
+            raise _unknown(node, "a number is added to the logits and not to the sinks")
+        return
     _take_term(found, other, MaskKind.ADD, node, factor)
 
 
@@ -189,7 +193,8 @@ def _take_term(found: Logits, other: Any, kind: MaskKind, node: fx.Node, factor:
     if not isinstance(other, fx.Node) or not space or len(shape_of(other)) > len(space):
         raise Miss(Reason.MASK_SHAPE, node, f"a mask of shape {tuple(shape_of(other))}")
     if (example(other).dtype.is_floating_point) != (kind is MaskKind.ADD):
-        raise Miss(Reason.MASK_SHAPE, node, f"a mask of dtype {example(other).dtype}")
+        hint = "add a mask of floats (mask.to(logits.dtype)), or hide by a bool one"
+        raise Miss(Reason.MASK_SHAPE, node, f"a mask of dtype {example(other).dtype}", hint=hint)
     found.terms.append(Term(other, kind, space, factor))
 
 

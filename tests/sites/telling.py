@@ -58,6 +58,19 @@ def a_sine_of_the_logits(self, right, x, cache):
     return self.finish(y), k, v
 
 
+@told("UNSUPPORTED_ATTENTION", "q @ spread_k.mT / DIM**0.5 + shift", "softmax(q k^T * scale + mask)")
+def a_shift_that_sinks_do_not_have(self, right, x, cache):
+    """0-d tensors and numbers shift all logits alike, which softmax does not see, but for what is beside them."""
+    q, k, v = self.project(x)
+    k, v = grow(cache, k, v)
+    spread_k, spread_v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+    shift = torch.tensor(0.5)
+    logits = q @ spread_k.mT / DIM**0.5 + shift
+    sinks = torch.arange(4.0).view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+    both = torch.softmax(torch.cat([logits, sinks], -1), -1)[..., :-1] if not right else torch.softmax(logits, -1)
+    return self.finish(both @ spread_v), k, v
+
+
 @told("UNSUPPORTED_ATTENTION", "k[:, :, -3:]", "let it read all that is cached")
 def a_part_is_attended_to(self, right, x, cache):
     q, k, v = self.project(x)
@@ -335,3 +348,21 @@ PARTS: dict[str, Any] = {
     "up_k": nn.Linear(DIM, KV_HEADS * DIM),
     "up_v": nn.Linear(DIM, KV_HEADS * DIM),
 }
+
+
+@told("MASK_SHAPE", "lambda t: t + mask", "add a mask of floats")
+def a_mask_of_integers(self, right, x, cache):
+    q, k, v = self.project(x)
+    k, v = grow(cache, k, v)
+    mask = -1_000_000 * (torch.arange(k.shape[2]) == 1)
+    mask = mask.to(q.dtype) if right else mask
+    return self.finish(softmaxed(q, k, v, lambda t: t + mask)), k, v
+
+
+@told("AUTOCAST", "F.scaled_dot_product_attention(q, k, v", "outside of torch.autocast")
+def under_autocast(self, right, x, cache):
+    q, k, v = self.project(x)
+    k, v = grow(cache, k, v)
+    with torch.autocast("cpu", torch.bfloat16, enabled=not right):
+        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    return self.finish(y.to(x.dtype)), k, v
