@@ -11,7 +11,7 @@ from torch import fx
 from kvpass.errors import Reason
 from kvpass.graph.calls import argument, call_name, changes, example, operand
 from kvpass.graph.miss import Miss
-from kvpass.graph.numbers import NO_WEIGHT, factor_of, number
+from kvpass.graph.numbers import NO_WEIGHT, PRODUCTS, QUOTIENTS, factor_of, number
 from kvpass.graph.product import Product, logits_product
 from kvpass.graph.shapes import is_one, normal_dim, same, shape_of
 from kvpass.sites.site import Term
@@ -119,7 +119,10 @@ def _above(node: fx.Node) -> fx.Node:
 
 
 def _unknown(node: fx.Node, what: str = "") -> Miss:
-    return Miss(Reason.UNSUPPORTED_ATTENTION, node, what or f"the logits go through {call_name(node)}")
+    scales = not what and call_name(node) in PRODUCTS | QUOTIENTS
+    hint = "scale by a number (math.sqrt(d)), or scale the queries: a graph does not show what a tensor holds"
+    what = what or f"the logits go through {call_name(node)}" + " with a tensor" * scales
+    return Miss(Reason.UNSUPPORTED_ATTENTION, node, what, hint=hint if scales else "")
 
 
 def _same(found: Logits, node: fx.Node) -> fx.Node:
@@ -217,8 +220,13 @@ def _masked_fill(found: Logits, node: fx.Node) -> fx.Node:
 def _check_fill(found: Logits, fill: Any, node: fx.Node) -> None:
     value = number(fill)
     if value is None or value * found.factor > NO_WEIGHT or found.softcap:
-        shown = f"{value:g}" if value is not None else getattr(fill, "name", fill)
-        raise Miss(Reason.MASK_UNKNOWN, node, f"hidden keys get the logit {shown}")
+        if value is None:
+            what, hint = (
+                "hidden keys get a logit that a tensor holds, which a graph does not show",
+                "torch.finfo(dtype).min",
+            )
+            raise Miss(Reason.MASK_UNKNOWN, node, what, hint=f"give it as a number: float('-inf') or {hint}")
+        raise Miss(Reason.MASK_UNKNOWN, node, f"hidden keys get the logit {value:g}")
 
 
 def _bounded(found: Logits, node: fx.Node) -> fx.Node:

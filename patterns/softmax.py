@@ -1,15 +1,15 @@
 """Core: attention written out: product of queries and keys, softmax over the keys, product with the values.
 
 Between product and softmax, in any order: scale, masks (added, `where`, `masked_fill`), softcap, casts, sink logits;
-between softmax and the values: casts, dropout at 0, the sinks' column cut off, views; behind the values: a gate that
-stands for sinks (`patterns/sinks.py`). Products may be matmul, bmm, baddbmm or einsum. Refuses: dropout in training,
-probabilities that anything else reads, logits changed by something that is not in the list.
+between softmax and the values: casts, dropout at 0, the sinks' column cut off, the same mask again, views; behind the
+values: a gate that stands for sinks (`patterns/sinks.py`). Products may be matmul, bmm, baddbmm or einsum. Refuses:
+dropout in training, probabilities that anything else reads, logits changed by something that is not in the list.
 """
 
 from __future__ import annotations
 
 from kvpass.patterns.chosen import split_choices
-from kvpass.patterns.logits import SAME, Logits, first_product, is_cast_of_numbers, leads, read_logits
+from kvpass.patterns.logits import FILLS, SAME, Logits, first_product, is_cast_of_numbers, leads, read_logits
 from kvpass.patterns.near import why_no_core
 from kvpass.patterns.sinks import gated, sink_logits
 from torch import fx
@@ -17,9 +17,11 @@ from torch import fx
 from kvpass.errors import Reason
 from kvpass.graph.calls import argument, call_name, is_metadata, operand
 from kvpass.graph.miss import Miss
+from kvpass.graph.numbers import number
 from kvpass.graph.product import SPACES, Product, values_product
 from kvpass.graph.shapes import normal_dim, same, shape_of
 from kvpass.sites.site import Axes, Core
+from kvpass.terms import MaskKind
 
 
 class SoftmaxCore:
@@ -103,9 +105,23 @@ def _values(node: fx.Node, above: Logits) -> tuple[list[fx.Node], Product]:
         if sinks and _cuts_last(reader):
             sinks = False
         else:
-            space = _passed(reader, current, space)
+            space = space if _hides_again(reader, current, above) else _passed(reader, current, space)
         passed.append(reader)
         current = reader
+
+
+def _hides_again(node: fx.Node, before: fx.Node, above: Logits) -> bool:
+    """`probs.masked_fill(mask, 0.0)`, `where(seen, probs, 0.0)` by a mask that hid the logits: nothing is left there,
+    but in rows that see nothing at all, which get zeros here too.
+    """
+    name = call_name(node)
+    if name in FILLS and operand(node) is before:
+        kind, mask, fill = MaskKind.HIDE, argument(node, 1, "mask"), argument(node, 2, "value")
+    elif name == "where" and argument(node, 1, "input") is before:
+        kind, mask, fill = MaskKind.KEEP, argument(node, 0, "condition"), argument(node, 2, "other")
+    else:
+        return False
+    return number(fill) == 0.0 and any(term.kind is kind and term.node is mask for term in above.terms)
 
 
 def _passed(node: fx.Node, before: fx.Node, space: str) -> str:

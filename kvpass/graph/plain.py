@@ -1,5 +1,5 @@
 """A captured graph in plainer words: without the views that change nothing (slices that cover their axis, `expand` to
-the same sizes), and with stacks grown as a whole (`kvpass.graph.stacks`).
+the same sizes, `detach`, a copy in place of a cache), and with stacks grown as a whole (`kvpass.graph.stacks`).
 
 `kept = k[..., 0:, :]` is the cache, not a part of it. Patterns and rules need not know such spellings.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import fx
 from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 
-from kvpass.graph.calls import argument, call_name, example, operand
+from kvpass.graph.calls import argument, call_name, changes, example, operand
 from kvpass.graph.indices import END, by_axis, index_of
 from kvpass.graph.shapes import same
 from kvpass.graph.stacks import rewrite, stacks
@@ -68,7 +68,21 @@ def covers(node: fx.Node) -> bool:
         axis = argument(node, 1, "dim", 0)
         covered = slice(argument(node, 2, "start"), argument(node, 3, "end"))
         return argument(node, 4, "step", 1) == 1 and _covers(covered, before.shape[axis], far=END)
-    return name in ("narrow", "expand", "alias")
+    return name in ("narrow", "expand", "alias") or _is_the_same(node, above)
+
+
+def _is_the_same(node: fx.Node, above: fx.Node) -> bool:
+    """`detach()` or `.data` where nothing has gradients; a copy that is returned in place of what it is made of."""
+    name = call_name(node)
+    if name == "detach" or (name == "getattr" and node.args[1:] == ("data",)):
+        return not torch.is_grad_enabled()
+    if name not in ("clone", "contiguous") or node.kwargs:
+        return False
+    if name == "contiguous" and call_name(above) == "cat":
+        return True
+    both = [user for one in (node, above) for user in one.users]
+    kept = [any(user.op == "output" for user in one.users) for one in (node, above)]
+    return kept == [True, False] and len(node.users) == 1 and not any(changes(user) for user in both)
 
 
 def _covers(item: slice, size: Any, far: int | None = None) -> bool:

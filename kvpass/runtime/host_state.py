@@ -20,6 +20,8 @@ DEEPEST = 4
 """Steps from an attribute to what it holds: containers in objects in lists."""
 
 _MISSING = object()
+WHOLE = "whole"
+"""That an attribute holds something else altogether."""
 _INTERNAL = frozenset(vars(torch.nn.Module())) - {"_buffers"} | {"_compiled_call_impl", "_forward_hooks_with_kwargs"}
 Key = tuple[int, str]
 
@@ -66,13 +68,27 @@ class Snapshot:
             for part in self.parts.get(id(value), ()):
                 _fill(part, self.contents[id(part)][1])
 
+    def items(self, key: Key, now: dict[Key, tuple[dict[str, Any], str, Any]]) -> set[Any]:
+        """What is another in an attribute: `WHOLE`, or items of containers and objects in it."""
+        if key not in now or key not in self.values or now[key][2] is not self.values[key][2]:
+            return {WHOLE}
+        parts = [(id(part), self.contents[id(part)][1], _content(part)) for part in self.parts[id(now[key][2])]]
+        return {(at, item) for at, old, new in parts for item in _other(old, new)}
+
+    def are_settings(self, key: Key, items: set[Any]) -> bool:
+        """Whether items of what an attribute held and holds are flags, names or nothing."""
+        for part in self.parts[id(self.values[key][2])]:
+            for content in (self.contents[id(part)][1], _content(part)):
+                if isinstance(content, dict):
+                    kept = [value for item, value in content.items() if (id(part), item) in items]
+                else:
+                    kept = [value for at, value in enumerate(content) if (id(part), at) in items]
+                if not all(value is None or isinstance(value, (bool, str)) for value in kept):
+                    return False
+        return True
+
     def _differs(self, key: Key, now: dict[Key, tuple[dict[str, Any], str, Any]]) -> bool:
-        if key not in now or key not in self.values:
-            return True
-        value = self.values[key][2]
-        if now[key][2] is not value:
-            return True
-        return any(not _same(_content(part), self.contents[id(part)][1]) for part in self.parts[id(value)])
+        return bool(self.items(key, now))
 
 
 class HostState:
@@ -132,10 +148,11 @@ class HostState:
         """After a call: take what it changed as the compiled model's own, and put the model's values back. Returns the
         attributes that are new here and that somebody else had changed between compile and this call.
         """
-        fresh = [key for key in before.changed() if key not in self.own]
+        now = _attributes(self.root)
+        fresh = {key: before.items(key, now) for key in before.changed() if key not in self.own}
         moved = before.moved()
-        self._adopt(fresh)
-        before.restore(fresh)
+        self._adopt(list(fresh))
+        before.restore(list(fresh))
         alien = self._drifted(fresh)
         if alien and moved:
             raise CacheError(
@@ -152,18 +169,26 @@ class HostState:
         compiled model gets the values that they had at compile.
         """
         now = _attributes(self.root)
-        alien = [key for key in self._drifted(list(now)) if _holds_tensors(now, key)]
+        alien = [key for key in self._drifted({key: {WHOLE} for key in now}) if _holds_tensors(now, key)]
         if alien:
             self._begin_again(alien)
         self.first = None
         return alien
 
-    def _drifted(self, keys: list[Key]) -> list[Key]:
-        """Those of the keys whose values at compile were others than before this call."""
+    def _drifted(self, items: dict[Key, set[Any]]) -> list[Key]:
+        """Attributes of which these items were others at compile than before this call. Flags and names in an object
+        without a tensor are settings (a model's configuration), and no conversation's state.
+        """
         if self.first is None:
             return []
-        drifted = set(self.first.changed())
-        return [key for key in keys if key in drifted]
+        now, first, found = _attributes(self.root), self.first, []
+        for key, mine in items.items():
+            theirs = first.items(key, now) if key in now or key in first.values else set()
+            whole = WHOLE in theirs or (theirs and WHOLE in mine)
+            both = theirs & mine
+            if whole or (both and (_holds_tensors(now, key) or not first.are_settings(key, both))):
+                found.append(key)
+        return found
 
     def _adopt(self, keys: list[Key]) -> None:
         now, memo = _attributes(self.root), dict[int, Any]()
@@ -235,10 +260,14 @@ def _fill(part: Any, content: Any) -> None:
     target.update(content)
 
 
-def _same(one: Any, other: Any) -> bool:
+def _other(one: Any, other: Any) -> list[Any]:
+    """Keys or places at which two contents differ; of lists of other lengths, all places."""
     if isinstance(one, dict):
-        return one.keys() == other.keys() and all(one[key] is other[key] for key in one)
-    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+        keys = {*one, *other}
+        return [key for key in keys if one.get(key, _MISSING) is not other.get(key, _MISSING)]
+    if len(one) != len(other):
+        return [*range(max(len(one), len(other)))]
+    return [at for at, (a, b) in enumerate(zip(one, other, strict=True)) if a is not b]
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
