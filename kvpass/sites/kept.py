@@ -29,6 +29,7 @@ from kvpass.sites.site import Core
 
 ATTENTIONS = frozenset({"sdpa", "sdpa_aten", "flex_attention", "softmax"})
 PARTS = SLICES | {"unbind", "split_with_sizes"}
+JOINS = frozenset({"cat", "stack"})
 LIMIT = 200
 ESCAPES = Reason.KEY_ESCAPES, Reason.VALUE_ESCAPES
 
@@ -82,7 +83,7 @@ def half_otherwise(flow: Flow, core: Core, bases: Sequence[fx.Node], at: int) ->
             return change_between(flow, kept, base, ESCAPES[at])
     if flow.between(base, core.q):
         return None
-    for kept in _below(base):
+    for kept in _below(base, bases):
         if kept in flow.outputs and (_holds(kept, tokens) or _is_window(kept, tokens)):
             return _stored(kept, base, tokens, what)
         if _written_elsewhere(flow, kept):
@@ -155,15 +156,18 @@ def _above(base: fx.Node) -> Iterator[fx.Node]:
         queue += fresh[: max(0, LIMIT - len(queue))]
 
 
-def _below(base: fx.Node) -> Iterator[fx.Node]:
-    """What is made of a value alone, short of projections and attentions; and what writes it somewhere."""
-    queue, seen = [base], {base}
+def _below(base: fx.Node, bases: Sequence[fx.Node]) -> Iterator[fx.Node]:
+    """What is made of keys and values alone, or put together with those of other layers, short of projections and
+    attentions; and what writes it somewhere.
+    """
+    queue, seen = [base], {*bases}
     for node in queue:
         for user in node.users:
             if user in seen or is_metadata(user) or call_name(user) in PROJECTIONS | ATTENTIONS:
                 continue
             yield user
-            if _is_wide(user) and len(queue) < LIMIT and {n for n in user.all_input_nodes if _is_wide(n)} <= seen:
+            alone = call_name(user) in JOINS or {n for n in user.all_input_nodes if _is_wide(n)} <= seen
+            if _is_wide(user) and len(queue) < LIMIT and alone:
                 seen.add(user)
                 queue.append(user)
 
