@@ -18,6 +18,7 @@ from kvpass.patterns.cache_returned import ReturnedUpdate
 from kvpass.patterns.declined import BufferWrite, PartlyStored
 from kvpass.patterns.flex import FlexAttention
 from kvpass.patterns.latent import LatentAttention
+from kvpass.patterns.memory import MemoryKeys
 from kvpass.patterns.protocols import CorePattern, Expansion, RefusedPattern, UpdatePattern
 from kvpass.patterns.sdpa import SdpaCore, check_operands, mask_terms
 from kvpass.patterns.sdpa_aten import AtenSdpaCore
@@ -101,5 +102,5 @@ DEFAULT = PatternSet(
     updates=(ConcatUpdate(), BufferUpdate(), BlendUpdate()),
     returned=ReturnedUpdate(),
     refused=(SlidingWindow(), BufferWrite(), PartlyStored()),
-    expanded=(LatentAttention(),),
+    expanded=(LatentAttention(), MemoryKeys()),
 )

@@ -24,9 +24,11 @@ class Beside(NamedTuple):
         """That of some sequences and queries."""
         return Beside(self.logit[batch, :, rows], self.value[batch, :, rows])
 
-    def added(self, mixed: Tensor, probs: Tensor) -> Tensor:
-        """Values mixed by probabilities, rows [B * Hq] in leading dims, with the share that these leave."""
-        return mixed + self.value.reshape(mixed.shape) * (1.0 - probs.sum(-1, keepdim=True))
+    def added(self, mixed: Tensor, taken: Tensor) -> Tensor:
+        """Values mixed by the probabilities of a step, [B * Hq, Dv] in any leading dims, with the share that these
+        leave; `taken`: their sums.
+        """
+        return mixed + self.value.reshape(mixed.shape) * (1.0 - taken)
 
 
 class Softmax(NamedTuple):

@@ -25,7 +25,7 @@ def attend_only(q: Tensor, state: State, call: Call) -> Tensor:
     probs = softmax.probabilities(logits.masked_fill(~shown, float("-inf")))
     probs = probs.masked_fill(~shown.any(-1, keepdim=True), 0.0)
     out = probs @ values
-    out = out if softmax.beside is None else softmax.beside.added(out, probs)
+    out = out if softmax.beside is None else softmax.beside.added(out, probs.sum(-1, keepdim=True))
     return out.to(q.dtype).view(*q.shape[:3], values.shape[3])
 
 

@@ -55,7 +55,7 @@ def decode_attend_device(token: Token, state: State, call: Call) -> Tensor:
     probs = _probabilities(token.q, state.k, shown, added, slots, call.softmax)
     values = torch.where(used[..., None], call.values(state).float(), 0.0)
     out, beside = slots.mixed(probs, values), call.softmax.beside
-    out = out if beside is None else beside.added(out, probs)
+    out = out if beside is None else beside.added(out, slots.sum(probs))
     out = out.to(token.q.dtype).reshape(*token.q.shape[:3], values.shape[3])
     if emitted(plan) and plan[Observation].decode != "none":
         _observe(state, probs, shown.any(2) & used, here, plan)

@@ -72,7 +72,7 @@ def decode_step(
     probs = _probabilities(q, held.k, shown, bias, call.softmax)
     values = torch.where((held.pos >= 0)[..., None], held.v.float(), 0.0)  # 0 times an undefined value may be NaN
     out = probs @ values
-    out = out if softmax.beside is None else softmax.beside.added(out, probs)
+    out = out if softmax.beside is None else softmax.beside.added(out, probs.sum(-1, keepdim=True))
     out = out.to(q.dtype).reshape(*q.shape[:3], held.v.shape[3])
     held = held.replaced(stats=_observed(held.stats, probs, shown.any(2) & arrived, arrived, plan))
     return [out, *_evicted(held, _now(position, q), arrived, plan).tensors()]

@@ -76,6 +76,7 @@ def half_otherwise(flow: Flow, core: Core, bases: Sequence[fx.Node], at: int) ->
     """What is kept of the keys (0) or values (1), in another form than the attention reads."""
     base = bases[at]
     tokens = dict(zip((core.axes.k, core.axes.v)[at], shape_of((core.k, core.v)[at]), strict=False)).get("T")
+    tokens = tokens if tokens is None else tokens - core.behind
     what = ("keys", "values")[at]
     for kept in _above(base):
         if kept in flow.outputs and _holds(kept, tokens) and not flow.between(kept, core.q):

@@ -68,6 +68,33 @@ class Latent:
 
 
 @dataclass(frozen=True)
+class Joined:
+    """Keys, or values, that an attention reads behind learned ones.
+
+    Attributes:
+        node: the `cat` of both, along `axis`.
+        memory: the learned ones, in the axes of `node`.
+        cached: the others.
+        views: from `node` down to the core, the highest first.
+    """
+
+    node: fx.Node
+    axis: int
+    memory: fx.Node
+    cached: fx.Node
+    views: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """`count` keys and values of no token in front of those of the cache, which are never cached themselves."""
+
+    k: Joined
+    v: Joined
+    count: int
+
+
+@dataclass(frozen=True)
 class Core:
     """An attention core in normal form: `softmax(cap(q k^T * scale) + terms) v`, where `cap(x) = softcap * tanh(x /
     softcap)` (0: none) and `sinks` are logits that only the softmax's denominator sees.
@@ -86,6 +113,8 @@ class Core:
         inner: nodes between the operands and `node`, which are taken out of the graph with it.
         latent: set if `k` are latents and `v` rotated keys, and keys and values are made from them.
         tiled: query head h reads KV head `h % Hkv`, not `h // group`.
+        memory: set if `k` and `v` begin with keys and values of no token, which all queries see; columns of `terms`
+            are theirs first.
     """
 
     node: fx.Node
@@ -102,6 +131,24 @@ class Core:
     inner: tuple[fx.Node, ...] = ()
     latent: Latent | None = None
     tiled: bool = False
+    memory: Memory | None = None
+
+    @property
+    def behind(self) -> int:
+        """How many columns of its masks stand in front of the cache's first."""
+        return 0 if self.memory is None else self.memory.count
+
+    @property
+    def cached(self) -> tuple[fx.Node, fx.Node]:
+        """What of keys and values is to be cached."""
+        return (self.k, self.v) if self.memory is None else (self.memory.k.cached, self.memory.v.cached)
+
+    def joins(self, at: int) -> tuple[fx.Node, ...]:
+        """From the `cat` with a memory down to the keys (0) or values (1); none without one."""
+        if self.memory is None:
+            return ()
+        joined = (self.memory.k, self.memory.v)[at]
+        return joined.node, *joined.views
 
     @property
     def mask(self) -> fx.Node | None:
