@@ -59,7 +59,7 @@ def _joined(flow: Flow, base: fx.Node) -> Miss | None:
     if not cached or not others:
         return None
     what = f"the attention reads {cached[0].name} joined with {others[0].name}, which are keys of no token"
-    hint = "memory keys and values beside the cache are not supported yet: let the attention read the cache alone"
+    hint = "memory in front of the cache must be made of nn.Parameters alone: torch.cat([memory, cached], dim)"
     return Miss(Reason.UNSUPPORTED_ATTENTION, base, what, (cached[0],), hint)
 
 
