@@ -30,7 +30,8 @@ SCHEMAS = {
     "compact_slots": "(Tensor?[] keys, Tensor idx, Tensor cursor_new, Tensor(a!)[] state, str rule) -> ()",
     "decode_attend": "(Tensor q, Tensor k_new, Tensor v_new, Tensor? mask, Tensor(a!)[] state, SymInt position, "
     "float scale, str rule, Tensor? sinks=None, float softcap=0.0, int latent=0, Tensor? arrive=None, str sees='', "
-    "Tensor? tokens=None, Tensor? bounds=None, Tensor? at=None, Tensor? memory_k=None, Tensor? memory_v=None) -> Tensor",
+    "Tensor? tokens=None, Tensor? bounds=None, Tensor? at=None, Tensor? memory_k=None, Tensor? memory_v=None) "
+    "-> Tensor",
     "token_bounds": "(Tensor tokens, SymInt position, SymInt queries, Tensor? at=None) -> Tensor",
     "mask_spans": "(Tensor mask) -> Tensor",
     "written": "(Tensor mask, SymInt end, Tensor? at=None, bool check=True) -> Tensor",

@@ -76,6 +76,10 @@ class PatternSet:
     refused: tuple[RefusedPattern, ...] = ()
     expanded: tuple[Expansion, ...] = ()
 
+    def refined(self, core: Core) -> Core:
+        """A core over what is cached, if it reads what is made from that."""
+        return next(filter(None, (pattern.match(core) for pattern in self.expanded)), core)
+
     def extended(
         self,
         cores: Iterable[CorePattern] = (),

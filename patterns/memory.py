@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import fx
 
-from kvpass.graph.calls import argument, call_name, example, is_metadata
+from kvpass.graph.calls import argument, call_name, example, is_input, is_metadata
 from kvpass.graph.shapes import normal_dim, shape_of
 from kvpass.graph.views import walk_up
 from kvpass.sites.site import Core, Joined, Memory
@@ -36,7 +35,7 @@ class MemoryKeys:
 
 def _joined(node: fx.Node) -> Joined | None:
     base, views = walk_up(node, lambda n: False)
-    parts = argument(base, 0, "tensors") if call_name(base) == "cat" else ()
+    parts = [*argument(base, 0, "tensors")] if call_name(base) == "cat" else []
     if len(parts) != 2 or any(user.op == "output" for user in base.users):
         return None  # what is returned is the cache, a memory in front of it or not
     memory, cached = parts
@@ -51,9 +50,8 @@ def _is_learned(node: fx.Node) -> bool:
     """Made of parameters and of sizes alone: neither of tokens, nor of what is cached."""
     queue, seen = [node], {node}
     for current in queue:
-        if current.op == "placeholder" and isinstance(example(current), torch.Tensor):
-            if not isinstance(example(current), torch.nn.Parameter):
-                return False
+        if is_input(current):
+            return False
         if not is_metadata(current):
             fresh = [n for n in current.all_input_nodes if n not in seen]
             seen.update(fresh)

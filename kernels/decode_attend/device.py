@@ -1,7 +1,7 @@
 """decode_attend in torch where nothing may be read back: what CUDA runs of the rules that Triton does not take.
 
 Fixed shapes, masks instead of ranges, no branch on data, so that a CUDA graph can hold a step. All slots are read,
-those not in use too, and all as float32: for rings, latent attention, memory keys and heads wider than 256, which are few.
+those not in use too, and all as float32: for rings, latent attention, memory keys and heads wider than 256: a few.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 from kvpass.kernels.attention.masks import by_kv_head, visible
-from kvpass.kernels.attention.observation import Observation
 from kvpass.kernels.attention.memory import softmax_of
+from kvpass.kernels.attention.observation import Observation
 from kvpass.kernels.attention.softmax import Softmax
 from kvpass.kernels.budget import Budget, budget
 from kvpass.kernels.decode_attend.call import Call, Token

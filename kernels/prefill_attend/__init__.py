@@ -41,8 +41,8 @@ def prefill_attend(
     hold no token; bounds: of `token_bounds`, or of `mask_spans` for a prompt with a mask and no tokens,
     once for all layers (None: found here). softcap: above 0, logits become
     softcap * tanh(logit / softcap) before the mask is added. sinks: any float dtype [Hq], one more logit per query head
-    in the softmax's denominator, neither capped nor masked. memory_k, memory_v [1 or B, Hm, M, ..], Hm = Hkv or Hq: keys
-    and values of no token that all queries see, whatever the mask. A query that sees no key gets the mean of v, as
+    in the softmax's denominator, neither capped nor masked. memory_k, memory_v [1 or B, Hm, M, ..], Hm = Hkv or Hq:
+    keys and values of no token that all queries see, whatever the mask. A query that sees no key gets the mean of v, as
     softmax gives it, if that is a float mask's doing, or the words say so; else zeros. With a memory it gets that.
 
     Returns (out [B, Hq, S, Dv] = softmax(q k^T scale + mask) v, in memory [B, S, Hq, Dv]: models transpose and view

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from kvpass.kernels.attention.masks import additive, at_positions, by_kv_head, visible
-from kvpass.kernels.attention.observation import Observation
 from kvpass.kernels.attention.memory import softmax_of
+from kvpass.kernels.attention.observation import Observation
 from kvpass.kernels.attention.visibility import Sees, Shown
 from kvpass.kernels.rank.scored import Scoring
 from kvpass.kernels.rule import Rule

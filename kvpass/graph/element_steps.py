@@ -185,10 +185,10 @@ def _padded(at: At) -> Any:
     if mode != "constant" or any(not isinstance(n, int) or n < 0 for n in pads):
         return None
     place, inside = list(at.index), sympy.true
-    for axis, (left, right) in zip(range(len(sizes) - 1, -1, -1), zip(pads[::2], pads[1::2], strict=True), strict=False):
-        place[axis] -= left
-        inside = sympy.And(inside, place[axis] >= 0) if left else inside
-        inside = sympy.And(inside, sympy.Lt(place[axis], scalar(sizes[axis]))) if right else inside
+    for last, (left, right) in enumerate(zip(pads[::2], pads[1::2], strict=True), start=1):
+        place[-last] -= left
+        inside = sympy.And(inside, place[-last] >= 0) if left else inside
+        inside = sympy.And(inside, sympy.Lt(place[-last], scalar(sizes[-last]))) if right else inside
     fill = scalar(at.given(3, "value") or 0)
     if inside == sympy.false:
         return truth(fill) if at.bool else amount(fill)

@@ -125,7 +125,8 @@ class Emitter:
 
     def _memory(self) -> dict[str, fx.Node]:
         """Keys and values of no token, [1 or B, Hkv or Hq, M, ..]."""
-        core, found = self.site.core, {}
+        core = self.site.core
+        found: dict[str, fx.Node] = {}
         if core.memory is None:
             return found
         for name, joined, layout in zip(("k", "v"), (core.memory.k, core.memory.v), memory_layouts(core), strict=True):

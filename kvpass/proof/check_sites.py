@@ -129,10 +129,10 @@ class _Watcher(fx.Interpreter):
             self._check(args[:3], args[3], args[5], (args[8:10], kwargs), words or "", tokens)
         return super().call_function(target, args, kwargs)
 
-    def _check(self, qkv: Any, mask: Tensor | None, position: int, extras: Any, words: str, tokens: Any) -> None:
+    def _check(self, qkv: Any, mask: Tensor | None, position: int, given: Any, words: str, tokens: Any) -> None:
         shown = Shown(Sees.parse(words), qkv[0].shape[2], int(position), tokens, None, mask)
-        q, k, v = qkv
-        self.checks[self.at].run(_Call(q, k, v, shown, *extras, self.states[self.at]), self.borders)
+        (q, k, v), (extras, memory) = qkv, given
+        self.checks[self.at].run(_Call(q, k, v, shown, extras, memory, self.states[self.at]), self.borders)
         self.at, self.joined = self.at + 1, None
 
 
@@ -177,6 +177,8 @@ class _Check:
         except ValueError as error:
             self._fail(f"is refused by its own ops: {error}")
         expected = self.dense(values, (k, v))
+        if self.site.core.tiled:  # in the order of the ops' heads
+            expected = expected.unflatten(1, (self.site.group, -1)).transpose(1, 2).flatten(1, 2)
         self._compare_outputs(call, actual, expected, k, v)
         self._compare_state(call, state, k, v)
 

@@ -80,9 +80,10 @@ def check_unchanged(flow: Flow, core: Core, update: Update) -> None:
     change = changed(update.new, taken, len(order), order)
     if change is not None:
         raise Miss(Reason.UNSUPPORTED_UPDATE, change, f"{update.new.name} is changed after it was cached")
-    joins = [] if core.memory is None else [core.memory.k, core.memory.v]
+    joins = () if core.memory is None else (core.memory.k, core.memory.v)
     begins = min((order[node] for node in (*core.inner, *(joined.node for joined in joins))), default=end)
-    for node in (core.q, *(joined.memory for joined in joins), *(term.node for term in core.terms), *([core.sinks] if core.sinks is not None else [])):
+    read = [core.q, *(joined.memory for joined in joins), *(term.node for term in core.terms)]
+    for node in read + ([core.sinks] if core.sinks is not None else []):
         change = changed(node, begins, end, order)
         if change is not None:
             raise Miss(Reason.UNSUPPORTED_ATTENTION, change, f"{node.name} is changed inside the attention")

@@ -19,8 +19,8 @@ from kvpass.graph.nearby import home_of
 from kvpass.graph.shapes import shape_of
 from kvpass.graph.views import chain_scale, walk_pieces, walk_up
 from kvpass.sites.halves import check_unchanged, half_of, is_tiled_core
-from kvpass.sites.memory import MemoryMasks, check_memory
 from kvpass.sites.kept import kept_otherwise, packed
+from kvpass.sites.memory import MemoryMasks, check_memory
 from kvpass.sites.mismatch import mismatch
 from kvpass.sites.mixed import Mixing, find_mixing, join_mixed
 from kvpass.sites.rules import check_site, make_site
@@ -94,7 +94,7 @@ class _Found:
                     self.blamed.update(caches)
                 continue
             if core is not None:
-                self.cores.append(next(filter(None, (p.match(core) for p in self.patterns.expanded)), core))
+                self.cores.append(self.patterns.refined(core))
                 return
 
     def _try_updates(self, node: fx.Node) -> None:
