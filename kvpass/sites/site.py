@@ -26,8 +26,8 @@ __all__ = [
     "Reader",
     "Site",
     "Term",
-    "Update",
     "UpProjection",
+    "Update",
 ]
 
 
