@@ -18,8 +18,8 @@ NAMESPACE = "kvpass"
 
 SCHEMAS = {
     "prefill_attend": "(Tensor q, Tensor k, Tensor v, Tensor? pos, Tensor? mask, float scale, str sees, str rule, "
-    "Tensor? sinks=None, float softcap=0.0, Tensor? tokens=None, Tensor? bounds=None, SymInt position=0) "
-    "-> (Tensor, Tensor, Tensor)",
+    "Tensor? sinks=None, float softcap=0.0, Tensor? tokens=None, Tensor? bounds=None, SymInt position=0, "
+    "Tensor? memory_k=None, Tensor? memory_v=None) -> (Tensor, Tensor, Tensor)",
     "join_slots": "(Tensor[] state, Tensor k_new, Tensor v_new, SymInt position, str rule) -> Tensor[]",
     "score_slots": "(Tensor stats, Tensor? past_stats, Tensor? pos, Tensor valid, Tensor cursor, SymInt position, "
     "str rule, str sees='', Tensor? mask=None, Tensor? bounds=None, "
@@ -30,12 +30,14 @@ SCHEMAS = {
     "compact_slots": "(Tensor?[] keys, Tensor idx, Tensor cursor_new, Tensor(a!)[] state, str rule) -> ()",
     "decode_attend": "(Tensor q, Tensor k_new, Tensor v_new, Tensor? mask, Tensor(a!)[] state, SymInt position, "
     "float scale, str rule, Tensor? sinks=None, float softcap=0.0, int latent=0, Tensor? arrive=None, str sees='', "
-    "Tensor? tokens=None, Tensor? bounds=None, Tensor? at=None) -> Tensor",
+    "Tensor? tokens=None, Tensor? bounds=None, Tensor? at=None, Tensor? memory_k=None, Tensor? memory_v=None) "
+    "-> Tensor",
     "token_bounds": "(Tensor tokens, SymInt position, SymInt queries, Tensor? at=None) -> Tensor",
     "mask_spans": "(Tensor mask) -> Tensor",
     "written": "(Tensor mask, SymInt end, Tensor? at=None, bool check=True) -> Tensor",
     "window_rows": "(Tensor q, Tensor k, Tensor? pos, Tensor? mask, Tensor valid, float scale, str sees, str rule, "
-    "Tensor? sinks=None, float softcap=0.0, Tensor? tokens=None, SymInt position=0) -> Tensor",
+    "Tensor? sinks=None, float softcap=0.0, Tensor? tokens=None, SymInt position=0, "
+    "Tensor? memory_k=None, Tensor? memory_v=None) -> Tensor",
     "arrivals": "(Tensor k_new, Tensor v_new, Tensor cursor, SymInt position, str rule, Tensor? wo=None, "
     "Tensor? hidden=None, Tensor? marks=None) -> Tensor",
 }

@@ -18,6 +18,7 @@ from kvpass.patterns.cache_returned import ReturnedUpdate
 from kvpass.patterns.declined import BufferWrite, PartlyStored
 from kvpass.patterns.flex import FlexAttention
 from kvpass.patterns.latent import LatentAttention
+from kvpass.patterns.memory import MemoryKeys
 from kvpass.patterns.protocols import CorePattern, Expansion, RefusedPattern, UpdatePattern
 from kvpass.patterns.sdpa import SdpaCore, check_operands, mask_terms
 from kvpass.patterns.sdpa_aten import AtenSdpaCore
@@ -75,6 +76,10 @@ class PatternSet:
     refused: tuple[RefusedPattern, ...] = ()
     expanded: tuple[Expansion, ...] = ()
 
+    def refined(self, core: Core) -> Core:
+        """A core over what is cached, if it reads what is made from that."""
+        return next(filter(None, (pattern.match(core) for pattern in self.expanded)), core)
+
     def extended(
         self,
         cores: Iterable[CorePattern] = (),
@@ -101,5 +106,5 @@ DEFAULT = PatternSet(
     updates=(ConcatUpdate(), BufferUpdate(), BlendUpdate()),
     returned=ReturnedUpdate(),
     refused=(SlidingWindow(), BufferWrite(), PartlyStored()),
-    expanded=(LatentAttention(),),
+    expanded=(LatentAttention(), MemoryKeys()),
 )

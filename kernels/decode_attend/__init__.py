@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from kvpass.kernels.attention.softmax import Softmax, check_softmax
+from kvpass.kernels.attention.memory import softmax_of
 from kvpass.kernels.choose import implementation, kernel
 from kvpass.kernels.decode_attend.call import Call, Token
 from kvpass.kernels.rule import Rule
@@ -34,6 +34,8 @@ def decode_attend(
     tokens: Tensor | None = None,
     bounds: Tensor | None = None,
     at: Tensor | None = None,
+    memory_k: Tensor | None = None,
+    memory_v: Tensor | None = None,
 ) -> Tensor:
     """Append one token, attend over the slots in use, update statistics, evict one slot if over budget.
 
@@ -47,7 +49,8 @@ def decode_attend(
     dtype [Hq], one more logit per query head in the softmax's denominator, neither capped nor masked. latent: above 0,
     the values are the first `latent` entries of the keys (multi-head latent attention), v_new and v have no entries.
     arrive: float32 [N, B, Hkv], the statistics of the token's slot before this query adds to them (`arrivals`), zeros
-    without.
+    without. memory_k, memory_v [1 or B, Hm, M, ..], Hm = Hkv or Hq: keys and values of no token, in no slot, that the
+    query sees whatever the mask; on CUDA such a step is `device`'s.
 
     Returns out [B, Hq, 1, Dv] = softmax(q k^T scale + mask) v. Raises ValueError on shapes or dtypes that do not fit.
     """
@@ -61,11 +64,10 @@ def decode_attend(
         if tensor.shape[field.rows + 2] != slots:
             raise ValueError(f"decode_attend: {field.name} {list(tensor.shape)} must have the {slots} slots of k")
     _check_dtypes(q, held)
-    if sinks is not None or softcap:
-        check_softmax("decode_attend", q.shape[1], sinks, softcap)
+    softmax = softmax_of("decode_attend", q, scale, sinks, softcap, memory_k, memory_v)
     if at is not None and implementation("decode_attend", q.device) == "reference":
         position, at = int(at), None
-    token, softmax = Token(q, k_new, v_new, arrive), Softmax(scale, sinks, softcap)
+    token = Token(q, k_new, v_new, arrive)
     call = Call.of_step(mask, position, softmax, plan, latent, sees, tokens, bounds, at)
     out: Tensor = kernel("decode_attend", q.device, token, held, call)(token, held, call)
     return out

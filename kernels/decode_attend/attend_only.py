@@ -13,7 +13,7 @@ from torch import Tensor
 def attend_only(q: Tensor, state: State, call: Call) -> Tensor:
     """softmax(q k^T scale + mask) v over the used slots; shapes as in decode_attend, the result is [B, Hq, 1, Dv].
 
-    Rows that see nothing get zeros.
+    Rows that see nothing get zeros, or all of the memory.
     """
     state, softmax = even(state), call.softmax
     heads = state.pos.shape[1]
@@ -24,7 +24,9 @@ def attend_only(q: Tensor, state: State, call: Call) -> Tensor:
     logits = logits if added is None else logits + added
     probs = softmax.probabilities(logits.masked_fill(~shown, float("-inf")))
     probs = probs.masked_fill(~shown.any(-1, keepdim=True), 0.0)
-    return (probs @ values).to(q.dtype).view(*q.shape[:3], values.shape[3])
+    out = probs @ values
+    out = out if softmax.beside is None else softmax.beside.added(out, probs.sum(-1, keepdim=True))
+    return out.to(q.dtype).view(*q.shape[:3], values.shape[3])
 
 
 def seen_slots(call: Call, pos: Tensor) -> tuple[Tensor, Tensor | None]:

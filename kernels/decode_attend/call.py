@@ -84,7 +84,8 @@ class Call(NamedTuple):
     def of(self, b: int) -> Call:
         """That of one sequence."""
         cut = [x if x is None or x.shape[0] == 1 else x[b : b + 1] for x in (self.mask, self.tokens, self.bounds)]
-        return self._replace(mask=cut[0], tokens=cut[1], bounds=cut[2])
+        softmax = self.softmax.of(slice(b, b + 1))
+        return self._replace(mask=cut[0], tokens=cut[1], bounds=cut[2], softmax=softmax)
 
     def values(self, state: State) -> Tensor:
         """[B, Hkv, C, Dv]"""

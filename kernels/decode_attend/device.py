@@ -1,7 +1,7 @@
 """decode_attend in torch where nothing may be read back: what CUDA runs of the rules that Triton does not take.
 
 Fixed shapes, masks instead of ranges, no branch on data, so that a CUDA graph can hold a step. All slots are read,
-those not in use too, and all as float32: for rings, latent attention and heads wider than 256, which are few.
+those not in use too, and all as float32: for rings, latent attention, memory keys and heads wider than 256: a few.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def decode_attend_device(token: Token, state: State, call: Call) -> Tensor:
     shown, added = _shown(call, state.pos, here)
     probs = _probabilities(token.q, state.k, shown, added, slots, call.softmax)
     values = torch.where(used[..., None], call.values(state).float(), 0.0)
-    out = slots.mixed(probs, values).to(token.q.dtype).reshape(*token.q.shape[:3], values.shape[3])
+    out, beside = slots.mixed(probs, values), call.softmax.beside
+    out = out if beside is None else beside.added(out, slots.sum(probs))
+    out = out.to(token.q.dtype).reshape(*token.q.shape[:3], values.shape[3])
     if emitted(plan) and plan[Observation].decode != "none":
         _observe(state, probs, shown.any(2) & used, here, plan)
     evict(state, slots, used, now, arrived, plan)
@@ -145,7 +147,7 @@ def _probabilities(q: Tensor, k: Tensor, shown: Tensor, added: Tensor | None, sl
     logits = logits if added is None else logits + added
     logits = torch.where(shown, logits, -INF)
     top = slots.amax(logits)
-    sink = None if softmax.sinks is None else softmax.sinks.float().view(1, heads, -1, 1)
+    sink = softmax.column(heads)
     top = top if sink is None else torch.maximum(top, sink)
     top = torch.where(top > -INF, top, 0.0)
     weights = torch.exp(logits - slots.of(top))

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from kvpass.kernels.attention.masks import by_kv_head, visible
+from kvpass.kernels.attention.memory import softmax_of
 from kvpass.kernels.attention.observation import Observation
 from kvpass.kernels.attention.softmax import Softmax
 from kvpass.kernels.budget import Budget, budget
@@ -48,6 +49,8 @@ def decode_step(
     rule: str,
     sinks: Tensor | None = None,
     softcap: float = 0.0,
+    memory_k: Tensor | None = None,
+    memory_v: Tensor | None = None,
 ) -> list[Tensor]:
     """`kvpass.kernels.decode_attend.decode_attend` without mutation.
 
@@ -61,13 +64,16 @@ def decode_step(
     before, names = State.of(state, plan), plan[Statistics].stats
     if len(before.stats) != len(names):
         raise ValueError(f"decode_step: the rule keeps {len(names)} statistics, got {len(before.stats)}")
-    call = Call(mask, position, Softmax(scale, sinks, softcap), plan)
+    softmax = softmax_of("decode_step", q, scale, sinks, softcap, memory_k, memory_v)
+    call = Call(mask, position, softmax, plan)
     arrived = _arrived(mask, position, q)
     held = _appended(before, Token(q, k_new, v_new), position, arrived)
     shown, bias = _shown(mask, held.pos)
     probs = _probabilities(q, held.k, shown, bias, call.softmax)
     values = torch.where((held.pos >= 0)[..., None], held.v.float(), 0.0)  # 0 times an undefined value may be NaN
-    out = (probs @ values).to(q.dtype).reshape(*q.shape[:3], held.v.shape[3])
+    out = probs @ values
+    out = out if softmax.beside is None else softmax.beside.added(out, probs.sum(-1, keepdim=True))
+    out = out.to(q.dtype).reshape(*q.shape[:3], held.v.shape[3])
     held = held.replaced(stats=_observed(held.stats, probs, shown.any(2) & arrived, arrived, plan))
     return [out, *_evicted(held, _now(position, q), arrived, plan).tensors()]
 
@@ -125,8 +131,8 @@ def _shown(mask: Tensor | None, pos: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def _probabilities(q: Tensor, k: Tensor, shown: Tensor, bias: Tensor | None, softmax: Softmax) -> Tensor:
     """float32 [B, Hkv, G, C], 0 where a slot is hidden or empty, all 0 in rows that see nothing."""
-    (batch, heads), (scale, sinks, softcap) = k.shape[:2], softmax
-    queries = (q.float() * scale).reshape(batch, heads, q.shape[1] // heads, q.shape[3])
+    (batch, heads), softcap = k.shape[:2], softmax.softcap
+    queries = (q.float() * softmax.scale).reshape(batch, heads, q.shape[1] // heads, q.shape[3])
     logits = queries @ k.float().transpose(-1, -2)
     if softcap:
         logits = torch.tanh(logits / softcap) * softcap
@@ -134,7 +140,7 @@ def _probabilities(q: Tensor, k: Tensor, shown: Tensor, bias: Tensor | None, sof
         logits = logits + bias
     logits = torch.where(shown, logits, -INF)
     top = logits.amax(-1, keepdim=True)
-    sink = None if sinks is None else sinks.float().reshape(1, heads, -1, 1)
+    sink = softmax.column(heads)
     if sink is not None:
         top = torch.maximum(top, sink)
     top = torch.where(top > -INF, top, 0.0)

@@ -46,7 +46,9 @@ def decode_attend_reference(token: Token, state: State, call: Call) -> Tensor:
     if emitted(plan) and plan[Observation].decode != "none":
         _observe(state.stats, probs, seen, facts, plan)
     values = call.values(state)
-    out = _mix(probs, values, facts).to(token.q.dtype).view(*token.q.shape[:3], values.shape[3])
+    out, beside = _mix(probs, values, facts), call.softmax.beside
+    out = out if beside is None else beside.added(out, probs.sum(-1, keepdim=True))
+    out = out.to(token.q.dtype).view(*token.q.shape[:3], values.shape[3])
     evict_one(state, facts, plan)
     return out
 

@@ -37,12 +37,15 @@ from .triton_terms import constants, counted, numbers, observed, observes, under
 
 
 def supports(token: Token, state: State, call: Call) -> bool:
-    """All rules but those with rings (`understood`); keys and values apart, heads of up to 256."""
-    return understood(call.rule) and not call.latent and token.q.shape[3] <= WIDEST
+    """All rules but those with rings (`understood`); keys and values apart, heads of up to 256, no memory keys."""
+    apart = not call.latent and call.softmax.beside is None
+    return understood(call.rule) and apart and token.q.shape[3] <= WIDEST
 
 
 def decode_attend_triton(token: Token, state: State, call: Call) -> Tensor:
     """See `kvpass.kernels.decode_attend.decode_attend`. The state tensors are contiguous."""
+    if call.softmax.beside is not None:
+        raise ValueError('decode_attend: the triton kernel knows no memory keys; use("reference")')
     q, k, v, arrive = token
     if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1:
         q, k, v = (rows_last(x) for x in (q, k, v))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 from kvpass.kernels.attention.masks import visible
-from kvpass.kernels.attention.softmax import Softmax, check_softmax
+from kvpass.kernels.attention.memory import softmax_of
 from kvpass.kernels.attention.visibility import Sees, Shown, said_in_words, token_bounds
 from kvpass.kernels.choose import kernel
 from kvpass.kernels.prefill_attend.reference import prefill_attend_reference
@@ -29,6 +29,8 @@ def prefill_attend(
     tokens: Tensor | None = None,
     bounds: Tensor | None = None,
     position: int = 0,
+    memory_k: Tensor | None = None,
+    memory_v: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attend, and observe the rows of probabilities that the rule asks for.
 
@@ -39,23 +41,25 @@ def prefill_attend(
     hold no token; bounds: of `token_bounds`, or of `mask_spans` for a prompt with a mask and no tokens,
     once for all layers (None: found here). softcap: above 0, logits become
     softcap * tanh(logit / softcap) before the mask is added. sinks: any float dtype [Hq], one more logit per query head
-    in the softmax's denominator, neither capped nor masked. A query that sees no key gets the mean of v, as softmax
-    gives it, if that is a float mask's doing, or the words say so; else zeros.
+    in the softmax's denominator, neither capped nor masked. memory_k, memory_v [1 or B, Hm, M, ..], Hm = Hkv or Hq:
+    keys and values of no token that all queries see, whatever the mask. A query that sees no key gets the mean of v, as
+    softmax gives it, if that is a float mask's doing, or the words say so; else zeros. With a memory it gets that.
 
     Returns (out [B, Hq, S, Dv] = softmax(q k^T scale + mask) v, in memory [B, S, Hq, Dv]: models transpose and view
     it so; statistics of this call (`emitted(rule)`), float32 [M, B, Hkv, L]; valid bool [B, S]). Raises ValueError on
     shapes or dtypes that do not fit.
     """
     _check(q, k, v, pos, mask)
-    check_softmax("prefill_attend", q.shape[1], sinks, softcap)
+    softmax = softmax_of("prefill_attend", q, scale, sinks, softcap, memory_k, memory_v)
     shown = Shown(Sees.parse(sees).within(q.shape[2], position), q.shape[2], position, tokens, bounds, mask)
     if mask is not None and mask.device.type == "cpu":
         shown = said_in_words(shown, pos is None)
     elif tokens is not None and bounds is None:
         shown = shown._replace(bounds=token_bounds(tokens, position, q.shape[2]))
     run = kernel("prefill_attend", q.device, q, rule)
-    out, stats, valid = run(q, k, v, pos, shown, Softmax(scale, sinks, softcap), Rule.parse(rule))
-    if pos is None and sinks is None and (shown.mask is not None or run is prefill_attend_reference):
+    out, stats, valid = run(q, k, v, pos, shown, softmax, Rule.parse(rule))
+    alone = sinks is None and softmax.beside is None
+    if pos is None and alone and (shown.mask is not None or run is prefill_attend_reference):
         out = _blind_rows_averaged(out, v, shown)
     return out.transpose(1, 2).contiguous().transpose(1, 2), stats, valid
 

@@ -19,6 +19,7 @@ from kvpass.kernels.attention.masks import (
     simplified,
     visible,
 )
+from kvpass.kernels.attention.memory import joined
 from kvpass.kernels.attention.observation import Observation, emitted
 from kvpass.kernels.attention.softmax import Softmax
 from kvpass.kernels.attention.visibility import Shown
@@ -43,7 +44,7 @@ def prefill_attend_reference(
     pieces, valid = _cut(q, k, pos, shown), shown.arrived(batch, q.device)
     watched = _watched(valid, rule)
     stats = q.new_zeros(len(emitted(rule)), batch, *k.shape[1:3], dtype=torch.float32)
-    out = None if len(pieces) == 1 else q.new_zeros(*q.shape[:3], v.shape[3])
+    out = None if len(pieces) == 1 else _unseen(q, v, softmax)
     for piece in pieces:
         bias = None
         if piece.kind == "bias":
@@ -52,11 +53,18 @@ def prefill_attend_reference(
         if out is None and result.shape[:3] == q.shape[:3]:
             out = result.contiguous()
         else:
-            out = q.new_zeros(*q.shape[:3], v.shape[3]) if out is None else out
+            out = _unseen(q, v, softmax) if out is None else out
             out[piece.batch, :, slice(*piece.rows)] = result
         if watched is not None:
             observe(piece, q, k, lse, bias, softmax, watched, rule, stats, shown.position)
-    return out if out is not None else q.new_zeros(*q.shape[:3], v.shape[3]), stats, valid
+    return out if out is not None else _unseen(q, v, softmax), stats, valid
+
+
+def _unseen(q: Tensor, v: Tensor, softmax: Softmax) -> Tensor:
+    """What queries get that see no key: zeros, or all of what is beside the keys."""
+    if softmax.beside is not None:
+        return softmax.beside.value.to(q.dtype, copy=True)
+    return q.new_zeros(*q.shape[:3], v.shape[3])
 
 
 def _watched(valid: Tensor, plan: Rule) -> Tensor | None:
@@ -159,6 +167,8 @@ def _attend(
         blind = bias.amax(-1) == -INF
         blind = blind.expand(q.shape[0], k.shape[1], q.shape[1] // k.shape[1], q.shape[2]).reshape(q.shape[:3])
         lse = lse.masked_fill(blind, NEVER)
+    if softmax.beside is not None:
+        return joined(result, lse, softmax.beside.of(piece.batch, rows))
     return (result, lse) if softmax.sinks is None else _with_sinks(result, lse, softmax.sinks)
 
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import torch
+from kvpass.kernels.attention.memory import joined
 from kvpass.kernels.attention.observation import Observation, emission, emitted
 from kvpass.kernels.attention.softmax import Softmax
 from kvpass.kernels.attention.visibility import Shown
@@ -33,6 +34,8 @@ def prefill_attend_triton(
     check_head_dims(q.shape[3], v.shape[3])
     call = call_of(q, k, v, pos, shown, softmax)
     out, lse = choose.attend(call)
+    if softmax.beside is not None:
+        out, lse = joined(out, lse, softmax.beside)
     valid = _valid(call)
     watched = rule[Observation].queries != 0 and bool(emitted(rule))
     make = q.new_empty if watched else q.new_zeros

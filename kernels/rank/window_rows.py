@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from kvpass.kernels.attention.masks import additive, at_positions, by_kv_head, visible
+from kvpass.kernels.attention.memory import softmax_of
 from kvpass.kernels.attention.observation import Observation
-from kvpass.kernels.attention.softmax import Softmax
 from kvpass.kernels.attention.visibility import Sees, Shown
 from kvpass.kernels.rank.scored import Scoring
 from kvpass.kernels.rule import Rule
@@ -27,6 +27,8 @@ def window_rows(
     softcap: float = 0.0,
     tokens: Tensor | None = None,
     position: int = 0,
+    memory_k: Tensor | None = None,
+    memory_v: Tensor | None = None,
 ) -> Tensor:
     """Attention of the last `queries` valid queries of a call over all keys: a matrix of w x L per query head.
 
@@ -34,11 +36,12 @@ def window_rows(
     where hidden; or, for a rule that reads `logits`, masked and scaled logits, -inf where hidden. A row whose sequence
     has fewer valid queries in the call is all hidden; such rows come first.
     """
-    plan, softmax = Rule.parse(rule), Softmax(scale, sinks, softcap)
+    plan = Rule.parse(rule)
     index, there = _last_valid(valid, plan[Observation].queries)
     heads, group = k.shape[1], q.shape[1] // k.shape[1]
-    rows = q.gather(2, index[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])).float()
-    rows = rows.unflatten(1, (heads, group))
+    queries = q.gather(2, index[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
+    softmax = softmax_of("window_rows", queries, scale, sinks, softcap, memory_k, memory_v)
+    rows = queries.float().unflatten(1, (heads, group))
     logits = softmax.capped((rows * softmax.factor) @ k.float().mT[:, :, None])
     where = torch.arange(k.shape[2], device=q.device)[None, None] if pos is None else pos
     seen = Shown(Sees.parse(sees), q.shape[2], position, tokens).at(where, index)
@@ -51,6 +54,9 @@ def window_rows(
     if "logits" in plan[Scoring].reads:
         return logits
     flat = logits.permute(3, 0, 1, 2, 4)  # heads side by side, as the sinks are
+    if softmax.beside is not None:
+        turned = softmax.beside._replace(logit=softmax.beside.logit.permute(2, 0, 1))
+        softmax = softmax._replace(beside=turned)
     return softmax.probabilities(flat).nan_to_num(0.0).permute(1, 2, 3, 0, 4).contiguous()
 
 

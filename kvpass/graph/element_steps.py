@@ -161,6 +161,53 @@ def _filled(at: At) -> Any:
     return sympy.Piecewise((amount(yes), where), (amount(no), True))
 
 
+def _concatenated(at: At) -> Any:
+    """By cases: which part an element is in."""
+    axis = normal_dim(at.given(1, "dim", 0), len(at.index))
+    found: list[tuple[Any, Any]] = []
+    start: Any = sympy.Integer(0)
+    for part in at.given(0, "tensors"):
+        end = start + scalar(shape_of(part)[axis])
+        inside = sympy.Lt(at.index[axis], end)
+        if inside != sympy.false:
+            here = (*at.index[:axis], at.index[axis] - start, *at.index[axis + 1 :])
+            found.append((at.of(part, here), inside))
+        if inside == sympy.true:
+            break
+        start = end
+    return _cases(found, at.bool)
+
+
+def _padded(at: At) -> Any:
+    """`F.pad` with a constant."""
+    pads, mode = at.given(1, "pad"), at.given(2, "mode", "constant")
+    sizes = shape_of(operand(at.node))
+    if mode != "constant" or any(not isinstance(n, int) or n < 0 for n in pads):
+        return None
+    place, inside = list(at.index), sympy.true
+    for last, (left, right) in enumerate(zip(pads[::2], pads[1::2], strict=True), start=1):
+        place[-last] -= left
+        inside = sympy.And(inside, place[-last] >= 0) if left else inside
+        inside = sympy.And(inside, sympy.Lt(place[-last], scalar(sizes[-last]))) if right else inside
+    fill = scalar(at.given(3, "value") or 0)
+    if inside == sympy.false:
+        return truth(fill) if at.bool else amount(fill)
+    return _cases([(at.of(operand(at.node), tuple(place)), inside), (fill, sympy.true)], at.bool)
+
+
+def _cases(found: list[tuple[Any, Any]], as_truth: bool) -> Any:
+    """The first whose condition holds."""
+    if found[0][1] == sympy.true:
+        return truth(found[0][0]) if as_truth else amount(found[0][0])
+    if not as_truth:
+        return sympy.Piecewise(*((amount(value), condition) for value, condition in found))
+    result, before = sympy.false, sympy.true
+    for value, condition in found:
+        result = sympy.Or(result, sympy.And(before, condition, truth(value)))
+        before = sympy.And(before, sympy.Not(condition))
+    return result
+
+
 _FULL = {"full": 1, "full_like": 1, "new_full": 2}
 
 
@@ -199,6 +246,8 @@ STEPS: dict[str, Callable[[At], Any]] = {
     "neg": _negated,
     **dict.fromkeys(("floordiv", "floor_divide", "div"), _divided),
     **dict.fromkeys(("where", "masked_fill"), _filled),
+    "cat": _concatenated,
+    "pad": _padded,
     **dict.fromkeys(("full", "full_like", "new_full", "ones", "ones_like", "new_ones"), _constant),
     **dict.fromkeys(("zeros", "zeros_like", "new_zeros"), _constant),
     **dict.fromkeys(("tril", "triu"), _triangle),

@@ -158,6 +158,11 @@ def _group(before: Sequence[Any], after: Sequence[Any]) -> tuple[int, int]:
     raise Unknown
 
 
+def _joined(f: Factors, node: fx.Node, before: Sequence[Any], after: Sequence[Any]) -> None:
+    """`cat` with a memory in front, along the axis of tokens, which is longer from here on."""
+    f.lengthen(normal_dim(argument(node, 1, "dim", 0), len(before)), after)
+
+
 def _same(f: Factors, node: fx.Node, before: Sequence[Any], after: Sequence[Any]) -> None:
     pass
 
@@ -178,5 +183,6 @@ STEPS: dict[str, Callable[[Factors, fx.Node, Sequence[Any], Sequence[Any]], None
     "narrow": _narrow,
     "select": _select,
     "slice": _slice,
+    "cat": _joined,
     **dict.fromkeys(("contiguous", "clone", "to", "type_as", "float"), _same),
 }

@@ -110,6 +110,13 @@ class Factors:
         self.cut(axis, at % whole, 1)
         del self.axes[axis]
 
+    def lengthen(self, axis: int, sizes: Sequence[Any]) -> None:
+        """Take a whole axis of the base for one that is as long as in `sizes`."""
+        parts = self.axes[axis]
+        if len(parts) != 1 or not parts[0].whole:
+            raise Unknown
+        self._replace(parts[0], [Factor(parts[0].root, sizes[axis], 0, sizes[axis])], axis)
+
     def split(self, parts: Axis, sizes: Sequence[Any]) -> list[Axis]:
         """Factors, read row by row, as axes of these sizes."""
         left, found = list(parts), []

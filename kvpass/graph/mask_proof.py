@@ -26,6 +26,8 @@ LOW = -1e8
 
 B, H, Q, K = sympy.symbols("b h i j", integer=True, nonnegative=True)
 """Of a sequence, a query head, a query of the call, a column."""
+BACK = sympy.Symbol("n", integer=True, nonnegative=True)
+"""How far in front of the last."""
 LETTERS = {"B": B, "H": H, "S": Q, "T": K, **{letter: sympy.Symbol(letter) for letter in "GN"}}
 
 
@@ -33,23 +35,42 @@ class Unproved(Exception):
     """A condition that is not known here; its text is for people."""
 
 
+Part = tuple[fx.Node, MaskKind, str, float]
+"""Node, kind, axes by letter and factor of a part of a mask."""
+
+
 def visibility(
-    terms: Sequence[tuple[fx.Node, MaskKind, str, float]], found: Visibility, position: Any, elements: Elements
+    terms: Sequence[Part], found: Visibility, position: Any, elements: Elements, behind: int = 0
 ) -> Visibility:
     """What the parts of a mask say together.
 
     Args:
-        terms: node, kind, axes by letter and factor of each part.
+        terms: the parts.
         found: what the attention hides without them.
         position: sympy; the position of query `Q`.
+        behind: columns in front of that of the first key.
     """
     for place, term in enumerate(terms):
         try:
-            found = _proved(found, term, position, elements)
+            found = _proved(found, term, position, elements, behind)
         except Unproved as reason:
             why = (f"{term[0].name}: {reason}",) if _is_wide(term[0], term[2]) else ()
             found = replace(found, read=(*found.read, place), why=(*found.why, *why))
     return found
+
+
+def hidden_front(terms: Sequence[Part], count: int, elements: Elements) -> str:
+    """What may be hidden of the first `count` columns, or added to them, by the part of a mask that says so; "" if
+    proved that nothing is.
+    """
+    for term in terms:
+        try:
+            shown = _shown(term, elements, count - 1 - BACK)
+        except Unproved as reason:
+            return f"{term[0].name}: {reason}"
+        if shown != sympy.true:
+            return f"{term[0].name}: {shown}"
+    return ""
 
 
 def _is_wide(node: fx.Node, axes: str) -> bool:
@@ -58,23 +79,31 @@ def _is_wide(node: fx.Node, axes: str) -> bool:
     return not is_one(sizes.get("S", 1))
 
 
-def _proved(found: Visibility, term: tuple[fx.Node, MaskKind, str, float], position: Any, elements: Elements) -> Any:
+def _proved(found: Visibility, term: Part, position: Any, elements: Elements, behind: int) -> Visibility:
+    formula = _shown(term, elements, K + behind)
+    if term[1] is MaskKind.ADD:
+        found = replace(found, mean=True)
+    for condition in conditions(formula):
+        found = _with(found, condition, position, elements)
+    return found
+
+
+def _shown(term: Part, elements: Elements, column: Any) -> Any:
+    """When a part of a mask shows a column, as a condition."""
     node, kind, axes, factor = term
     if is_changed(node):
         raise Unproved("it is changed in place")
-    index = tuple(LETTERS.get(letter) for letter in axes)[len(axes) - example(node).dim() :]
+    letters = {**LETTERS, "T": column}
+    index = tuple(letters.get(letter) for letter in axes)[len(axes) - example(node).dim() :]
     formula = elements.at(node, index)
     if kind is MaskKind.ADD:
         dtype = example(node).dtype
         low = max(torch.finfo(dtype).min / 2, LOW) if dtype.is_floating_point else LOW
         formula = amount(formula)
         formula = switched(formula * factor if factor != 1.0 else formula, low)
-        found = replace(found, mean=True)
     elif kind is MaskKind.HIDE:
         formula = sympy.Not(truth(formula))
-    for condition in conditions(truth(formula)):
-        found = _with(found, condition, position, elements)
-    return found
+    return truth(formula)
 
 
 def switched(formula: Any, low: float) -> Any:

@@ -17,6 +17,7 @@ from kvpass.lowering.emit_nodes import Rewriting, Writer
 from kvpass.plan.plan import SitePlan
 from kvpass.runtime.steps.buffer_position import POSITION
 from kvpass.runtime.steps.caller_marks import MARKS
+from kvpass.sites.memory import memory_layouts
 from kvpass.sites.site import Half
 from kvpass.terms import CacheForm, Phase
 
@@ -32,19 +33,20 @@ class Emitter:
         self.q, self.new_k, self.new_v = to_slots(self.write, *new)
         self.position = self._position()
         self.seen = seen_of(self.write, self.position)
-        self.extras = self._extras()
+        self.extras, self.memory = self._extras(), self._memory()
 
     def decode(self) -> list[fx.Node]:
         """The output of each core."""
         core = self.site.core
-        args = (self.q, self.new_k, self.new_v, self.seen.mask, [*self.state.values()])
+        args: tuple[Any, ...] = (self.q, self.new_k, self.new_v, self.seen.mask, [*self.state.values()])
         extras: tuple[Any, ...] = (*self.extras, core.latent.rank if core.latent else 0, None)
         if self.planned.arrives:
             token = self.new_k, self.new_v, self.state["cursor"], self.position, self.rule
             extras = (*extras[:-1], self.write.op("arrivals", *token, *self._read_beside()))
         extras += self.seen.words, self.seen.tokens, self.seen.bounds
+        args += self.position, core.scale, self.rule
         given = _without_defaults(extras, (None, 0.0, 0, None, "", None, None))
-        return self._outputs(self.write.op("decode_attend", *args, self.position, core.scale, self.rule, *given))
+        return self._outputs(self.write.op("decode_attend", *args, *given, **self.memory))
 
     def multi(self) -> list[fx.Node]:
         """Prefill or extend: the output of each core."""
@@ -55,12 +57,12 @@ class Emitter:
         seen, position = self.seen, self.position
         args = (self.q, k, values, pos, seen.mask, core.scale, seen.words, self.rule)
         extras = _without_defaults((*self.extras, seen.tokens, seen.bounds, position), (None, 0.0, None, None, 0))
-        out, emitted, valid = write.parts(write.op("prefill_attend", *args, *extras), 3)
+        out, emitted, valid = write.parts(write.op("prefill_attend", *args, *extras, **self.memory), 3)
         read: tuple[Any, ...] = (seen.words, seen.mask, seen.bounds) if past else ("", None, None)
         if self.planned.arrives:
             shown = self.q, k, pos, seen.mask, valid, core.scale, seen.words, self.rule
             extras = _without_defaults((*self.extras, seen.tokens, position), (None, 0.0, None, 0))
-            rows = write.op("window_rows", *shown, *extras) if self.planned.windowed else None
+            rows = write.op("window_rows", *shown, *extras, **self.memory) if self.planned.windowed else None
             read = (*read, k, keys["v"], rows, *self._read_beside(), *self._rotation())
         before = self.state["cursor"], position, self.rule
         read = _without_defaults(read, ("", *(None,) * len(read[1:])))
@@ -120,6 +122,20 @@ class Emitter:
             return None, core.softcap
         sinks = self.write.method("reshape", self.write.copy(core.sinks), -1)
         return regrouped(self.write, sinks, 0, to_model=False), core.softcap
+
+    def _memory(self) -> dict[str, fx.Node]:
+        """Keys and values of no token, [1 or B, Hkv or Hq, M, ..]."""
+        core = self.site.core
+        found: dict[str, fx.Node] = {}
+        if core.memory is None:
+            return found
+        for name, joined, layout in zip(("k", "v"), (core.memory.k, core.memory.v), memory_layouts(core), strict=True):
+            node = self.write.copy(joined.memory)
+            for method, *args in layout.to_heads_first:
+                node = self.write.method(method, node, *args)
+            of_queries = shape_of(node)[1] == self.site.dims["Hq"]
+            found[f"memory_{name}"] = regrouped(self.write, node, 1, to_model=False) if of_queries else node
+        return found
 
     def _read_beside(self) -> tuple[fx.Node | None, ...]:
         """The weight of the output projection, [out, Hq * Dv], the block's hidden states, [B, S, size], and the

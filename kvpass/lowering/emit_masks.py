@@ -89,7 +89,7 @@ def _queries(write: Writer) -> fx.Node | int:
 def _mask_of(write: Writer, position: fx.Node | int) -> fx.Node:
     """What was not proved as one mask."""
     site, masks = write.site, write.low.masks
-    made_of = (site.core.terms, site.seen.read, str(site.dims["S"]), site.core.tiled)
+    made_of = (site.core.terms, site.seen.read, str(site.dims["S"]), site.core.tiled, site.core.behind)
     if made_of not in masks:
         made = [write.copy(site.core.terms[at].node) for at in site.seen.read]
         end = (position, _queries(write)) if site.key.update.form is CacheForm.BUFFER else ()
@@ -129,6 +129,9 @@ def _joined(write: Writer) -> fx.Node:
 def _four_axes(write: Writer, term: Term) -> fx.Node:
     """A term as [B, Hq, S, T], each axis of its full size or 1."""
     node, shape = write.copy(term.node), shape_of(term.node)
+    behind = write.site.core.behind
+    if behind and not is_one(shape[-1]):
+        node = write.call(operator.getitem, node, (Ellipsis, slice(behind, None)))
     missing = len(term.axes) - len(shape)
     if missing:
         node = write.call(operator.getitem, node, (None,) * missing + (Ellipsis,))

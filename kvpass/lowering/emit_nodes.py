@@ -66,9 +66,9 @@ class Writer:
         """The node of the new graph that stands for one of the captured graph."""
         return self.low.copy[node]
 
-    def op(self, name: str, *args: Any) -> fx.Node:
+    def op(self, name: str, *args: Any, **kwargs: Any) -> fx.Node:
         """Call `torch.ops.kvpass.<name>`."""
-        return self.call(getattr(torch.ops.kvpass, name).default, *args)
+        return self.call(getattr(torch.ops.kvpass, name).default, *args, **kwargs)
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Call a function."""

@@ -21,14 +21,19 @@ STATE = slice(4, 4 + len(FIELDS))
 
 SCHEMA = (
     f"(Tensor q, Tensor k_new, Tensor v_new, Tensor? mask, {', '.join(f'Tensor {field.name}' for field in FIELDS)}, "
-    "SymInt position, float scale, str rule, Tensor? sinks=None, float softcap=0.0) "
+    "SymInt position, float scale, str rule, Tensor? sinks=None, float softcap=0.0, "
+    "Tensor? memory_k=None, Tensor? memory_v=None) "
     f"-> (Tensor{', Tensor' * len(FIELDS)})"
 )
 
 
+MEMORY = STATE.stop + 5
+"""Place of the memory's keys, behind the numbers and the sinks."""
+
+
 def _body(*args: Any) -> tuple[Tensor, ...]:
-    state = [t.clone() for t in args[STATE]]
-    return (decode_attend(*args[: STATE.start], state, *args[STATE.stop :]), *state)
+    state, memory = [t.clone() for t in args[STATE]], dict(zip(("memory_k", "memory_v"), args[MEMORY:], strict=False))
+    return (decode_attend(*args[: STATE.start], state, *args[STATE.stop : MEMORY], **memory), *state)
 
 
 def _fake(q: Tensor, k_new: Tensor, v_new: Tensor, mask: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
@@ -66,7 +71,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
     run: Callable[..., list[Tensor]] = step
 
-    def flat(*args: Any) -> tuple[Tensor, ...]:
-        return tuple(run(*args[: STATE.start], args[STATE], *args[STATE.stop :]))
+    def flat(*args: Any, **memory: Tensor) -> tuple[Tensor, ...]:
+        return tuple(run(*args[: STATE.start], args[STATE], *args[STATE.stop :], **memory))
 
     return {decode_step: flat}

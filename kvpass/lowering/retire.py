@@ -106,15 +106,26 @@ class Retirement:
             if isinstance(size, torch.SymInt) and size.node.expr == expr
         ]
         if not own and expr not in self.sizes.known:
+            for size in example(node).shape:  # behind a memory
+                more = expr - size.node.expr if isinstance(size, torch.SymInt) else None
+                if more is not None and more.is_Integer:
+                    return self._sum(self._number(size, node), int(more), value)
             raise VerificationError(
                 f"the size {expr} is read of what is made of {node.name}, and of no input",
                 hint="please report this with debug=True output; strict=False does not help",
             )
+        at: int | None
+        axis: int | None
         at, axis = self.sizes.known[expr] if not own else (None, own[0])
         source = node if at is None else self.copy[self.inputs[at]]
         if axis is None:
             return source
         created = self.graph.call_method("size", (source, axis))
+        created.meta = {"example_value": value}
+        return created
+
+    def _sum(self, size: Any, more: int, value: Any) -> fx.Node:
+        created = self.graph.call_function(operator.add, (size, more))
         created.meta = {"example_value": value}
         return created
 

@@ -166,7 +166,7 @@ def _without_mutation(graph: fx.Graph) -> dict[Any, fx.Node]:
     for node in graph.find_nodes(op="call_function", target=decode_attend):
         with graph.inserting_before(node):
             before, state, behind = node.args[: STATE.start], node.args[STATE.start], node.args[STATE.start + 1 :]
-            step = graph.call_function(decode_step, (*before, *state, *behind))
+            step = graph.call_function(decode_step, (*before, *state, *behind), node.kwargs)
             parts = [graph.call_function(operator.getitem, (step, at)) for at in range(len(state) + 1)]
         for made in (step, *parts):
             made.meta = {key: value for key, value in node.meta.items() if key != "example_value"}

@@ -54,7 +54,7 @@ def check_masks(gm: fx.GraphModule, plan: Plan, bindings: Sequence[Any], args: S
             continue
         done.add(key)
         count, batch = (sizes.read(site.dims[letter])(args) for letter in "SB")
-        keys = max(sizes.read(example(term.node).shape[-1])(args) for term in terms)
+        keys = max(sizes.read(example(term.node).shape[-1])(args) for term in terms) - site.core.behind
         if batch * count * keys > LARGEST:
             log.info("masks: %s is proved and too large to look at (%d x %d x %d)", site.name, batch, count, keys)
             continue
@@ -89,7 +89,7 @@ def _check(
         wrong = f"its tokens {list(real.shape)} end before the call"
     else:
         seen = Shown(Sees.parse(site.seen.words), count, position, real)
-        differ = _differs(as_mask(seen, keys), [*zip(terms, values, strict=False)], batch, site.core.causal)
+        differ = _differs(as_mask(seen, keys), _parts(site, terms, values), batch, site.core.causal)
         if bool(differ.any()):
             wrong = f"and {int(differ.sum())} of {differ.numel()} elements differ"
     if wrong:
@@ -99,6 +99,12 @@ def _check(
             hint="a bug in kvpass, not in the model: please report it with the folder of debug=True; until it is fixed "
             "run the model without kvpass",
         )
+
+
+def _parts(site: Site, terms: tuple[Term, ...], values: Sequence[Tensor]) -> list[tuple[Term, Tensor]]:
+    """Parts of a mask with their values, without the columns of a memory, which are proved apart."""
+    both = zip(terms, values, strict=False)
+    return [(term, value if value.shape[-1] == 1 else value[..., site.core.behind :]) for term, value in both]
 
 
 def _differs(words: Tensor, parts: list[tuple[Term, Tensor]], batch: int, causal: bool) -> Tensor:

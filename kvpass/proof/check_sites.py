@@ -123,23 +123,23 @@ class _Watcher(fx.Interpreter):
             self.joined = args
         elif name == "kvpass.prefill_attend.default":
             k, v, position = (args[1], args[2], 0) if self.joined is None else self.joined[1:4]
-            self._check((args[0], k, v), args[4], position, args[8:10], args[6], _padded(args[10:11], 1)[0])
+            self._check((args[0], k, v), args[4], position, (args[8:10], kwargs), args[6], _padded(args[10:11], 1)[0])
         elif name == "kvpass.decode_attend.default":
             words, tokens = _padded(args[12:14], 2)
-            self._check(args[:3], args[3], args[5], args[8:10], words or "", tokens)
+            self._check(args[:3], args[3], args[5], (args[8:10], kwargs), words or "", tokens)
         return super().call_function(target, args, kwargs)
 
-    def _check(self, qkv: Any, mask: Tensor | None, position: int, extras: Any, words: str, tokens: Any) -> None:
+    def _check(self, qkv: Any, mask: Tensor | None, position: int, given: Any, words: str, tokens: Any) -> None:
         shown = Shown(Sees.parse(words), qkv[0].shape[2], int(position), tokens, None, mask)
-        q, k, v = qkv
-        self.checks[self.at].run(_Call(q, k, v, shown, extras, self.states[self.at]), self.borders)
+        (q, k, v), (extras, memory) = qkv, given
+        self.checks[self.at].run(_Call(q, k, v, shown, extras, memory, self.states[self.at]), self.borders)
         self.at, self.joined = self.at + 1, None
 
 
 @dataclass(frozen=True)
 class _Call:
     """What one site is given: q `[B, Hq, S, D]`, new k and v `[B, Hkv, S, D]`, what is shown, and the state before;
-    `extras` are sinks and softcap, if the site has any.
+    `extras` are sinks and softcap, if the site has any, and `memory` its memory keys and values by argument.
     """
 
     q: torch.Tensor
@@ -147,6 +147,7 @@ class _Call:
     v: torch.Tensor
     shown: Shown
     extras: tuple[Any, ...]
+    memory: dict[str, torch.Tensor]
     state: State
 
     @property
@@ -176,6 +177,8 @@ class _Check:
         except ValueError as error:
             self._fail(f"is refused by its own ops: {error}")
         expected = self.dense(values, (k, v))
+        if self.site.core.tiled:  # in the order of the ops' heads
+            expected = expected.unflatten(1, (self.site.group, -1)).transpose(1, 2).flatten(1, 2)
         self._compare_outputs(call, actual, expected, k, v)
         self._compare_state(call, state, k, v)
 
@@ -229,7 +232,7 @@ def _run_ops(site: Site, call: _Call, state: State, rule: Rule) -> torch.Tensor:
     out: torch.Tensor
     if site.phase is Phase.DECODE:
         args = (call.q, call.k, call.v, mask, held, position, core.scale, text, sinks, softcap or 0.0)
-        out = ops.decode_attend(*args, sees=words, tokens=tokens)
+        out = ops.decode_attend(*args, sees=words, tokens=tokens, **call.memory)
         return out
     keys: dict[str, Any] = dict.fromkeys(field.name for field, _ in state.per_slot())
     keys |= {"k": call.k, "v": call.v}
@@ -237,7 +240,7 @@ def _run_ops(site: Site, call: _Call, state: State, rule: Rule) -> torch.Tensor:
         keys = dict(zip(keys, ops.join_slots(held, call.k, call.v, position, text), strict=True))
     past, where, shape = keys["stats"], keys["pos"], (core.scale, words, text, sinks, softcap or 0.0)
     given = call.q, keys["k"], keys["v"], where, mask, *shape
-    out, emitted, valid = ops.prefill_attend(*given, tokens=tokens, position=position)
+    out, emitted, valid = ops.prefill_attend(*given, tokens=tokens, position=position, **call.memory)
     score, keys["stats"], after = ops.score_slots(emitted, past, where, valid, state.cursor, position, text)
     ops.compact_slots([*keys.values()], ops.select_slots(score, after, state.slots), after, held, text)
     return out
@@ -260,9 +263,10 @@ def _sees_a_key(call: _Call) -> torch.Tensor:
 
 def _allowed(call: _Call, k: torch.Tensor, v: torch.Tensor, scale: float) -> float:
     """Largest difference that rounding explains: see ROUNDING and LOGIT_ROUNDING."""
-    longest = max(float(t.float().norm(dim=-1).max()) for t in (k, call.k) if t.numel())
+    keys, values = ([call.memory[name]] if name in call.memory else [] for name in ("memory_k", "memory_v"))
+    longest = max(float(t.float().norm(dim=-1).max()) for t in (k, call.k, *keys) if t.numel())
     logit = abs(scale) * longest * float(call.q.float().norm(dim=-1).max())
-    largest = max(float(t.abs().max()) for t in (v, call.v) if t.numel())
+    largest = max(float(t.abs().max()) for t in (v, call.v, *values) if t.numel())
     return largest * (ROUNDING[call.q.dtype] + LOGIT_ROUNDING * logit)
 
 

@@ -66,6 +66,8 @@ class Isolated:
         key, value, core = self.site.key.update, self.site.value.update, self.site.core
         found = {"q": core.q, "new_0": key.new, "new_1": value.new}
         found |= {f"mask_{at}": term.node for at, term in enumerate(core.terms)}
+        if core.memory is not None:
+            found |= {"memory_0": core.memory.k.memory, "memory_1": core.memory.v.memory}
         return found if core.sinks is None else {**found, "sinks": core.sinks}
 
     def _borders(self) -> dict[str, tuple[fx.Node | None, ...]]:

@@ -61,7 +61,10 @@ def half_of(
     if escaped:
         raise Miss(reason, escaped[0], f"{update.node.name} also feeds {escaped[0].name}")
     check_unchanged(flow, core, update)
+    growing = update.form is not CacheForm.BUFFER
     for view in chain:
+        if growing and view in core.joins(at):
+            continue  # the length behind a memory is the cache's and a number
         sizes = [user for user in view.users if is_metadata(user) and user.users]
         if sizes and view not in flow.outputs:
             raise Miss(reason, sizes[0], f"the size of {view.name}, a view of the cache, is read")
@@ -77,8 +80,10 @@ def check_unchanged(flow: Flow, core: Core, update: Update) -> None:
     change = changed(update.new, taken, len(order), order)
     if change is not None:
         raise Miss(Reason.UNSUPPORTED_UPDATE, change, f"{update.new.name} is changed after it was cached")
-    begins = min((order[node] for node in core.inner), default=end)
-    for node in (core.q, *(term.node for term in core.terms), *([core.sinks] if core.sinks is not None else [])):
+    joins = () if core.memory is None else (core.memory.k, core.memory.v)
+    begins = min((order[node] for node in (*core.inner, *(joined.node for joined in joins))), default=end)
+    read = [core.q, *(joined.memory for joined in joins), *(term.node for term in core.terms)]
+    for node in read + ([core.sinks] if core.sinks is not None else []):
         change = changed(node, begins, end, order)
         if change is not None:
             raise Miss(Reason.UNSUPPORTED_ATTENTION, change, f"{node.name} is changed inside the attention")

@@ -60,7 +60,7 @@ def _joined(flow: Flow, base: fx.Node) -> Miss | None:
     if not cached or not others:
         return None
     what = f"the attention reads {cached[0].name} joined with {others[0].name}, which are keys of no token"
-    hint = "memory keys and values beside the cache are not supported yet: let the attention read the cache alone"
+    hint = "memory in front of the cache must be made of nn.Parameters alone: torch.cat([memory, cached], dim)"
     return Miss(Reason.UNSUPPORTED_ATTENTION, base, what, (cached[0],), hint)
 
 
@@ -77,6 +77,7 @@ def half_otherwise(flow: Flow, core: Core, bases: Sequence[fx.Node], at: int) ->
     """What is kept of the keys (0) or values (1), in another form than the attention reads."""
     base = bases[at]
     tokens = dict(zip((core.axes.k, core.axes.v)[at], shape_of((core.k, core.v)[at]), strict=False)).get("T")
+    tokens = tokens if tokens is None else tokens - core.behind
     what = ("keys", "values")[at]
     for kept in _above(base):
         if kept in flow.outputs and _holds(kept, tokens) and not flow.between(kept, core.q):

@@ -37,7 +37,7 @@ def find_mixing(core: Core, updates: dict[fx.Node, Update], stop: Callable[[fx.N
     """How a core reads its caches, if it rearranges their heads; None if it computes anything, or changes places of
     tokens.
     """
-    if core.latent is not None or core.axes.q != "BHSD" or core.axes.out != "BHSD":
+    if core.latent is not None or core.memory is not None or core.axes.q != "BHSD" or core.axes.out != "BHSD":
         return None
     found = [mixed_from(node, stop) for node in (core.k, core.v)]
     halves = [(updates.get(part[0]), part[1]) for part in found if part is not None]

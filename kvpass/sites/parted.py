@@ -53,7 +53,7 @@ def attended(graph: fx.Graph, patterns: Any) -> list[Half]:
     """Buffers that an attention reads as its keys."""
     inputs, found = _inputs(graph), []
     for core in _cores(graph, patterns):
-        base = walk_pieces(core.k, lambda node: node in inputs)[0]
+        base = walk_pieces(core.cached[0], lambda node: node in inputs)[0]
         if base in inputs and "S" in core.axes.q:
             tokens = _now(shape_of(core.q)[core.axes.q.index("S")])
             found.append(Half(inputs[base], tokens, source_line(core.node)))
@@ -68,7 +68,7 @@ def _cores(graph: fx.Graph, patterns: Any) -> Iterator[Any]:
             except Miss:
                 continue
             if core is not None:
-                yield core
+                yield patterns.refined(core)
                 break
 
 

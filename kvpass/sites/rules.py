@@ -108,7 +108,7 @@ def check_buffer(
         return _end_of(core, update, *front)
     if update.start == 0 and same(shape_of(update.new)[update.axis], shape_of(update.node)[update.axis]):
         return None  # all of it is written
-    covering = [term for term in core.terms if any(same(shape_of(term.node)[-1], whole) for whole in lengths)]
+    covering = [term for term in core.terms if any(same(shape_of(term.node)[-1], core.behind + n) for n in lengths)]
     if not covering and not (core.causal and (update.past is None or update.start == 0)):
         raise Miss(Reason.MASK_UNKNOWN, core.node, "the attention reads the whole buffer, and no mask spans it")
     return None
@@ -123,7 +123,7 @@ def _end_of(core: Core, update: Update, front: fx.Node, axis: int) -> End | None
         return None  # right where the tokens are the first ones: `reads_only_new`
     if not isinstance(start, torch.Tensor) and same(end, start + new):
         return None
-    masked = any(same(shape_of(term.node)[-1], end) for term in core.terms)
+    masked = any(same(shape_of(term.node)[-1], core.behind + end) for term in core.terms)
     if not masked and all(isinstance(size, int) for size in (end, start, new)):
         raise Miss(Reason.UNSUPPORTED_ATTENTION, front, "the part of the buffer that is read does not end with the new")
     return End(end, masked)

@@ -20,6 +20,7 @@ from kvpass.graph.shapes import shape_of
 from kvpass.graph.views import chain_scale, walk_pieces, walk_up
 from kvpass.sites.halves import check_unchanged, half_of, is_tiled_core
 from kvpass.sites.kept import kept_otherwise, packed
+from kvpass.sites.memory import MemoryMasks, check_memory
 from kvpass.sites.mismatch import mismatch
 from kvpass.sites.mixed import Mixing, find_mixing, join_mixed
 from kvpass.sites.rules import check_site, make_site
@@ -55,8 +56,7 @@ def scan(gm: fx.GraphModule, patterns: Any, prove: bool = True) -> SiteTable:
             declined.append(decline(core.node, miss))
     declined += unclaimed(found, sites, declined)
     if prove:
-        proofs = Proofs()
-        sites = [proofs.of(site) for site in sites]
+        sites = [found.proofs.of(site) for site in sites]
     return SiteTable(tuple(sites), tuple(declined))
 
 
@@ -64,7 +64,8 @@ class _Found:
     """Cores and updates of one graph, and the joining of the two."""
 
     def __init__(self, flow: Flow, patterns: Any) -> None:
-        self.flow, self.patterns = flow, patterns
+        self.flow, self.patterns, self.proofs = flow, patterns, Proofs()
+        self.memories = MemoryMasks(self.proofs.elements)
         self.cores: list[Core] = []
         self.missed_cores: list[Decline] = []
         self.refused_cores: list[fx.Node] = []
@@ -77,7 +78,7 @@ class _Found:
             self._try_updates(node)
         self.readers: dict[fx.Node, int] = {}
         for core in self.cores:
-            bases = (self._walk(node)[0] for node in (core.k, core.v))
+            bases = (self._walk(node)[0] for node in core.cached)
             for base in {self.updates[base].node if base in self.updates else base for base in bases}:
                 self.readers[base] = self.readers.get(base, 0) + 1
 
@@ -93,7 +94,7 @@ class _Found:
                     self.blamed.update(caches)
                 continue
             if core is not None:
-                self.cores.append(next(filter(None, (p.match(core) for p in self.patterns.expanded)), core))
+                self.cores.append(self.patterns.refined(core))
                 return
 
     def _try_updates(self, node: fx.Node) -> None:
@@ -163,8 +164,8 @@ class _Found:
         Raises:
             Miss: they are a cache, but one of the rules of a site is broken.
         """
-        base_k, chain_k = self._walk(core.k)
-        base_v, chain_v = self._walk(core.v)
+        (base_k, above_k), (base_v, above_v) = map(self._walk, core.cached)
+        chain_k, chain_v = above_k + core.joins(0), above_v + core.joins(1)
         of_k, of_v = self._updates_of(core, base_k, base_v)
         if of_k is None and of_v is None:
             return None
@@ -176,6 +177,7 @@ class _Found:
                 Reason.KEY_VALUE_MISMATCH, core.node, what, hint="write both at the same place: one index for both"
             )
         core = replace(core, tiled=is_tiled_core(core, (of_k, of_v), (chain_k, chain_v)))
+        check_memory(core, (above_k, above_v), self.memories)
         lengths = [shape_of(u.node)[u.axis] for u in (of_k, of_v) if u.axis is not None]
         one: set[fx.Node] = {*chain_k, *chain_v} if of_k.node is of_v.node else set()
         if of_k.renews and of_v.renews and of_k.past is of_v.past:  # the same zeros, before the first token
@@ -187,7 +189,7 @@ class _Found:
                 for at, (update, chain) in enumerate(both)
             )
         except Miss as miss:
-            parts = packed(self.flow, (core.k, core.v)) if miss.reason is Reason.UNSUPPORTED_ATTENTION else None
+            parts = packed(self.flow, core.cached) if miss.reason is Reason.UNSUPPORTED_ATTENTION else None
             raise parts or miss from None
         if chain_scale(chain_v) != 1.0:
             raise Miss(Reason.UNSUPPORTED_ATTENTION, chain_v[-1], "the cached values are scaled")
@@ -237,7 +239,7 @@ class _Found:
         return found
 
     def _mismatch(self, core: Core, key: Update | None, value: Update | None) -> Miss:
-        bases = [self._walk(node)[0] for node in (core.k, core.v)]
+        bases = [self._walk(node)[0] for node in core.cached]
         caches = self.updates if key is None or value is None else ()
         between = (changes_of(self.flow, cache, bases) for cache in caches)
         miss = next((miss for miss in between if miss is not None), None)

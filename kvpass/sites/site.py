@@ -11,7 +11,24 @@ from torch import fx
 from kvpass.graph.calls import call_name, changes, operand, unused_sizes
 from kvpass.graph.nearby import taken_out
 from kvpass.graph.visibility import Visibility
+from kvpass.sites.refined import Joined, Latent, Memory, UpProjection
 from kvpass.terms import CacheForm, Layout, MaskKind, Phase
+
+__all__ = [
+    "Axes",
+    "Core",
+    "End",
+    "Half",
+    "Joined",
+    "Latent",
+    "Memory",
+    "Mixed",
+    "Reader",
+    "Site",
+    "Term",
+    "UpProjection",
+    "Update",
+]
 
 
 @dataclass(frozen=True)
@@ -47,27 +64,6 @@ class Axes:
 
 
 @dataclass(frozen=True)
-class UpProjection:
-    """Rows of a weight `[heads * width, rank]` that make one part of each head: `size` of `width`, from `start` on."""
-
-    weight: fx.Node
-    heads: int
-    width: int
-    start: int
-    size: int
-
-
-@dataclass(frozen=True)
-class Latent:
-    """Keys and values are projections of a cached latent of `rank` entries; the rest of a key is cached as it is."""
-
-    keys: UpProjection
-    values: UpProjection
-    nope_first: bool
-    rank: int
-
-
-@dataclass(frozen=True)
 class Core:
     """An attention core in normal form: `softmax(cap(q k^T * scale) + terms) v`, where `cap(x) = softcap * tanh(x /
     softcap)` (0: none) and `sinks` are logits that only the softmax's denominator sees.
@@ -86,6 +82,8 @@ class Core:
         inner: nodes between the operands and `node`, which are taken out of the graph with it.
         latent: set if `k` are latents and `v` rotated keys, and keys and values are made from them.
         tiled: query head h reads KV head `h % Hkv`, not `h // group`.
+        memory: set if `k` and `v` begin with keys and values of no token, which all queries see; columns of `terms`
+            are theirs first.
     """
 
     node: fx.Node
@@ -102,6 +100,24 @@ class Core:
     inner: tuple[fx.Node, ...] = ()
     latent: Latent | None = None
     tiled: bool = False
+    memory: Memory | None = None
+
+    @property
+    def behind(self) -> int:
+        """How many columns of its masks stand in front of the cache's first."""
+        return 0 if self.memory is None else self.memory.count
+
+    @property
+    def cached(self) -> tuple[fx.Node, fx.Node]:
+        """What of keys and values is to be cached."""
+        return (self.k, self.v) if self.memory is None else (self.memory.k.cached, self.memory.v.cached)
+
+    def joins(self, at: int) -> tuple[fx.Node, ...]:
+        """From the `cat` with a memory down to the keys (0) or values (1); none without one."""
+        if self.memory is None:
+            return ()
+        joined = (self.memory.k, self.memory.v)[at]
+        return joined.node, *joined.views
 
     @property
     def mask(self) -> fx.Node | None:

@@ -29,7 +29,7 @@ def unclaimed(found: Any, sites: list[Site], declined: list[Decline]) -> list[De
     """
     halves = [half.update for site in sites for half in (site.key, site.value)]
     taken = {node for update in halves for node in (update.node, update.write)} | found.blamed
-    taken |= {node for core in found.cores for arg in (core.k, core.v) for node in whole(arg)}
+    taken |= {node for core in found.cores for arg in (*core.cached, core.k, core.v) for node in whole(arg)}
     claimed = {id(found.updates[node]) for node in taken if node in found.updates}
     named = {decline.site for decline in declined}
     extra: dict[str, Decline] = {}

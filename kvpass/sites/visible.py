@@ -29,10 +29,10 @@ class Proofs:
         """The site with what its queries see."""
         core, position = site.core, self._position(site)
         buffered = site.key.update.form is CacheForm.BUFFER
-        key = core.terms, core.causal, position, buffered
+        key = core.terms, core.causal, position, buffered, core.behind
         if key not in self.found:
             parts = [(term.node, term.kind, term.axes, term.factor) for term in core.terms]
-            seen = visibility(parts, replace(site.seen, read=()), position, self.elements)
+            seen = visibility(parts, replace(site.seen, read=()), position, self.elements, core.behind)
             if buffered and (seen.corner or not seen.causal):  # the mask hides what nobody wrote
                 why = seen.why or ("what is not written is not hidden by causality",) * bool(parts)
                 seen = replace(site.seen, why=why)

@@ -16,8 +16,6 @@ def predicted(spelling: Spelling) -> tuple[str, ...]:
     codes = []
     if spelling.beside == "unrotated":  # what is cached is not what the attention reads, and the hint says so
         codes.append("KEY_ESCAPES")
-    if spelling.beside == "memory":  # keys of no token, in front of the cache
-        codes.append("UNSUPPORTED_ATTENTION")
     if spelling.read == "front_tensor":  # a tensor as the end of a slice: Tensor.item(), which Dynamo does not trace
         codes.append(GRAPH_BREAK)
     return tuple(codes)
