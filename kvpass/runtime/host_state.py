@@ -7,7 +7,7 @@ compiled one changes in attributes is put back after the call, and put in again 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -175,7 +175,7 @@ class HostState:
         self.first = None
         return alien
 
-    def _drifted(self, items: dict[Key, set[Any]]) -> list[Key]:
+    def _drifted(self, items: Mapping[Key, Set[Any]]) -> list[Key]:
         """Attributes of which these items were others at compile than before this call. Flags and names in an object
         without a tensor are settings (a model's configuration), and no conversation's state.
         """
