@@ -162,13 +162,14 @@ def _filled(at: At) -> Any:
 
 
 def _concatenated(at: At) -> Any:
-    """By cases: which part an element is in."""
+    """By cases: which part an element is in; the last, if it is in none before, as an index is within its tensor."""
     axis = normal_dim(at.given(1, "dim", 0), len(at.index))
     found: list[tuple[Any, Any]] = []
     start: Any = sympy.Integer(0)
-    for part in at.given(0, "tensors"):
+    parts = at.given(0, "tensors")
+    for part in parts:
         end = start + scalar(shape_of(part)[axis])
-        inside = sympy.Lt(at.index[axis], end)
+        inside = sympy.true if part is parts[-1] else sympy.Lt(at.index[axis], end)
         if inside != sympy.false:
             here = (*at.index[:axis], at.index[axis] - start, *at.index[axis + 1 :])
             found.append((at.of(part, here), inside))

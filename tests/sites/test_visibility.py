@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from kvpass.kernels.attention.masks import visible
 from kvpass.kernels.attention.visibility import Sees, Shown, as_mask
 from kvpass.patterns import DEFAULT
@@ -58,6 +59,10 @@ CAUSAL: dict[str, Make] = {
     "lt": lambda real, s, past: p_and_k(real, s, past)[1] < p_and_k(real, s, past)[0] + 1,
     "tril": lambda real, s, past: torch.ones(s, real.shape[1], dtype=torch.bool).tril(past),
     "buffer": lambda real, s, past: torch.ones(64, 64, dtype=torch.bool).tril()[past : past + s, : real.shape[1]],
+    "padded": lambda real, s, past: F.pad(CAUSAL["le"](real, s, past), (2, 0), value=True)[:, 2:],
+    "joined": lambda real, s, past: torch.cat([torch.ones(s, 2, dtype=torch.bool), CAUSAL["le"](real, s, past)], 1)[
+        :, 2:
+    ],
 }
 WINDOW: dict[str, Make] = {
     "gt": lambda real, s, past: p_and_k(real, s, past)[1] > p_and_k(real, s, past)[0] - 6,
