@@ -6,11 +6,12 @@ raises a `Miss`: an attention over such a value has a cache, so it must not pass
 
 from __future__ import annotations
 
+from kvpass.patterns.cache_buffer import ALLOCATIONS
 from kvpass.patterns.unwritten import why_unwritten
 from torch import fx
 
 from kvpass.errors import Reason
-from kvpass.graph.calls import call_name, changes, operand
+from kvpass.graph.calls import call_name, changes, is_input, operand
 from kvpass.graph.dataflow import Flow
 from kvpass.graph.miss import Miss
 from kvpass.graph.nearby import COPIES, SLICES, grows, nearby, whole
@@ -27,7 +28,7 @@ class BufferWrite:
         """
         for node in whole(base):
             written = node if call_name(node) in COPIES or changes(node) else _written(node)
-            if written is not None:
+            if written is not None and _is_kept(written):
                 raise why_unwritten(base, written, flow)
 
 
@@ -54,6 +55,11 @@ class PartlyStored:
             what = f"not {above[0].name} itself is stored, but {call_name(stored)} of it"
             hint = "return what torch.cat gives, as it is, and append to that in the next call"
             raise Miss(Reason.UNSUPPORTED_UPDATE, stored, what, hint=hint)
+
+
+def _is_kept(write: fx.Node) -> bool:
+    """Is it a buffer that is written into, and not what has just been computed (`qkv.clamp_()`, `k /= k.norm()`)?"""
+    return any(is_input(home) or call_name(home) in ALLOCATIONS for home in whole(operand(write)))
 
 
 def _written(buffer: fx.Node) -> fx.Node | None:

@@ -74,7 +74,7 @@ def covers(node: fx.Node) -> bool:
 def _is_the_same(node: fx.Node, above: fx.Node) -> bool:
     """`detach()` or `.data` where nothing has gradients; a copy that is returned in place of what it is made of."""
     name = call_name(node)
-    if name == "detach" or (name == "getattr" and node.args[1:] == ("data",)):
+    if name in ("detach", "_get_data_attr"):
         return not torch.is_grad_enabled()
     if name not in ("clone", "contiguous") or node.kwargs:
         return False

@@ -1,0 +1,37 @@
+"""transformers' continuous batching: its paged cache is written outside of all graphs, so it stays as it is."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+from models.tiny import llama
+from transformers import GenerationConfig
+
+import kvpass
+from kvpass.errors import NothingRewritten
+
+PROMPTS = [[1, 2, 3, 4, 5], [6, 7, 8]]
+
+
+def generated(model: Any) -> dict[str, list[int]]:
+    settings = {"num_blocks": 16, "block_size": 8, "max_batch_tokens": 64}
+    config = GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=None, pad_token_id=0, **settings)
+    results = model.generate_batch(PROMPTS, generation_config=config, progress_bar=False)
+    assert not any(result.error for result in results.values()), results
+    return {name: result.generated_tokens for name, result in results.items()}
+
+
+@pytest.mark.skipif(not hasattr(llama(), "generate_batch"), reason="transformers before continuous batching")
+def test_tokens_are_the_models_own_and_the_line_is_named() -> None:
+    """It also sets the model's configuration, before and in the first call: no state of a conversation."""
+    expected = generated(llama(layers=1).eval())
+    compiled = kvpass.compile(llama(layers=1).eval(), "h2o", 8, inner="eager")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert generated(compiled) == expected
+    (told,) = [str(one.message) for one in said if issubclass(one.category, NothingRewritten)]
+    assert "kvpass rewrites nothing" in told
+    assert "Dynamo broke the graph at" in told
+    assert ".update(key_states, value_states" in told
