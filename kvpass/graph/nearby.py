@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from kvpass.graph.calls import PROJECTIONS, argument, call_name, example, is_input, is_metadata, operand
-from kvpass.graph.plain import covers
+from kvpass.graph.covering import covers
 from kvpass.graph.shapes import is_empty, normal_dim, shape_of
 from kvpass.graph.views import is_view
 
