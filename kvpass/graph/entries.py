@@ -1,4 +1,4 @@
-"""Entries of a stack of buffers that are indexed at once: `stack[layer, 0, :, a:b] = k` is `stack[layer, 0][:, a:b] = k`.
+"""Entries of a stack of buffers, indexed at once: `stack[layer, 0, :, a:b] = k` is `stack[layer, 0][:, a:b] = k`.
 
 So that the write and the read of one buffer are spelled in one way, wherever the buffer lies.
 """

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from models.attention import DIM, attend, hidden, layer
-from torch import Tensor
+from models.attention import DIM, KV_HEADS, WIDTH, attend, hidden, layer
+from torch import Tensor, nn
 
 import kvpass
 
@@ -78,11 +78,30 @@ def hiding_twice(self, x, past=None):
     return self.finish(logits.softmax(-1).masked_fill(hidden, 0.0) @ spread_v), (k, v)
 
 
+def heads_apart_in_the_cache(self, x, past=None):
+    """fairseq: attention over sequences and heads in one axis, a cache of four axes."""
+    b, t, _ = x.shape
+    q, k, v = (p(x).view(b, t, KV_HEADS, DIM).transpose(1, 2).reshape(b * KV_HEADS, t, DIM) for p in self.narrow)
+    if past is not None:
+        k, v = (torch.cat([old.view(b * KV_HEADS, -1, DIM), new], 1) for old, new in zip(past, (k, v), strict=True))
+    kept = tuple(y.view(b, KV_HEADS, -1, DIM) for y in (k, v))
+    logits = torch.bmm(q, k.transpose(1, 2)) * DIM**-0.5
+    logits = logits.masked_fill(~causal(t, k.shape[1]), float("-inf"))
+    y = torch.bmm(logits.softmax(-1), v).view(b, KV_HEADS, t, DIM).transpose(1, 2).flatten(2)
+    return y, kept
+
+
 HABITS = {
+    "heads apart": heads_apart_in_the_cache,
     **{f"{name} before": changing(change) for name, change in IN_PLACE.items()},
     **{f"{name} stored": storing(store) for name, store in STORED.items()},
     "hidden twice": hiding_twice,
 }
+
+
+def made(name: str) -> nn.Module:
+    torch.manual_seed(11)
+    return layer(HABITS[name], narrow=nn.ModuleList(nn.Linear(WIDTH, KV_HEADS * DIM) for _ in range(3)))
 
 
 def converse(model: Any, inputs: list[Tensor]) -> list[Tensor]:
@@ -98,11 +117,11 @@ def converse(model: Any, inputs: list[Tensor]) -> list[Tensor]:
 def test_a_full_budget_is_the_model_and_a_small_one_evicts(name: str) -> None:
     torch.manual_seed(7)
     inputs = [hidden(length) for length in (9, 1, 1, 1, 1)]
-    compiled = kvpass.compile(layer(HABITS[name]), "full", inner="eager")
-    for got, expected in zip(converse(compiled, inputs), converse(layer(HABITS[name]), inputs), strict=True):
+    compiled = kvpass.compile(made(name), "full", inner="eager")
+    for got, expected in zip(converse(compiled, inputs), converse(made(name), inputs), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     assert len(compiled.kvpass.graphs) <= 3
-    evicting = kvpass.compile(layer(HABITS[name]), "streaming_llm", BUDGET, inner="eager")
+    evicting = kvpass.compile(made(name), "streaming_llm", BUDGET, inner="eager")
     _, cache = _run(evicting, inputs)
     (held,) = kvpass.inspect(cache).layers
     assert all(len(row) == BUDGET for rows in held.positions for row in rows)
@@ -114,3 +133,35 @@ def _run(model: Any, inputs: list[Tensor]) -> tuple[Tensor, Any]:
         for x in inputs:
             y, cache = model(x, cache)
     return y, cache
+
+
+class Stacked(nn.Module):
+    """nanochat: all layers' keys and values in one tensor that the host holds, indexed at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.project = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH) for _ in range(2))
+
+    def forward(self, x: Tensor, stack: Tensor, at: int) -> Tensor:
+        b, t, _ = x.shape
+        for i, project in enumerate(self.project):
+            q, k, v = project(x).view(b, t, 3, -1, DIM).permute(2, 0, 3, 1, 4)
+            stack[i, 0, :, :, at : at + t] = k
+            stack[i, 1, :, :, at : at + t] = v
+            k, v = stack[i, 0, :, :, : at + t], stack[i, 1, :, :, : at + t]
+            x = x + attend(q, k, v, attn_mask=causal(t, at + t)).transpose(1, 2).flatten(2)
+        return x
+
+
+def test_a_stack_of_all_layers_is_indexed_at_once() -> None:
+    compiled = kvpass.compile(Stacked().eval(), "full", inner="eager")
+    for prompt in (9, 12):
+        stacks, at = [torch.zeros(2, 2, 2, WIDTH // DIM, 24, DIM) for _ in range(2)], 0
+        for count in (prompt, 1, 1, 1):
+            x = hidden(count)
+            with torch.no_grad():
+                got, expected = compiled(x, stacks[0], at), Stacked().eval()(x, stacks[1], at)
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+            at += count
+    assert len(compiled.kvpass.graphs) <= 4
