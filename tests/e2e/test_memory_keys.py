@@ -223,10 +223,11 @@ def test_the_heads_of_a_memory(repeat: Any, of_queries: bool) -> None:
 
 
 def test_an_exported_step() -> None:
-    class Step(Grows):
-        def forward(self, ids: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-            logits, grown = super().forward(ids, (k, v))
-            return logits, *grown
+    class Step(Attends):
+        def forward(self, ids: Tensor, past_k: Tensor, past_v: Tensor) -> tuple[Tensor, ...]:
+            q, k, v = self.projected(ids)
+            k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+            return self.attended(q, k, v, ids), k, v
 
     model, past = Step(lambda shown: None).eval(), torch.randn(2, KV_HEADS, 5, DIM)  # one query sees all
     shapes = (None, {2: torch.export.Dim.DYNAMIC}, {2: torch.export.Dim.DYNAMIC})
