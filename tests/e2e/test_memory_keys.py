@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import kvpass
 from kvpass.errors import DeclinedError
+from kvpass.lowering.pure import decompositions
 
 HEADS, KV_HEADS, DIM, MEMORIES, WIDTH, ROOM, BUDGET = 4, 2, 8, 3, 32, 40, 9
 CALLS = (16, 1, 1, 4, 1)
@@ -24,7 +25,7 @@ Pair = tuple[Tensor, Tensor]
 class Attends(nn.Module):
     """One layer; `hide` makes its mask of the tokens' mask."""
 
-    def __init__(self, hide: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, hide: Callable[[Tensor], Tensor | None]) -> None:
         super().__init__()
         torch.manual_seed(3)
         self.hide = hide
@@ -178,3 +179,64 @@ def test_a_causal_mask_from_the_first_memory_key_is_declined() -> None:
     compiled = kvpass.compile(Causal(padded).eval(), "h2o", BUDGET, inner="eager")
     with torch.no_grad(), pytest.raises(DeclinedError, match="is_causal=True counts from the first"):
         compiled.step(tokens(16, 0), 0, None)
+
+
+def tiled(x: Tensor) -> Tensor:
+    return x.repeat(1, HEADS // KV_HEADS, 1, 1)
+
+
+def interleaved(x: Tensor) -> Tensor:
+    return x.repeat_interleave(HEADS // KV_HEADS, 1)
+
+
+class Joins(Grows):
+    """Memory for each KV head in front of the repeat, or for each query head behind it."""
+
+    def __init__(self, repeat: Any, of_queries: bool) -> None:
+        super().__init__(padded)
+        self.repeat, self.of_queries = repeat, of_queries
+        if of_queries:
+            self.memory = nn.Parameter(torch.randn(2, HEADS, MEMORIES, DIM))
+
+    def attended(self, q: Tensor, k: Tensor, v: Tensor, shown: Tensor) -> Tensor:
+        if self.of_queries:
+            k, v = self.repeat(k), self.repeat(v)
+        k, v = (torch.cat([m.expand(len(x), -1, -1, -1), x], 2) for m, x in zip(self.memory, (k, v), strict=True))
+        if not self.of_queries:
+            k, v = self.repeat(k), self.repeat(v)
+        return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=padded(shown)).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("of_queries", [False, True])
+@pytest.mark.parametrize("repeat", [tiled, interleaved])
+def test_the_heads_of_a_memory(repeat: Any, of_queries: bool) -> None:
+    """`verify` compares heads in the order of the ops with the model's own."""
+    model = Joins(repeat, of_queries).eval()
+    compiled = kvpass.compile(model, "full", 1.0, inner="eager", verify=True)
+    start, got, want = 0, None, None
+    with torch.no_grad():
+        for seed, length in enumerate(CALLS):
+            ids = tokens(length, seed)
+            (ours, got), (theirs, want) = compiled.step(ids, start, got), model.step(ids, start, want)
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+            start += length
+
+
+def test_an_exported_step() -> None:
+    class Step(Attends):
+        def forward(self, ids: Tensor, past_k: Tensor, past_v: Tensor) -> tuple[Tensor, ...]:
+            q, k, v = self.projected(ids)
+            k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+            return self.attended(q, k, v, ids), k, v
+
+    model, past = Step(lambda shown: None).eval(), torch.randn(2, KV_HEADS, 5, DIM)  # one query sees all
+    shapes = (None, {2: torch.export.Dim.DYNAMIC}, {2: torch.export.Dim.DYNAMIC})
+    with torch.no_grad():
+        program = torch.export.export(model, (tokens(1, 0), past, past.clone()), dynamic_shapes=shapes)
+        rewritten = kvpass.rewrite(program, "full", 1.0)
+        for step in (rewritten.graph_module, rewritten.program.run_decompositions(decompositions()).module()):
+            state, k, v = rewritten.empty_state(8), past[:, :, :0], past[:, :, :0]
+            for t in range(6):
+                logits, *state = step(tokens(1, t), t, *state)
+                expected, k, v = model(tokens(1, t), k, v)
+                torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
