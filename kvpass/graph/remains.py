@@ -29,10 +29,7 @@ def remains(node: fx.Node) -> Remains | None:
         for user in current.users:
             if user.op == "output" or (isinstance(example(current), tuple) and not is_number(user)):
                 return None
-            if is_number(user):
-                kind = found.numbers
-            else:
-                kind = found.like if _is_like(user, current) else found.made
+            kind = found.numbers if is_number(user) else found.like if _is_like(user, current) else found.made
             if user not in kind:
                 kind.append(user)
     return found

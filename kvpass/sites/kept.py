@@ -167,10 +167,15 @@ def _below(base: fx.Node, bases: Sequence[fx.Node]) -> Iterator[fx.Node]:
             if user in seen or is_metadata(user) or call_name(user) in PROJECTIONS | ATTENTIONS:
                 continue
             yield user
-            alone = call_name(user) in JOINS or {n for n in user.all_input_nodes if _is_wide(n)} <= seen
+            alone = call_name(user) in JOINS or {n for n in _data(user) if _is_wide(n)} <= seen
             if _is_wide(user) and len(queue) < LIMIT and alone:
                 seen.add(user)
                 queue.append(user)
+
+
+def _data(user: fx.Node) -> list[fx.Node]:
+    """Inputs whose numbers a node reads: of `y.type_as(x)`, none of `x`."""
+    return [operand(user)] if call_name(user) == "type_as" else user.all_input_nodes
 
 
 def _written_elsewhere(flow: Flow, write: fx.Node) -> bool:

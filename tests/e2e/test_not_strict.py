@@ -198,8 +198,8 @@ class Placed(Decoder):
             q, k, v = project(x).view(b, t, 3, HEADS, DIM).permute(2, 0, 3, 1, 4)
             keys[:, :, start : start + t] = k
             values[:, :, start : start + t] = v
-            keys, values = keys[:, :, : start + t], values[:, :, : start + t]
-            x = x + F.scaled_dot_product_attention(q, keys, values, is_causal=t > 1).transpose(1, 2).reshape(b, t, WIDTH)
+            k, v = keys[:, :, : start + t], values[:, :, : start + t]
+            x = x + F.scaled_dot_product_attention(q, k, v, is_causal=t > 1).transpose(1, 2).reshape(b, t, WIDTH)
         return self.out(x)
 
 
