@@ -48,6 +48,13 @@ class SizeReader:
         return (lambda args: int(args[place])) if dim is None else (lambda args: int(args[place].shape[dim]))
 
 
+def hinted(args: Sequence[Any]) -> list[Any]:
+    """Inputs with the values that their symbols stand for in the call that is compiled: `int` of a symbol would guard
+    on it, and each other value then be a graph of its own. None if a symbol has no value yet.
+    """
+    return [arg.node.hint if isinstance(arg, torch.SymInt) else arg for arg in args]
+
+
 def free_size(shape_env: Any, name: str, hint: int = 4093) -> Any:
     """A size that changes from call to call without a guard; it may only reach opaque ops."""
     from torch._dynamo.source import ConstantSource

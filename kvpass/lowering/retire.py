@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from kvpass.errors import VerificationError
-from kvpass.graph.calls import changes, example, is_metadata, operand, unused_sizes
+from kvpass.graph.calls import call_name, changes, example, is_metadata, operand, unused_sizes
 from kvpass.graph.nearby import home_of, taken_out
 from kvpass.graph.remains import remains
 from kvpass.graph.symbols import SizeReader
@@ -76,17 +76,21 @@ class Retirement:
 
     def _drop(self, node: fx.Node, half: Half) -> None:
         """Erase a cache; whoever reads its size gets a shell's."""
-        self._read_sizes_of(node)
+        self._read_sizes_of(node, self.copy[half.update.new])
         if node.users:
             self._stand_in(node, half)
         self.graph.erase_node(node)
 
-    def _read_sizes_of(self, node: fx.Node) -> None:
-        """Erase what is made of a cache for its size alone, and read the size of the cache or of an input instead."""
+    def _read_sizes_of(self, node: fx.Node, new: fx.Node) -> None:
+        """Erase what is made of a cache for its size or type alone, and read the size of the cache or of an input
+        instead, and the type of the new keys or values.
+        """
         found = remains(node)
         if found is None:
             return
-        made, numbers = found
+        made, numbers, like = found
+        for one in like:
+            one.replace_input_with(operand(one), self._like(one, node, new))
         for number in numbers:
             if number.users:
                 with self.graph.inserting_before(number):
@@ -94,6 +98,20 @@ class Retirement:
         for one in sorted({*made, *numbers}, reverse=True):
             self.graph.erase_node(one)
         self._moved.update(numbers, (one for one in made if is_metadata(one)))
+
+    def _like(self, reader: fx.Node, node: fx.Node, new: fx.Node) -> fx.Node:
+        """What `reader` takes its type from, and its sizes if it is a `torch.ones_like`, instead of what is gone."""
+        value, sized = example(operand(reader)), call_name(reader).endswith("_like")
+        if value.dtype == example(new).dtype and not sized:
+            return new
+        with self.graph.inserting_before(reader):
+            one = self.graph.call_method("new_empty", (new, (1,)), {"dtype": value.dtype})
+            one.meta = {"example_value": example(new).new_empty((1,), dtype=value.dtype)}
+            if not sized:
+                return one
+            shell = self.graph.call_method("expand", (one, *(self._number(size, node) for size in value.shape)))
+        shell.meta = {"example_value": value}
+        return shell
 
     def _number(self, value: Any, node: fx.Node) -> Any:
         """A size as a node: one of the cache's, if it is one of those."""

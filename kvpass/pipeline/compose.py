@@ -132,6 +132,7 @@ class Backend:
         return Untouched(inner, data_inputs(gm.graph), (), self._origin(SiteTable()))
 
     def _rewrite(self, gm: fx.GraphModule, example_inputs: list[Any], record: GraphRecord) -> Callable[..., Any]:
+        from kvpass.graph.symbols import hinted
         from kvpass.runtime.forms import Forms
 
         planned, lowered = self._lowered(gm, record, record.table)
@@ -142,7 +143,7 @@ class Backend:
             partial(self._form, gm, example_inputs, record, (planned, lowered)),
             self._origin(record.table),
         )
-        forms.of(example_inputs)
+        forms.of(hinted(example_inputs))
         return forms
 
     def _lowered(self, gm: fx.GraphModule, record: GraphRecord, table: SiteTable) -> tuple[Plan, Lowered]:

@@ -14,7 +14,7 @@ from kvpass.errors import VerificationError
 from kvpass.graph.calls import example
 from kvpass.graph.extract import functions_of
 from kvpass.graph.miss import Miss
-from kvpass.graph.symbols import SizeReader
+from kvpass.graph.symbols import SizeReader, hinted
 from kvpass.kernels.attention.masks import threshold
 from kvpass.kernels.attention.visibility import Sees, Shown, as_mask
 from kvpass.plan.plan import Plan
@@ -42,7 +42,7 @@ def check_masks(gm: fx.GraphModule, plan: Plan, bindings: Sequence[Any], args: S
     Raises:
         VerificationError: naming the site. A bug in kvpass, never the user's fault.
     """
-    args = [value.node.hint if isinstance(value, torch.SymInt) else value for value in args]
+    args = hinted(args)
     if any(value is None or isinstance(value, FakeTensor) for value in args):
         return
     sizes, done = SizeReader(gm.graph.find_nodes(op="placeholder")), set()

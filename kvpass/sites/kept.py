@@ -45,6 +45,8 @@ def kept_otherwise(flow: Flow, core: Core, bases: Sequence[fx.Node]) -> Miss | N
     if joined is not None:
         return joined
     key, value = (half_otherwise(flow, core, bases, at) for at in (0, 1))
+    if key is None and value is not None:
+        key = _turned_later(flow, core, bases[0])
     if key is None or value is None:
         return None
     key.reads += value.reads
@@ -62,6 +64,17 @@ def _joined(flow: Flow, base: fx.Node) -> Miss | None:
     what = f"the attention reads {cached[0].name} joined with {others[0].name}, which are keys of no token"
     hint = "memory in front of the cache must be made of nn.Parameters alone: torch.cat([memory, cached], dim)"
     return Miss(Reason.UNSUPPORTED_ATTENTION, base, what, (cached[0],), hint)
+
+
+def _turned_later(flow: Flow, core: Core, base: fx.Node) -> Miss | None:
+    """Keys that are stored in another form, as their values are, and rotated only after that."""
+    tokens = dict(zip(core.axes.k, shape_of(core.k), strict=False)).get("T")
+    for above in _above(base):
+        if call_name(above) in PROJECTIONS or flow.between(above, core.q):
+            return None
+        if is_kept(flow, above, tokens):
+            return change_between(flow, above, base, Reason.KEY_ESCAPES)
+    return None
 
 
 def packed(flow: Flow, bases: Sequence[fx.Node]) -> Miss | None:
@@ -95,6 +108,14 @@ def half_otherwise(flow: Flow, core: Core, bases: Sequence[fx.Node], at: int) ->
             hint = f"write first, then attend to the {what} in the buffer: buf[:, :, :end], or all of it under a mask"
             return Miss(Reason.UNSUPPORTED_UPDATE, kept, detail, hint=hint)
     return None
+
+
+def is_kept(flow: Flow, base: fx.Node, tokens: Any) -> bool:
+    """Is a value with this many tokens, made of keys or values alone or put together with others, returned or written
+    into an input?
+    """
+    below = _below(base, (base,))
+    return any((kept in flow.outputs and _holds(kept, tokens)) or _written_elsewhere(flow, kept) for kept in below)
 
 
 def change_between(flow: Flow, cache: fx.Node, base: fx.Node, reason: Reason) -> Miss | None:
@@ -167,10 +188,15 @@ def _below(base: fx.Node, bases: Sequence[fx.Node]) -> Iterator[fx.Node]:
             if user in seen or is_metadata(user) or call_name(user) in PROJECTIONS | ATTENTIONS:
                 continue
             yield user
-            alone = call_name(user) in JOINS or {n for n in user.all_input_nodes if _is_wide(n)} <= seen
+            alone = call_name(user) in JOINS or {n for n in _data(user) if _is_wide(n)} <= seen
             if _is_wide(user) and len(queue) < LIMIT and alone:
                 seen.add(user)
                 queue.append(user)
+
+
+def _data(user: fx.Node) -> list[fx.Node]:
+    """Inputs whose numbers a node reads: of `y.type_as(x)`, none of `x`."""
+    return [operand(user)] if call_name(user) == "type_as" else user.all_input_nodes
 
 
 def _written_elsewhere(flow: Flow, write: fx.Node) -> bool:

@@ -19,7 +19,7 @@ from kvpass.graph.nearby import home_of
 from kvpass.graph.shapes import shape_of
 from kvpass.graph.views import chain_scale, walk_pieces, walk_up
 from kvpass.sites.halves import check_unchanged, half_of, is_tiled_core
-from kvpass.sites.kept import kept_otherwise, packed
+from kvpass.sites.kept import is_kept, kept_otherwise, packed
 from kvpass.sites.memory import MemoryMasks, check_memory
 from kvpass.sites.mismatch import mismatch
 from kvpass.sites.mixed import Mixing, find_mixing, join_mixed
@@ -87,7 +87,9 @@ class _Found:
             try:
                 core = pattern.match(node)
             except Miss as miss:
-                caches = [base for base in self.operands(node, miss) if self._is_cache(base)]
+                tokens = self._tokens(node)
+                bases = self.operands(node, miss)
+                caches = [base for base in bases if self._is_cache(base) or is_kept(self.flow, base, tokens)]
                 if caches:
                     self.refused_cores.append(node)
                     self.missed_cores.append(decline(node, miss.by(pattern.name)))
@@ -125,6 +127,12 @@ class _Found:
         if not found and call_name(core) in PARTS:
             found = argument(core, 1, "key"), argument(core, 2, "value")
         return [self._walk(arg)[0] for arg in found if isinstance(arg, fx.Node)]
+
+    def _tokens(self, core: fx.Node) -> Any:
+        """How many keys a refused core attends to; None if it has a form of its own."""
+        if call_name(core) in PARTS:
+            return next(iter(shape_of(argument(core, 1, "key"))[-2:]), None)
+        return next(iter(shape_of(core)[-1:]), None) if call_name(core) == "softmax" else None
 
     def _is_cache(self, base: fx.Node) -> bool:
         try:

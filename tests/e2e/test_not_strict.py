@@ -184,6 +184,36 @@ def test_buffers_of_a_dense_prompt_go_on_dense() -> None:
     torch.testing.assert_close(in_buffers(compiled, room(), calls), expected, rtol=1e-4, atol=1e-5)
 
 
+class Placed(Decoder):
+    """Buffers of the model's own, written at a number that the caller says, as in Meta's Llama."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.past = room()
+
+    def forward(self, ids: Tensor, start: int) -> Tensor:
+        x = self.emb(ids)
+        b, t = ids.shape
+        for (keys, values), project in zip(self.past, self.qkv, strict=True):
+            q, k, v = project(x).view(b, t, 3, HEADS, DIM).permute(2, 0, 3, 1, 4)
+            keys[:, :, start : start + t] = k
+            values[:, :, start : start + t] = v
+            k, v = keys[:, :, : start + t], values[:, :, : start + t]
+            x = x + F.scaled_dot_product_attention(q, k, v, is_causal=t > 1).transpose(1, 2).reshape(b, t, WIDTH)
+        return self.out(x)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_place_that_is_a_number_makes_no_graph_per_token(strict: bool) -> None:
+    compiled = kvpass.compile(Placed().eval(), "streaming_llm", BUDGET, inner="eager", strict=strict)
+    with torch.no_grad():
+        for prompt in (14, 17):
+            compiled(tokens(prompt, 0), 0)
+            for at in range(4):
+                compiled(tokens(1, at), prompt + at)
+    assert len(compiled.kvpass.graphs) <= 4
+
+
 def test_a_copy_of_a_buffer_that_holds_no_keys_is_refused() -> None:
     """The caller's buffer stands for a compressed cache, so what is copied out of it is nothing."""
     compiled = kvpass.compile(Buffered().eval(), "h2o", BUDGET, inner="eager", strict=False)

@@ -217,3 +217,35 @@ def test_a_mask_that_sites_share_leaves_their_fakes_right():
     outs = [example(n) for n in nodes if "prefill_attend" in str(n.target)]
     assert len(outs) > 1
     assert len({str([tuple(t.shape) for t in found]) for found in outs}) == 1
+
+
+MASKS: dict[str, Callable[[Any, int], Any]] = {
+    "new_ones": lambda logits, end: logits.new_ones(end, end).tril().bool()[-logits.shape[2] :],
+    "ones_like": lambda logits, end: torch.ones_like(logits).tril(end - logits.shape[2]).bool(),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spelling", MASKS)
+def test_a_mask_of_the_type_of_the_logits(spelling: str, dtype: torch.dtype) -> None:
+    """The logits are gone; what was made of their type (and size) alone is made of another tensor."""
+
+    def forward(self: Any, x: Any, cache: Any = None) -> Any:
+        q, k, v = self.project(x)
+        if cache is not None:
+            k, v = torch.cat([cache[0], k], 2), torch.cat([cache[1], v], 2)
+        logits = (q @ k.repeat_interleave(2, 1).mT).float()
+        if x.shape[1] > 1:
+            shown = MASKS[spelling](logits, k.shape[2])
+            logits = logits.masked_fill(~shown, torch.finfo(logits.dtype).min)
+        return self.finish(torch.softmax(logits, -1).to(v.dtype) @ v.repeat_interleave(2, 1)), (k, v)
+
+    model, turns = layer(forward).to(dtype), [hidden(n).to(dtype) for n in (6, 1, 3, 4, 1)]
+    compiled = kvpass.compile(layer(forward).to(dtype), "full", inner="eager")
+    near = {} if dtype is torch.float32 else {"rtol": 0.02, "atol": 0.01}  # the probabilities are rounded on their own
+    with torch.no_grad():
+        ours = theirs = None
+        for x in turns:
+            found, ours = compiled(x, ours)
+            expected, theirs = model(x, theirs)
+            torch.testing.assert_close(found, expected, **near)

@@ -99,6 +99,67 @@ def test_a_prompt_says_what_the_step_would():
         torch.testing.assert_close(lenient(model)(x), model(x), rtol=0, atol=0)
 
 
+def stacked_transposed(self, x):
+    """As in pytorch-transformers' GPT-2, with its product of logits and mask."""
+    q, k, v = self.project(x)
+    k, v = k.repeat_interleave(2, 1).mT, v.repeat_interleave(2, 1)
+    shown = torch.ones(6, 6).tril()
+    y = torch.softmax(q @ k * shown - 1e10 * (1 - shown), -1) @ v
+    return self.finish(y), torch.stack((k.mT, v))
+
+
+def stacked_twice(self, x):
+    q, k, v = self.project(x)
+    return self.finish(attend(q, k, v, is_causal=True)), torch.stack([torch.stack((k, v))])
+
+
+def stacked_and_turned_later(self, x):
+    q, k, v = self.project(x)
+    return self.finish(attend(q, k * x.new_ones(8).cos(), v, is_causal=True)), torch.stack((k, v))
+
+
+def beside_a_ring(self, x, keys, values):
+    """As in mistral's reference: the prompt attends to its own keys."""
+    q, k, v = self.project(x)
+    k = torch.view_as_real(torch.view_as_complex(k.reshape(2, 2, 6, 4, 2)) * 1j).flatten(3).type_as(k)
+    at = (torch.arange(6) % 8)[None, None, :, None].repeat(2, 2, 1, 8)
+    keys[:2].scatter_(2, at, k[:, :, -8:])
+    values[:2].scatter_(2, at, v[:, :, -8:])
+    return self.finish(attend(q, k, v, is_causal=True))
+
+
+PROMPTS = {
+    stacked_transposed: ("UNSUPPORTED_ATTENTION", "q @ k * shown", ()),
+    stacked_twice: ("UNSUPPORTED_UPDATE", "torch.stack([torch.stack((k, v))])", ()),
+    stacked_and_turned_later: ("KEY_ESCAPES", "k * x.new_ones(8).cos()", ()),
+    beside_a_ring: ("UNSUPPORTED_UPDATE", "keys[:2].scatter_", (torch.zeros(3, 2, 8, 8), torch.zeros(3, 2, 8, 8))),
+}
+
+
+@pytest.mark.parametrize("forward", PROMPTS)
+def test_a_cache_in_another_form_is_named_in_the_prompt(forward):
+    reason, line, buffers = PROMPTS[forward]
+    (graph,) = capture_all(layer(forward), hidden(6), *buffers)
+    (said,) = scan(graph, DEFAULT).declined
+    assert said.reason == reason
+    assert line in said.source
+
+
+def test_what_is_returned_beside_is_no_cache():
+    """Of an attention that no pattern knows: what it gives, its logits, its weights, sums over its keys."""
+
+    def forward(self, x):
+        q, k, v = self.project(x)
+        k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+        logits = torch.sin(q @ k.mT)
+        weights = torch.softmax(logits, -1)
+        y = weights @ v
+        return self.finish(y), x + self.finish(y), y, logits, weights, k.mean(2, keepdim=True), torch.stack((x, x * 2))
+
+    (graph,) = capture_all(layer(forward), hidden(6))
+    assert not scan(graph, DEFAULT).declined
+
+
 def test_hidden_states_are_no_cache():
     """They are returned and projected to keys and values, but to queries too."""
     model = llama(layers=3)
