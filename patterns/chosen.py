@@ -41,7 +41,7 @@ def _split(term: Term) -> tuple[Term, ...]:
     half = any(example(part.node).dtype == torch.float16 for part in rest)
     if chosen is None or not _only_a_choice(chosen) or half or (base is not None and _is_chosen(base)):
         raise Miss(Reason.MASK_UNKNOWN, node, "a choice of tokens (topk, sort) is mixed into the mask")
-    return *rest, Term(chosen, MaskKind.ADD, term.axes, NO_WEIGHT)
+    return *rest, replace(term, node=chosen, kind=MaskKind.ADD, factor=NO_WEIGHT)
 
 
 def _parts(node: fx.Node, term: Term) -> tuple[fx.Node | None, fx.Node | None]:

@@ -198,7 +198,9 @@ def _take_term(found: Logits, other: Any, kind: MaskKind, node: fx.Node, factor:
     if (example(other).dtype.is_floating_point) != (kind is MaskKind.ADD):
         hint = "add a mask of floats (mask.to(logits.dtype)), or hide by a bool one"
         raise Miss(Reason.MASK_SHAPE, node, f"a mask of dtype {example(other).dtype}", hint=hint)
-    found.terms.append(Term(other, kind, space, factor))
+    heads = tuple(shape_of(node)[1:-2])  # those of the view that is masked, which may not be the product's
+    known = all(isinstance(size, int) for size in heads)
+    found.terms.append(Term(other, kind, space, factor, heads if known else ()))
 
 
 def _where(found: Logits, node: fx.Node) -> fx.Node:

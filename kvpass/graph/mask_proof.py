@@ -164,7 +164,9 @@ def _token(condition: Any, elements: Elements) -> fx.Node | None:
     node = elements.nodes[str(name)]
     if is_changed(node):
         raise Unproved(f"{node.name} is changed in place")
-    return node if len(index) == 2 and index[1] == K and index[0] in (B, 0) else None
+    if len(index) != 2 or index[1] != K:
+        return None
+    return node if index[0] == (0 if is_one(shape_of(node)[0]) else B) else None
 
 
 def _chunk(condition: Any, position: Any) -> int:

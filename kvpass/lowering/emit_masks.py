@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import operator
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,6 +14,7 @@ from kvpass.graph.calls import example
 from kvpass.graph.shapes import is_one, shape_of
 from kvpass.lowering.emit_heads import regrouped
 from kvpass.lowering.emit_nodes import Writer
+from kvpass.sites.rows import is_regrouped, rows_of_sequence
 from kvpass.sites.site import Term
 from kvpass.terms import CacheForm, MaskKind, Phase
 
@@ -43,14 +46,17 @@ def seen_of(write: Writer, position: fx.Node | int) -> Seen:
 
 def _tokens_of(write: Writer, given: fx.Node, position: fx.Node | int) -> tuple[fx.Node, fx.Node]:
     """The 2-d mask as bool, and its bounds: once for all sites."""
-    known, count = write.low.tokens, str(write.site.dims["S"])
-    if (given, count) not in known:
+    known, rows = write.low.tokens, rows_of_sequence(write.site)
+    made_of = given, str(write.site.dims["S"]), rows
+    if made_of not in known:
         queries, position = _queries(write), _early(write, position)
         with write.early(write.copy(given), queries, position):
             node = write.copy(given)
             node = node if example(given).dtype == torch.bool else write.call(operator.ne, node, 0)
-            known[given, count] = node, write.op("token_bounds", node, position, queries)
-    return known[given, count]
+            if rows > 1 and not is_one(shape_of(given)[0]):
+                node = write.method("repeat_interleave", node, rows, 0)
+            known[made_of] = node, write.op("token_bounds", node, position, queries)
+    return known[made_of]
 
 
 def _early(write: Writer, position: fx.Node | int) -> fx.Node | int:
@@ -71,15 +77,16 @@ def _spans_of(write: Writer, mask: fx.Node | None) -> fx.Node:
     return spans[mask]
 
 
-def _queries(write: Writer) -> fx.Node | int:
-    """How many tokens the call has: of an input, if one is as long."""
+def _queries(write: Writer, letter: str = "S") -> fx.Node | int:
+    """How many tokens the call has, or another size of the queries: of an input, if one is as long."""
     site = write.site
-    count = site.dims["S"]
+    at = site.core.axes.q.index(letter)
+    count = shape_of(site.core.q)[at]
     if isinstance(count, int):
         return count
     found = write.low.input_of(count)
     if found is None:
-        return write.method("size", write.copy(site.core.q), site.core.axes.q.index("S"))
+        return write.method("size", write.copy(site.core.q), at)
     if found[1] is None:
         return found[0]
     with write.early(found[0]):
@@ -89,12 +96,15 @@ def _queries(write: Writer) -> fx.Node | int:
 def _mask_of(write: Writer, position: fx.Node | int) -> fx.Node:
     """What was not proved as one mask."""
     site, masks = write.site, write.low.masks
-    made_of = (site.core.terms, site.seen.read, str(site.dims["S"]), site.core.tiled, site.core.behind)
+    terms = [site.core.terms[at] for at in site.seen.read]
+    regrouped_at = site.dims["Hq"] if any(is_regrouped(site, term) for term in terms) else None
+    made_of = (site.core.terms, site.seen.read, str(site.dims["S"]), site.core.tiled, site.core.behind, regrouped_at)
     if made_of not in masks:
-        made = [write.copy(site.core.terms[at].node) for at in site.seen.read]
+        made = [write.copy(term.node) for term in terms]
+        rows = None if regrouped_at is None else _queries(write, "N")
         end = (position, _queries(write)) if site.key.update.form is CacheForm.BUFFER else ()
-        with write.early(*made, *end):
-            mask = _joined(write)
+        with write.early(*made, *end, rows):
+            mask = _joined(write, terms, rows)
             masks[made_of] = _front(write, mask, write.call(operator.add, *end)) if end else mask
     return masks[made_of]
 
@@ -108,11 +118,12 @@ def _front(write: Writer, mask: fx.Node, end: fx.Node) -> fx.Node:
     return write.call(torch.ops.kvpass.written.default, mask, end, check=False)  # the words hide what is not written
 
 
-def _joined(write: Writer) -> fx.Node:
+def _joined(write: Writer, terms: Sequence[Term], rows: fx.Node | int | None) -> fx.Node:
+    """`rows`: sequences times heads, if some of the parts are grouped otherwise."""
     kept: fx.Node | None = None
     added: fx.Node | None = None
-    for term in (write.site.core.terms[at] for at in write.site.seen.read):
-        node = _four_axes(write, term)
+    for term in terms:
+        node = _four_axes(write, term, rows)
         if term.kind is MaskKind.ADD:
             node = node if term.factor == 1.0 else write.call(operator.mul, node, term.factor)
             added = node if added is None else write.call(operator.add, added, node)
@@ -126,7 +137,7 @@ def _joined(write: Writer) -> fx.Node:
     return write.call(torch.where, kept, added, float("-inf"))
 
 
-def _four_axes(write: Writer, term: Term) -> fx.Node:
+def _four_axes(write: Writer, term: Term, rows: fx.Node | int | None) -> fx.Node:
     """A term as [B, Hq, S, T], each axis of its full size or 1."""
     node, shape = write.copy(term.node), shape_of(term.node)
     behind = write.site.core.behind
@@ -137,6 +148,9 @@ def _four_axes(write: Writer, term: Term) -> fx.Node:
         node = write.call(operator.getitem, node, (None,) * missing + (Ellipsis,))
     sizes = dict(zip(term.axes, (1,) * missing + tuple(shape), strict=True))
     site = write.site
+    if is_regrouped(site, term):
+        node = _of_rows(write, term, node, rows if is_one(sizes["B"]) else None)
+        return regrouped(write, node, 1, to_model=False)
     if "N" in term.axes:
         heads = (1, 1) if sizes["N"] == 1 else (-1, site.dims["Hq"])
         node = write.method("unflatten", node, 0, heads)
@@ -146,3 +160,15 @@ def _four_axes(write: Writer, term: Term) -> fx.Node:
         node = write.method("flatten", node, 1, 2)
     shared = (sizes["N"] if "N" in term.axes else sizes["H"]) == 1
     return node if shared else regrouped(write, node, 1, to_model=False)
+
+
+def _of_rows(write: Writer, term: Term, node: fx.Node, rows: fx.Node | int | None) -> fx.Node:
+    """A part of a mask of logits viewed as [B, *heads, S, T] as [B, Hq, S, T] of the site, whose sequences are rows of
+    the view; `rows`: how many there are, if the mask is the same for all sequences of the view.
+    """
+    count = math.prod(term.heads)
+    batch: fx.Node | int = -1
+    if rows is not None:
+        batch = rows // count if isinstance(rows, int) else write.call(operator.floordiv, rows, count)
+    node = write.method("flatten", write.method("expand", node, batch, *term.heads, -1, -1), 0, len(term.heads))
+    return write.method("unflatten", node, 0, (-1, write.site.dims["Hq"]))

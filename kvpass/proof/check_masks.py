@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from kvpass.kernels.attention.masks import threshold
 from kvpass.kernels.attention.visibility import Sees, Shown, as_mask
 from kvpass.plan.plan import Plan
 from kvpass.runtime.bind import written_at
+from kvpass.sites.rows import is_regrouped, rows_of_sequence
 from kvpass.sites.site import Site, Term
 from kvpass.terms import CacheForm, MaskKind, Phase
 
@@ -84,12 +86,14 @@ def _check(
     wanted = [*(term.node for term in terms), *([] if tokens is None else [tokens])]
     values = functions_of(gm, wanted, limit=LONGEST)(args)
     real = values[-1] != 0 if tokens is not None else None
+    if real is not None and len(real) > 1:
+        real = real.repeat_interleave(rows_of_sequence(site), 0)
     wrong = ""
     if real is not None and real.shape[1] < position + count:
         wrong = f"its tokens {list(real.shape)} end before the call"
     else:
         seen = Shown(Sees.parse(site.seen.words), count, position, real)
-        differ = _differs(as_mask(seen, keys), _parts(site, terms, values), batch, site.core.causal)
+        differ = _differs(as_mask(seen, keys), _parts(site, terms, values, batch), site.core.causal)
         if bool(differ.any()):
             wrong = f"and {int(differ.sum())} of {differ.numel()} elements differ"
     if wrong:
@@ -101,13 +105,14 @@ def _check(
         )
 
 
-def _parts(site: Site, terms: tuple[Term, ...], values: Sequence[Tensor]) -> list[tuple[Term, Tensor]]:
+def _parts(site: Site, terms: tuple[Term, ...], values: Sequence[Tensor], batch: int) -> list[tuple[Term, Tensor]]:
     """Parts of a mask with their values, without the columns of a memory, which are proved apart."""
     both = zip(terms, values, strict=False)
-    return [(term, value if value.shape[-1] == 1 else value[..., site.core.behind :]) for term, value in both]
+    kept = [(term, value if value.shape[-1] == 1 else value[..., site.core.behind :]) for term, value in both]
+    return [(term, _four_axes(site, term, value, batch)) for term, value in kept]
 
 
-def _differs(words: Tensor, parts: list[tuple[Term, Tensor]], batch: int, causal: bool) -> Tensor:
+def _differs(words: Tensor, parts: list[tuple[Term, Tensor]], causal: bool) -> Tensor:
     """Where the parts of a mask together are not what the words say, bool [B, H, S, T] or less."""
     shown: Tensor
     odd: Tensor
@@ -115,7 +120,7 @@ def _differs(words: Tensor, parts: list[tuple[Term, Tensor]], batch: int, causal
     if causal:
         shown = shown.tril()
     for term, value in parts:
-        mask = _four_axes(term, value.to(words.device), batch)
+        mask = value.to(words.device)
         if term.kind is MaskKind.ADD:
             mask = mask * term.factor
             seen = mask == 0
@@ -126,10 +131,13 @@ def _differs(words: Tensor, parts: list[tuple[Term, Tensor]], batch: int, causal
     return (shown != words) | odd
 
 
-def _four_axes(term: Term, mask: Tensor, batch: int) -> Tensor:
+def _four_axes(site: Site, term: Term, mask: Tensor, batch: int) -> Tensor:
     """A part of a mask with axes that broadcast to [B, H, S, T]."""
     missing = len(term.axes) - mask.dim()
     mask = mask[(None,) * missing + (...,)] if missing > 0 else mask
+    if is_regrouped(site, term):
+        views = batch * site.dims["Hq"] // math.prod(term.heads)
+        return mask.expand(views, *term.heads, -1, -1).flatten(0, len(term.heads)).unflatten(0, (batch, -1))
     if "N" in term.axes:
         shared: Tensor = mask.unflatten(0, (1, 1) if len(mask) == 1 else (batch, -1))
         return shared

@@ -17,6 +17,7 @@ from kvpass.graph.nearby import home_of, taken_out
 from kvpass.graph.shapes import is_one, quotient, same, shape_of
 from kvpass.graph.visibility import Visibility
 from kvpass.sites.queries import check_queries
+from kvpass.sites.rows import check_rows
 from kvpass.sites.site import Core, End, Half, Mixed, Site, Update
 from kvpass.terms import CacheForm, Phase
 
@@ -63,6 +64,7 @@ def check_site(site: Site) -> None:
     for term in core.terms:
         if not 1 <= len(shape_of(term.node)) <= len(term.axes):
             raise Miss(Reason.MASK_SHAPE, term.node, f"mask of shape {shape_of(term.node)}")
+    check_rows(site)
     if core.causal and site.phase is Phase.DECODE:
         raise Miss(Reason.CAUSAL_WITH_PAST, core.node, "is_causal=True with one query")
 

@@ -40,12 +40,14 @@ class Term:
         kind: added to the logits (times `factor`), or bool: True is kept, or True is hidden.
         axes: of the logits where it is applied, by letter (see `Axes`).
         factor: that an added part is multiplied by.
+        heads: sizes of the axes `H` or `HG` of the logits where it is applied; () if they are the core's own.
     """
 
     node: fx.Node
     kind: MaskKind
     axes: str = "BHST"
     factor: float = 1.0
+    heads: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
