@@ -23,7 +23,7 @@ class Rewriting(Protocol):
         copy: from nodes of the captured graph to those of the new one.
         masks: what was not proved of masks, over buffers cut to what is written, by what it was made of.
         spans: masks of prompts looked at, by the mask.
-        tokens: which columns hold a token, and their bounds, by the captured node and the number of queries.
+        tokens: which columns hold a token, and their bounds, by the captured node, queries and rows of a sequence.
         shared: inputs of the new graph that the plan's sites share.
         values: fake values of emitted nodes, by what they were computed from.
     """

@@ -137,9 +137,8 @@ def _four_axes(site: Site, term: Term, mask: Tensor, batch: int) -> Tensor:
     mask = mask[(None,) * missing + (...,)] if missing > 0 else mask
     if is_regrouped(site, term):
         views = batch * site.dims["Hq"] // math.prod(term.heads)
-        rows = mask.expand(views, *term.heads, -1, -1).flatten(0, len(term.heads))
-        apart: Tensor = rows.unflatten(0, (batch, -1))
-        return apart
+        rows: Tensor = mask.expand(views, *term.heads, -1, -1).flatten(0, len(term.heads)).unflatten(0, (batch, -1))
+        return rows
     if "N" in term.axes:
         shared: Tensor = mask.unflatten(0, (1, 1) if len(mask) == 1 else (batch, -1))
         return shared
