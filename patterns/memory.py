@@ -40,8 +40,11 @@ def _joined(node: fx.Node) -> Joined | None:
         return None  # what is returned is the cache, a memory in front of it or not
     memory, cached = parts
     axis = normal_dim(argument(base, 1, "dim", 0), len(shape_of(base)))
-    alike = len({example(part).dtype for part in (base, memory, cached)}) == 1
-    if not alike or not isinstance(shape_of(memory)[axis], int) or not _is_learned(memory):
+    alike = len({(example(part).dtype, example(part).dim()) for part in (base, memory, cached)}) == 1
+    if not alike or not _is_learned(memory):
+        return None
+    count = shape_of(memory)[axis]
+    if not isinstance(count, int) or count == 0:  # a past of no tokens
         return None
     return Joined(base, axis, memory, cached, views)
 

@@ -183,8 +183,8 @@ def _padded(at: At) -> Any:
     """`F.pad` with a constant."""
     pads, mode = at.given(1, "pad"), at.given(2, "mode", "constant")
     sizes = shape_of(operand(at.node))
-    if mode != "constant" or any(not isinstance(n, int) or n < 0 for n in pads):
-        return None
+    if mode != "constant" or any(not isinstance(n, int) or n < 0 for n in pads) or not any(pads[::2]):
+        return None  # behind the last token, in a buffer's unwritten rest: the padded tensor says which are tokens
     place, inside = list(at.index), sympy.true
     for last, (left, right) in enumerate(zip(pads[::2], pads[1::2], strict=True), start=1):
         place[-last] -= left
