@@ -182,8 +182,9 @@ def _longer(old: torch.Tensor, new: torch.Tensor) -> bool:
     axes = [axis for axis in range(old.dim()) if old.shape[axis] != new.shape[axis]]
     if len(axes) != 1 or not 1 < old.shape[axes[0]] < new.shape[axes[0]]:
         return False
-    if find(old) is not None:
-        return True
+    store = find(old)
+    if store is not None:  # logits may have a buffer's sizes but for its entries
+        return any(len(layout.axes) != old.dim() or layout.token_axis == axes[0] for layout in store.layouts)
     size, more = old.shape[axes[0]], new.shape[axes[0]] - old.shape[axes[0]]
     starts = range(more + 1) if more <= FEW else (0, more)
     return any(_equal(old, new.narrow(axes[0], start, size)) for start in starts)
