@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from corpus.case import MATCHED, case, eager, grow, logits, prompt, wide
-from models.attention import HEADS, WIDTH, attend, hidden, past
+from models.attention import DIM, HEADS, KV_HEADS, WIDTH, attend, hidden, past
 from models.plain import rotary
 from torch import nn
 
@@ -86,3 +86,12 @@ def keys_and_values_from_one_projection(self, x, cache):
     k, v = torch.cat([k, v], -1).chunk(2, -1)
     k, v = grow(cache, k, v)
     return self.finish(attend(q, k, v)), (k, v)
+
+
+@case(MATCHED)
+def prefix_put_in_front_of_the_cache(self, x, cache):
+    """Learned keys that are not cached: the attention reads more keys than there are slots, at shifted columns."""
+    q, k, v = self.project(x)
+    k, v = grow(cache, k, v)
+    extra = self.q.weight[:6, :DIM].view(1, 1, 6, DIM).expand(2, KV_HEADS, -1, -1)
+    return self.finish(attend(q, torch.cat([extra, k], 2), torch.cat([extra, v], 2))), (k, v)

@@ -129,13 +129,6 @@ def bits_read_as_another_dtype(self, k, v):
     return tuple(t.to(torch.float16).view(torch.bfloat16).to(torch.float32) for t in (k, v))
 
 
-@changed("UNSUPPORTED_ATTENTION")
-def prefix_put_in_front_of_the_cache(self, k, v):
-    """The attention reads more keys than are cached, at shifted columns."""
-    extra = self.q.weight[:6, :DIM].view(1, 1, 6, DIM).expand(2, KV_HEADS, -1, -1)
-    return torch.cat([extra, k], 2), torch.cat([extra, v], 2)
-
-
 @changed(K)
 def sorted_keys(self, k, v):
     """Columns in the order of the keys' norms."""
