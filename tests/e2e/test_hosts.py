@@ -290,12 +290,23 @@ class HiddenDecoder(plain.Decoder):
         return self.head(x), tuple(kept)
 
 
-@pytest.mark.parametrize("kind", [MemoryDecoder, HiddenDecoder])
 @pytest.mark.filterwarnings("ignore::kvpass.errors.NothingRewritten")
-def test_what_is_beside_or_instead_of_a_cache(kind: Any) -> None:
-    compiled = kvpass.compile(plain.make(kind), **EAGER)
+def test_what_is_instead_of_a_cache() -> None:
+    compiled = kvpass.compile(plain.make(HiddenDecoder), **EAGER)
     with pytest.raises(DeclinedError):
         nest.run(compiled, plain.tokens(1, 40), 2)
+
+
+def test_what_is_beside_a_cache() -> None:
+    compiled, model = kvpass.compile(plain.make(MemoryDecoder), "full", inner="eager"), plain.make(MemoryDecoder)
+    caches: list[Any] = [None, None]
+    for step, length in enumerate((40, 1, 1)):
+        ids = plain.tokens(1, length)
+        with torch.no_grad():
+            got, caches[0] = compiled(ids, caches[0])
+            expected, caches[1] = model(ids, caches[1])
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4, msg=f"call {step}")
+    assert all(graph.table.sites for graph in compiled.kvpass.graphs)
 
 
 @pytest.mark.parametrize("family", ["bert", "mamba", "mistral"])
