@@ -223,11 +223,9 @@ def _check_fill(found: Logits, fill: Any, node: fx.Node) -> None:
     value = number(fill)
     if value is None or value * found.factor > NO_WEIGHT or found.softcap:
         if value is None:
-            what, hint = (
-                "hidden keys get a logit that a tensor holds, which a graph does not show",
-                "torch.finfo(dtype).min",
-            )
-            raise Miss(Reason.MASK_UNKNOWN, node, what, hint=f"give it as a number: float('-inf') or {hint}")
+            what = "hidden keys get a logit that a tensor holds, which a graph does not show"
+            hint = "give it as a number: float('-inf') or torch.finfo(dtype).min"
+            raise Miss(Reason.MASK_UNKNOWN, node, what, hint=hint)
         raise Miss(Reason.MASK_UNKNOWN, node, f"hidden keys get the logit {value:g}")
 
 

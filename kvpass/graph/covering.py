@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from kvpass.graph.aliases import aliases
 from kvpass.graph.calls import argument, call_name, changes, example, operand
 from kvpass.graph.indices import END, by_axis, index_of
 from kvpass.graph.shapes import same
@@ -40,11 +41,16 @@ def _is_the_same(node: fx.Node, above: fx.Node) -> bool:
         return not torch.is_grad_enabled()
     if name not in ("clone", "contiguous") or node.kwargs:
         return False
-    if name == "contiguous" and call_name(above) == "cat":
-        return True
-    both = [user for one in (node, above) for user in one.users]
-    kept = [any(user.op == "output" for user in one.users) for one in (node, above)]
-    return kept == [True, False] and len(node.users) == 1 and not any(changes(user) for user in both)
+    return (name == "contiguous" and call_name(above) == "cat") or _is_returned_alone(node, above)
+
+
+def _is_returned_alone(copy: fx.Node, above: fx.Node) -> bool:
+    """Is a copy all that the graph returns of a memory of its own, which nothing changes?"""
+    if [user.op for user in copy.users] != ["output"]:
+        return False
+    shared = aliases(above) - {copy}
+    users = [user for one in shared for user in one.users]
+    return not any(one.op == "placeholder" for one in shared) and not any(u.op == "output" or changes(u) for u in users)
 
 
 def _covers(item: slice, size: Any, far: int | None = None) -> bool:

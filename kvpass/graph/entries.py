@@ -10,15 +10,16 @@ from typing import Any
 
 from torch import fx
 
-from kvpass.graph.calls import call_name, example, is_input, operand
+from kvpass.graph.calls import call_name, is_input, operand
 from kvpass.graph.indices import by_axis, index_of
+from kvpass.graph.making import made
 from kvpass.graph.shapes import shape_of
 
 LEAST = 5
 """Axes of a stack of buffers."""
 
 
-def entries(graph: fx.Graph) -> list[fx.Node]:
+def found(graph: fx.Graph) -> list[fx.Node]:
     """Writes to and reads of parts of an entry of an input."""
     return [node for node in graph.nodes if call_name(node) in ("getitem", "setitem") and _leads(node)]
 
@@ -27,10 +28,7 @@ def rewrite(graph: fx.Graph, node: fx.Node) -> None:
     """Take the entry first, then the part of it."""
     stack, count, index = operand(node), _leads(node), index_of(node)
     with graph.inserting_before(node):
-        first = graph.call_function(operator.getitem, (stack, index[:count]))
-    first.meta = {key: node.meta[key] for key in ("stack_trace", "nn_module_stack") if key in node.meta}
-    with example(stack).fake_mode:
-        first.meta["example_value"] = example(stack)[index[:count]]
+        first = made(graph, node, operator.getitem, stack, index[:count])
     node.args = (first, index[count:], *node.args[2:])
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from kvpass.graph.calls import argument, call_name, example, is_input, operand
+from kvpass.graph.making import made
 from kvpass.graph.nearby import from_input
 from kvpass.graph.shapes import normal_dim, same, shape_of
 
@@ -25,7 +26,7 @@ class Merged(NamedTuple):
     kept: fx.Node
 
 
-def merged(graph: fx.Graph) -> list[Merged]:
+def found(graph: fx.Graph) -> list[Merged]:
     """All that can be written otherwise."""
     returned = dict.fromkeys(graph.find_nodes(op="output")[0].all_input_nodes)
     found = (Merged(operand(kept), kept) for kept in returned if call_name(kept) == "reshape")
@@ -39,9 +40,9 @@ def rewrite(graph: fx.Graph, one: Merged) -> None:
     if call_name(node) == "cat":
         past, new = argument(node, 0, "tensors")
         with graph.inserting_before(node):
-            apart = _made(graph, new, torch.reshape, new, (batch, heads, -1, width))
-            whole = _made(graph, node, torch.cat, [operand(past), apart], 2)
-            seen = _made(graph, node, torch.reshape, whole, (batch * heads, -1, width))
+            apart = made(graph, new, torch.reshape, new, (batch, heads, -1, width))
+            whole = made(graph, node, torch.cat, [operand(past), apart], 2)
+            seen = made(graph, node, torch.reshape, whole, (batch * heads, -1, width))
         kept.replace_all_uses_with(whole)
         graph.erase_node(kept)
         node.replace_all_uses_with(seen)
@@ -50,9 +51,9 @@ def rewrite(graph: fx.Graph, one: Merged) -> None:
             graph.erase_node(past)
         return
     with graph.inserting_after(node):
-        whole = _made(graph, node, torch.reshape, node, (batch, heads, -1, width))
+        whole = made(graph, node, torch.reshape, node, (batch, heads, -1, width))
     with graph.inserting_after(whole):
-        seen = _made(graph, node, torch.reshape, whole, (batch * heads, -1, width))
+        seen = made(graph, node, torch.reshape, whole, (batch * heads, -1, width))
     kept.replace_all_uses_with(whole)
     graph.erase_node(kept)
     node.replace_all_uses_with(seen, delete_user_cb=lambda user: user is not whole)
@@ -74,11 +75,3 @@ def _fits(one: Merged) -> bool:
     past = operand(pair[0])
     held = shape_of(past)
     return is_input(past) and len(held) == 4 and (*held[:2], held[3]) == (*apart[:2], apart[3])
-
-
-def _made(graph: fx.Graph, like: fx.Node, function: Any, *args: Any) -> fx.Node:
-    node = graph.call_function(function, args)
-    node.meta = {key: like.meta[key] for key in ("stack_trace", "nn_module_stack") if key in like.meta}
-    with example(like).fake_mode:
-        node.meta["example_value"] = function(*fx.map_arg(args, example))
-    return node

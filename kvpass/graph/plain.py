@@ -12,16 +12,18 @@ from typing import Any
 from torch import fx
 from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 
-from kvpass.graph import entries, merged
+from kvpass.graph import entries, merged, stacks
 from kvpass.graph.calls import operand
 from kvpass.graph.covering import covers
-from kvpass.graph.stacks import rewrite, stacks
+
+SPELLINGS = (entries, stacks, merged)
+"""Each finds what can be written otherwise, `found(graph)`, and writes one of it so, `rewrite(graph, one)`."""
 
 
 def plain(gm: fx.GraphModule) -> fx.GraphModule:
     """The graph so; itself if it is plain. The given graph is not modified."""
     idle = [node for node in gm.graph.nodes if _is_idle(node)]
-    if not (idle or entries.entries(gm.graph) or stacks(gm.graph) or merged.merged(gm.graph)):
+    if not idle and not any(spelling.found(gm.graph) for spelling in SPELLINGS):
         return gm
     graph = fx.Graph()
     copy: dict[fx.Node, fx.Node] = {}
@@ -34,12 +36,9 @@ def plain(gm: fx.GraphModule) -> fx.GraphModule:
     last = next(iter(reversed(gm.graph.nodes)))
     output = fx.map_arg(last.args[0], copy.__getitem__)
     graph.output(output)
-    for node in entries.entries(graph):
-        entries.rewrite(graph, node)
-    for stack in stacks(graph):
-        rewrite(graph, stack)
-    for one in merged.merged(graph):
-        merged.rewrite(graph, one)
+    for spelling in SPELLINGS:
+        for one in spelling.found(graph):
+            spelling.rewrite(graph, one)
     with _use_lazy_graph_module(True):
         result = _make_graph_module(gm, graph, class_name="GraphModule")
     result.meta.update(gm.meta)

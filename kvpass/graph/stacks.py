@@ -14,6 +14,7 @@ from torch import fx
 
 from kvpass.graph.calls import argument, call_name, example, is_input, operand
 from kvpass.graph.factors import APART
+from kvpass.graph.making import made
 from kvpass.graph.shapes import normal_dim, same, shape_of
 
 
@@ -28,7 +29,7 @@ class Stack(NamedTuple):
     new: tuple[fx.Node, ...]
 
 
-def stacks(graph: fx.Graph) -> list[Stack]:
+def found(graph: fx.Graph) -> list[Stack]:
     """All of them in a graph that can be written otherwise."""
     order = {node: at for at, node in enumerate(graph.nodes)}
     found = (_stack(node) for node in graph.nodes if call_name(node) in ("stack", "cat"))
@@ -40,9 +41,9 @@ def rewrite(graph: fx.Graph, stack: Stack) -> None:
     order = {node: at for at, node in enumerate(graph.nodes)}
     last = max((stack.past, *stack.new), key=order.__getitem__)
     with graph.inserting_after(last):
-        together = _made(graph, stack, call_name(stack.node), list(stack.new), stack.dim)
+        together = made(graph, stack.node, _FUNCTIONS[call_name(stack.node)], list(stack.new), stack.dim)
     with graph.inserting_after(together):
-        whole = _made(graph, stack, "cat", [stack.past, together], stack.axis)
+        whole = made(graph, stack.node, torch.cat, [stack.past, together], stack.axis)
     after, start = whole, 0
     for at, part in enumerate(stack.grown):
         if set(part.users) == {stack.node}:
@@ -50,10 +51,10 @@ def rewrite(graph: fx.Graph, stack: Stack) -> None:
             continue
         with graph.inserting_after(after):
             if call_name(stack.node) == "stack":
-                after = _made(graph, stack, "select", whole, stack.dim, at)
+                after = made(graph, stack.node, torch.select, whole, stack.dim, at)
             else:
                 size = shape_of(part)[stack.dim]
-                after, start = _made(graph, stack, "narrow", whole, stack.dim, start, size), start + size
+                after, start = made(graph, stack.node, torch.narrow, whole, stack.dim, start, size), start + size
         part.replace_all_uses_with(after, delete_user_cb=lambda user: user is not stack.node)
     stack.node.replace_all_uses_with(whole)
     graph.erase_node(stack.node)
@@ -66,15 +67,7 @@ def rewrite(graph: fx.Graph, stack: Stack) -> None:
             piece = above
 
 
-def _made(graph: fx.Graph, stack: Stack, name: str, *args: Any) -> fx.Node:
-    function: Any = {"stack": torch.stack, "cat": torch.cat, "select": torch.select, "narrow": torch.narrow}[name]
-    node = graph.call_function(function, args)
-    names = ("stack_trace", "nn_module_stack")
-    node.meta = {key: stack.node.meta[key] for key in names if key in stack.node.meta}
-    given = fx.map_arg(args, example)
-    with example(stack.past).fake_mode:
-        node.meta["example_value"] = function(*given)
-    return node
+_FUNCTIONS: dict[str, Any] = {"stack": torch.stack, "cat": torch.cat}
 
 
 def _stack(node: fx.Node) -> Stack | None:

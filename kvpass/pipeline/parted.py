@@ -8,8 +8,9 @@ from typing import Any
 from torch import fx
 
 from kvpass.errors import DeclinedError
-from kvpass.runtime.active import Ledger, memory
+from kvpass.runtime.active import Ledger
 from kvpass.runtime.breaks import MEND, told
+from kvpass.runtime.memory import storage_key
 from kvpass.sites.parted import attended, written
 
 
@@ -22,7 +23,7 @@ def check_parted(graph: fx.Graph, inputs: Sequence[Any], patterns: Any, call: Le
         DeclinedError: it attends over a buffer that one of those wrote the new tokens into.
     """
     for half in attended(graph, patterns):
-        home = memory(inputs[half.place])
+        home = storage_key(inputs[half.place])
         source = next((line for known, n, line in call.parted if known == home and n == half.tokens), None)
         if source is not None:
             raise DeclinedError(
@@ -31,5 +32,6 @@ def check_parted(graph: fx.Graph, inputs: Sequence[Any], patterns: Any, call: Le
                 hint=f"{MEND}; or pass strict=False to leave such caches dense",
             )
     halves = written(graph, patterns)
-    call.parted += [(memory(inputs[half.place]), half.tokens, half.source) for half in halves if half.result is None]
+    placed = [half for half in halves if half.result is None]
+    call.parted += [(storage_key(inputs[half.place]), half.tokens, half.source) for half in placed]
     return [(half.result, half.tokens, half.source) for half in halves if half.result is not None]

@@ -56,11 +56,6 @@ class Ledger:
         self.dense += dense
 
 
-def memory(value: Any) -> int:
-    """What tells one memory from another while a call runs; 0 of what is no tensor."""
-    return value.untyped_storage()._cdata if hasattr(value, "untyped_storage") else 0
-
-
 class Active(threading.local):
     """Calls under way, the innermost last."""
 

@@ -40,11 +40,11 @@ class Snapshot:
                 self.parts[id(value)] = _mutable(value)
                 self.contents.update((id(part), (part, _content(part))) for part in self.parts[id(value)])
 
-    def changed(self) -> list[Key]:
-        """Attributes that hold something else by now, or whose contents are others."""
+    def changed(self) -> dict[Key, set[Any]]:
+        """Attributes that hold something else by now, or whose contents are others; and what is another in each."""
         now = _attributes(self.root)
         keys = [*self.values, *(key for key in now if key not in self.values)]
-        return [key for key in keys if self._differs(key, now)]
+        return {key: found for key in keys if (found := self.items(key, now))}
 
     def moved(self) -> str:
         """Names of tensors that were written to in place since."""
@@ -86,9 +86,6 @@ class Snapshot:
                 if not all(value is None or isinstance(value, (bool, str)) for value in kept):
                     return False
         return True
-
-    def _differs(self, key: Key, now: dict[Key, tuple[dict[str, Any], str, Any]]) -> bool:
-        return bool(self.items(key, now))
 
 
 class HostState:
@@ -148,8 +145,7 @@ class HostState:
         """After a call: take what it changed as the compiled model's own, and put the model's values back. Returns the
         attributes that are new here and that somebody else had changed between compile and this call.
         """
-        now = _attributes(self.root)
-        fresh = {key: before.items(key, now) for key in before.changed() if key not in self.own}
+        fresh = {key: items for key, items in before.changed().items() if key not in self.own}
         moved = before.moved()
         self._adopt(list(fresh))
         before.restore(list(fresh))

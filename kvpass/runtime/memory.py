@@ -48,6 +48,11 @@ class Place(NamedTuple):
         return _meets(other.offset - self.offset, axes)
 
 
+def storage_key(value: Any) -> int:
+    """What tells one storage from another while a call runs; 0 of what is no tensor."""
+    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else 0
+
+
 def _meets(distance: int, axes: Sequence[tuple[int, int, int]]) -> bool:
     """Is the distance a sum of steps, of each axis more than minus the other's size and less than the own one?"""
     if not axes:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kvpass.runtime.active import current, memory
+from kvpass.runtime.active import current
 from kvpass.runtime.identity import Origin
 from kvpass.runtime.left import Left
+from kvpass.runtime.memory import storage_key
 from kvpass.runtime.shell import refuse
 
 
@@ -36,5 +37,5 @@ class Untouched:
         call = current()
         if call is not None:
             call.ran(dense=[result[at] for at in self.dense])
-            call.parted += [(memory(result[at]), tokens, line) for at, tokens, line in self.written]
+            call.parted += [(storage_key(result[at]), tokens, line) for at, tokens, line in self.written]
         return result

@@ -165,3 +165,27 @@ def test_a_stack_of_all_layers_is_indexed_at_once() -> None:
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
             at += count
     assert len(compiled.kvpass.graphs) <= 4
+
+
+class Snapshots(nn.Module):
+    """Returns copies of a buffer's front, which the caller keeps while later calls write on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(2, 8, 4), persistent=False)
+
+    def forward(self, x: Tensor, at: int) -> tuple[Tensor, Tensor]:
+        self.seen[:, at : at + x.shape[1]] = x
+        return x * 2, self.seen[:, :4].clone()
+
+
+@pytest.mark.filterwarnings("ignore::kvpass.errors.NothingRewritten")
+def test_a_copy_of_what_is_written_to_stays_a_copy() -> None:
+    compiled, model = kvpass.compile(Snapshots().eval(), "h2o", BUDGET, inner="eager", strict=False), Snapshots()
+    kept: list[list[Tensor]] = [[], []]
+    for at in (0, 2, 1):
+        for made, call in zip(kept, (compiled, model), strict=True):
+            with torch.no_grad():
+                made.append(call(torch.full((2, 2, 4), 1.0 + at), at)[1])
+    for got, expected in zip(*kept, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)

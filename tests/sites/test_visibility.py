@@ -84,6 +84,7 @@ TOKENS: dict[str, Make] = {
     ],
 }
 OTHERS: dict[str, Make] = {
+    "tokens of the first row": lambda real, s, past: (real[0] != 0).expand(s, -1),
     "packed": lambda real, s, past: (
         real.cumsum(1)[:, None, past : past + s, None] // 5 == real.cumsum(1)[:, None, None] // 5
     ),
