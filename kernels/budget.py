@@ -35,6 +35,16 @@ class Budget(Record):
         return self.slots or larger(part(seen, self.num, self.den), self.floor)
 
 
+@dataclass(frozen=True)
+class Apart(Record):
+    """Slots' worth of bytes that a head holds beside its slots, in budgets of bytes."""
+
+    apart: int = 0
+
+    def resized(self, size: Any, rule: Rule) -> Any:
+        return larger(size - self.apart, rule[Budget].floor)
+
+
 def budget(rule: Rule, seen: Any) -> Any:
     """Slots that each KV head may hold after `seen` valid tokens, int or int64 tensor as they are; where heads have
     budgets of their own, on average over them.

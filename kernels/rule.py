@@ -77,6 +77,15 @@ class Record:
         """Tensors of a site's state beside those that every rule has (`kvpass.kernels.slots.state.Field`)."""
         return ()
 
+    @property
+    def replaced_fields(self) -> dict[str, Any]:
+        """What those that every rule has are instead, by name."""
+        return {}
+
+    def sizes(self, known: dict[str, Any]) -> dict[str, Any]:
+        """Sizes of the dims of its fields that no other record has, by letter; known: those of all states."""
+        return {}
+
     def words(self) -> Iterator[str]:
         """Its part of the text: the fields that differ from their defaults."""
         for f in fields(self):

@@ -38,6 +38,8 @@ SCHEMAS = {
     "window_rows": "(Tensor q, Tensor k, Tensor? pos, Tensor? mask, Tensor valid, float scale, str sees, str rule, "
     "Tensor? sinks=None, float softcap=0.0, Tensor? tokens=None, SymInt position=0, "
     "Tensor? memory_k=None, Tensor? memory_v=None) -> Tensor",
+    "encode_slots": "(Tensor k, Tensor v, str rule) -> Tensor[]",
+    "keep_whole": "(Tensor k, Tensor v, SymInt position, Tensor(a!)[] state, str rule) -> ()",
     "arrivals": "(Tensor k_new, Tensor v_new, Tensor cursor, SymInt position, str rule, Tensor? wo=None, "
     "Tensor? hidden=None, Tensor? marks=None) -> Tensor",
 }
@@ -46,8 +48,9 @@ HOMES = {
     "token_bounds": "attention.visibility",
     "mask_spans": "attention.visibility",
     "written": "attention.masks",
+    "encode_slots": "codecs.encode_slots",
+    "keep_whole": "codecs.encode_slots",
     "window_rows": "rank.window_rows",
-    "join_slots": "slots.join_slots",
     "score_slots": "rank.scores",
     "arrivals": "rank.scored",
 }
@@ -104,9 +107,22 @@ def _fake_join_slots(state: Sequence[Tensor], k_new: Tensor, v_new: Tensor, posi
 
     held = State.of(state, _rule(rule))
     length = (position if is_ragged(held.cursor) else held.slots) + k_new.shape[2]
-    return [
+    return [new.new_empty(*new.shape[:2], length, new.shape[3]) for new in (k_new, v_new)] + [
         tensor.new_empty([length if letter == "C" else n for letter, n in zip(field.dims, tensor.shape, strict=True)])
         for field, tensor in held.per_slot()
+        if field.name not in ("k", "v")
+    ]
+
+
+def _fake_encode_slots(k: Tensor, v: Tensor, rule: str) -> list[Tensor]:
+    from kvpass.kernels.codecs.storage import Storage, coded
+
+    storage = _rule(rule)[Storage]
+    return [
+        x.new_empty(*x.shape[:-1], part.size, dtype=part.dtype)
+        for half, x in (("k", k), ("v", v))
+        if half in coded(_rule(rule))
+        for part in storage.codec_of(half).parts(x.shape[-1], storage.scale_group)
     ]
 
 
@@ -128,7 +144,7 @@ def _fake_select_slots(score: Tensor, cursor: Tensor, capacity: int) -> Tensor:
     return score.new_empty(score.shape[0], score.shape[1], capacity, dtype=torch.int32)
 
 
-def _fake_compact_slots(*args: Any) -> None:
+def _fake_changes_state(*args: Any) -> None:
     return None
 
 
@@ -178,7 +194,9 @@ FAKES: dict[str, Callable[..., Any]] = {
     "join_slots": _fake_join_slots,
     "score_slots": _fake_score_slots,
     "select_slots": _fake_select_slots,
-    "compact_slots": _fake_compact_slots,
+    "compact_slots": _fake_changes_state,
+    "encode_slots": _fake_encode_slots,
+    "keep_whole": _fake_changes_state,
     "decode_attend": _fake_decode_attend,
     "token_bounds": _fake_token_bounds,
     "mask_spans": _fake_mask_spans,

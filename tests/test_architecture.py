@@ -26,7 +26,7 @@ ARROWS = {
     "graph": set(),
     "patterns": {"graph", "sites.site"},
     "sites": {"graph"},
-    "policy": {"kernels.rank", "kernels.attention", *RULES},
+    "policy": {"kernels.rank", "kernels.attention", "kernels.codecs", *RULES},
     "plan": {"graph", "sites", "policy", "runtime", "kernels"},
     "runtime": {"ops", "kernels.slots", "kernels.rank", "kernels.after_call", *RULES},
     "lowering": {"graph", "sites", "plan", "runtime", "ops", "kernels"},
@@ -59,6 +59,8 @@ ARROWS = {
     "kernels.timing": {"kernels.rule"},
     "kernels.choose": {"kernels"},  # imports the implementation that it chose
     "kernels.slots": {"kernels.rule"},
+    "kernels.codecs": {"kernels.rule", "kernels.slots"},
+    "kernels.join_slots": {"kernels.rule", "kernels.slots", "kernels.codecs"},
     "kernels.attention": {"kernels.rule", "kernels.slots"},
     "kernels.rank": {"kernels.slots", "kernels.attention", *RULES},
     "kernels.triton_shared": {"kernels.attention"},
@@ -68,6 +70,7 @@ ARROWS = {
     "kernels.decode_attend": {
         "kernels.choose",
         "kernels.attention",
+        "kernels.codecs",
         "kernels.slots",
         "kernels.rank",
         "kernels.triton_shared",
@@ -75,6 +78,7 @@ ARROWS = {
     },
     "kernels.after_call": {
         "kernels.attention",
+        "kernels.codecs",
         "kernels.slots",
         "kernels.rank",
         "kernels.select_slots",

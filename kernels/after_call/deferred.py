@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from kvpass.kernels.after_call.compacted import compacted
 from kvpass.kernels.budget import budget
+from kvpass.kernels.codecs.entries import entries_of
 from kvpass.kernels.rank.criterion import SCORED
 from kvpass.kernels.rank.marks import MARK, Marks
 from kvpass.kernels.rank.places import slot_places
@@ -44,7 +45,7 @@ def _judged(state: State, rule: Rule) -> Tensor:
     """The statistics with scores given anew: [N, B, Hkv, C]."""
     stats = state.stats.clone()
     had = stats[stat(rule, SCORED)], stats[stat(rule, MARK)] if rule[Marks].marked else None
-    read, own = Beside(state.k, state.v), (state.slots, None)
+    read, own = Beside(entries_of(state, "k", rule), entries_of(state, "v", rule)), (state.slots, None)
     scores = scorer_scores(stats[:0], _places(state, rule), state.cursor, read, had, own, rule)
     stats[stat(rule, SCORED)] = scores[0]
     return stats

@@ -27,7 +27,8 @@ def compact_slots(
     outputs. Raises ValueError on shapes or dtypes that do not fit.
     """
     out = State.of(state, Rule.parse(rule))
-    length = 0 if keys[0] is None else keys[0].shape[2]
+    both = zip(out.per_slot(), keys, strict=True)
+    length = next((given.shape[field.rows + 2] for (field, _), given in both if given is not None), 0)
     for (field, target), given in zip(out.per_slot(), keys, strict=True):
         if given is not None:
             _check(field, given, target, length)

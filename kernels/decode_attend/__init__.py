@@ -56,13 +56,15 @@ def decode_attend(
     """
     plan = Rule.parse(rule)
     held = State.of(state, plan)
-    batch, heads, slots, dim = held.k.shape
+    batch, heads, _, dim = held.k.shape
     if q.shape[0] != batch or q.shape[3] != dim or q.shape[1] % heads or q.shape[2] != 1 or k_new.shape[2] != 1:
         shape = list(held.k.shape)
         raise ValueError(f"decode_attend: q {list(q.shape)}, k_new {list(k_new.shape)} do not fit k {shape}")
     for field, tensor in held.per_slot():
-        if tensor.shape[field.rows + 2] != slots:
-            raise ValueError(f"decode_attend: {field.name} {list(tensor.shape)} must have the {slots} slots of k")
+        if tensor.shape[field.rows + 2] != held.slots:
+            raise ValueError(
+                f"decode_attend: {field.name} {list(tensor.shape)} must have the {held.slots} slots of pos"
+            )
     _check_dtypes(q, held)
     softmax = softmax_of("decode_attend", q, scale, sinks, softcap, memory_k, memory_v)
     if at is not None and implementation("decode_attend", q.device) == "reference":

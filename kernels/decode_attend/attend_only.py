@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from kvpass.kernels.attention.masks import additive, at_positions, by_kv_head, visible
+from kvpass.kernels.codecs.entries import entries_of
 from kvpass.kernels.decode_attend.call import Call
 from kvpass.kernels.slots.moves import even
 from kvpass.kernels.slots.state import State
@@ -17,9 +18,9 @@ def attend_only(q: Tensor, state: State, call: Call) -> Tensor:
     """
     state, softmax = even(state), call.softmax
     heads = state.pos.shape[1]
-    used = state.used()
+    used, keys = state.used(), entries_of(state, "k", call.rule)
     shown, added = seen_slots(call, torch.where(used, state.pos, -1))
-    keys, values = (x.float().masked_fill(~used[..., None], 0.0) for x in (state.k, call.values(state)))
+    keys, values = (x.float().masked_fill(~used[..., None], 0.0) for x in (keys, call.values(state)))
     logits = softmax.capped((q.float() * softmax.factor).reshape(len(q), heads, -1, q.shape[3]) @ keys.mT)
     logits = logits if added is None else logits + added
     probs = softmax.probabilities(logits.masked_fill(~shown, float("-inf")))

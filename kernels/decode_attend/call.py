@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from kvpass.kernels.attention.softmax import Softmax
 from kvpass.kernels.attention.visibility import Sees, folded, token_bounds, tokens_of
+from kvpass.kernels.codecs.entries import entries_of
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.state import State
 from torch import Tensor
@@ -88,8 +89,8 @@ class Call(NamedTuple):
         return self._replace(mask=cut[0], tokens=cut[1], bounds=cut[2], softmax=softmax)
 
     def values(self, state: State) -> Tensor:
-        """[B, Hkv, C, Dv]"""
-        return state.k[..., : self.latent] if self.latent else state.v
+        """[B, Hkv, C, Dv], as the model has them."""
+        return state.k[..., : self.latent] if self.latent else entries_of(state, "v", self.rule)
 
 
 def lowest(sees: Sees, at: Tensor) -> Tensor | None:

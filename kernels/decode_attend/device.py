@@ -13,9 +13,13 @@ from kvpass.kernels.attention.masks import by_kv_head, visible
 from kvpass.kernels.attention.observation import Observation, emitted
 from kvpass.kernels.attention.softmax import Softmax
 from kvpass.kernels.attention.visibility import BEFORE, COUNT, END
+from kvpass.kernels.codecs.entries import encoded, turned
+from kvpass.kernels.codecs.storage import coded
+from kvpass.kernels.codecs.whole import keep_whole
 from kvpass.kernels.decode_attend.call import Call, Token, lowest
 from kvpass.kernels.decode_attend.device_slots import Slots
 from kvpass.kernels.decode_attend.device_victim import evict
+from kvpass.kernels.decode_attend.slot_entries import read_all
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.cursor import FREE, LIVE, SEEN
 from kvpass.kernels.slots.state import State, flat
@@ -50,11 +54,13 @@ def decode_attend_device(token: Token, state: State, call: Call) -> Tensor:
     offset = slots.offset
     used = (offset <= slots.of(live)) & ((offset != slots.of(free)) | slots.of(arrived))
     here = Here(slots, now, arrived, used)
-    _append(token, state, here)
+    _append(token, state, here, plan)
     shown, added = _shown(call, state.pos, here)
-    probs = _probabilities(token.q, state.k, shown, added, slots, call.softmax)
-    values = torch.where(used[..., None], call.values(state).float(), 0.0)
-    out, beside = slots.mixed(probs, values), call.softmax.beside
+    queries = turned(token.q.float(), "k", plan)
+    probs = _probabilities(queries, read_all(state, "k", slots, plan), shown, added, slots, call.softmax)
+    values = state.k[..., : call.latent].float() if call.latent else read_all(state, "v", slots, plan)
+    values = torch.where(used[..., None], values, 0.0)
+    out, beside = turned(slots.mixed(probs, values), "v", plan), call.softmax.beside
     out = out if beside is None else beside.added(out, slots.sum(probs))
     out = out.to(token.q.dtype).reshape(*token.q.shape[:3], values.shape[3])
     if emitted(plan) and plan[Observation].decode != "none":
@@ -94,7 +100,7 @@ def _check(call: Call, now: Tensor, state: State, slots: Slots) -> None:
     torch._assert_async(room, "decode_attend: no room for the token, all slots of a head are in use")
 
 
-def _append(token: Token, state: State, here: Here) -> None:
+def _append(token: Token, state: State, here: Here, plan: Rule) -> None:
     """Write what the token brings into its slots, and what other fields begin with, in the rows where it is valid."""
     slots, cursor = here.slots, state.cursor
     arrive = None if token.arrive is None else token.arrive.unsqueeze(-1)
@@ -104,6 +110,9 @@ def _append(token: Token, state: State, here: Here) -> None:
         "pos": here.now.expand(*cursor.shape[:2], 1),
         "stats": arrive,
     }
+    if coded(plan):
+        brought |= encoded(token.k, token.v, plan)
+        keep_whole(token.k, token.v, here.now.flatten(), state, plan)
     places = (slots.first + cursor[..., FREE]).flatten()
     valid = here.arrived.expand(*cursor.shape[:2], 1).reshape(-1)
     for field, tensor in state.per_slot():
@@ -142,7 +151,7 @@ def _shown(call: Call, pos: Tensor, here: Here) -> tuple[Tensor, Tensor | None]:
 def _probabilities(q: Tensor, k: Tensor, shown: Tensor, added: Tensor | None, slots: Slots, softmax: Softmax) -> Tensor:
     """float32 [B, Hkv, G, C], 0 where a slot is hidden or empty, all 0 in rows that see nothing."""
     batch, heads = k.shape[:2]
-    queries = (q.float() * softmax.factor).reshape(batch, heads, -1, q.shape[3])
+    queries = (q * softmax.factor).reshape(batch, heads, -1, q.shape[3])
     logits = softmax.capped(slots.products(queries, k))
     logits = logits if added is None else logits + added
     logits = torch.where(shown, logits, -INF)

@@ -55,6 +55,10 @@ class Slots:
         table = table.expand(*self.shape[:2], *table.shape[2:])
         return table[self._row, self._head, :, column].movedim(-1, 2)
 
+    def picked(self, table: Tensor, at: Tensor) -> Tensor:
+        """Of what belongs to heads, [B, Hkv, n, ..], entry `at`, int64 [B, Hkv, C], for each slot: [B, Hkv, C, ..]."""
+        return table[self._row, self._head, at]
+
     def _reduced(self, x: Tensor, how: str, start: float) -> Tensor:
         out = x.new_full((self.shape[0] * self.shape[1], x.numel() // self._owner.numel()), start)
         flat = x.flatten(0, 1).unsqueeze(1) if x.dim() == 3 else x.flatten(0, 1)  # [B * Hkv, G or 1, C]

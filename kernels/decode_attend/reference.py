@@ -12,9 +12,13 @@ import torch
 from kvpass.kernels.attention.masks import check_shown, count_shown, shows_padding, visible
 from kvpass.kernels.attention.observation import Observation, emitted
 from kvpass.kernels.attention.softmax import Softmax
+from kvpass.kernels.codecs.entries import encoded, turned
+from kvpass.kernels.codecs.storage import coded
+from kvpass.kernels.codecs.whole import keep_whole
 from kvpass.kernels.decode_attend.attend_only import attend_only, seen_slots
 from kvpass.kernels.decode_attend.call import Call, Token
-from kvpass.kernels.decode_attend.step import StepFacts, step_facts
+from kvpass.kernels.decode_attend.slot_entries import read
+from kvpass.kernels.decode_attend.step import HeadRange, StepFacts, step_facts
 from kvpass.kernels.decode_attend.victim import evict_one, used_positions
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.cursor import FIRST, SEEN
@@ -41,14 +45,13 @@ def decode_attend_reference(token: Token, state: State, call: Call) -> Tensor:
     if not all(arrived):
         return _with_padding(token, state, call, arrived)
     facts = step_facts(cells, state, position, plan)
-    _append(token, state, facts)
+    _append(token, state, facts, plan)
     probs, seen = _probabilities(token.q, state, hides, facts, call)
     if emitted(plan) and plan[Observation].decode != "none":
         _observe(state.stats, probs, seen, facts, plan)
-    values = call.values(state)
-    out, beside = _mix(probs, values, facts), call.softmax.beside
+    out, beside = _mix(probs, state, facts, call), call.softmax.beside
     out = out if beside is None else beside.added(out, probs.sum(-1, keepdim=True))
-    out = out.to(token.q.dtype).view(*token.q.shape[:3], values.shape[3])
+    out = out.to(token.q.dtype).view(*token.q.shape[:3], out.shape[2])
     evict_one(state, facts, plan)
     return out
 
@@ -99,10 +102,13 @@ def _arrived(mask: Tensor, position: int, batch: int) -> list[bool]:
     return found
 
 
-def _append(token: Token, state: State, facts: StepFacts) -> None:
+def _append(token: Token, state: State, facts: StepFacts, plan: Rule) -> None:
     """Write what the token brings into its slots, and what other fields begin with."""
     arrive = None if token.arrive is None else token.arrive.unsqueeze(-1)
     brought: dict[str, Any] = {"k": token.k, "v": token.v, "pos": facts.position, "stats": arrive}
+    if coded(plan):
+        brought |= encoded(token.k, token.v, plan)
+        keep_whole(token.k, token.v, facts.position, state, plan)
     for field, tensor in state.per_slot():
         if not tensor.numel():
             continue
@@ -119,17 +125,17 @@ def _probabilities(q: Tensor, state: State, hides: bool, step: StepFacts, call: 
     """float32 [B*Hkv, G, n], 0 on empty slots; and if some are hidden bool [B*Hkv, n], what some query of the group
     sees.
     """
-    k, softmax = state.k, call.softmax
-    queries = q.reshape(k.shape[0] * k.shape[1], -1, q.shape[3])
+    rule, softmax = call.rule, call.softmax
+    queries = turned(q.reshape(state.k.shape[0] * state.k.shape[1], -1, q.shape[3]).float(), "k", rule)
     if len(step.ranges) == 1:
-        unused = queries.new_empty(1, dtype=torch.float32)
-        keys = step.ranges[0].rows(k).float().mT
-        logits = softmax.capped(torch.baddbmm(unused, queries.float(), keys, beta=0, alpha=softmax.factor))
+        unused = queries.new_empty(1)
+        keys = read(state, "k", step.ranges[0], rule).mT
+        logits = softmax.capped(torch.baddbmm(unused, queries, keys, beta=0, alpha=softmax.factor))
     else:  # some heads at a time: undefined keys of empty slots are not read
         logits = torch.full((*queries.shape[:2], step.slots), -INF, device=q.device)
-        scaled = queries.float() * softmax.factor
+        scaled = queries * softmax.factor
         for heads in step.ranges:
-            part = torch.bmm(scaled[heads.first : heads.last], heads.rows(k).float().mT)
+            part = torch.bmm(scaled[heads.first : heads.last], read(state, "k", heads, rule).mT)
             logits[heads.first : heads.last, :, : heads.slots] = softmax.capped(part)
     if not hides:
         return softmax.probabilities(logits), None
@@ -147,10 +153,16 @@ def _masked_softmax(logits: Tensor, call: Call, pos: Tensor, softmax: Softmax) -
     return probs.flatten(0, 1), shown.any(2).expand(pos.shape).flatten(0, 1)
 
 
-def _mix(probs: Tensor, v: Tensor, step: StepFacts) -> Tensor:
-    """probs [B*Hkv, G, n] @ v in float32. Undefined values of empty slots never enter a product."""
-    parts = [torch.bmm(probs[r.first : r.last, :, : r.slots], r.rows(v).float()) for r in step.ranges]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _mix(probs: Tensor, state: State, step: StepFacts, call: Call) -> Tensor:
+    """probs [B*Hkv, G, n] @ values in float32. Undefined values of empty slots never enter a product."""
+    parts = [torch.bmm(probs[r.first : r.last, :, : r.slots], _values(state, r, call)) for r in step.ranges]
+    return turned(parts[0] if len(parts) == 1 else torch.cat(parts), "v", call.rule)
+
+
+def _values(state: State, heads: HeadRange, call: Call) -> Tensor:
+    if call.latent:
+        return heads.rows(state.k[..., : call.latent]).float()
+    return read(state, "v", heads, call.rule)
 
 
 def _observe(stats: Tensor, probs: Tensor, seen: Tensor | None, step: StepFacts, plan: Rule) -> None:

@@ -30,12 +30,14 @@ class Field:
             columns of the cursor. B, H and C, where they are, stand side by side in this order.
         dtype: None for that of the keys.
         fill: what a slot, or a head, holds before something is written; None: anything. A sequence: along the last dim.
+        codes: whether it holds codes of keys or values, or their scales.
     """
 
     name: str
     dims: str
     dtype: torch.dtype | None
     fill: float | tuple[int, ...] | None
+    codes: bool = False
 
     @cached_property
     def per_slot(self) -> bool:
@@ -50,7 +52,7 @@ class Field:
     @property
     def entries(self) -> bool:
         """Whether it holds keys or values: what an unmodified cache holds too."""
-        return "D" in self.dims or "V" in self.dims
+        return self.codes or "D" in self.dims or "V" in self.dims
 
     def new(self, sizes: Mapping[str, Any], like: Tensor) -> Tensor:
         """As before the first token, on the device of `like` and, for keys and values, with its dtype."""
@@ -80,7 +82,9 @@ def fields_of(rule: Rule) -> tuple[Field, ...]:
     found: tuple[Field, ...] | None = rule.derived.get(fields_of)
     if found is None:
         more = [field for record in rule for field in record.state_fields]
-        found = rule.derived[fields_of] = (*FIELDS, *more) if more else FIELDS
+        other = {name: field for record in rule for name, field in record.replaced_fields.items()}
+        own = tuple(other.get(field.name, field) for field in FIELDS)
+        found = rule.derived[fields_of] = (*own, *more) if more or other else FIELDS
     return found
 
 
@@ -119,8 +123,14 @@ class State:
     def empty(cls, rule: Rule, like: Tensor, **sizes: Any) -> State:
         """Without a token, on the device and with the dtype of `like`; sizes: B, H, C, D and V."""
         sizes |= {"N": len(rule[Statistics].stats), "X": columns(rule)}
+        sizes |= {letter: size for record in rule for letter, size in record.sizes(sizes).items()}
         fields = fields_of(rule)
         return cls([field.new(sizes, like) for field in fields], fields)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor of a field."""
+        found: Tensor = getattr(self, name)
+        return found
 
     def tensors(self) -> list[Tensor]:
         """What an op is given."""

@@ -226,10 +226,12 @@ def inspect(cache: Any) -> Inspection:
 
 
 def _layer_view(store: SlotStore) -> LayerView:
+    from kvpass.kernels.codecs.entries import entries_of
     from kvpass.kernels.rank.ranking import newest, slot_scores
 
     held = even(store.state)
-    k, v, pos, stats = _as_host(store, *(tensor for _, tensor in held.per_slot()))
+    entries = entries_of(held, "k", store.rule), entries_of(held, "v", store.rule)
+    k, v, pos, stats = _as_host(store, *entries, held.pos, held.stats)
     c = int(store.live().max())
     far = torch.iinfo(torch.int64).max
     order = torch.where(pos >= 0, pos.long(), far).argsort(dim=-1)[..., :c]
@@ -243,11 +245,12 @@ def _layer_view(store: SlotStore) -> LayerView:
     return LayerView(store.name, positions, scores, keys, values, store.bytes)
 
 
-def _as_host(store: SlotStore, *slots: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _as_host(
+    store: SlotStore, k: torch.Tensor, v: torch.Tensor, pos: torch.Tensor, stats: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
     """k, v, pos and stats in the heads of the host's cache."""
-    k, v, pos, stats = slots[:4]
     if store.host is None:
-        return slots[:4]
+        return k, v, pos, stats
     (heads, dim), (_, wide) = store.host
     if v.shape[3] == 0:  # latent and rotated key in one slot
         return *k.split((dim, wide), dim=-1), pos, stats

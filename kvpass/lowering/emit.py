@@ -9,6 +9,7 @@ from torch import fx
 
 from kvpass.graph.calls import example
 from kvpass.graph.shapes import shape_of
+from kvpass.kernels.codecs.storage import Storage, coded
 from kvpass.kernels.slots.ragged import Ragged
 from kvpass.kernels.slots.state import fields_of
 from kvpass.lowering.emit_heads import from_slots, regrouped, to_slots
@@ -68,22 +69,39 @@ class Emitter:
         read = _without_defaults(read, ("", *(None,) * len(read[1:])))
         scored = write.op("score_slots", emitted, past, pos, valid, *before, *read)
         score, keys["stats"], cursor = write.parts(scored, 3)
-        room = write.method("size", score if self.planned.rule[Ragged].ragged else self.state["k"], 2)
+        names = self._per_slot()
+        room = write.method("size", score if self.planned.rule[Ragged].ragged else self.state[names[0]], 2)
         chosen = write.op("select_slots", score, cursor, room)
-        write.op("compact_slots", [*keys.values()], chosen, cursor, [*self.state.values()], self.rule)
+        state = [*self.state.values()]
+        write.op("compact_slots", [keys[name] for name in names], chosen, cursor, state, self.rule)
+        if coded(self.planned.rule):
+            write.op("keep_whole", self.new_k, self.new_v, position, state, self.rule)
         return self._outputs(out)
+
+    def _per_slot(self) -> list[str]:
+        """The state's per-slot fields."""
+        return [field.name for field in fields_of(self.planned.rule) if field.per_slot]
 
     def _keys(self) -> tuple[dict[str, fx.Node | None], fx.Node | None]:
         """What is known of the keys that a call of several tokens sees, by the state's per-slot fields; and the
         statistics that past slots kept.
         """
-        names = [field.name for field in fields_of(self.planned.rule) if field.per_slot]
+        names = list(dict.fromkeys(["k", "v", *self._per_slot()]))
         if self.site.phase is not Phase.EXTEND:
-            return {**dict.fromkeys(names), "k": self.new_k, "v": self.new_v}, None
+            return {**dict.fromkeys(names), "k": self.new_k, "v": self.new_v, **self._codes()}, None
         state = [*self.state.values()]
         joined = self.write.op("join_slots", state, self.new_k, self.new_v, self.position, self.rule)
         keys: dict[str, fx.Node | None] = dict(zip(names, self.write.parts(joined, len(names)), strict=True))
         return keys, keys["stats"]
+
+    def _codes(self) -> dict[str, fx.Node]:
+        """The codes of this call's keys and values, where slots hold those."""
+        rule = self.planned.rule
+        names = [name for half in coded(rule) for name in rule[Storage].code_fields(half)]
+        if not names:
+            return {}
+        codes = self.write.op("encode_slots", self.new_k, self.new_v, self.rule)
+        return dict(zip(names, self.write.parts(codes, len(names)), strict=True))
 
     def _queries(self) -> fx.Node:
         """The core's queries as [B, Hq, S, D], in the dtype of the cache."""

@@ -20,6 +20,7 @@ from kvpass.graph.output_projection import OutputProjection, output_projection
 from kvpass.graph.projections import block_input
 from kvpass.graph.rope import Rotation, rotation, unrounded
 from kvpass.kernels.after_call.reindex import Reindex
+from kvpass.kernels.codecs.storage import coded
 from kvpass.kernels.rank.layer import Layer
 from kvpass.kernels.rank.pyramid import Pyramid
 from kvpass.kernels.rank.scored import Scoring
@@ -28,6 +29,7 @@ from kvpass.kernels.rank.share_out import ShareOut
 from kvpass.kernels.rank.weights import Weight
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.ragged import Ragged
+from kvpass.plan.byte_budget import Entry
 from kvpass.plan.rule import rule_of
 from kvpass.plan.steps import planned_inputs, planned_steps
 from kvpass.policy.files import check_fit
@@ -58,6 +60,10 @@ class SitePlan:
         ops = list(OPS[self.site.phase])
         if self.windowed and self.site.phase is not Phase.DECODE:
             ops.insert(ops.index("score_slots"), "window_rows")
+        if coded(self.rule) and self.site.phase is not Phase.DECODE:
+            ops += ["keep_whole"]
+            if self.site.phase is Phase.PREFILL:
+                ops.insert(0, "encode_slots")
         return ("arrivals", *ops) if self.arrives and self.site.phase is Phase.DECODE else tuple(ops)
 
     @cached_property
@@ -178,13 +184,18 @@ def plan(policy: Spec, table: SiteTable) -> Plan:
         table: of one graph.
     """
     sites = tuple(table)
-    rules = [rule_of(policy, at, len(sites)) for at in range(len(sites))]
+    rules = [rule_of(policy, at, len(sites), _entry(site)) for at, site in enumerate(sites)]
     ruled = tuple(zip(sites, rules, strict=True))
     planned = tuple(SitePlan(site, rule) for site, rule in ruled)
     for one in planned:
         _check(policy, one)
         _check_files(policy, one, len(sites))
     return Plan(policy, planned, table.declined, planned_steps(policy, ruled), planned_inputs(ruled))
+
+
+def _entry(site: Site) -> Entry:
+    """What an unmodified cache of a site holds for a token in one head."""
+    return Entry(int(site.dims["D"]), int(site.dims["Dv"]), site.dtype)
 
 
 def _check(policy: Spec, planned: SitePlan) -> None:
@@ -220,6 +231,8 @@ def _unmet(planned: SitePlan) -> Iterator[tuple[bool, str, str]]:
     fix = "choose a policy of attention's statistics, e.g. h2o or snapkv"
     kept_apart = bool(reads) or rule[Ragged].ragged or rule[Reindex].reindex
     yield shared and kept_apart, f"{asked}, but this attention {what}", fix
+    fix = "leave `store` out for these layers, or use store: dense"
+    yield site.core.latent is not None and bool(coded(rule)), "stores codes, but this attention keeps latents", fix
     asked = "weighs values by the output projection, which was not found behind the attention"
     fix = "set weight.by: l1, which needs no projection; gates and norms in between cannot be read through"
     yield rule[Weight].projected and planned.projection is None, asked, fix

@@ -9,6 +9,7 @@ from urllib.parse import quote
 from kvpass.kernels.after_call.reindex import Reindex
 from kvpass.kernels.attention.observation import Observation
 from kvpass.kernels.budget import Budget
+from kvpass.kernels.codecs.storage import Storage
 from kvpass.kernels.rank.allocate import Heads
 from kvpass.kernels.rank.criterion import INF, SCORED, SCORES, Ranking, Scope
 from kvpass.kernels.rank.layer import Layer
@@ -25,6 +26,7 @@ from kvpass.kernels.rule import Record, Rule
 from kvpass.kernels.slots.ragged import Ragged
 from kvpass.kernels.slots.statistics import Statistics
 from kvpass.kernels.timing import Timing
+from kvpass.plan.byte_budget import EXAMPLE, Entry, in_bytes
 from kvpass.policy.check import fraction
 from kvpass.policy.layers import of_layer
 from kvpass.policy.spec import Spec
@@ -33,13 +35,15 @@ SHARES = {"flat": "model", "preference": "preference"}
 """`ShareOut.share` of `allocate.layers`."""
 
 
-def rule_of(policy: Spec, layer: int = 0, layers: int = 1) -> Rule:
-    """The rule of a policy with a checked budget, for one layer of a model that has so many."""
+def rule_of(policy: Spec, layer: int = 0, layers: int = 1, entry: Entry = EXAMPLE) -> Rule:
+    """The rule of a policy with a checked budget, for one layer of a model that has so many. entry: what its cache
+    holds, for budgets in bytes.
+    """
     policy = of_layer(policy, layer, layers)
-    return Rule() if policy.keeps_all else Rule(*_records(policy, layer, layers))
+    return Rule(_storage(policy)) if policy.keeps_all else Rule(*_records(policy, layer, layers, entry))
 
 
-def _records(policy: Spec, layer: int, layers: int) -> Iterator[Record]:
+def _records(policy: Spec, layer: int, layers: int, entry: Entry) -> Iterator[Record]:
     """In the order of a rule's text."""
     allocate, scored = policy.allocate, policy.score not in SCORES
     yield Statistics(tuple(_kept(policy)))
@@ -54,11 +58,11 @@ def _records(policy: Spec, layer: int, layers: int) -> Iterator[Record]:
     yield _weight(policy)
     yield Scope(*_share(policy.scope))
     yield _protected(policy)
-    yield _budget(policy)
+    yield from _budget(policy, entry)
     yield Rings(allocate.rings)
     yield _layer(policy, layer, layers)
     yield Pyramid(allocate.beta if allocate.layers == "pyramid" else 0)
-    yield Ragged(allocate.heads != "uniform" or allocate.layers in SHARES)
+    yield Ragged(_ragged(policy))
     yield _heads(policy)
     threshold = allocate.heads == "threshold"
     share = "threshold" if threshold else SHARES.get(allocate.layers, "")
@@ -67,6 +71,7 @@ def _records(policy: Spec, layer: int, layers: int) -> Iterator[Record]:
     yield Timing(policy.when, policy.every)
     yield Reindex(policy.positions == "reindexed")
     yield Fair(policy.fair)
+    yield _storage(policy)
 
 
 def _kept(policy: Spec) -> Iterator[str]:
@@ -129,10 +134,24 @@ def _protected(policy: Spec) -> Protected:
     return Protected(sinks, recent) if isinstance(recent, int) else Protected(sinks, 0, *_share(recent))
 
 
-def _budget(policy: Spec) -> Budget:
+def _budget(policy: Spec, entry: Entry) -> tuple[Record, ...]:
     if not isinstance(policy.budget, float):
-        return Budget(int(policy.budget or 0))
-    return Budget(0, *_share(policy.budget), policy.min_slots)
+        return (Budget(int(policy.budget or 0)),)
+    if policy.unit == "tokens":
+        return (Budget(0, *_share(policy.budget), policy.min_slots),)
+    holding = [Statistics(tuple(_kept(policy))), Ragged(_ragged(policy)), _storage(policy)]
+    return in_bytes(fraction(policy.budget), policy.min_slots, Rule(*holding), entry)
+
+
+def _ragged(policy: Spec) -> bool:
+    """Whether heads have budgets of their own."""
+    return policy.allocate.heads != "uniform" or policy.allocate.layers in SHARES
+
+
+def _storage(policy: Spec) -> Storage:
+    held = policy.store
+    storage = Storage(held.k, held.v, held.group, held.rotate == "hadamard", held.residual, held.sinks)
+    return storage if storage.coded else Storage()
 
 
 def _layer(policy: Spec, layer: int, layers: int) -> Layer:

@@ -11,6 +11,7 @@ from math import isfinite
 
 from kvpass.errors import PolicyError
 from kvpass.kernels.attention.observation import STATISTICS
+from kvpass.kernels.codecs.registry import CODECS, DENSE
 from kvpass.kernels.rank.criterion import SCORES
 from kvpass.kernels.rank.scorers.registry import Scorer, scorers
 from kvpass.policy.limits import MOST, check_options, no_number, oversized
@@ -27,7 +28,14 @@ def check_policy(p: Spec, where: str) -> None:
         PolicyError: naming the field and the fix.
     """
     chosen = _scorer(p, where)
-    for rules in (_numbers(p), _statistics(p, chosen), _transforms(p, chosen), _sharing(p, chosen), _when(p)):
+    for rules in (
+        _numbers(p),
+        _statistics(p, chosen),
+        _transforms(p, chosen),
+        _sharing(p, chosen),
+        _when(p),
+        _store(p),
+    ):
         for broken, field, fix in rules:
             if broken:
                 raise PolicyError(f"policy {p.name!r}: bad value in {field}", where=where, hint=fix)
@@ -182,6 +190,26 @@ def _when(p: Spec) -> Iterator[Broken]:
         yield rings and given, field, "a token that comes must find its ring: leave it out"
     fix = "heads with budgets of their own are laid out anew by each call of several tokens: set when: calls"
     yield p.when == "first" and (by_data or p.allocate.heads != "uniform"), "when", fix
+
+
+def _store(p: Spec) -> Iterator[Broken]:
+    held = p.store
+    known = [DENSE, *CODECS]
+    for half in ("k", "v"):
+        said = getattr(held, half)
+        near = difflib.get_close_matches(said, known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        yield said not in known, f"store.{half}", f"{hint}known: {', '.join(known)}"
+    yield held.group < 1, "store.group", "give a number of entries, e.g. 64"
+    yield held.residual < 0, "store.residual", "give a number of tokens, 0 or more"
+    yield held.sinks < 0, "store.sinks", "give a number of tokens, 0 or more"
+    fix = "keys that are held as codes cannot be turned to new positions: set positions: kept, or store.k: dense"
+    yield held.k != DENSE and p.positions == "reindexed", "positions", fix
+    fix = "a number of slots is no share of bytes: give a fraction, e.g. 0.2, or set unit: tokens"
+    yield p.unit == "bytes" and isinstance(p.budget, int), "unit", fix
+    shared = p.allocate.heads == "threshold" or p.allocate.layers == "pyramid"
+    fix = "pyramids and thresholds share slots out, not bytes: set unit: tokens"
+    yield p.unit == "bytes" and shared, "unit", fix
 
 
 def check_budget(p: Spec, *, given: bool, own: int | float | None) -> None:

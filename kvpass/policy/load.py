@@ -14,7 +14,8 @@ from kvpass.errors import PolicyError
 from kvpass.policy.check import check_policy
 from kvpass.policy.layer_keys import numbers_of
 from kvpass.policy.limits import plain_number
-from kvpass.policy.spec import Allocate, Granule, Observe, Pool, Protect, Spec, Statistic, Weight
+from kvpass.policy.shorthand import alone, written_out
+from kvpass.policy.spec import Allocate, Granule, Observe, Pool, Protect, Spec, Statistic, Store, Weight
 from kvpass.policy.yaml_text import check_size, parts_of, read_yaml
 
 PRESETS = Path(__file__).parent / "presets"
@@ -26,6 +27,7 @@ _PARTS = {
     "weight": Weight,
     "allocate": Allocate,
     "protect": Protect,
+    "store": Store,
 }
 
 
@@ -46,7 +48,7 @@ def load(policy: str | Path | Spec | dict[str, Any]) -> Spec:
     if isinstance(policy, dict):
         where = "policy given as a dict"
         check_size(policy, parts_of, where)
-        return _from_dict(extended(policy, where, Path()), where)
+        return _from_dict(extended(alone(policy), where, Path()), where)
     if isinstance(policy, str) and not policy.endswith((".yaml", ".yml")):
         return _preset(policy)
     if isinstance(policy, (str, Path)):
@@ -63,7 +65,7 @@ def _preset(name: str) -> Spec:
 
 
 def _file(path: Path) -> Spec:
-    data = read(path)
+    data = alone(read(path))
     base = data.get("extends")
     where = f"{path}, which extends {base}" if isinstance(base, str) else str(path)
     return _from_dict(extended(data, str(path), path.parent, (path.resolve(),)), where)
@@ -151,6 +153,7 @@ def _known(name: str, where: str, field: str = "") -> str:
 def _from_dict(data: dict[str, Any], where: str) -> Spec:
     from pydantic import TypeAdapter, ValidationError
 
+    data = written_out(data)
     if isinstance(data.get("layers"), dict):
         parts = data["layers"].items()
         filled = {k: _alone(p, f"{where}, layers.{k}") if isinstance(p, dict) else p for k, p in parts}

@@ -24,8 +24,9 @@ class Policy(Spec):
 
         return Policy(**vars(load(policy)))
 
-    def with_budget(self, budget: int | float | None) -> Policy:
-        """The same policy with the caller's budget, checked; None keeps the policy's own.
+    def with_budget(self, budget: int | float | str | None) -> Policy:
+        """The same policy with the caller's budget, checked; None keeps the policy's own. `"20% bytes"` is 0.2 of the
+        bytes of an unmodified cache.
 
         Raises:
             PolicyError: no budget at all, or one that is impossible for this policy.
@@ -34,8 +35,11 @@ class Policy(Spec):
         from kvpass.policy.files import check_files
         from kvpass.policy.limits import plain_number
         from kvpass.policy.load import variants
+        from kvpass.policy.shorthand import share
 
-        chosen = self if budget is None else replace(self, budget=plain_number(budget))
+        amount, unit = share(budget) or (plain_number(budget), "")
+        own = {**vars(self), "unit": unit or self.unit}
+        chosen = self if budget is None else Policy(**{**own, "budget": amount})
         check_budget(chosen, given=budget is not None, own=self.budget)
         check_files(chosen)
         for key, variant in variants(chosen).items():

@@ -7,6 +7,7 @@ import json
 import re
 from typing import Any
 
+from kvpass.kernels.codecs.registry import CODECS, DENSE
 from kvpass.kernels.rank.criterion import SCORES
 from kvpass.kernels.rank.scorers.registry import Scorer, scorers
 from kvpass.policy import spec
@@ -36,6 +37,12 @@ def json_schema() -> Schema:
     own = [scorer for scorer in scorers().values() if scorer.run.__module__.startswith("kvpass.")]
     names = [*SCORES, *(scorer.name for scorer in own)]
     fields["score"] = {**fields["score"], "anyOf": [{"enum": names}, {"type": "string"}]}
+    fields["budget"] = {**fields["budget"], "anyOf": [*fields["budget"]["anyOf"], {"type": "string", "pattern": "%"}]}
+    held = [DENSE, *CODECS]
+    for half in ("k", "v"):
+        whole["$defs"]["Store"]["properties"][half]["enum"] = [*held, None]
+    fields["store"] = {**fields["store"], "anyOf": [{"$ref": "#/$defs/Store"}, {"enum": held}]}
+    fields["store"].pop("$ref", None)
     rest = {key: _or_null(value) for key, value in fields.items() if key != "name"}
     extends = {"type": "string", "description": _EXTENDS}
     whole["properties"] = {"name": fields["name"], "extends": extends, **rest}

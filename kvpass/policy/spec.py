@@ -135,6 +135,30 @@ class Allocate:
     __pydantic_config__ = _STRICT
 
 
+@dataclass(frozen=True)
+class Store:
+    """What a slot holds. `store: int4` is `{k: int4, v: int4}`.
+
+    Attributes:
+        k, v: how keys and values are held: `dense`, as the model has them; `int8`, `int4` or `int2`, codes between the
+            lowest and the highest entry of a group; `int8_symmetric`, `int4_symmetric`, around 0; `fp8_e4m3`,
+            `fp8_e5m2`. Scales are float16.
+        rotate: `hadamard`: rotated by Hadamard matrices first, which spreads outliers over a head, or `none`.
+        group: neighbouring entries of a head that share a scale.
+        residual: the newest so many tokens are held whole as well, and read whole.
+        sinks: so are each row's first ones.
+    """
+
+    k: str = "dense"
+    v: str = "dense"
+    rotate: Literal["none", "hadamard"] = "hadamard"
+    group: int = 64
+    residual: int = 32
+    sinks: int = 4
+
+    __pydantic_config__ = _STRICT
+
+
 @dataclass(frozen=True, eq=False)
 class Spec:
     """An eviction policy.
@@ -146,6 +170,7 @@ class Spec:
         weight: what of a slot's value multiplies its score.
         allocate: how the budget is shared out over layers and KV heads.
         protect: tokens that are never evicted.
+        store: what a slot holds: numbers as the model has them, or codes of few bits.
         score: what ranks unprotected slots, higher = keep: `position` (newer), `sum`, `mean` (sum / count),
             `important` (important / count), `last` (minus the tokens since the newest such query), or the name of a
             scorer.
@@ -164,7 +189,9 @@ class Spec:
         layers: what differs in some layers, by number (`0`, `-1` is the last) or range (`0-3`): fields as of a whole
             policy, laid over this one key by key; or another policy instead, if they say `extends`.
         budget: fraction of the tokens seen so far (float, at most 1.0) or slots per KV head (int). None: the caller
-            says.
+            says. `20% bytes` is 0.2 with `unit: bytes`.
+        unit: what a fraction is of: the `tokens` seen, or the `bytes` that an unmodified cache holds of them; codes,
+            scales, positions and statistics together then hold so much.
         min_slots: a fractional budget never asks for fewer slots.
         paper, source, notes: where it comes from and where it deviates, for people.
     """
@@ -186,9 +213,11 @@ class Spec:
     scope: float = 0.0
     allocate: Allocate = field(default_factory=Allocate)
     protect: Protect = field(default_factory=Protect)
+    store: Store = field(default_factory=Store)
     positions: Literal["kept", "reindexed"] = "kept"
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     budget: int | float | None = None
+    unit: Literal["tokens", "bytes"] = "tokens"
     min_slots: int = 64
     paper: str = ""
     source: str = ""

@@ -161,7 +161,7 @@ class _Check:
 
     def __init__(self, original: fx.GraphModule, planned: SitePlan, args: Sequence[Any]) -> None:
         self.site: Site = planned.site
-        growing = planned.rule.growing
+        self.held, growing = planned.rule, planned.rule.growing
         self.rule = growing if supports(growing) else Rule()
         self.dense = Isolated(original, planned.site, args)
 
@@ -170,7 +170,7 @@ class _Check:
             log.warning("verify: %s holds keys and values in another form than the model; not checked", self.site.name)
             return
         call = replace(call, state=even(call.state))
-        k, v = (dense_past(call.state, (call.k, call.v)[half], call.position, half) for half in (0, 1))
+        k, v = (dense_past(call.state, self.held, (call.k, call.v)[half], call.position, half) for half in (0, 1))
         state = all_slots(k, v, self.rule, room=call.q.shape[2] + 1)
         try:
             actual = _run_ops(self.site, call, state, self.rule)

@@ -7,17 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvpass.kernels.codecs.entries import entries_of
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.cursor import FIRST, FREE, LIVE, SEEN
 from kvpass.kernels.slots.state import State
 
 
-def dense_past(state: State, new: Tensor, position: int, half: int) -> Tensor:
+def dense_past(state: State, rule: Rule, new: Tensor, position: int, half: int) -> Tensor:
     """Keys (half 0) or values of all positions before `position`, `[B, Hkv, P, D]`: live ones, and noise of the size of
     the new ones.
     """
     pos, used = state.pos, state.used()
-    slots = (state.k, state.v)[half]
+    slots = entries_of(state, "kv"[half], rule)
     size = new.float().square().mean().sqrt().nan_to_num(1.0)
     noise = torch.randn(*pos.shape[:2], position + 1, slots.shape[3], generator=torch.Generator().manual_seed(half))
     past = (noise.to(slots.device) * size).to(slots.dtype)

@@ -8,6 +8,7 @@ from kvpass.kernels.attention.observation import Observation
 from kvpass.kernels.budget import budget, kept
 from kvpass.kernels.compact_slots import compact_slots
 from kvpass.kernels.decode_attend import decode_attend
+from kvpass.kernels.join_slots import join_slots
 from kvpass.kernels.prefill_attend import prefill_attend
 from kvpass.kernels.rank.criterion import Ranking, Scope
 from kvpass.kernels.rank.places import Protected
@@ -16,7 +17,6 @@ from kvpass.kernels.rank.smooth import Pool
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.select_slots import select_slots
 from kvpass.kernels.slots.cursor import FREE, LIVE, SEEN
-from kvpass.kernels.slots.join_slots import join_slots
 from kvpass.kernels.slots.statistics import Statistics
 from kvpass.kernels.testing import assert_close, bits, empty_state, qkv
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from kvpass.kernels.choose import implementation, use
 from kvpass.kernels.compact_slots import compact_slots
+from kvpass.kernels.join_slots import join_slots
 from kvpass.kernels.rank.criterion import UNTOUCHABLE
 from kvpass.kernels.rank.ranking import ordered, slot_scores, untouchable
 from kvpass.kernels.rank.scores import score_slots
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.select_slots import select_slots
 from kvpass.kernels.slots.cursor import FIRST, FREE, LIVE, SEEN
-from kvpass.kernels.slots.join_slots import join_slots
 from kvpass.kernels.testing import assert_close, bits, empty_state, qkv, random_state
 
 INF = float("inf")

@@ -11,6 +11,7 @@ from kvpass.kernels.after_call.layers import shared_out
 from kvpass.kernels.budget import kept
 from kvpass.kernels.compact_slots import compact_slots
 from kvpass.kernels.decode_attend import decode_attend
+from kvpass.kernels.join_slots import join_slots
 from kvpass.kernels.prefill_attend import prefill_attend
 from kvpass.kernels.rank.marks import Marks
 from kvpass.kernels.rank.scored import Scoring, arrivals
@@ -19,7 +20,6 @@ from kvpass.kernels.rank.scores import score_slots
 from kvpass.kernels.rank.share_out import ShareOut
 from kvpass.kernels.rank.window_rows import window_rows
 from kvpass.kernels.select_slots import select_slots
-from kvpass.kernels.slots.join_slots import join_slots
 from kvpass.kernels.slots.moves import even, evened, with_spare
 from kvpass.kernels.slots.ragged import Ragged
 from kvpass.kernels.slots.statistics import Statistics

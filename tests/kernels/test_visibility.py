@@ -7,11 +7,11 @@ import torch
 from kvpass.kernels.attention.visibility import Sees, Shown, as_mask, token_bounds
 from kvpass.kernels.decode_attend import decode_attend
 from kvpass.kernels.errors import MaskError
+from kvpass.kernels.join_slots import join_slots
 from kvpass.kernels.prefill_attend import prefill_attend
 from kvpass.kernels.prefill_attend import reference as prefill_reference
 from kvpass.kernels.rank.window_rows import window_rows
 from kvpass.kernels.rule import Rule
-from kvpass.kernels.slots.join_slots import join_slots
 from kvpass.kernels.testing import assert_close, qkv, random_state
 
 WORDS = [

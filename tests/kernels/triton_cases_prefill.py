@@ -28,13 +28,13 @@ from kvpass.kernels.attention.softmax import Softmax
 from kvpass.kernels.attention.visibility import Shown
 from kvpass.kernels.choose import use
 from kvpass.kernels.compact_slots.reference import compact_slots_reference
+from kvpass.kernels.join_slots import join_slots
 from kvpass.kernels.prefill_attend import prefill_attend
 from kvpass.kernels.prefill_attend.providers.choose import use_provider
 from kvpass.kernels.prefill_attend.reference import prefill_attend_reference
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.select_slots.reference import select_slots_reference
 from kvpass.kernels.slots.cursor import LIVE
-from kvpass.kernels.slots.join_slots import join_slots
 from kvpass.kernels.slots.statistics import Statistics
 from kvpass.kernels.testing import assert_close, bits, causal_mask, qkv, random_state
 from naive_attention import naive_prefill, naive_select

@@ -80,6 +80,8 @@ CHOICES = {
     "when": ["always", "calls", "first"],
     "decode": ["add", "replace", "none"],
     "pool": ["none", "avg", "max"],
+    "k_as": ["dense", "int4"],
+    "v_as": ["dense", "int8", "fp8_e4m3"],
     "score": ["position", "sum", "mean"],
 }
 

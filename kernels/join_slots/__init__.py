@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from kvpass.kernels.codecs.entries import encoded, entries_of
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.moves import side_by_side
 from kvpass.kernels.slots.ragged import is_ragged
-from kvpass.kernels.slots.state import Field, State
+from kvpass.kernels.slots.state import FIELDS, Field, State
 from torch import Tensor
 
 
@@ -19,13 +20,14 @@ def join_slots(state: Sequence[Tensor], k_new: Tensor, v_new: Tensor, position: 
     position .. position + S - 1. Of a ragged state (`kvpass.kernels.slots.ragged`) a head may hold up to `position`
     keys: C is `position` then.
 
-    Returns each per-slot field of the state in order, with C + S for C: past slots by position, empties first (k, v and
-    others zero, pos -1), then the new tokens, whose other fields hold their fills. Raises ValueError on shapes that do
-    not fit.
+    Returns keys, values, then each other per-slot field of the state in order, with C + S for C: past slots by
+    position, empties first (k, v and others zero, pos -1), then the new tokens, whose other fields hold their fills;
+    codes are carried on beside the keys and values that they stand for. Raises ValueError on shapes that do not fit.
     """
-    held = State.of(state, Rule.parse(rule))
+    plan = Rule.parse(rule)
+    held = State.of(state, plan)
     fits = k_new.shape[:2] == held.pos.shape[:2] and k_new.shape[2] == v_new.shape[2]
-    if held.k.shape[:3] != held.pos.shape or not fits:
+    if held.k.shape[:2] != held.pos.shape[:2] or not fits:
         shapes = f"k {list(held.k.shape)}, pos {list(held.pos.shape)}, k_new {list(k_new.shape)}"
         raise ValueError(f"join_slots: {shapes} do not fit")
     if is_ragged(held.cursor):
@@ -33,14 +35,15 @@ def join_slots(state: Sequence[Tensor], k_new: Tensor, v_new: Tensor, position: 
     past, order = held.pos.sort(-1)
     empty, queries = past < 0, k_new.shape[2]
     now = torch.arange(position, position + queries, dtype=past.dtype, device=past.device)
-    new = {"k": k_new, "v": v_new, "pos": now.expand(*past.shape[:2], queries)}
+    new = {"k": k_new, "v": v_new, "pos": now.expand(*past.shape[:2], queries), **encoded(k_new, v_new, plan)}
 
     def joined(field: Field, tensor: Tensor) -> Tensor:
         old = past if field.name == "pos" else _taken(field, tensor, order, empty)
         own = new.get(field.name)
         return torch.cat([old, _fills(field, tensor, queries) if own is None else own], field.rows + 2)
 
-    return [joined(field, tensor) for field, tensor in held.per_slot()]
+    entries = [joined(field, entries_of(held, field.name, plan)) for field in FIELDS if field.name in ("k", "v")]
+    return entries + [joined(field, tensor) for field, tensor in held.per_slot() if field.name not in ("k", "v")]
 
 
 def _taken(field: Field, tensor: Tensor, order: Tensor, empty: Tensor) -> Tensor:

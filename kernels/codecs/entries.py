@@ -1,0 +1,56 @@
+"""Keys and values of slots as numbers again, whatever they are held as."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from kvpass.kernels.codecs.hadamard import rotated
+from kvpass.kernels.codecs.storage import WHOLE_AT, Storage, coded
+from kvpass.kernels.codecs.whole import copies_of
+from kvpass.kernels.rule import Rule
+from kvpass.kernels.slots.cursor import FIRST
+from kvpass.kernels.slots.ragged import is_ragged
+from kvpass.kernels.slots.state import State
+from torch import Tensor
+
+
+def turned(x: Tensor, half: str, rule: Rule) -> Tensor:
+    """float32 [.., width] as slots hold it: rotated, if the rule rotates that half. Twice is x again: so queries become
+    those of coded keys, and mixed values those of the model.
+    """
+    return rotated(x) if rule[Storage].rotated and half in coded(rule) else x
+
+
+def encoded(k: Tensor, v: Tensor, rule: Rule) -> dict[str, Tensor]:
+    """The code fields of keys [.., D] and values [.., Dv], by name."""
+    storage, found = rule[Storage], dict[str, Tensor]()
+    for half in coded(rule):
+        x = turned((k if half == "k" else v).float(), half, rule)
+        parts = storage.codec_of(half).encode(x, storage.scale_group)
+        found |= dict(zip(storage.code_fields(half), parts, strict=True))
+    return found
+
+
+def decoded(parts: Sequence[Tensor], half: str, width: int, rule: Rule) -> Tensor:
+    """float32 [.., width] of a half's code fields [.., size], as slots hold it (`turned`)."""
+    storage = rule[Storage]
+    return storage.codec_of(half).decode(parts, width, storage.scale_group)
+
+
+def entries_of(state: State, half: str, rule: Rule) -> Tensor:
+    """Keys (`k`) or values (`v`) [B, Hkv, C, width] of a state that is not ragged, in the model's dtype: a copy where
+    they are coded. What empty slots hold is undefined.
+    """
+    held = state[half]
+    if half not in coded(rule):
+        return held
+    if is_ragged(state.cursor):
+        raise ValueError("entries_of: heads of a ragged state lie one behind the other; even it out first")
+    parts = [state[name] for name in rule[Storage].code_fields(half)]
+    x = turned(decoded(parts, half, held.shape[3], rule), half, rule)
+    if rule[Storage].whole:
+        place, there = copies_of(state[WHOLE_AT], state.pos, state.cursor[..., FIRST, None], rule)
+        index = place[..., None].expand(*place.shape, x.shape[-1])
+        x = torch.where(there[..., None], held.float().gather(-2, index), x)
+    return x.to(held.dtype)

@@ -1,0 +1,37 @@
+"""Eight-bit floating point numbers times a scale, torch's own formats.
+
+As transformers' fp8 caches (one scale for all there, frozen after the first call), but with a scale for each token and
+group, and saturating: torch's cast to e4m3fn is NaN above its largest number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from kvpass.kernels.codecs.codec import LARGEST, SCALE, Codec, Part, grouped, groups_of, half, ungrouped
+from torch import Tensor
+
+
+class Float8(Codec):
+    """code = x / scale in an 8-bit format, scale = max |x| / its largest number; held as bytes."""
+
+    bits = 8
+
+    def __init__(self, name: str, dtype: torch.dtype) -> None:
+        self.name, self.dtype, self.largest = name, dtype, torch.finfo(dtype).max
+
+    def parts(self, width: int, group: int) -> tuple[Part, ...]:
+        return Part("codes", width, torch.uint8), Part("scale", groups_of(width, group), SCALE)
+
+    def encode(self, x: Tensor, group: int) -> tuple[Tensor, ...]:
+        parted = grouped(x.float().clamp(-LARGEST, LARGEST), group)
+        scale = half(parted.abs().amax(-1) / self.largest)
+        step = scale.float()[..., None]
+        codes = (parted / torch.where(step > 0, step, 1.0)).clamp(-self.largest, self.largest)
+        return ungrouped(codes, x.shape[-1]).contiguous().to(self.dtype).view(torch.uint8), scale
+
+    def decode(self, parts: Sequence[Tensor], width: int, group: int) -> Tensor:
+        codes, scale = parts
+        parted = grouped(codes.contiguous().view(self.dtype).float(), group)
+        return ungrouped(parted * scale.float()[..., None], width)

@@ -1,0 +1,37 @@
+"""Hadamard rotation: outliers of single channels are spread over all of them before they are rounded.
+
+Sylvester's matrix / sqrt(n), symmetric and its own inverse, without random signs, block by block along a head, as
+llama.cpp rotates quantised caches (PR 21038). Queries are rotated alike, so that products stay what they were.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MADE: dict[tuple[int, torch.device], Tensor] = {}
+
+
+def block_of(width: int) -> int:
+    """The largest power of two that divides a head's width; 1: nothing to rotate."""
+    return width & -width
+
+
+def rotated(x: Tensor) -> Tensor:
+    """float32 [.., width], rotated; twice is x again."""
+    size = block_of(x.shape[-1])
+    if size < 2:
+        return x
+    blocks: Tensor = x.unflatten(-1, (-1, size))
+    return (blocks @ _matrix(size, x.device)).flatten(-2)
+
+
+def _matrix(size: int, device: torch.device) -> Tensor:
+    """float32 [size, size]"""
+    key = size, device
+    if key not in _MADE:
+        one = torch.ones(1, 1, device=device)
+        while len(one) < size:
+            one = torch.cat([torch.cat([one, one], 1), torch.cat([one, -one], 1)])
+        _MADE[key] = one / size**0.5
+    return _MADE[key]

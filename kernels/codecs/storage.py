@@ -1,0 +1,102 @@
+"""What the slots of a rule hold: the codecs of keys and values, and the fields of the state that follow from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from kvpass.kernels.codecs.codec import Codec
+from kvpass.kernels.codecs.registry import CODECS, DENSE
+from kvpass.kernels.rule import Record, Rule, one_of
+from kvpass.kernels.slots.state import Field
+
+HALVES = ("k", "v")
+WHOLE_AT = "whole_at"
+"""The field that says which position each whole copy is of."""
+_LETTERS = {"k": "PQ", "v": "RS"}
+"""Dims of codes and of scales, by half; see `Storage.sizes`."""
+
+
+@dataclass(frozen=True)
+class Storage(Record):
+    """How slots hold keys and values.
+
+    A coded half has its codes in fields of their own, slot by slot, and the field `k` or `v` holds whole copies of a
+    few tokens instead (`kvpass.kernels.codecs.whole`).
+
+    Attributes:
+        k_as, v_as: a codec by name, or `dense`.
+        scale_group: neighbouring entries that share a scale.
+        rotated: whether coded halves are rotated by Hadamard matrices.
+        residual: newest tokens that are held whole too.
+        whole_sinks: first tokens of each row that are.
+    """
+
+    k_as: str = DENSE
+    v_as: str = DENSE
+    scale_group: int = 64
+    rotated: bool = False
+    residual: int = 0
+    whole_sinks: int = 0
+
+    def check(self) -> None:
+        one_of(self, "k_as", DENSE, *CODECS)
+        one_of(self, "v_as", DENSE, *CODECS)
+
+    @property
+    def whole(self) -> int:
+        """Tokens of each head that have whole copies, W."""
+        return self.residual + self.whole_sinks
+
+    def codec(self, half: str) -> Codec | None:
+        """That of keys (`k`) or values (`v`); None if they are dense."""
+        return CODECS.get(self.k_as if half == "k" else self.v_as)
+
+    @property
+    def coded(self) -> tuple[str, ...]:
+        """The halves that have a codec."""
+        return tuple(half for half in HALVES if self.codec(half) is not None)
+
+    @property
+    def replaced_fields(self) -> dict[str, Field]:
+        width = {"k": "D", "v": "V"}
+        return {half: Field(half, f"BHW{width[half]}", None, 0.0) for half in self.coded}
+
+    @property
+    def state_fields(self) -> tuple[Field, ...]:
+        found = [Field(WHOLE_AT, "BHW", torch.int32, -1)] if self.coded else []
+        for half in self.coded:
+            codes, *scales = self.codec_of(half).parts(1, self.scale_group)
+            letters = _LETTERS[half]
+            found.append(Field(f"{half}_{codes.name}", f"BHC{letters[0]}", codes.dtype, None, codes=True))
+            found += [Field(f"{half}_{one.name}", f"BHC{letters[1]}", one.dtype, None, codes=True) for one in scales]
+        return tuple(found)
+
+    def sizes(self, widths: dict[str, Any]) -> dict[str, Any]:
+        """Sizes of the dims of its fields; widths: D and V."""
+        found: dict[str, Any] = {"W": self.whole}
+        for half, width in zip(HALVES, (widths["D"], widths["V"]), strict=True):
+            codec = self.codec(half)
+            if codec is not None:
+                parts = codec.parts(width, self.scale_group)
+                found |= dict(zip(_LETTERS[half], (parts[0].size, parts[-1].size), strict=True))
+        return found
+
+    def codec_of(self, half: str) -> Codec:
+        """That of a coded half."""
+        codec = self.codec(half)
+        assert codec is not None
+        return codec
+
+    def code_fields(self, half: str) -> tuple[str, ...]:
+        """Names of the fields that hold a half's codes, in the order of the codec's parts."""
+        return tuple(f"{half}_{part.name}" for part in self.codec_of(half).parts(1, self.scale_group))
+
+
+def coded(rule: Rule) -> tuple[str, ...]:
+    """The halves, of keys `k` and values `v`, that slots do not hold as the model has them."""
+    found: tuple[str, ...] | None = rule.derived.get(coded)
+    if found is None:
+        found = rule.derived[coded] = rule[Storage].coded
+    return found

@@ -1,0 +1,39 @@
+"""Short ways to write what a policy file says: `store: int4`, `budget: 20% bytes`, a policy that is only a store."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+_SHARE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*(?:of\s+)?(tokens|bytes)?\s*")
+
+
+def written_out(data: dict[str, Any]) -> dict[str, Any]:
+    """A policy's data with its short ways written out; anything else is left to those who check it."""
+    data = dict(data)
+    if isinstance(data.get("store"), str):
+        data["store"] = dict.fromkeys(("k", "v"), data["store"])
+    said = share(data.get("budget"))
+    if said is not None:
+        data["budget"], unit = said
+        data["unit"] = unit or data.get("unit", "tokens")
+    return data
+
+
+def alone(data: dict[str, Any]) -> dict[str, Any]:
+    """A policy that only says what slots hold: nothing is evicted, and it is called by that."""
+    store = data.get("store")
+    if store is None or not set(data) <= {"store", "layers", "name", "notes"}:
+        return data
+    name = store if isinstance(store, str) else "store"
+    if isinstance(store, dict) and store.get("k") != store.get("v"):
+        name = f"k {store.get('k', 'dense')}, v {store.get('v', 'dense')}"
+    elif isinstance(store, dict):
+        name = str(store.get("k", "store"))
+    return {"name": name, "budget": 1.0, **data}
+
+
+def share(budget: Any) -> tuple[float, str] | None:
+    """The fraction and the unit, "" if none is said, of a budget in words: `20% bytes`, `12.5%`; None if it is none."""
+    found = _SHARE.fullmatch(budget) if isinstance(budget, str) else None
+    return (float(found[1]) / 100, found[2] or "") if found else None
