@@ -103,6 +103,30 @@ def test_a_copy_that_takes_the_buffers_place_is_declined_too() -> None:
     assert "self.k.index_copy(2, places, k)" in raised.value.where
 
 
+class TurnedWhenRead(Part):
+    """Keys and values in one buffer made in the call, keys changed as they are read: only values are read plainly."""
+
+    def forward(self, x: Tensor, places: Tensor, mask: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q, k, v = self.project(x).view(b, t, 3, HEADS, DIM).permute(2, 0, 3, 1, 4)
+        self.both = torch.zeros(2, b, HEADS, ROOM, DIM)
+        self.both.index_copy_(3, places, torch.stack([k, v]))
+        if places.max().item() >= ROOM:
+            raise ValueError("too long")
+        k, v = self.both[0], self.both[1]
+        k = torch.cat([-k[..., DIM // 2 :], k[..., : DIM // 2]], -1)
+        return x + F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(b, t, -1)
+
+
+def test_values_alone_show_the_break() -> None:
+    model = Breaking("nowhere")
+    model.one, model.two = TurnedWhenRead("between"), TurnedWhenRead("between")
+    compiled = kvpass.compile(model.eval(), "h2o", BUDGET, inner="eager")
+    with pytest.raises(DeclinedError, match="written into a buffer in one graph, and attended to in another") as raised:
+        converse(compiled, 30, 0)
+    assert "self.both.index_copy_(3, places" in raised.value.where
+
+
 def test_between_write_and_attention_is_declined_at_the_first_call() -> None:
     compiled = kvpass.compile(Breaking("between").eval(), "h2o", BUDGET, inner="eager")
     with pytest.raises(DeclinedError, match="written into a buffer in one graph, and attended to in another") as raised:
