@@ -13,7 +13,7 @@ from torch import fx
 from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 
 from kvpass.graph import entries, merged, stacks
-from kvpass.graph.calls import operand
+from kvpass.graph.calls import call_name, operand
 from kvpass.graph.covering import covers
 
 SPELLINGS = (entries, stacks, merged)
@@ -46,8 +46,11 @@ def plain(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _is_idle(node: fx.Node) -> bool:
-    """A view of all of a tensor; an input that is only returned stays a tensor of its own."""
+    """A view of all of a tensor; an input that is only returned stays a tensor of its own, and what `copy_` writes into
+    says on which axis the tokens are.
+    """
     above = operand(node)
-    if not isinstance(above, fx.Node) or not covers(node):
+    written = any(call_name(user) == "copy_" and operand(user) is node for user in node.users)
+    if written or not isinstance(above, fx.Node) or not covers(node):
         return False
     return above.op != "placeholder" or not any(user.op == "output" for user in node.users)
