@@ -35,8 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 _LISTED = (
-    "Without an action, lists the built-in policies. Attention (32, steps) is that of the last 32 queries of a call "
-    "and of generated tokens; docs/policies.md says more."
+    "Without an action, lists the built-in policies. attn (32, steps) is attention of the last 32 queries of a "
+    "call and of generated tokens; bits are of a number of a key or value, with scales; docs/policies.md says more."
 )
 
 

@@ -13,6 +13,7 @@ from kvpass.api.holdings import Holdings, Part, holdings, stores
 from kvpass.api.report_text import report_text
 from kvpass.errors import CacheError
 from kvpass.kernels.budget import Budget
+from kvpass.kernels.codecs.storage import coded
 from kvpass.kernels.slots.cursor import SEEN
 from kvpass.kernels.slots.moves import even
 from kvpass.runtime.recordings import StepCounts
@@ -34,7 +35,9 @@ class Report:
             tokens: seen so far, padding included; None where nothing is compressed.
             bytes, dense_bytes: held by all keys, values and states of the cache, and by those of an unmodified one.
             slot_bytes, overhead_bytes: of keys and values in slots; of their positions and statistics (not in `bytes`).
+            bits: of those together, for each number of a key or value that is kept; None if none is.
             caller_bytes: of full-length buffers that the caller allocated, and that only the caller can free.
+            coded: whether slots hold codes (`store` of a policy).
             sites: compressed ones. dense: what else holds keys, values or states.
             declined: sites that stay dense, and why.
             why: why less was evicted than the budget says, in words; "" if it was not.
@@ -80,6 +83,8 @@ def report(cache: Any) -> Report:
             "dense_bytes": dense_sites + dense + _unused(found),
             "slot_bytes": slots,
             "overhead_bytes": overhead,
+            "bits": _bits(found.stores),
+            "coded": any(coded(store.rule) for store in found.stores),
             "caller_bytes": callers,
             "sites": sites,
             "dense": _dense_rows(found.dense),
@@ -138,6 +143,13 @@ def _site_row(store: SlotStore) -> dict[str, Any]:
         "dense_bytes": store.dense_bytes,
         "overhead_bytes": store.overhead_bytes,
     }
+
+
+def _bits(stores: Sequence[SlotStore]) -> float | None:
+    """Bits of all that slots hold, for each number that they stand for."""
+    held = sum(store.bytes + store.overhead_bytes for store in stores)
+    numbers = sum(int(s.live().sum()) * (s.state.k.shape[3] + s.state.v.shape[3]) for s in stores)
+    return 8 * held / numbers if numbers else None
 
 
 def _dense_rows(parts: Sequence[Part]) -> list[dict[str, Any]]:

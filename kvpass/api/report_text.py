@@ -29,7 +29,8 @@ def _headline(d: dict[str, Any]) -> list[str]:
     parts += [f"{size(d['caller_bytes'])} in full-length buffers that only the caller can free"] * bool(
         d["caller_bytes"]
     )
-    lines += _folded(f"{', '.join(parts)}; plus {size(d['overhead_bytes'])} of positions and statistics")
+    bits = f": {d['bits']:.2f} bits for each number kept, all counted" if d["coded"] and d["bits"] else ""
+    lines += _folded(f"{', '.join(parts)}; plus {size(d['overhead_bytes'])} of positions and statistics{bits}")
     lines += _folded(d["why"]) if d["why"] else []
     return (
         lines

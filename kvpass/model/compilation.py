@@ -90,7 +90,7 @@ class Compilation:
         return result
 
     def __str__(self) -> str:
-        return f"{type(self.model).__name__} compiled with {self.backend.policy.name} {self.backend.policy.budget}"
+        return f"{type(self.model).__name__} compiled with {self.backend.policy.name} {self.backend.policy.asked}"
 
     def _watched(self, call: Call, function: tuple[Any, ...], args: Any, kwargs: Any) -> Any:
         strict = self.backend.strict

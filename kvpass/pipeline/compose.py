@@ -234,7 +234,7 @@ class Backend:
         from kvpass.runtime.identity import Origin
 
         declined = tuple(d.to_dict() for d in table.declined)
-        return Origin(self.policy.name, self.policy.budget, declined, self.policy.fingerprint)
+        return Origin(self.policy.name, self.policy.asked, declined, self.policy.fingerprint)
 
     @property
     def timings(self) -> dict[str, float]:

@@ -7,6 +7,7 @@ import textwrap
 from dataclasses import dataclass, replace
 
 from kvpass.kernels.attention.observation import Observation, emitted
+from kvpass.kernels.codecs.storage import Storage, coded
 from kvpass.kernels.rank.marks import Marks
 from kvpass.kernels.rank.scored import Sample, Scoring
 from kvpass.kernels.rank.scorers.registry import Scorer
@@ -18,7 +19,8 @@ from kvpass.plan.rule import rule_of
 from kvpass.policy.load import load, names, variants
 from kvpass.policy.spec import Spec
 
-HEADINGS = ("policy", "reads", "extra at prefill", "bytes a slot", "paper")
+HEADINGS = ("policy", "reads", "extra at prefill", "bytes a slot", "bits", "paper")
+EXAMPLE_WIDTH = 64
 EXAMPLE_BUDGET = 0.2
 """Rules hold a budget; this one is shown for policies that bring none."""
 
@@ -32,6 +34,8 @@ class Row:
         extra: work of a prefill of T tokens beside attention's own: `none`, `T` (each key, value or hidden state once),
             `w*T` (the last w queries' attention again), `T*T` (all attention again).
         bytes: of position and statistics, for each slot of each KV head, beside K and V.
+        bits: of each number of a key and of a value, scales counted, at a head dimension of `EXAMPLE_WIDTH`; `-`: held
+            as the model has them.
         notes: where it differs from what it is taken from.
     """
 
@@ -39,6 +43,7 @@ class Row:
     reads: str
     extra: str
     bytes: int
+    bits: str
     paper: str
     source: str
     notes: str
@@ -54,13 +59,22 @@ def row_of(policy: Spec) -> Row:
     rule = example_rule(policy)
     size = 4 + sum(record.slot_bytes for record in rule)
     extra = " + ".join(_extra(rule)) or "none"
-    return Row(policy.name, ", ".join(_reads(rule)), extra, size, policy.paper, policy.source, policy.notes)
+    reads = ", ".join(_reads(rule))
+    return Row(policy.name, reads, extra, size, _bits(rule), policy.paper, policy.source, policy.notes)
 
 
 def example_rule(policy: Spec) -> Rule:
     """The rule that the ops get at the policy's own budget, or else at `EXAMPLE_BUDGET`."""
     alike = replace(policy, layers={})
     return rule_of(alike if policy.budget is not None else replace(alike, budget=EXAMPLE_BUDGET))
+
+
+def _bits(rule: Rule) -> str:
+    storage = rule[Storage]
+    codecs = [storage.codec(half) for half in ("k", "v")]
+    held = [c.bytes(EXAMPLE_WIDTH, storage.scale_group) * 8 / EXAMPLE_WIDTH if c else None for c in codecs]
+    words = ["-" if one is None else f"{one:g}" for one in held]
+    return words[0] if words[0] == words[1] else ", ".join(words)
 
 
 def _attended(rule: Rule) -> bool:
@@ -94,14 +108,15 @@ def _extra(rule: Rule) -> list[str]:
 def cells(row: Row) -> tuple[str, ...]:
     """A row of the table."""
     paper = row.paper.removeprefix("https://arxiv.org/abs/") or "-"
-    return row.name, row.reads, row.extra, str(row.bytes), paper
+    return row.name, row.reads, row.extra, str(row.bytes), row.bits, paper
 
 
 def brief(reads: str) -> str:
-    """What a policy reads in few characters: `attention (32, steps)` for the last 32 queries and generated tokens."""
+    """What a policy reads in few characters: `attn (32, steps)` for the last 32 queries and generated tokens."""
     short = reads.replace(" and of generated tokens", ", steps").replace("the last query", "1 queries")
     short = short.replace("values, output projection", "v W_O").replace("unrotated queries", "queries")
-    return re.sub(r"of (?:the last )?(\w+) queries((?:, steps)?)", r"(\1\2)", short)
+    short = re.sub(r"of (?:the last )?(\w+) queries((?:, steps)?)", r"(\1\2)", short)
+    return short.replace("attention", "attn")
 
 
 def as_text(rows: list[Row]) -> str:
@@ -113,11 +128,11 @@ def as_text(rows: list[Row]) -> str:
 
 def as_markdown(rows: list[Row]) -> str:
     """The table and a paragraph for each policy, as docs/policies.md holds them."""
-    out = [f"| {' | '.join(HEADINGS)} |", "| --- | --- | --- | --- | --- |"]
+    out = [f"| {' | '.join(HEADINGS)} |", "| --- | --- | --- | --- | --- | --- |"]
     for row in rows:
-        name, reads, extra, size, paper = cells(row)
+        name, reads, extra, size, bits, paper = cells(row)
         link = f"[{paper}]({row.paper})" if row.paper else ""
-        out.append(f"| [`{name}`](#{name}) | {reads} | {extra} | {size} | {link} |")
+        out.append(f"| [`{name}`](#{name}) | {reads} | {extra} | {size} | {bits} | {link} |")
     for row in rows:
         spec = f"[spec](../kvpass/policy/presets/{row.name}.yaml)"
         out += ["", f"### {row.name}", f"* Taken from: {row.source} ({spec})"]
@@ -140,6 +155,7 @@ def emission(policy: Spec) -> list[str]:
         f"a multi-token call emits: {computed}",
         f"a one-token call does with its row: {rule[Observation].decode}",
         f"each slot keeps: {kept}, {4 + sum(record.slot_bytes for record in rule)} bytes beside K and V",
+        *([f"keys and values are held in {_bits(rule)} bits a number"] if coded(rule) else []),
         f"rule at budget {policy.budget if own else EXAMPLE_BUDGET}: {rule.encode()}",
         *(f"rule of layers {key}: {example_rule(other).encode()}" for key, other in variants(policy).items()),
     ]

@@ -164,7 +164,7 @@ class Plan:
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
 
     def __str__(self) -> str:
-        budget = f"policy {self.policy.name}, budget {self.policy.budget}"
+        budget = f"policy {self.policy.name}, budget {self.policy.asked}"
         lines = [f"plan {self.fingerprint}: {budget}, {len(self.sites)} site(s)"]
         lines += [
             f"  {p.site.name}: {p.site.phase.value} -> {' > '.join(p.ops)}  [{p.rule.encode()}]" for p in self.sites

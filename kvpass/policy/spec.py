@@ -230,6 +230,13 @@ class Spec:
         """Whether nothing is ever evicted: a budget of 1.0 (1 is one slot), and no threshold beside it."""
         return isinstance(self.budget, float) and self.budget == 1.0 and self.allocate.heads != "threshold"
 
+    @property
+    def asked(self) -> int | float | str | None:
+        """The budget as a caller would write it: `20% bytes` where it is one of bytes."""
+        if self.unit == "bytes" and isinstance(self.budget, float):
+            return f"{100 * self.budget:g}% bytes"
+        return self.budget
+
     def __eq__(self, other: object) -> bool:
         """As YAML would say it: a budget of 1 (slot) is not a budget of 1.0 (everything)."""
         return isinstance(other, Spec) and repr(self.to_dict()) == repr(other.to_dict())

@@ -25,12 +25,13 @@ class Origin:
     """Where a store comes from: shared by all sites of a graph, and by all copies of a store.
 
     Attributes:
+        budget: as the caller would write it.
         fingerprint: of the policy with its budget.
         model: whose keys and values they are; None where no parameters reach the graph.
     """
 
     policy: str
-    budget: int | float | None
+    budget: int | float | str | None
     declined: tuple[dict[str, str], ...] = ()
     fingerprint: str = ""
     model: Identity | None = None

@@ -199,11 +199,19 @@ def test_the_reference_has_what_scorers_may_read():
 def test_examples_of_the_reference_load(tmp_path: Path):
     text = (DOCS / "policy-files.md").read_text()
     blocks = [block for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if "name:" in block]
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     blocks = blocks[1:]  # the first shows an error
     (tmp_path / "differing.yaml").write_text(blocks[1])
     differing = Policy.load(tmp_path / "differing.yaml").with_budget(0.2)
     assert [of_layer(differing, at, 30).budget for at in (0, 1, 2, 28, 29)] == [1.0, 1.0, 0.2, 0.2, 128]
+    (tmp_path / "small.yaml").write_text(blocks[2])
+    small = Policy.load(tmp_path / "small.yaml")
+    assert (small.asked, small.store.k, small.store.v, of_layer(small, 1, 30).store.k) == (
+        "12.5% bytes",
+        "int8",
+        "int4",
+        "dense",
+    )
     (tmp_path / "mine.yaml").write_text(blocks[0])
     mine, snapkv = Policy.load(tmp_path / "mine.yaml").with_budget(0.2), Policy.load("snapkv")
     assert (mine.observe, mine.statistic, mine.pool) == (snapkv.observe, snapkv.statistic, snapkv.pool)
@@ -235,7 +243,7 @@ def faults(value: Any, schema: dict[str, Any], root: dict[str, Any]) -> list[str
         out += [f"{key} is missing" for key in schema.get("required", []) if key not in value]
         for key, inner in value.items():
             below = known.get(key, rest)
-            out += [f"{key} is unknown"] if below is False else faults(inner, below, root)
+            out += [f"{key} is unknown"] if below is False else [] if below is True else faults(inner, below, root)
     for item in value if isinstance(value, list) else []:
         out += faults(item, schema.get("items", {}), root)
     for part in schema.get("allOf", []):
