@@ -37,9 +37,23 @@ numbers (SnapKV's repository: a window of 32, max-pooling over 7). `as kvpress`:
 5; knorm protects nothing). What is defined otherwise in the two is listed in `tests/kvpress/test_vectors.py`."""
 
 
+HELD_AS = " + "
+"""Between a policy's name and what its slots hold; the budget is one of bytes then."""
+
+
 def preset(name: str) -> str:
     """The built-in policy that a cell of kvpass' is made from."""
-    return name.removesuffix(FIRST_CALL).removesuffix(LIKE_PEER)
+    return evicts_by(name).removesuffix(FIRST_CALL).removesuffix(LIKE_PEER)
+
+
+def evicts_by(name: str) -> str:
+    """The policy of `h2o + int4`."""
+    return name.split(HELD_AS)[0]
+
+
+def held_as(name: str) -> str:
+    """What its slots hold: a codec, or those of keys and of values, `int8/int4`."""
+    return name.split(HELD_AS)[1] if HELD_AS in name else "dense"
 
 
 def beside_peer() -> list[str]:
@@ -52,6 +66,10 @@ def spec_of(name: str) -> str | dict[str, Any]:
     policy = preset(name)
     if policy == name:
         return name
+    if HELD_AS in name:
+        keys, _, values = held_as(name).partition("/")
+        unit = "tokens" if policy == "full" else "bytes"
+        return {"name": name, "extends": policy, "store": {"k": keys, "v": values or keys}, "unit": unit}
     settings = SETTINGS[policy] if name.endswith(LIKE_PEER) else {}
     return {"name": name, "extends": policy, "when": "first", **settings}
 
