@@ -36,11 +36,11 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 SHARES = (0.125, 0.2)
 EVICTING = ("h2o", "roco", "snapkv", "ada_snapkv", "layer_defensivekv", "streaming_llm")
-STORES = ("dense", "int8", "int8/int4", "int4")
+STORES = ("dense", "int8", "int8:int4", "int4")
 ALONE = ("int8", "fp8_e4m3", "int4", "int4_symmetric", "int2")
-READ = """A row is a policy and what its slots hold: `h2o + int4` evicts by h2o and holds 4-bit codes (`int8/int4`: 8-bit
-keys, 4-bit values), `full + int4` evicts nothing, `h2o + dense` is eviction alone. `held` is everything that a cache
-holds, of what an unmodified one holds in float32: codes, scales, whole copies of the newest 32 and the first 4 tokens,
+READ = """A row is a policy and what its slots hold: `h2o + int4` evicts by h2o and holds 4-bit codes (`int8:int4`:
+8-bit keys, 4-bit values), `full + int4` evicts nothing, `h2o + dense` is eviction alone. `held` is everything that a
+cache holds, of what an unmodified one holds in float32: codes, scales, whole copies of the newest 32 and the first 4 tokens,
 positions, statistics, free slots. The columns are those of [quality.md](quality.md), on the same texts and questions:
 an answer counts if all five digits are right, KL is along the true text, intervals are over texts. Needles alone hide
 what few bits cost: look at KL and perplexity too. A model of 135M parameters with heads of 64 is the hard case for few

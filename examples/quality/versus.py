@@ -52,7 +52,7 @@ def evicts_by(name: str) -> str:
 
 
 def held_as(name: str) -> str:
-    """What its slots hold: a codec, or those of keys and of values, `int8/int4`."""
+    """What its slots hold: a codec, or those of keys and of values, `int8:int4`."""
     return name.split(HELD_AS)[1] if HELD_AS in name else "dense"
 
 
@@ -67,7 +67,7 @@ def spec_of(name: str) -> str | dict[str, Any]:
     if policy == name:
         return name
     if HELD_AS in name:
-        keys, _, values = held_as(name).partition("/")
+        keys, _, values = held_as(name).partition(":")
         unit = "tokens" if policy == "full" else "bytes"
         return {"name": name, "extends": policy, "store": {"k": keys, "v": values or keys}, "unit": unit}
     settings = SETTINGS[policy] if name.endswith(LIKE_PEER) else {}
