@@ -40,11 +40,11 @@ STORES = ("dense", "int8", "int8:int4", "int4")
 ALONE = ("int8", "fp8_e4m3", "int4", "int4_symmetric", "int2")
 READ = """A row is a policy and what its slots hold: `h2o + int4` evicts by h2o and holds 4-bit codes (`int8:int4`:
 8-bit keys, 4-bit values), `full + int4` evicts nothing, `h2o + dense` is eviction alone. `held` is everything that a
-cache holds, of what an unmodified one holds in float32: codes, scales, whole copies of the newest 32 and the first 4 tokens,
-positions, statistics, free slots. The columns are those of [quality.md](quality.md), on the same texts and questions:
-an answer counts if all five digits are right, KL is along the true text, intervals are over texts. Needles alone hide
-what few bits cost: look at KL and perplexity too. A model of 135M parameters with heads of 64 is the hard case for few
-bits.
+cache holds, of what an unmodified one holds in float32: codes, scales, whole copies of the newest 32 and the first 4
+tokens, positions, statistics, free slots. The columns are those of [quality.md](quality.md), on the same texts and
+questions: an answer counts if all five digits are right, KL is along the true text, intervals are over texts. Needles
+alone hide what few bits cost: look at KL and perplexity too. A model of 135M parameters with heads of 64 is the hard
+case for few bits.
 """
 COLUMNS = ["policy", "held %", "KL", "same token %", "perplexity", "aware", "agnostic", "answer NLL"]
 
