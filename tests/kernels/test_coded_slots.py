@@ -7,11 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+from kvpass.kernels import choose
 from kvpass.kernels.after_call.layers import shared_out
 from kvpass.kernels.after_call.reindex import Reindex, reindex
+from kvpass.kernels.attention.softmax import Softmax
 from kvpass.kernels.codecs.storage import coded
+from kvpass.kernels.decode_attend.call import Call, Token
+from kvpass.kernels.decode_attend.device import decode_attend_device
+from kvpass.kernels.decode_attend.reference import decode_attend_reference
 from kvpass.kernels.rank.share_out import ShareOut
-from kvpass.kernels.testing import TOLERANCES
+from kvpass.kernels.rule import Rule
+from kvpass.kernels.slots.state import State
+from kvpass.kernels.testing import TOLERANCES, assert_close, qkv
+from models.states import arriving, builtin, same, state_under
+from models.unread import HostRead, unread
 from oracle.coded import CodedSimulator, Held
 from oracle.ops import Site
 from torch import Tensor
@@ -19,7 +28,7 @@ from torch import Tensor
 from kvpass.plan.rule import rule_of
 from kvpass.policy.policy import Policy
 
-LAYERS = 2
+LAYERS, SEEN = 2, 240
 INT4 = Held("int4", "int4", True, 16, 8, 3)
 
 
@@ -228,3 +237,96 @@ def test_what_slots_hold_is_codes() -> None:
     assert {name: tuple(state[name].shape[2:]) for name in ("k_codes", "k_scale", "k_low")} == {
         "k_codes": (state.slots, 8), "k_scale": (state.slots, 1), "k_low": (state.slots, 1)
     }  # fmt: skip
+
+
+RULES = {
+    **{f"h2o, {name}": (builtin()["h2o"], held) for name, held in STORES.items()},
+    **{name: (builtin()[name], INT4) for name in ("full", "snapkv", "roco", "streaming_llm")},
+    **{name: (builtin()[name], INT4) for name in ("ada_snapkv", "layer_defensivekv", "nacl", "tova")},
+    "cascading": (builtin()["cascading"], STORES["values alone"]),
+}
+
+
+def stored(rule: Rule, held: Held) -> Rule:
+    words = {"scale_group": held.group, "rotated": held.rotate, "residual": held.residual, "whole_sinks": held.sinks}
+    return rule.replace(k_as=held.k, v_as=held.v, **words)
+
+
+@pytest.mark.parametrize("kind", ["none", "tokens", "pads", "bias"])
+@pytest.mark.parametrize("name", RULES)
+def test_the_device_does_what_the_reference_does(name: str, kind: str) -> None:
+    """Outputs, positions, codes and whole copies, where nothing may be read back."""
+    rule = stored(*RULES[name])
+    got = state_under(rule, SEEN)
+    want = got.clone()
+    for step in range(4):
+        position = SEEN + step
+        token = Token(*qkv(2, 4, 2, 1, 16, keys=1, seed=step), arriving(rule, position))
+        told: dict[str, Any] = {}
+        tokens = torch.ones(2, position + 1, dtype=torch.bool)
+        tokens[1, 100:130] = False
+        if kind == "pads":
+            tokens[0, SEEN + 1 :: 2] = False
+        if kind != "none":
+            told["tokens"] = tokens
+        if kind == "bias":
+            noise = torch.randn(2, 4, 1, position + 1, generator=torch.Generator().manual_seed(step))
+            told = {"mask": noise.masked_fill(~tokens[:, None, None], torch.finfo(torch.float32).min)}
+        mask, before = told.pop("mask", None), got.clone()
+        call = Call.of_step(mask, position, Softmax(0.3), rule, **told)
+        there = Call.of_step(mask, 0, Softmax(0.3), rule, **told, at=torch.tensor([position], dtype=torch.int32))
+        with unread():
+            x = decode_attend_device(token, got, there)
+        y = decode_attend_reference(token, want, call)
+        assert_close(x, y, what=f"out at step {step}")
+        same(got, want, before, step)
+
+
+def test_a_device_that_reads_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvpass.kernels.decode_attend import device
+
+    whole = device.keep_whole
+
+    def read(k: Tensor, *args: Any) -> None:
+        assert bool((k == k).all())
+        whole(k, *args)
+
+    monkeypatch.setattr(device, "keep_whole", read)
+    rule = stored(*RULES["full"])
+    token, call = Token(*qkv(2, 4, 2, 1, 16, keys=1)), Call.of_step(None, SEEN, Softmax(0.3), rule)
+    with pytest.raises(HostRead), unread():
+        decode_attend_device(token, state_under(rule, SEEN), call)
+
+
+def test_cuda_runs_what_knows_codes() -> None:
+    """Triton's kernels know no codes, and say so."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    for rule, held in RULES.values():
+        plan = stored(rule, held)
+        given = Token(*qkv(2, 4, 2, 1, 16, keys=1)), state_under(plan, SEEN), Call(None, SEEN, Softmax(0.3), plan)
+        assert choose.kernel("decode_attend", torch.device("cuda"), *given) is decode_attend_device
+
+
+def first_steps(device: bool, held: Held) -> list[Tensor]:
+    """Rows that begin with steps, one of them with a pad first."""
+    rule = stored(builtin()["full"], held)
+    state = State.empty(rule, torch.empty(0), B=2, H=2, C=8, D=16, V=16)
+    outs = []
+    for position in range(5):
+        token = Token(*qkv(2, 4, 2, 1, 16, keys=1, seed=position))
+        tokens = torch.ones(2, position + 1, dtype=torch.bool)
+        tokens[1, :2] = False
+        call = Call.of_step(None, position, Softmax(0.3), rule, tokens=tokens)
+        run = decode_attend_device if device else decode_attend_reference
+        out = run(token, state, call)
+        outs.append(out if position >= 2 else out[:1])
+    return outs
+
+
+@pytest.mark.parametrize("residual", [0, 2])
+@pytest.mark.parametrize("device", [False, True], ids=["reference", "device"])
+def test_rows_that_begin_with_steps(device: bool, residual: int) -> None:
+    """As long as all tokens are whole, nothing is lost: what codes would say never shows."""
+    held = Held("int2", "int2", True, 64, residual, 5)
+    for got, want in zip(first_steps(device, held), first_steps(False, Held()), strict=True):
+        assert_close(got, want, what="out")
