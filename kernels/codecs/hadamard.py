@@ -27,11 +27,15 @@ def rotated(x: Tensor) -> Tensor:
 
 
 def _matrix(size: int, device: torch.device) -> Tensor:
-    """float32 [size, size]"""
+    """float32 [size, size]; kept, unless it has no contents (fake tensors)."""
     key = size, device
-    if key not in _MADE:
-        one = torch.ones(1, 1, device=device)
-        while len(one) < size:
-            one = torch.cat([torch.cat([one, one], 1), torch.cat([one, -one], 1)])
-        _MADE[key] = one / size**0.5
-    return _MADE[key]
+    found = _MADE.get(key)
+    if found is None:
+        with torch.inference_mode(False):
+            found = torch.ones(1, 1, device=device)
+            while len(found) < size:
+                found = torch.cat([torch.cat([found, found], 1), torch.cat([found, -found], 1)])
+            found = found / size**0.5
+        if type(found) is Tensor:
+            _MADE[key] = found
+    return found

@@ -17,12 +17,12 @@ from torch import Tensor
 
 def place_of(pos: Tensor, first: Tensor, rule: Rule) -> Tensor:
     """Where the copies of tokens at positions pos, int32 [.., n], are if there are any: int64. first: int32 [.., 1 or
-    n], of each row. Not where W is 0.
+    n], of each row, -1: pos is. Not where W is 0.
     """
     storage = rule[Storage]
     turn = torch.full_like(pos, storage.whole_sinks)
     turn = turn + pos % storage.residual if storage.residual else turn
-    since = pos - first
+    since = torch.where(first < 0, 0, pos - first)
     place = torch.where((since >= 0) & (since < storage.whole_sinks), since, turn)
     return place.clamp(0, storage.whole - 1).long()
 

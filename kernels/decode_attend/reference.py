@@ -199,10 +199,11 @@ def _with_padding(token: Token, state: State, call: Call, arrived: list[bool]) -
     """Some rows carry a pad token: one row at a time, pad rows only look."""
     outs = []
     for b, real in enumerate(arrived):
-        row, own = row_of(state, b), call.of(b)
+        row, own, mine = row_of(state, b), call.of(b), token.of(b)
         if not real:
-            outs.append(attend_only(token.q[b : b + 1], row, own))
+            keep_whole(mine.k, mine.v, call.position, row, call.rule)  # columns count, whatever stands in them
+            outs.append(attend_only(mine.q, row, own))
             continue
-        outs.append(decode_attend_reference(token.of(b), row, own))
+        outs.append(decode_attend_reference(mine, row, own))
         put_row(state, row, b)
     return torch.cat(outs)

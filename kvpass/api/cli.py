@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("policies", nargs="+", metavar="FILE")
     check.set_defaults(run=_check)
     for action in (show, check):
-        action.add_argument("--budget", type=_budget, help="a fraction (0.2) or slots per KV head (1024)")
+        action.add_argument("--budget", type=_budget, help="a fraction (0.2), slots per KV head (1024) or '20%% bytes'")
     actions.add_parser("schema", help="JSON Schema of policy files, for editors").set_defaults(run=_schema)
     known = commands.add_parser("scorers", help="what policies can name in `score`")
     known.set_defaults(run=_scorers)
@@ -65,7 +65,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _budget(text: str) -> int | float:
+def _budget(text: str) -> int | float | str:
+    from kvpass.policy.shorthand import share
+
+    if share(text):
+        return text
     try:
         return int(text)
     except ValueError:
@@ -73,7 +77,7 @@ def _budget(text: str) -> int | float:
     try:
         return float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number; give 0.2 or 1024") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is no number; give 0.2, 1024 or '20% bytes'") from None
 
 
 def _import(file: Path) -> None:
@@ -129,7 +133,7 @@ def _check(args: argparse.Namespace) -> int:
     return int(bad > 0)
 
 
-def _verdict(file: str, budget: int | float | None) -> str:
+def _verdict(file: str, budget: int | float | str | None) -> str:
     """What was checked, in words.
 
     Raises:
@@ -145,7 +149,8 @@ def _verdict(file: str, budget: int | float | None) -> str:
         for one in (policy, *variants(policy).values()):
             check_files(one)
     else:
-        known = f"policy {policy.name!r} with budget {policy.with_budget(budget).budget}"
+        chosen = policy.with_budget(budget)
+        known = f"policy {policy.name!r} with budget {chosen.budget}{' of bytes' * (chosen.unit == 'bytes')}"
     notes = dict.fromkeys(filter(None, map(_trial, (policy, *variants(policy).values()))))
     return "; ".join([known, *notes])
 

@@ -197,7 +197,7 @@ def _store(p: Spec) -> Iterator[Broken]:
     known = [DENSE, *CODECS]
     for half in ("k", "v"):
         said = getattr(held, half)
-        near = difflib.get_close_matches(said, known, n=1)
+        near = difflib.get_close_matches(said, known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""
         yield said not in known, f"store.{half}", f"{hint}known: {', '.join(known)}"
     yield held.group < 1, "store.group", "give a number of entries, e.g. 64"
@@ -205,6 +205,11 @@ def _store(p: Spec) -> Iterator[Broken]:
     yield held.sinks < 0, "store.sinks", "give a number of tokens, 0 or more"
     fix = "keys that are held as codes cannot be turned to new positions: set positions: kept, or store.k: dense"
     yield held.k != DENSE and p.positions == "reindexed", "positions", fix
+    yield from _unit(p)
+
+
+def _unit(p: Spec) -> Iterator[Broken]:
+    """What a budget in bytes cannot be: also asked of the caller's."""
     fix = "a number of slots is no share of bytes: give a fraction, e.g. 0.2, or set unit: tokens"
     yield p.unit == "bytes" and isinstance(p.budget, int), "unit", fix
     shared = p.allocate.heads == "threshold" or p.allocate.layers == "pyramid"
@@ -236,6 +241,9 @@ def check_budget(p: Spec, *, given: bool, own: int | float | None) -> None:
         )
     if isinstance(b, int) and not 1 <= b <= MOST:
         raise PolicyError(f"a budget of slots is at least 1 and at most {MOST}", where=where, hint="give budget=1024")
+    for broken, field, fix in _unit(p):
+        if broken:
+            raise PolicyError(f"policy {p.name!r}: bad value in {field}", where=where, hint=fix)
     whole = isinstance(b, float) and b == 1.0
     if given and replace(p, budget=own).keeps_all and not p.keeps_all:
         raise PolicyError(

@@ -121,7 +121,7 @@ def extended(data: dict[str, Any], where: str, folder: Path, chain: tuple[Path, 
     if path.resolve() in chain:
         loop = " -> ".join(p.name for p in (*chain, path))
         raise PolicyError(f"'extends' runs in a circle: {loop}", where=where, hint="let one of them stand alone")
-    base = extended(read(path), str(path), path.parent, (*chain, path.resolve()))
+    base = written_out(extended(read(path), str(path), path.parent, (*chain, path.resolve())))
     return merged({k: v for k, v in base.items() if k not in ("name", "paper", "source", "notes")}, own)
 
 

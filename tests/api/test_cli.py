@@ -236,6 +236,8 @@ def faults(value: Any, schema: dict[str, Any], root: dict[str, Any]) -> list[str
     numeric = isinstance(value, bool) and "boolean" not in wanted
     if numeric or not any(isinstance(value, kinds[kind]) for kind in wanted):
         out.append(f"{value!r} is no {wanted}")
+    if isinstance(value, str) and not re.search(schema.get("pattern", ""), value):
+        out.append(f"{value!r} is not like {schema['pattern']}")
     if value not in schema.get("enum", [value]) or value != schema.get("const", value):
         out.append(f"{value!r} is no choice")
     if isinstance(value, dict):
@@ -243,7 +245,10 @@ def faults(value: Any, schema: dict[str, Any], root: dict[str, Any]) -> list[str
         out += [f"{key} is missing" for key in schema.get("required", []) if key not in value]
         for key, inner in value.items():
             below = known.get(key, rest)
-            out += [f"{key} is unknown"] if below is False else [] if below is True else faults(inner, below, root)
+            if isinstance(below, bool):
+                out += [] if below else [f"{key} is unknown"]
+            else:
+                out += faults(inner, below, root)
     for item in value if isinstance(value, list) else []:
         out += faults(item, schema.get("items", {}), root)
     for part in schema.get("allOf", []):
@@ -275,12 +280,39 @@ def test_every_file_fits_the_schema(path):
         {"name": "x", "weight": {"by": "l3"}},
         {"name": "x", "score": "cake", "options": {"gama": 1.0}},
         {"name": "x", "score": "cake", "options": {"pool": "5"}},
+        {"name": "x", "store": "itn4"},
+        {"name": "x", "store": ["int4"]},
+        {"name": "x", "store": {"k": "int3"}},
+        {"name": "x", "store": {"keys": "int4"}},
+        {"name": "x", "store": {"group": 6.5}},
+        {"name": "x", "budget": "much"},
+        {"name": "x", "unit": "words"},
     ],
     ids=str,
 )
 def test_bad_data_does_not_fit_the_schema(data):
     schema = json_schema()
     assert faults(data, schema, schema)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"store": "int4"},
+        {"store": "dense"},
+        {"store": {"k": "int8", "v": "fp8_e5m2", "rotate": "none", "group": 32, "residual": 0, "sinks": 0}},
+        {"store": {"v": "int2"}},
+        {"extends": "h2o", "store": {"k": None}},
+        {"store": None},
+        {"budget": "20% bytes"},
+        {"budget": 0.2, "unit": "bytes"},
+        {"layers": {"0": {"store": "int8"}}},
+    ],
+    ids=str,
+)
+def test_both_ways_to_say_a_store_and_a_budget_fit_the_schema(data):
+    schema = json_schema()
+    assert faults({"name": "x", **data}, schema, schema) == []
 
 
 def test_the_schema_says_what_fields_mean():

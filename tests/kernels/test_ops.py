@@ -6,6 +6,7 @@ import pytest
 import torch
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.testing import assert_close, causal_mask, qkv, random_state
+from models.states import state_under
 from torch._dynamo.testing import CompileCounter
 from torch._inductor.utils import run_and_get_code
 
@@ -14,6 +15,14 @@ import kvpass.ops
 H2O = Rule(stats=("sum",), queries=-1, decode="add", score="sum", recent_num=1, recent_den=2, slots=9)
 TEXT = H2O.encode()
 LIVE = torch.tensor([[9, 9], [9, 9]])
+
+
+CODED = H2O.replace(k_as="int4", v_as="fp8_e4m3", rotated=True, scale_group=7, residual=4, whole_sinks=2)
+CODES = CODED.encode()
+
+
+def coded_state():
+    return state_under(CODED, 30).tensors()
 
 
 def state():
@@ -41,6 +50,11 @@ def calls():
         "prefill_attend strided": (*strided, None, None, 0.25, "causal", ""),
         "prefill_attend extend": (q, k, v, pos, mask, 0.25, "", TEXT),
         "prefill_attend words": (q, k, v, None, None, 0.25, "causal", TEXT, None, 0.0, real, None, 0),
+        "encode_slots": (k, v, CODES),
+        "encode_slots half": (k, v.bfloat16(), Rule(v_as="int2").encode()),
+        "keep_whole": (k, v, 30, coded_state(), CODES),
+        "join_slots codes": (coded_state(), k, v, 30, CODES),
+        "decode_attend codes": (*one, row, coded_state(), 30, 0.25, CODES),
         "token_bounds": (real, 2, 4),
         "join_slots": (now, k, v, 30, TEXT),
         "score_slots": (stats, None, None, alive, cursor, 0, TEXT),

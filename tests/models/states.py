@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from kvpass.kernels.budget import budget
+from kvpass.kernels.codecs.storage import WHOLE_AT, Storage, coded
 from kvpass.kernels.rank.marks import KEEP, MARK
 from kvpass.kernels.rank.places import NUMBER, PLACE, Protected
 from kvpass.kernels.rank.ranking import recent_of
@@ -110,9 +111,29 @@ def state_under(
                     target[where] = order[:n].int()
                 elif field.name == "stats":
                     target[where] = _statistics(rule, order[:n], seen, g)
-                elif target.numel():
+                elif target.numel() and not field.codes:
                     target[where] = torch.randn(target[where].shape, generator=g)
+    _encode(state, rule, seen, g)
     return state
+
+
+def _encode(state: State, rule: Rule, seen: int, g: torch.Generator) -> None:
+    """Codes of random entries, NaN where nothing is; copies of the first tokens and of the newest, as
+    `kvpass.kernels.codecs.whole` lays them out.
+    """
+    storage = rule[Storage]
+    for half in coded(rule):
+        state[half].copy_(torch.randn(state[half].shape, generator=g))
+        entries = torch.randn(*state.pos.shape, state[half].shape[3], generator=g)
+        entries = entries.masked_fill(state.pos[..., None] < 0, float("nan"))
+        parts = storage.codec_of(half).encode(entries, storage.scale_group)
+        for name, part in zip(storage.code_fields(half), parts, strict=True):
+            state[name].copy_(part)
+    for position in range(seen if coded(rule) else 0):
+        if position < storage.whole_sinks:
+            state[WHOLE_AT][..., position] = position
+        if storage.residual:
+            state[WHOLE_AT][..., storage.whole_sinks + position % storage.residual] = position
 
 
 def _protected_first(middle: Tensor, held: int, rule: Rule) -> Tensor:
@@ -177,8 +198,11 @@ def same(got: State, want: State, before: State, step: int) -> None:
     assert torch.equal(got.cursor, want.cursor), f"cursor at step {step}"
     used = held(want)
     assert_close(got.stats[:, used], want.stats[:, used], torch.float32, stats=True, what=f"stats at step {step}")
-    for name in ("k", "v"):
-        x, y, z = (getattr(s, name) for s in (got, want, before))
-        assert torch.equal(bits(x[used]), bits(y[used])), f"{name} at step {step}"
-        old = used & (want.pos == before.pos)
-        assert torch.equal(bits(x[old]), bits(z[old])), f"{name}: a slot that was in use was written at step {step}"
+    for field in want.fields:
+        x, y, z = (s[field.name] for s in (got, want, before))
+        if not field.per_slot:
+            assert torch.equal(bits(x), bits(y)), f"{field.name} at step {step}"
+        elif field.rows == 0 and field.name != "pos":
+            assert torch.equal(bits(x[used]), bits(y[used])), f"{field.name} at step {step}"
+            old = used & (want.pos == before.pos)
+            assert torch.equal(bits(x[old]), bits(z[old])), f"{field.name}: a used slot was written at step {step}"

@@ -9,6 +9,8 @@ import torch
 from kvpass.kernels.after_call.layers import shared_out
 from kvpass.kernels.after_call.reindex import Reindex, reindex
 from kvpass.kernels.budget import kept
+from kvpass.kernels.codecs.encode_slots import encode_slots, keep_whole
+from kvpass.kernels.codecs.storage import Storage, coded
 from kvpass.kernels.compact_slots import compact_slots
 from kvpass.kernels.decode_attend import decode_attend
 from kvpass.kernels.join_slots import join_slots
@@ -34,17 +36,17 @@ DIM = 16
 
 
 class Site:
-    """One layer of the library: the order of ops of docs/design/0001."""
+    """One layer of the library: the order of ops of docs/design/0001. `dims`: entries of a key and of a value."""
 
-    def __init__(self, rule: Rule, projection: torch.Tensor) -> None:
-        self.rule, self.projection, self.spare = rule, projection, 0
+    def __init__(self, rule: Rule, projection: torch.Tensor, dims: tuple[int, int] = (DIM, DIM)) -> None:
+        self.rule, self.projection, self.spare, self.dims = rule, projection, 0, dims
         self.state: State | None = None
 
     @property
     def arrives(self) -> bool:
         return bool({"scored", "weight", "mark", "place", "number"} & set(self.rule[Statistics].stats))
 
-    def one(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, position: int) -> None:
+    def one(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, position: int) -> torch.Tensor:
         if not self.rule[ShareOut].share:
             self.state = with_room(self.state, kept(self.rule, position + 1))
         elif self.spare < 1:
@@ -52,31 +54,53 @@ class Site:
         self.spare -= 1
         rule, cursor = self.rule.encode(), self.state.cursor
         arrive = arrivals(k, v, cursor, position, rule, self.projection) if self.arrives else None
-        decode_attend(q, k, v, mask, self.state.tensors(), position, DIM**-0.5, rule, arrive=arrive)
+        scale = self.dims[0] ** -0.5
+        return decode_attend(q, k, v, mask, self.state.tensors(), position, scale, rule, arrive=arrive)
 
-    def many(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, position: int) -> None:
-        rule, tokens = self.rule.encode(), position + q.shape[2]
-        pos = past = None
-        first = not self.state
+    def many(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, position: int
+    ) -> torch.Tensor:
+        rule, tokens, scale = self.rule.encode(), position + q.shape[2], self.dims[0] ** -0.5
+        codes = coded(self.rule)
+        first, own = not self.state, (k, v)
         if first:
-            self.state = empty_state(self.rule, tokens, k, {"B": k.shape[0], "Hkv": k.shape[1], "D": DIM, "Dv": DIM})
+            sizes = {"B": k.shape[0], "Hkv": k.shape[1], "D": self.dims[0], "Dv": self.dims[1]}
+            self.state = empty_state(self.rule, tokens, k, sizes)
+            self.poison()
         elif self.rule[ShareOut].share:
             self.state = evened(self.state, q.shape[2])
         else:
             self.state = with_room(self.state, kept(self.rule, tokens))
+        names = [field.name for field, _ in self.state.per_slot()]
+        all_names = list(dict.fromkeys(["k", "v", *names]))
+        keys: dict[str, Any] = {**dict.fromkeys(all_names), "k": k, "v": v}
         if not first:
-            k, v, pos, past = join_slots(self.state.tensors(), k, v, position, rule)
-        _, stats, valid = prefill_attend(q, k, v, pos, mask, DIM**-0.5, "", rule, position=position)
+            keys = dict(zip(all_names, join_slots(self.state.tensors(), k, v, position, rule), strict=True))
+        elif codes:
+            held = [name for half in codes for name in self.rule[Storage].code_fields(half)]
+            keys |= dict(zip(held, encode_slots(k, v, rule), strict=True))
+        k, v, pos, past = (keys[name] for name in ("k", "v", "pos", "stats"))
+        out, stats, valid = prefill_attend(q, k, v, pos, mask, scale, "", rule, position=position)
         beside: dict[str, Any] = {}
         if self.arrives:
             reads = {"rows", "logits"} & set(self.rule[Scoring].reads)
-            rows = window_rows(q, k, pos, mask, valid, DIM**-0.5, "", rule, position=position) if reads else None
+            rows = window_rows(q, k, pos, mask, valid, scale, "", rule, position=position) if reads else None
             beside = {"k": k, "v": v, "rows": rows, "wo": self.projection}
         shown = mask if pos is not None else None
         before = self.state.cursor, position, rule
-        score, stats, cursor = score_slots(stats, past, pos, valid, *before, mask=shown, **beside)
+        score, keys["stats"], cursor = score_slots(stats, past, pos, valid, *before, mask=shown, **beside)
         room = score.shape[2] if self.rule[Ragged].ragged else self.state.slots
-        compact_slots((k, v, pos, stats), select_slots(score, cursor, room), cursor, self.state.tensors(), rule)
+        chosen = select_slots(score, cursor, room)
+        compact_slots([keys[name] for name in names], chosen, cursor, self.state.tensors(), rule)
+        if codes:
+            keep_whole(*own, position, self.state.tensors(), rule)
+        return out
+
+    def poison(self) -> None:
+        """What is undefined is NaN, or the largest code."""
+        for field, tensor in self.state.per_slot():
+            if field.fill is None:
+                tensor.fill_(float("nan") if tensor.is_floating_point() else 255)
 
     def positions(self) -> torch.Tensor:
         return even(self.state).pos

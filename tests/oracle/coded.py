@@ -1,0 +1,84 @@
+"""An evicting cache whose tokens are codes: the simulator, shown each token's key and value as its slot holds them.
+
+A token is whole in the call that brings several tokens. From then on it is read as its codes say, but for the newest
+`residual` columns and the first `sinks` columns of its row, which stay whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from oracle.codes import read_back
+from oracle.simulator import Simulator
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Held:
+    """How slots hold tokens."""
+
+    k: str = "dense"
+    v: str = "dense"
+    rotate: bool = False
+    group: int = 64
+    residual: int = 0
+    sinks: int = 0
+
+    @property
+    def spec(self) -> dict[str, object]:
+        """As a policy file says it."""
+        turn = "hadamard" if self.rotate else "none"
+        return {"k": self.k, "v": self.v, "rotate": turn, "group": self.group, "residual": self.residual,
+                "sinks": self.sinks}  # fmt: skip
+
+    def whole(self, tokens: int, new: int, first: int) -> list[bool]:
+        """Which of a row's tokens, the last `new` of which come in this call, are read whole in it."""
+        step = tokens > new == 1  # its own token is one of the newest; of several tokens all are whole
+        newest = (tokens if step else tokens - new) - self.residual
+        return [t >= newest or 0 <= t - first < self.sinks for t in range(tokens)]
+
+
+class CodedSimulator(Simulator):
+    """`attend` as `Simulator` has it, with keys and values as the model made them: all tokens so far."""
+
+    held = Held()
+
+    def __init__(self, *args: object, held: Held, **options: object) -> None:
+        super().__init__(*args, **options)  # type: ignore[arg-type]
+        self.held = held
+        self.codes: dict[tuple[int, str], Tensor] = {}
+        self.firsts: list[int] = []
+        self.judged: dict[int, Tensor] = {}
+        self.values = torch.empty(0)
+
+    def attend(self, index: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+        new, tokens = q.shape[2], k.shape[2]
+        sees = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        own = sees.expand(len(q), -1, new, tokens)[..., tokens - new :].any(2).any(1)
+        self.firsts = self.firsts or [-1] * len(q)
+        for b, valid in enumerate(own.tolist()):
+            if self.firsts[b] < 0 and any(valid):
+                self.firsts[b] = tokens - new + valid.index(True)
+        whole = torch.tensor([self.held.whole(tokens, new, first) for first in self.firsts])[:, None, :, None]
+        read = [torch.where(whole, x.double(), self.coded(index, half, x)) for half, x in (("k", k), ("v", v))]
+        before = self.judged.get(index, k[:, :, :0].double())
+        one = tokens > new == 1
+        self.judged[index] = torch.cat([before, k[:, :, -1:].double()], 2) if one else read[0]
+        self.values = v
+        return super().attend(index, q.double(), *read, mask, scale).to(q.dtype)
+
+    def look(self, index: int, b: int, h: int, *seen: Tensor) -> None:
+        """A value's weight is given when it comes, by what the model made; a key is judged when it comes, and again in
+        each call of several tokens, as it is held by then.
+        """
+        rows, z, visible, _, _ = seen
+        super().look(index, b, h, rows, z, visible, self.judged[index][b, h], self.values[b])
+
+    def coded(self, index: int, half: str, x: Tensor) -> Tensor:
+        """What the codes of all tokens so far say, each made once."""
+        before = self.codes.get((index, half), x.double()[:, :, :0])
+        name = self.held.k if half == "k" else self.held.v
+        more = read_back(x[:, :, before.shape[2] :], name, self.held.group, self.held.rotate)
+        self.codes[index, half] = torch.cat([before, more], 2)
+        return self.codes[index, half]

@@ -1,0 +1,72 @@
+"""A budget in bytes as one in slots: what the state of a site then holds, counted here tensor by tensor."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from kvpass.kernels.budget import budget
+from oracle import codes
+
+from kvpass.plan.byte_budget import Entry, bytes_of
+from kvpass.plan.rule import rule_of
+from kvpass.policy.policy import Policy
+from kvpass.runtime.store import empty_state
+
+FLOAT32, HALF = Entry(64, 64, torch.float32), Entry(128, 128, torch.bfloat16)
+
+
+def coded_bytes(name: str, width: int, group: int) -> int:
+    """Of one vector as codes."""
+    groups = math.ceil(width / group)
+    scales = 2 * groups * (2 if name in codes.ASYMMETRIC else 1)
+    return math.ceil(width * codes.bits_of(name) / 8) + scales
+
+
+@pytest.mark.parametrize("entry", [FLOAT32, HALF, Entry(80, 40, torch.float16)], ids=["float32", "bf16", "two widths"])
+@pytest.mark.parametrize(
+    "store", ["dense", "int4", {"k": "int8"}, {"v": "fp8_e4m3", "group": 48}, {"k": "int2", "v": "int4_symmetric"}]
+)
+@pytest.mark.parametrize(("policy", "statistics", "columns"), [("h2o", 1, 4), ("snapkv", 2, 4), ("ada_snapkv", 2, 6)])
+def test_bytes_of_a_slot(policy: str, statistics: int, columns: int, store: Any, entry: Entry) -> None:
+    planned = Policy.load({"name": "x", "extends": policy, "store": store}).with_budget("20% bytes")
+    slot, apart = 4 + 4 * statistics, 4 * columns
+    whole = 0
+    for name, width in ((planned.store.k, entry.d), (planned.store.v, entry.v)):
+        if name == "dense":
+            slot += width * entry.dtype.itemsize
+        else:
+            slot += coded_bytes(name, width, planned.store.group)
+            whole += 36 * width * entry.dtype.itemsize
+    apart += whole + (36 * 4 if whole else 0)
+    assert bytes_of(rule_of(planned, entry=entry), entry) == (slot, apart)
+
+
+@pytest.mark.parametrize("entry", [FLOAT32, HALF], ids=["float32", "bf16"])
+@pytest.mark.parametrize("store", ["dense", "int4", "int8", {"k": "int2", "v": "int2", "residual": 0, "sinks": 0}])
+@pytest.mark.parametrize("policy", ["h2o", "snapkv", "roco", "ada_snapkv", "streaming_llm"])
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.5])
+def test_the_whole_state_is_the_share(policy: str, store: Any, entry: Entry, share: float) -> None:
+    """Within 3 % of what an unmodified cache of 8,000 tokens holds; never more slots than tokens."""
+    spec = {"name": "x", "extends": policy, "store": store, "min_slots": 40}
+    rule = rule_of(Policy.load(spec).with_budget(f"{100 * share:g}% bytes"), entry=entry)
+    tokens, like = 8000, torch.empty(0, dtype=entry.dtype)
+    state = empty_state(rule, tokens, like, {"B": 3, "Hkv": 2, "D": entry.d, "Dv": entry.v})
+    held = sum(t.nbytes for t in state.tensors())
+    dense = 3 * 2 * tokens * (entry.d + entry.v) * entry.dtype.itemsize
+    if budget(rule, tokens) >= tokens:
+        assert held <= 1.03 * share * dense
+    else:
+        assert abs(held / dense - share) <= 0.03 * share
+
+
+def test_codes_keep_more_tokens_of_the_same_bytes() -> None:
+    kept = [
+        budget(rule_of(Policy.load({"name": "x", "extends": "h2o", "store": s}).with_budget("10% bytes")), 8000)
+        for s in ("dense", "int8", "int4", "int2")
+    ]
+    assert kept == sorted(kept)
+    assert kept[0] == pytest.approx(800, rel=0.05)
+    assert kept[2] > 5 * kept[0]
