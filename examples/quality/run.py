@@ -56,12 +56,15 @@ PROBED = {"judge_q"}
 
 
 def measurable() -> list[str]:
-    """Policies that need no trained weights or tables; a policy that does, and lacks them, cannot be measured."""
+    """Policies that evict, and `full`; one that needs trained weights or tables, and lacks them, cannot be measured.
+    What only holds codes is measured by frontier.py.
+    """
     found = []
     for name in sorted({*names()} - PROBED):
         with suppress(PolicyError):
             check_files(Policy.load(name))
-            found.append(name)
+            if name == "full" or not Policy.load(name).keeps_all:
+                found.append(name)
     return found
 
 

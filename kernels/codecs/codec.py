@@ -48,6 +48,14 @@ class Codec(ABC):
     def decode(self, parts: Sequence[Tensor], width: int, group: int) -> Tensor:
         """float32 [.., width] of parts [.., size]."""
 
+    def products(self, queries: Tensor, parts: Sequence[Tensor], group: int) -> Tensor:
+        """float32 [.., G, n]: queries float32 [.., G, width] times the vectors of parts [.., n, size]."""
+        return queries @ self.decode(parts, queries.shape[-1], group).mT
+
+    def mixed(self, weights: Tensor, parts: Sequence[Tensor], width: int, group: int) -> Tensor:
+        """float32 [.., G, width]: the vectors of parts [.., n, size], mixed by weights float32 [.., G, n]."""
+        return weights @ self.decode(parts, width, group)
+
     def bytes(self, width: int, group: int) -> int:
         """Of one vector, scales included."""
         return sum(part.size * part.dtype.itemsize for part in self.parts(width, group))

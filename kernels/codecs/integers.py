@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from kvpass.kernels.codecs.code_products import mixed, products
 from kvpass.kernels.codecs.codec import LARGEST, SCALE, Codec, Part, grouped, groups_of, half, ungrouped
 from kvpass.kernels.codecs.packing import pack, packed_size, unpack
 from torch import Tensor
@@ -41,6 +42,14 @@ class Asymmetric(Codec):
         parted = grouped(unpack(codes, self.width, width), group)
         return ungrouped(torch.addcmul(low.float()[..., None], parted, scale.float()[..., None]), width)
 
+    def products(self, queries: Tensor, parts: Sequence[Tensor], group: int) -> Tensor:
+        codes, scale, low = parts
+        return products(queries, codes, self.width, scale, low, group)
+
+    def mixed(self, weights: Tensor, parts: Sequence[Tensor], width: int, group: int) -> Tensor:
+        codes, scale, low = parts
+        return mixed(weights, codes, self.width, scale, low, width, group)
+
 
 class Symmetric(Codec):
     """code = round(x / scale), scale = max |x| / (2**(bits - 1) - 1): zero is held exactly."""
@@ -64,3 +73,15 @@ class Symmetric(Codec):
         codes, scale = parts
         parted = grouped(unpack(codes, self.width, width) - (2 ** (self.width - 1) - 1), group)
         return ungrouped(parted * scale.float()[..., None], width)
+
+    def products(self, queries: Tensor, parts: Sequence[Tensor], group: int) -> Tensor:
+        codes, scale = parts
+        return products(queries, codes, self.width, scale, self._low(scale), group)
+
+    def mixed(self, weights: Tensor, parts: Sequence[Tensor], width: int, group: int) -> Tensor:
+        codes, scale = parts
+        return mixed(weights, codes, self.width, scale, self._low(scale), width, group)
+
+    def _low(self, scale: Tensor) -> Tensor:
+        """What code 0 stands for."""
+        return scale.float() * -(2 ** (self.width - 1) - 1)

@@ -26,12 +26,15 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return out
 
 
+def planes(held: Tensor, bits: int) -> list[Tensor]:
+    """float32 [.., bytes] each: the codes of entries 0, 1, .., then of entries bytes, bytes + 1, .., and so on."""
+    if bits == 8:
+        return [held.float()]
+    mask = 2**bits - 1
+    return [((held >> at) & mask if at else held & mask).float() for at in range(0, 8, bits)]
+
+
 def unpack(held: Tensor, bits: int, width: int) -> Tensor:
     """Inverse of `pack`, as float32 [.., width]."""
-    if bits == 8:
-        return held.float()
-    size, mask = held.shape[-1], 2**bits - 1
-    out = held.new_empty(*held.shape[:-1], size * (8 // bits), dtype=torch.float32)
-    for at in range(8 // bits):
-        out[..., at * size : (at + 1) * size] = (held >> (at * bits)) & mask
-    return out[..., :width]
+    found = planes(held, bits)
+    return found[0] if bits == 8 else torch.cat(found, -1)[..., :width]

@@ -12,12 +12,12 @@ import torch
 from kvpass.kernels.attention.masks import check_shown, count_shown, shows_padding, visible
 from kvpass.kernels.attention.observation import Observation, emitted
 from kvpass.kernels.attention.softmax import Softmax
-from kvpass.kernels.codecs.entries import encoded, turned
+from kvpass.kernels.codecs.entries import encoded
 from kvpass.kernels.codecs.storage import coded
 from kvpass.kernels.codecs.whole import keep_whole
 from kvpass.kernels.decode_attend.attend_only import attend_only, seen_slots
 from kvpass.kernels.decode_attend.call import Call, Token
-from kvpass.kernels.decode_attend.slot_entries import read
+from kvpass.kernels.decode_attend.slot_entries import mixed, products
 from kvpass.kernels.decode_attend.step import HeadRange, StepFacts, step_facts
 from kvpass.kernels.decode_attend.victim import evict_one, used_positions
 from kvpass.kernels.rule import Rule
@@ -126,16 +126,13 @@ def _probabilities(q: Tensor, state: State, hides: bool, step: StepFacts, call: 
     sees.
     """
     rule, softmax = call.rule, call.softmax
-    queries = turned(q.reshape(state.k.shape[0] * state.k.shape[1], -1, q.shape[3]).float(), "k", rule)
+    queries = q.reshape(state.k.shape[0] * state.k.shape[1], -1, q.shape[3]).float()
     if len(step.ranges) == 1:
-        unused = queries.new_empty(1)
-        keys = read(state, "k", step.ranges[0], rule).mT
-        logits = softmax.capped(torch.baddbmm(unused, queries, keys, beta=0, alpha=softmax.factor))
+        logits = softmax.capped(products(queries, softmax.factor, state, step.ranges[0], rule))
     else:  # some heads at a time: undefined keys of empty slots are not read
         logits = torch.full((*queries.shape[:2], step.slots), -INF, device=q.device)
-        scaled = queries * softmax.factor
         for heads in step.ranges:
-            part = torch.bmm(scaled[heads.first : heads.last], read(state, "k", heads, rule).mT)
+            part = products(queries[heads.first : heads.last], softmax.factor, state, heads, rule)
             logits[heads.first : heads.last, :, : heads.slots] = softmax.capped(part)
     if not hides:
         return softmax.probabilities(logits), None
@@ -155,14 +152,14 @@ def _masked_softmax(logits: Tensor, call: Call, pos: Tensor, softmax: Softmax) -
 
 def _mix(probs: Tensor, state: State, step: StepFacts, call: Call) -> Tensor:
     """probs [B*Hkv, G, n] @ values in float32. Undefined values of empty slots never enter a product."""
-    parts = [torch.bmm(probs[r.first : r.last, :, : r.slots], _values(state, r, call)) for r in step.ranges]
-    return turned(parts[0] if len(parts) == 1 else torch.cat(parts), "v", call.rule)
+    parts = [_mixed(probs[r.first : r.last, :, : r.slots], state, r, call) for r in step.ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _values(state: State, heads: HeadRange, call: Call) -> Tensor:
+def _mixed(probs: Tensor, state: State, heads: HeadRange, call: Call) -> Tensor:
     if call.latent:
-        return heads.rows(state.k[..., : call.latent]).float()
-    return read(state, "v", heads, call.rule)
+        return torch.bmm(probs, heads.rows(state.k[..., : call.latent]).float())
+    return mixed(probs, state, heads, call.rule)
 
 
 def _observe(stats: Tensor, probs: Tensor, seen: Tensor | None, step: StepFacts, plan: Rule) -> None:

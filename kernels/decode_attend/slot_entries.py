@@ -14,24 +14,60 @@ from kvpass.kernels.slots.state import State
 from torch import Tensor
 
 
-def read(state: State, half: str, heads: HeadRange, rule: Rule) -> Tensor:
-    """Keys (`k`) or values (`v`) in the used slots of some heads: float32 [heads, slots, width], turned."""
-    held = state[half]
-    if half not in coded(rule):
-        return heads.rows(held).float()
-    parts = [heads.rows(state[name]) for name in rule[Storage].code_fields(half)]
-    x = decoded(parts, half, held.shape[3], rule)
-    if rule[Storage].whole:
-        own = slice(heads.first, heads.last)
-        at, copies, cursor = (t.flatten(0, 1)[own] for t in (state[WHOLE_AT], held, state.cursor))
-        place, there = copies_of(at, heads.cells(state.pos), cursor[:, FIRST, None], rule)
-        row, slot = there.nonzero(as_tuple=True)
-        x[row, slot] = turned(copies.float(), half, rule)[row, place[row, slot]]
-    return x
+def products(queries: Tensor, factor: float, state: State, heads: HeadRange, rule: Rule) -> Tensor:
+    """float32 [heads, G, slots]: queries float32 [heads, G, D] times the keys in the used slots of some heads, times a
+    factor.
+    """
+    held = state.k
+    if "k" not in coded(rule):
+        return torch.baddbmm(queries.new_empty(1), queries, heads.rows(held).float().mT, beta=0, alpha=factor)
+    storage, queries = rule[Storage], queries * factor
+    parts = [heads.rows(state[name]) for name in storage.code_fields("k")]
+    found = storage.codec_of("k").products(turned(queries, "k", rule), parts, storage.scale_group)
+    if storage.whole:
+        row, slot, place = _copied(state, heads, rule)
+        copies = torch.bmm(queries, _of(held, heads).float().mT)
+        found[row, :, slot] = copies[row, :, place]
+    return found
+
+
+def mixed(weights: Tensor, state: State, heads: HeadRange, rule: Rule) -> Tensor:
+    """float32 [heads, G, Dv]: the values in the used slots of some heads, mixed by weights float32 [heads, G, n]."""
+    held = state.v
+    if "v" not in coded(rule):
+        return torch.bmm(weights, heads.rows(held).float())
+    storage = rule[Storage]
+    parts, own = [heads.rows(state[name]) for name in storage.code_fields("v")], None
+    if storage.whole:
+        row, slot, place = _copied(state, heads, rule)
+        own = weights.new_zeros(*weights.shape[:2], storage.whole)
+        own[row, :, place] = weights[row, :, slot]
+        weights = weights.clone()
+        weights[row, :, slot] = 0.0
+        there = own.new_zeros(len(own), storage.whole, dtype=torch.bool)
+        there[row, place] = True  # other places hold anything
+    out = storage.codec_of("v").mixed(weights, parts, held.shape[3], storage.scale_group)
+    out = turned(out, "v", rule)
+    return out if own is None else out + torch.bmm(own, _of(held, heads).float().masked_fill(~there[..., None], 0.0))
+
+
+def _copied(state: State, heads: HeadRange, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
+    """Heads and slots that have a whole copy, and its place: int64 [copies] each."""
+    at, cursor = _of(state[WHOLE_AT], heads), _of(state.cursor, heads)
+    place, there = copies_of(at, heads.cells(state.pos), cursor[:, FIRST, None], rule)
+    row, slot = there.nonzero(as_tuple=True)
+    return row, slot, place[row, slot]
+
+
+def _of(x: Tensor, heads: HeadRange) -> Tensor:
+    """What belongs to some heads, of x [B, Hkv, ..]."""
+    return x.flatten(0, 1)[heads.first : heads.last]
 
 
 def read_all(state: State, half: str, slots: Slots, rule: Rule) -> Tensor:
-    """The same in all slots, nothing read back: float32 [B, Hkv, C, width], turned; undefined where nothing is."""
+    """Keys (`k`) or values (`v`) in all slots, nothing read back: float32 [B, Hkv, C, width], rotated if the rule says
+    so; undefined where nothing is.
+    """
     held, pos = state[half], state.pos
     if half not in coded(rule):
         return held.float()

@@ -14,7 +14,7 @@ def of_layer(policy: Spec, layer: int, layers: int) -> Spec:
     """What decides in one layer of a model (or a graph) that has so many.
 
     Raises:
-        PolicyError: an entry of `layers` means no layer, or two mean this one.
+        PolicyError: an entry of `layers` means no layer, or two that differ mean this one.
     """
     if not policy.layers:
         return policy
@@ -22,7 +22,7 @@ def of_layer(policy: Spec, layer: int, layers: int) -> Spec:
         hint = "avoid graph breaks between layers, or leave 'layers' out"
         raise PolicyError(f"policy {policy.name!r} tells layers apart, but this graph holds one", hint=hint)
     found = [key for key in policy.layers if layer in _meant(key, layers, policy.name)]
-    if len(found) > 1:
+    if len({repr(policy.layers[key]) for key in found}) > 1:
         what = f"layer {layer} of {layers} is in two entries, {found[0]!r} and {found[1]!r}"
         raise PolicyError(f"policy {policy.name!r}: {what}", where="layers", hint="let each layer be in one at most")
     return variants(policy)[found[0]] if found else replace(policy, layers={})

@@ -144,7 +144,8 @@ LEARNED = {name for name in names() if "file" in str(Policy.load(name).options) 
 )}  # fmt: skip
 NEEDS_MODEL = {"expected_attention", "compactor", "judge_q"}
 """They read unrotated queries, or marks that end a turn."""
-PLAIN = sorted(set(names()) - LEARNED - NEEDS_MODEL - {"full"})
+KEEPS_ALL = {name for name in names() if Policy.load(name).keeps_all}
+PLAIN = sorted(set(names()) - LEARNED - NEEDS_MODEL - KEEPS_ALL)
 
 
 def conversations(policy: Any) -> list[list[tuple[Call, str]]]:

@@ -41,7 +41,8 @@ def generate(model: Any, policy: Policy) -> tuple[Tensor, list[Tensor]]:
 @pytest.mark.parametrize("name", POLICIES)
 def test_policy(name: str, tmp_path: Path) -> None:
     model = tiny.llama(**SHAPE)
-    policy = with_weights(name, weights(tmp_path, model.config)).with_budget(None if name == "full" else BUDGET)
+    budget = None if Policy.load(name).keeps_all else BUDGET
+    policy = with_weights(name, weights(tmp_path, model.config)).with_budget(budget)
     tokens, kept = generate(model, policy)
     torch._dynamo.reset()
     with triton():

@@ -57,7 +57,7 @@ def policy(name: str) -> Policy:
         spec["options"] = {"file": str(_folder() / f"{found.score}.pt")}
     if found.allocate.heads == "table":
         spec["allocate"] = {"file": str(_folder() / "heads.pt")}
-    return Policy.load(spec).with_budget(None if name == "full" else BUDGET)
+    return Policy.load(spec).with_budget(None if found.keeps_all else BUDGET)
 
 
 @cache

@@ -74,7 +74,7 @@ def allowed(policy: Policy, layers: int, tokens: int) -> float:
 
 def run(name: str, folder: Path, model: Any, ids: torch.Tensor, new: int) -> dict[str, Any]:
     start = time.perf_counter()
-    policy = with_weights(name, folder).with_budget(None if name == "full" else BUDGET)
+    policy = with_weights(name, folder).with_budget(None if Policy.load(name).keeps_all else BUDGET)
     compiled = kvpass.compile(model, policy=policy, inner="eager")
     settings: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": True, "min_new_tokens": new}
     out = compiled.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, **settings)
