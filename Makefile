@@ -1,4 +1,4 @@
-# kvpass: make demo | test | wide | bench | quality | frontier | policies | providers | support | spellings | versions | canary | lock | api | lint | clean. Every target makes the environment it needs, once, in $(VENV).
+# kvpass: make demo | test | wide | bench | quality | frontier | quantized | policies | providers | support | spellings | versions | canary | lock | api | lint | clean. Every target makes the environment it needs, once, in $(VENV).
 #
 #   PYTHON  the interpreter to build the environment from (3.11 to 3.13)
 #   TORCH   what pip installs as torch (the line of constraints.txt). It comes first and alone: as somebody's dependency a plain "torch" may pull gigabytes of CUDA packages.
@@ -13,7 +13,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test wide bench quality frontier policies providers support spellings versions canary lock api lint env clean
+.PHONY: help demo test wide bench quality frontier quantized policies providers support spellings versions canary lock api lint env clean
 
 BIN   := $(VENV)/bin
 PIP   := $(BIN)/python -m pip --disable-pip-version-check -qq
@@ -40,6 +40,10 @@ quality: $(STAMP)
 # Quality by bytes held: eviction, storage as codes, and both: docs/quality-bytes.md. An hour or so; goes on where it was stopped.
 frontier: $(STAMP)
 	@$(BIN)/python -P examples/quality/frontier.py $(ARGS)
+
+# Caches of few bits without eviction, kvpass' and Hugging Face's: docs/quantized.md. Some minutes.
+quantized: $(STAMP)
+	@$(BIN)/python -P examples/bench/quantized.py $(ARGS)
 
 # Every built-in policy in generate on SmolLM2 at a fifth of the cache: docs/policies-smollm2.md. 15 minutes or so.
 policies: $(STAMP)
