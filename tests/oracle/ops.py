@@ -11,6 +11,7 @@ from kvpass.kernels.after_call.reindex import Reindex, reindex
 from kvpass.kernels.budget import kept
 from kvpass.kernels.compact_slots import compact_slots
 from kvpass.kernels.decode_attend import decode_attend
+from kvpass.kernels.exits.merge_slots import merge_slots
 from kvpass.kernels.join_slots import join_slots
 from kvpass.kernels.prefill_attend import prefill_attend
 from kvpass.kernels.rank.scored import Scoring, arrivals
@@ -76,7 +77,9 @@ class Site:
         before = self.state.cursor, position, rule
         score, stats, cursor = score_slots(stats, past, pos, valid, *before, mask=shown, **beside)
         room = score.shape[2] if self.rule[Ragged].ragged else self.state.slots
-        compact_slots((k, v, pos, stats), select_slots(score, cursor, room), cursor, self.state.tensors(), rule)
+        idx = select_slots(score, cursor, room)
+        compact_slots((k, v, pos, stats), idx, cursor, self.state.tensors(), rule)
+        merge_slots(k, v, score, stats, idx, self.state.tensors(), rule)
 
     def positions(self) -> torch.Tensor:
         return even(self.state).pos
