@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from kvpass.kernels.exits.leaving import Leaving
 from kvpass.kernels.exits.record import Merge
-from kvpass.kernels.exits.victim import BEYOND, Victims
+from kvpass.kernels.exits.victim import Targets, Victims
 from kvpass.kernels.rule import Rule
 from torch import Tensor
 
@@ -18,10 +18,12 @@ def of_call(head: Leaving, rule: Rule) -> tuple[Tensor, Tensor]:
     return source, target[there]
 
 
-def of_step(victims: Victims, rule: Rule) -> Tensor:
-    """bool [B, Hkv, C]"""
+def of_step(victims: Victims, rule: Rule) -> Targets:
+    """Up to `merge_count` slots for each head's: one after the other, so that heads may have their own numbers."""
     slots, place = victims.slots, victims.place
-    later = victims.kept & (place > slots.of(victims.own(place)))
-    rank = torch.full_like(slots.sum(later), rule[Merge].merge_count - 1)
-    last = slots.ranked(torch.where(later, place, BEYOND), rank)
-    return later & (place <= slots.of(last))
+    last, found = victims.cells(place, victims.at), []
+    for _ in range(rule[Merge].merge_count):
+        last = victims.least(place, victims.kept & (place > slots.of(last)))
+        found.append(victims.only(victims.kept & (place == slots.of(last))))
+    at, there = (torch.cat(parts, -1) for parts in zip(*found, strict=True))
+    return Targets(victims, at, there)

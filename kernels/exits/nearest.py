@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from kvpass.kernels.exits.leaving import Leaving
-from kvpass.kernels.exits.victim import Victims
+from kvpass.kernels.exits.victim import Targets, Victims
 from kvpass.kernels.exits.weights import unit
 from kvpass.kernels.rule import Rule
 from torch import Tensor
@@ -29,18 +29,19 @@ def position_of_call(head: Leaving, rule: Rule) -> tuple[Tensor, Tensor]:
     return _each(head), torch.where(nearer, after, before)
 
 
-def key_of_step(victims: Victims, rule: Rule) -> Tensor:
-    """The slot that each head's goes into: bool [B, Hkv, C], one at most."""
+def key_of_step(victims: Victims, rule: Rule) -> Targets:
+    """The slot that each head's goes into."""
     cosine = torch.where(victims.kept, victims.cosine, -torch.inf)
     best = victims.kept & (cosine == victims.slots.of(victims.slots.amax(cosine)))
-    return best & (victims.pos == victims.slots.of(victims.least(victims.pos, best)))
+    return Targets(victims, *victims.only(best & (victims.pos == victims.slots.of(victims.least(victims.pos, best)))))
 
 
-def position_of_step(victims: Victims, rule: Rule) -> Tensor:
+def position_of_step(victims: Victims, rule: Rule) -> Targets:
     """Likewise."""
-    away = victims.place - victims.slots.of(victims.own(victims.place))
+    away = victims.place - victims.slots.of(victims.cells(victims.place, victims.at))
     rank = 2 * away.abs() + (away > 0).int()
-    return victims.kept & (rank == victims.slots.of(victims.least(rank, victims.kept)))
+    nearest = victims.slots.of(victims.least(rank, victims.kept))
+    return Targets(victims, *victims.only(victims.kept & (rank == nearest)))
 
 
 def _each(head: Leaving) -> Tensor:

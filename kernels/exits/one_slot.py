@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 from kvpass.kernels.exits.leaving import Leaving
-from kvpass.kernels.exits.victim import BEYOND, Victims
+from kvpass.kernels.exits.victim import BEYOND, Targets, Victims
 from kvpass.kernels.rank.places import Protected
 from kvpass.kernels.rule import Rule
 from torch import Tensor
@@ -20,8 +20,8 @@ def of_call(head: Leaving, rule: Rule) -> tuple[Tensor, Tensor]:
     return source, torch.full_like(source, slot)
 
 
-def of_step(victims: Victims, rule: Rule) -> Tensor:
-    """bool [B, Hkv, C]"""
+def of_step(victims: Victims, rule: Rule) -> Targets:
+    """The slot that each head's goes into."""
     slots, pos = victims.slots, torch.where(victims.used, victims.pos, BEYOND)
-    rank = torch.full_like(slots.sum(victims.kept), rule[Protected].sinks - 1)
-    return victims.kept & (pos == slots.of(slots.ranked(pos, rank)))
+    rank = torch.full_like(victims.at, rule[Protected].sinks - 1)
+    return Targets(victims, *victims.only(victims.kept & (pos == slots.of(slots.ranked(pos, rank)))))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 
 import torch
-from kvpass.kernels.exits.weights import unit
+from kvpass.kernels.exits.weights import cosines, unit
 from kvpass.kernels.rank.places import NUMBER
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.reductions import Slots
@@ -18,8 +18,7 @@ BEYOND = 2**31 - 1
 
 
 class Victims:
-    """Of each head a slot that goes, or none. As `kvpass.kernels.exits.weights.Pairs`, of the slot that goes and each
-    other: float32 [B, Hkv, C].
+    """Of each head a slot that goes, or none.
 
     Args:
         state: with the token, before any slot is free.
@@ -29,50 +28,86 @@ class Victims:
     Attributes:
         kept: bool [B, Hkv, C], slots that stay, of heads in which one goes.
         going: bool [B, Hkv, 1], whether one goes.
-        chosen: bool [B, Hkv, C], what it goes into, once that is known.
+        place: int [B, Hkv, C], where slots are among their row's tokens.
+        at: int64 [B, Hkv, 1], which slot of the head goes, 0 if none does.
     """
 
     def __init__(self, state: State, slots: Slots, used: Tensor, gone: Tensor, rule: Rule) -> None:
-        self.state, self.slots, self.used, self.gone = state, slots, used, gone
+        self.state, self.slots, self.used = state, slots, used
         self.going = slots.sum(gone) > 0
         self.kept = used & ~gone & slots.of(self.going)
-        self.chosen = self.kept
         self.pos = state.pos
         self.place = state.stats[stat(rule, NUMBER)].int() if keeps(rule, NUMBER) else state.pos
-
-    def own(self, x: Tensor) -> Tensor:
-        """Of values [B, Hkv, C] >= 0 those of the slots that go: [B, Hkv, 1], 0 where none does."""
-        return self.slots.amax(torch.where(self.gone, x, 0))
+        self.at = slots.amax(torch.where(gone, slots.offset, 0))
 
     def least(self, x: Tensor, some: Tensor) -> Tensor:
         """The least of ints [B, Hkv, C] among some slots: [B, Hkv, 1]."""
         return self.slots.amin(torch.where(some, x, BEYOND))
 
-    def entries(self, half: str) -> Tensor:
-        """float32 [B, Hkv, C, width], keys (`k`) or values (`v`), 0 in empty slots, whose contents are undefined."""
-        return torch.where(self.used[..., None], self.state[half].float(), 0.0)
+    def only(self, some: Tensor) -> tuple[Tensor, Tensor]:
+        """Which slot of its head, int64 [B, Hkv, 1], of slots [B, Hkv, C] of which each head has one or none, and
+        whether it has one.
+        """
+        return self.slots.amax(torch.where(some, self.slots.offset, 0)), self.slots.sum(some) > 0
 
-    def gone_entries(self, half: str) -> Tensor:
-        """Those of the slots that go: float32 [B, Hkv, 1, width], 0 where none does."""
-        return self.slots.mixed(self.gone.float()[:, :, None], self.entries(half))
+    def flat_places(self, at: Tensor) -> Tensor:
+        """int64 [B * Hkv * m] of the flattened memory, of slots [B, Hkv, m] of the heads."""
+        return (self.slots.first[..., None] + at).flatten()
 
-    def per_slot(self, x: Tensor) -> Tensor:
-        """Vectors of heads [B, Hkv, 1, width] as those of their slots, or what broadcasts to that."""
-        return self.slots.of(x.mT).mT
+    def cells(self, x: Tensor, at: Tensor) -> Tensor:
+        """Of values [B, Hkv, C] those of some slots, [B, Hkv, m]: undefined where a slot is empty."""
+        return x.reshape(-1)[self.flat_places(at)].view(at.shape)
+
+    def entries(self, half: str, at: Tensor) -> Tensor:
+        """Their keys (`k`) or values (`v`): float32 [B, Hkv, m, width], undefined likewise."""
+        x = self.state[half]
+        return x.reshape(-1, x.shape[3])[self.flat_places(at)].view(*at.shape, -1).float()
 
     @cached_property
     def cosine(self) -> Tensor:
-        return self.slots.products(unit(self.gone_entries("k")), unit(self.entries("k")))[:, :, 0]
+        """Of the key that goes and each other: float32 [B, Hkv, C], undefined where a slot is empty or none goes."""
+        keys = self.state.k
+        dots = self.slots.products(unit(self.entries("k", self.at)), keys)[:, :, 0]
+        return dots / torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32).clamp(min=1e-6)
+
+
+class Targets:
+    """Slots [B, Hkv, m] that what goes comes into: as `kvpass.kernels.exits.weights.Pairs`, of that shape.
+
+    Attributes:
+        at: int64, which slot of its head; where there is none, that which goes.
+        there: bool, whether there is one.
+    """
+
+    def __init__(self, victims: Victims, at: Tensor, there: Tensor) -> None:
+        self.victims, self.there = victims, there & victims.going
+        self.at = torch.where(self.there, at, victims.at)
+
+    def where(self, some: Tensor) -> Targets:
+        """Those of the slots."""
+        return Targets(self.victims, self.at, self.there & some)
+
+    def gone(self, half: str) -> Tensor:
+        """float32 [B, Hkv, 1, width], what goes."""
+        return self.victims.entries(half, self.victims.at)
+
+    def kept(self, half: str) -> Tensor:
+        """float32 [B, Hkv, m, width], what it comes into."""
+        return self.victims.entries(half, self.at)
+
+    @cached_property
+    def cosine(self) -> Tensor:
+        return cosines(self.gone("k"), self.kept("k"))
 
     @cached_property
     def distance(self) -> Tensor:
-        return (self.entries("k") - self.per_slot(self.gone_entries("k"))).square().sum(-1)
+        return (self.gone("k") - self.kept("k")).square().sum(-1)
 
     @cached_property
     def norms(self) -> tuple[Tensor, Tensor]:
-        gone, kept = (torch.linalg.vector_norm(x, dim=-1) for x in (self.gone_entries("v"), self.entries("v")))
-        return self.slots.of(gone), kept
+        gone, kept = (torch.linalg.vector_norm(x, dim=-1) for x in (self.gone("v"), self.kept("v")))
+        return gone, kept
 
-    @property
+    @cached_property
     def targets(self) -> Tensor:
-        return self.slots.of(self.slots.sum(self.chosen).clamp(min=1).float())
+        return self.there.sum(-1, keepdim=True).clamp(min=1).float()
