@@ -23,10 +23,15 @@ INF = float("inf")
 
 
 def merged(
-    keys: list[list[float]], values: list[list[float]], score: list[float], kept: list[int], rule: Rule
+    keys: list[list[float]],
+    values: list[list[float]],
+    score: list[float],
+    kept: list[int],
+    rule: Rule,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, State]:
     """Keys and values of the slots of one head after a call of several tokens, and the state."""
-    k, v = (torch.tensor(x)[None, None] for x in (keys, values))
+    k, v = (torch.tensor(x, dtype=dtype)[None, None] for x in (keys, values))
     state = State.empty(rule, k, B=1, H=1, C=len(kept) + 2, D=k.shape[3], V=v.shape[3])
     for name in ("k", "v"):
         state[name].fill_(float("nan"))  # what nobody wrote
@@ -135,6 +140,15 @@ def test_one_slot_for_all() -> None:
     )
     close(v, [[0.0], [2.5], [9.0]])
     close(state[MERGED], [[3.0]])
+
+
+def test_sums_are_float32() -> None:
+    """300 ones into a zero: 300 / 301, rounded once. A sum in bfloat16 would stand still at 256."""
+    rule = Rule(sinks=1, merge_into="one_slot", merge_weight="even", slots=1)
+    keys = [[1.0]] * 301
+    _, v, _ = merged(keys, [[0.0], *[[1.0]] * 300], [INF, *[1.0] * 300], [0], rule, torch.bfloat16)
+    assert v.dtype == torch.bfloat16
+    close(v.float(), [[float(torch.tensor(300 / 301).bfloat16())]])
 
 
 def test_cams_chance() -> None:
