@@ -56,7 +56,8 @@ class Victims:
 
     def cells(self, x: Tensor, at: Tensor) -> Tensor:
         """Of values [B, Hkv, C] those of some slots, [B, Hkv, m]: undefined where a slot is empty."""
-        return x.reshape(-1)[self.flat_places(at)].view(at.shape)
+        found: Tensor = x.reshape(-1)[self.flat_places(at)].view(at.shape)
+        return found
 
     def entries(self, half: str, at: Tensor) -> Tensor:
         """Their keys (`k`) or values (`v`): float32 [B, Hkv, m, width], undefined likewise."""
