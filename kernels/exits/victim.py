@@ -62,14 +62,16 @@ class Victims:
     def entries(self, half: str, at: Tensor) -> Tensor:
         """Their keys (`k`) or values (`v`): float32 [B, Hkv, m, width], undefined likewise."""
         x = self.state[half]
-        return x.reshape(-1, x.shape[3])[self.flat_places(at)].view(*at.shape, -1).float()
+        found: Tensor = x.reshape(-1, x.shape[3])[self.flat_places(at)].view(*at.shape, -1)
+        return found.float()
 
     @cached_property
     def cosine(self) -> Tensor:
         """Of the key that goes and each other: float32 [B, Hkv, C], undefined where a slot is empty or none goes."""
         keys = self.state.k
         dots = self.slots.products(unit(self.entries("k", self.at)), keys)[:, :, 0]
-        return dots / torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32).clamp(min=1e-6)
+        length: Tensor = torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32)
+        return dots / length.clamp(min=1e-6)
 
 
 class Targets:
