@@ -28,6 +28,7 @@ SCHEMAS = {
     "-> (Tensor, Tensor, Tensor)",
     "select_slots": "(Tensor score, Tensor cursor, SymInt capacity) -> Tensor",
     "compact_slots": "(Tensor?[] keys, Tensor idx, Tensor cursor_new, Tensor(a!)[] state, str rule) -> ()",
+    "merge_slots": "(Tensor k, Tensor v, Tensor score, Tensor stats, Tensor idx, Tensor(a!)[] state, str rule) -> ()",
     "decode_attend": "(Tensor q, Tensor k_new, Tensor v_new, Tensor? mask, Tensor(a!)[] state, SymInt position, "
     "float scale, str rule, Tensor? sinks=None, float softcap=0.0, int latent=0, Tensor? arrive=None, str sees='', "
     "Tensor? tokens=None, Tensor? bounds=None, Tensor? at=None, Tensor? memory_k=None, Tensor? memory_v=None) "
@@ -48,6 +49,7 @@ HOMES = {
     "token_bounds": "attention.visibility",
     "mask_spans": "attention.visibility",
     "written": "attention.masks",
+    "merge_slots": "exits.merge_slots",
     "encode_slots": "codecs.encode_slots",
     "keep_whole": "codecs.encode_slots",
     "window_rows": "rank.window_rows",
@@ -195,6 +197,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "score_slots": _fake_score_slots,
     "select_slots": _fake_select_slots,
     "compact_slots": _fake_changes_state,
+    "merge_slots": _fake_changes_state,
     "encode_slots": _fake_encode_slots,
     "keep_whole": _fake_changes_state,
     "decode_attend": _fake_decode_attend,

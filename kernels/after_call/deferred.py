@@ -6,6 +6,7 @@ import torch
 from kvpass.kernels.after_call.compacted import compacted
 from kvpass.kernels.budget import budget
 from kvpass.kernels.codecs.entries import entries_of
+from kvpass.kernels.exits.record import Merge
 from kvpass.kernels.rank.criterion import SCORED
 from kvpass.kernels.rank.marks import MARK, Marks
 from kvpass.kernels.rank.places import slot_places
@@ -38,7 +39,7 @@ def evicted(state: State, rule: Rule) -> State:
     cursor[..., LIVE] = cursor[..., FREE] = live
     cursor = shared_by_heads(score, candidate, cursor, rule) if ragged else cursor
     chosen = select_slots(score, cursor, score.shape[-1] if ragged else slots)
-    return compacted(held, chosen, cursor, slots, rule)
+    return compacted(held, score, chosen, cursor, slots, rule, rule[Merge].steps)
 
 
 def _judged(state: State, rule: Rule) -> Tensor:

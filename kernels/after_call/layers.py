@@ -13,6 +13,7 @@ import torch
 from kvpass.kernels.after_call.compacted import compacted
 from kvpass.kernels.attention.observation import Observation
 from kvpass.kernels.budget import budget
+from kvpass.kernels.exits.record import Merge
 from kvpass.kernels.rank.allocate import head_counts, preference_of
 from kvpass.kernels.rank.criterion import INF
 from kvpass.kernels.rank.ranking import state_scores
@@ -118,4 +119,5 @@ def _dropped(state: State, score: Tensor, count: Tensor, extra: Tensor, spare: i
     for column, value in ((LIVE, count), (FREE, count), (EXTRA, extra)):
         cursor[..., column] = value.int()
     cursor, slots, free = laid_out(cursor, spare)
-    return compacted(state, select_slots(score, cursor, int(count.max())), cursor, slots, rule), free
+    chosen = select_slots(score, cursor, int(count.max()))
+    return compacted(state, score, chosen, cursor, slots, rule, rule[Merge].calls), free

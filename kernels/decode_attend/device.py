@@ -17,11 +17,11 @@ from kvpass.kernels.codecs.entries import encoded, turned
 from kvpass.kernels.codecs.storage import coded
 from kvpass.kernels.codecs.whole import keep_whole
 from kvpass.kernels.decode_attend.call import Call, Token, lowest
-from kvpass.kernels.decode_attend.device_slots import Slots
 from kvpass.kernels.decode_attend.device_victim import evict
 from kvpass.kernels.decode_attend.slot_entries import read_all
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.cursor import FREE, LIVE, SEEN
+from kvpass.kernels.slots.reductions import Slots
 from kvpass.kernels.slots.state import State, flat
 from kvpass.kernels.slots.statistics import stat
 from torch import Tensor

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from kvpass.kernels.budget import budget
-from kvpass.kernels.decode_attend.device_slots import Slots
+from kvpass.kernels.exits.merge_victim import merge_victim
+from kvpass.kernels.exits.record import Merge
 from kvpass.kernels.rank.criterion import INF, UNTOUCHABLE
 from kvpass.kernels.rank.marks import Marks, must_stay
 from kvpass.kernels.rank.places import NUMBER, Protected
@@ -13,6 +14,7 @@ from kvpass.kernels.rank.rings import RING, Rings, enter
 from kvpass.kernels.rank.share_out import ShareOut
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.cursor import EXTRA, FIRST, FREE, LIVE, SEEN
+from kvpass.kernels.slots.reductions import Slots
 from kvpass.kernels.slots.state import State
 from kvpass.kernels.slots.statistics import keeps, stat
 from torch import Tensor
@@ -37,6 +39,8 @@ def evict(state: State, slots: Slots, used: Tensor, now: Tensor, arrived: Tensor
             gone, least = _victim(state, slots, used, (now, number, first, size), plan)
             goes = (held > size) | (least < plan[ShareOut].cut)
         gone = gone & slots.of(goes & arrived)
+        if plan[Merge].steps:
+            merge_victim(state, slots, used, gone, plan)
         hole = slots.amax(torch.where(gone, slots.offset, 0))
         pos.masked_fill_(gone, -1)
         free = torch.where(goes, hole, held)

@@ -6,10 +6,10 @@ import torch
 from kvpass.kernels.codecs.entries import decoded, turned
 from kvpass.kernels.codecs.storage import WHOLE_AT, Storage, coded
 from kvpass.kernels.codecs.whole import copies_of, place_of
-from kvpass.kernels.decode_attend.device_slots import Slots
 from kvpass.kernels.decode_attend.step import HeadRange
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.cursor import FIRST
+from kvpass.kernels.slots.reductions import Slots
 from kvpass.kernels.slots.state import State
 from torch import Tensor
 

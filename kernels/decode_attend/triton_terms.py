@@ -6,6 +6,7 @@ from typing import Any
 
 from kvpass.kernels.attention.observation import Observation, emitted
 from kvpass.kernels.budget import Budget
+from kvpass.kernels.exits.record import Merge
 from kvpass.kernels.rank.criterion import INF, SCORED, Ranking, Scope
 from kvpass.kernels.rank.layer import Layer
 from kvpass.kernels.rank.marks import MARK, Marks
@@ -30,12 +31,13 @@ _SCORES = {"position": 0, "sum": 1, "mean": 2, "important": 3, "last": 4, SCORED
 
 
 def understood(rule: Rule) -> bool:
-    """Whether the kernels take steps under a rule: all but rings, fields of a state that not all have, and records that
-    nobody named here.
+    """Whether the kernels take steps under a rule: all but rings, slots that are merged, fields of a state that not all
+    have, and records that nobody named here.
     """
     found: bool | None = rule.derived.get(understood)
     if found is None:
-        named = {type(one).__name__ for one in rule} <= RECORDS
+        named = {type(one).__name__ for one in rule if one is not rule[Merge]} <= RECORDS
+        named = named and not rule[Merge].steps
         alike = not (rule[Ragged].ragged and rule[Ranking].together)
         found = rule.derived[understood] = named and alike and fields_of(rule) == FIELDS
     return found

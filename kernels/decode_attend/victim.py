@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 from kvpass.kernels.decode_attend.step import StepFacts
+from kvpass.kernels.exits.merge_victim import merge_victim
+from kvpass.kernels.exits.record import Merge
 from kvpass.kernels.rank.criterion import INF, SCORED, UNTOUCHABLE, Ranking
 from kvpass.kernels.rank.marks import Marks, must_stay
 from kvpass.kernels.rank.places import NUMBER, Protected
@@ -13,6 +15,7 @@ from kvpass.kernels.rank.share_out import ShareOut
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.cursor import FIRST, FREE, LIVE, SEEN
 from kvpass.kernels.slots.ragged import is_ragged, padded, starts
+from kvpass.kernels.slots.reductions import Slots
 from kvpass.kernels.slots.state import State
 from kvpass.kernels.slots.statistics import keeps, stat
 from torch import Tensor
@@ -34,11 +37,21 @@ def evict_one(state: State, step: StepFacts, plan: Rule) -> None:
     victim, lowest = _victim(used, _used_statistics(state, step), step, plan)
     flat, places = state.pos.view(-1), (starts(cursor, state.slots)[..., None] + victim).view(-1)
     evicts = step.evicts if plan[ShareOut].cut == -INF else (lowest < plan[ShareOut].cut) | step.evicts
+    if plan[Merge].steps:
+        _merge(state, victim, evicts, plan)
     if not isinstance(evicts, Tensor):
         cursor[..., FREE : FREE + 1] = victim
         flat.index_fill_(0, places, -1)
         return
     _leave(cursor, used, flat, places, victim, evicts)
+
+
+def _merge(state: State, victim: Tensor, evicts: bool | Tensor, plan: Rule) -> None:
+    """What goes comes into slots that stay. victim: int64 [B, Hkv, 1]; LIVE is that of before the token."""
+    slots = Slots(state.cursor, state.slots)
+    used = slots.offset <= slots.of(state.cursor[..., LIVE, None])
+    goes = torch.as_tensor(evicts, device=used.device).expand(victim.shape)
+    merge_victim(state, slots, used, (slots.offset == slots.of(victim)) & slots.of(goes), plan)
 
 
 def _leave(cursor: Tensor, used: Tensor, flat: Tensor, places: Tensor, victim: Tensor, evicts: Tensor) -> None:

@@ -74,6 +74,8 @@ class Emitter:
         chosen = write.op("select_slots", score, cursor, room)
         state = [*self.state.values()]
         write.op("compact_slots", [keys[name] for name in names], chosen, cursor, state, self.rule)
+        if self.planned.merges:
+            write.op("merge_slots", k, keys["v"], score, keys["stats"], chosen, state, self.rule)
         if coded(self.planned.rule):
             write.op("keep_whole", self.new_k, self.new_v, position, state, self.rule)
         return self._outputs(out)

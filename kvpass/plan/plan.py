@@ -21,6 +21,7 @@ from kvpass.graph.projections import block_input
 from kvpass.graph.rope import Rotation, rotation, unrounded
 from kvpass.kernels.after_call.reindex import Reindex
 from kvpass.kernels.codecs.storage import coded
+from kvpass.kernels.exits.record import Merge
 from kvpass.kernels.rank.layer import Layer
 from kvpass.kernels.rank.pyramid import Pyramid
 from kvpass.kernels.rank.scored import Scoring
@@ -60,6 +61,8 @@ class SitePlan:
         ops = list(OPS[self.site.phase])
         if self.windowed and self.site.phase is not Phase.DECODE:
             ops.insert(ops.index("score_slots"), "window_rows")
+        if self.merges and self.site.phase is not Phase.DECODE:
+            ops += ["merge_slots"]
         if coded(self.rule) and self.site.phase is not Phase.DECODE:
             ops += ["keep_whole"]
             if self.site.phase is Phase.PREFILL:
@@ -113,6 +116,11 @@ class SitePlan:
     def windowed(self) -> bool:
         """Whether the scorer reads the rows of the observation window."""
         return self.rule[Scoring].windowed
+
+    @property
+    def merges(self) -> bool:
+        """Whether calls of several tokens merge what they evict, inside the graph."""
+        return self.rule[Merge].calls and not self.rule[ShareOut].share
 
     @property
     def arrives(self) -> bool:
@@ -231,6 +239,8 @@ def _unmet(planned: SitePlan) -> Iterator[tuple[bool, str, str]]:
     fix = "choose a policy of attention's statistics, e.g. h2o or snapkv"
     kept_apart = bool(reads) or rule[Ragged].ragged or rule[Reindex].reindex
     yield shared and kept_apart, f"{asked}, but this attention {what}", fix
+    fix = "set evicted: drop for these layers"
+    yield shared and bool(rule[Merge].merge_into), f"merges what it evicts, but this attention {what}", fix
     fix = "leave `store` out for these layers, or use store: dense"
     yield site.core.latent is not None and bool(coded(rule)), "stores codes, but this attention keeps latents", fix
     asked = "weighs values by the output projection, which was not found behind the attention"

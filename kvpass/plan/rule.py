@@ -10,6 +10,7 @@ from kvpass.kernels.after_call.reindex import Reindex
 from kvpass.kernels.attention.observation import Observation
 from kvpass.kernels.budget import Budget
 from kvpass.kernels.codecs.storage import Storage
+from kvpass.kernels.exits.record import NEAREST_POSITION, Merge
 from kvpass.kernels.rank.allocate import Heads
 from kvpass.kernels.rank.criterion import INF, SCORED, SCORES, Ranking, Scope
 from kvpass.kernels.rank.layer import Layer
@@ -71,6 +72,7 @@ def _records(policy: Spec, layer: int, layers: int, entry: Entry) -> Iterator[Re
     yield Timing(policy.when, policy.every)
     yield Reindex(policy.positions == "reindexed")
     yield Fair(policy.fair)
+    yield _merge(policy)
     yield _storage(policy)
 
 
@@ -111,10 +113,32 @@ def _scoring(policy: Spec) -> Scoring:
     return Scoring(policy.score, encode_options(policy.options), reads, policy.decay, policy.seed)
 
 
+def _merge(policy: Spec) -> Merge:
+    """Of the words that its other words ask for alone: policies that mean the same have one rule."""
+    said = policy.evicted.merge
+    if said is None:
+        return Merge()
+    return Merge(
+        said.into,
+        said.halves,
+        said.weight,
+        said.mean,
+        said.gate,
+        said.threshold,
+        said.count if said.into == "next" else 1,
+        said.sigma if said.weight == "gaussian" else 1.0,
+        said.at,
+    )
+
+
 def _numbered(policy: Spec) -> bool:
     """Whether slots must know which of their row's tokens they are: where old ones are told apart by it, or a protected
-    window may reach back over what has gone (marked tokens that went, heads whose windows grow by turns).
+    window may reach back over what has gone (marked tokens that went, heads whose windows grow by turns); where what
+    goes is drawn by it, or looks for the nearest.
     """
+    merge = policy.evicted.merge
+    if merge is not None and (merge.gate == "chance" or merge.into == NEAREST_POSITION):
+        return True
     scored = policy.score not in SCORES and "places" in find_scorer(policy.score).reads
     apart = scored or policy.decay or policy.granule is not None or policy.sample > 0
     window = bool(policy.protect.recent or policy.protect.sinks)
@@ -130,7 +154,7 @@ def _weight(policy: Spec) -> Weight:
 
 
 def _protected(policy: Spec) -> Protected:
-    sinks, recent = policy.protect.sinks, policy.protect.recent
+    sinks, recent = policy.protect.sinks + policy.evicted.slots, policy.protect.recent
     return Protected(sinks, recent) if isinstance(recent, int) else Protected(sinks, 0, *_share(recent))
 
 
@@ -158,7 +182,8 @@ def _layer(policy: Spec, layer: int, layers: int) -> Layer:
     """Only where something depends on it: alike layers share what is compiled for them."""
     allocate = policy.allocate
     read = policy.score not in SCORES and "layer" in find_scorer(policy.score).reads
-    placed = read or policy.sample > 0 or allocate.layers == "pyramid" or allocate.heads == "table"
+    by_chance = policy.sample > 0 or (policy.evicted.merge is not None and policy.evicted.merge.gate == "chance")
+    placed = read or by_chance or allocate.layers == "pyramid" or allocate.heads == "table"
     return Layer(layer if placed else 0, layers if allocate.layers != "uniform" else 1)
 
 

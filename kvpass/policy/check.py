@@ -14,6 +14,7 @@ from kvpass.kernels.attention.observation import STATISTICS
 from kvpass.kernels.codecs.registry import CODECS, DENSE
 from kvpass.kernels.rank.criterion import SCORES
 from kvpass.kernels.rank.scorers.registry import Scorer, scorers
+from kvpass.policy.check_exits import exits
 from kvpass.policy.limits import MOST, check_options, no_number, oversized
 from kvpass.policy.spec import Spec
 
@@ -35,6 +36,7 @@ def check_policy(p: Spec, where: str) -> None:
         _sharing(p, chosen),
         _when(p),
         _store(p),
+        exits(p),
     ):
         for broken, field, fix in rules:
             if broken:
@@ -250,7 +252,7 @@ def check_budget(p: Spec, *, given: bool, own: int | float | None) -> None:
             f"policy {p.name!r} keeps everything", where=where, hint="leave budget out, or choose an evicting policy"
         )
     smallest = smallest_budget(p)
-    protected = p.protect.sinks + recent_of(p, smallest) + p.allocate.rings
+    protected = p.protect.sinks + recent_of(p, smallest) + p.allocate.rings + p.evicted.slots
     if not whole and p.allocate.heads != "threshold" and protected > smallest:
         whose = " of the last layer" if p.allocate.layers == "pyramid" else ""
         raise PolicyError(

@@ -12,6 +12,7 @@ from typing import Any
 
 from kvpass.errors import PolicyError
 from kvpass.policy.check import check_policy
+from kvpass.policy.evicted import Evicted, Merge
 from kvpass.policy.layer_keys import numbers_of
 from kvpass.policy.limits import plain_number
 from kvpass.policy.shorthand import alone, written_out
@@ -27,6 +28,8 @@ _PARTS = {
     "weight": Weight,
     "allocate": Allocate,
     "protect": Protect,
+    "evicted": Evicted,
+    "evicted.merge": Merge,
     "store": Store,
 }
 
@@ -269,5 +272,5 @@ def _is_number(text: str) -> bool:
 
 
 def _keys_at(path: list[str]) -> list[str]:
-    part = _PARTS.get(path[0], Spec) if path else Spec
+    part = _PARTS.get(".".join(path)) or (_PARTS.get(path[0], Spec) if path else Spec)
     return [f.name for f in fields(part)] + (["extends"] if part is Spec else [])

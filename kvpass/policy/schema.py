@@ -10,7 +10,7 @@ from typing import Any
 from kvpass.kernels.codecs.registry import CODECS, DENSE
 from kvpass.kernels.rank.criterion import SCORES
 from kvpass.kernels.rank.scorers.registry import Scorer, scorers
-from kvpass.policy import spec
+from kvpass.policy import evicted, spec
 
 Schema = dict[str, Any]
 _KINDS = {bool: "boolean", int: "integer", float: "number", str: "string"}
@@ -27,13 +27,13 @@ def json_schema() -> Schema:
     whole: Schema = TypeAdapter(spec.Spec).json_schema()
     _describe(whole, spec.Spec)
     for name, part in whole["$defs"].items():
-        _describe(part, getattr(spec, name))
+        _describe(part, _kind(name))
         part["properties"] = {key: _or_null(value) for key, value in part["properties"].items()}
     fields: Schema = whole["properties"]
     for value in fields.values():
         parts = re.findall(r"#/\$defs/(\w+)", json.dumps(value))
         if parts and "description" not in value:
-            value["description"] = _about(getattr(spec, parts[0]))[0]
+            value["description"] = _about(_kind(parts[0]))[0]
     own = [scorer for scorer in scorers().values() if scorer.run.__module__.startswith("kvpass.")]
     names = [*SCORES, *(scorer.name for scorer in own)]
     fields["score"] = {**fields["score"], "anyOf": [{"enum": names}, {"type": "string"}]}
@@ -42,7 +42,9 @@ def json_schema() -> Schema:
     for half in ("k", "v"):
         whole["$defs"]["Store"]["properties"][half]["enum"] = [*held, None]
     fields["store"] = {**fields["store"], "anyOf": [{"$ref": "#/$defs/Store"}, {"enum": held}]}
-    fields["store"].pop("$ref", None)
+    fields["evicted"] = {**fields["evicted"], "anyOf": [{"$ref": "#/$defs/Evicted"}, {"enum": ["drop", "merge"]}]}
+    for short in ("store", "evicted"):
+        fields[short].pop("$ref", None)
     rest = {key: _or_null(value) for key, value in fields.items() if key != "name"}
     extends = {"type": "string", "description": _EXTENDS}
     whole["properties"] = {"name": fields["name"], "extends": extends, **rest}
@@ -59,6 +61,12 @@ def schema_text() -> str:
 def attributes(kind: type) -> dict[str, str]:
     """The fields that a dataclass' docstring describes, and what it says of each."""
     return _about(kind)[1]
+
+
+def _kind(name: str) -> type:
+    """The dataclass of a part."""
+    found: type = getattr(spec, name, None) or getattr(evicted, name)
+    return found
 
 
 def _about(kind: type) -> tuple[str, dict[str, str]]:

@@ -1,4 +1,6 @@
-"""Short ways to write what a policy file says: `store: int4`, `budget: 20% bytes`, a policy that is only a store."""
+"""Short ways to write what a policy file says: `store: int4`, `evicted: merge`, `budget: 20% bytes`; and policies that
+are only a store.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,8 @@ def written_out(data: dict[str, Any]) -> dict[str, Any]:
     data = dict(data)
     if isinstance(data.get("store"), str):
         data["store"] = dict.fromkeys(("k", "v"), data["store"])
+    if data.get("evicted") in ("drop", "merge"):
+        data["evicted"] = {} if data["evicted"] == "drop" else {"merge": {}}
     said = share(data.get("budget"))
     if said is not None:
         data["budget"], unit = said

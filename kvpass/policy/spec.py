@@ -10,6 +10,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from kvpass.policy.evicted import Evicted
+
 _STRICT = {"extra": "forbid"}
 
 
@@ -170,6 +172,7 @@ class Spec:
         weight: what of a slot's value multiplies its score.
         allocate: how the budget is shared out over layers and KV heads.
         protect: tokens that are never evicted.
+        evicted: what becomes of slots that go: they are dropped, or merged.
         store: what a slot holds: numbers as the model has them, or codes of few bits.
         score: what ranks unprotected slots, higher = keep: `position` (newer), `sum`, `mean` (sum / count),
             `important` (important / count), `last` (minus the tokens since the newest such query), or the name of a
@@ -213,6 +216,7 @@ class Spec:
     scope: float = 0.0
     allocate: Allocate = field(default_factory=Allocate)
     protect: Protect = field(default_factory=Protect)
+    evicted: Evicted = field(default_factory=Evicted)
     store: Store = field(default_factory=Store)
     positions: Literal["kept", "reindexed"] = "kept"
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from kvpass.kernels.rank.scorers.seen import READS
 
 from kvpass.api.cli import main
 from kvpass.plan.listing import catalogue, example_rule
-from kvpass.policy import spec
+from kvpass.policy import evicted, spec
+from kvpass.policy.evicted import Evicted, Merge
 from kvpass.policy.layers import of_layer
 from kvpass.policy.load import PRESETS, names
 from kvpass.policy.policy import Policy
@@ -176,7 +177,9 @@ def leaves(kind: type = Policy, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted names and defaults of all fields, those of optional parts too."""
     defaults = kind("") if kind is Policy else kind()
     for f in fields(kind):
-        part, value = getattr(spec, f.name.capitalize(), None), getattr(defaults, f.name)
+        value, name = getattr(defaults, f.name), f.name.capitalize()
+        part = getattr(spec, name, None) or getattr(evicted, name, None)
+        part = part if value is None or is_dataclass(value) else None  # two fields are called `weight`
         if part is None or value is None:
             yield prefix + f.name, value
         if part is not None:
@@ -217,6 +220,10 @@ def test_examples_of_the_reference_load(tmp_path: Path):
     assert (mine.observe, mine.statistic, mine.pool) == (snapkv.observe, snapkv.statistic, snapkv.pool)
     assert (mine.protect.sinks, mine.protect.recent, mine.allocate.heads, mine.min_slots) == (4, 32, "flat", 96)
     assert mine.weight is not None
+    (tmp_path / "merging.yaml").write_text(blocks[2])
+    assert Policy.load(tmp_path / "merging.yaml").evicted == Evicted(
+        Merge(halves="both", weight="cosine", threshold=0.7)
+    )
     for name in ("q_filters", "kvp", "gate", "surrogate"):
         (row,) = [line for line in text.splitlines() if line.startswith(f"| `{name}` |")]
         assert all(part in " ".join((scorers()[name].run.__doc__ or "").split()) for part in row.split(" | ")[1:-1])

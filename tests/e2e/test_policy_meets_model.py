@@ -40,6 +40,7 @@ ONE, GPT2 = (lambda: tiny.llama(layers=1)), (lambda: tiny.gpt2("sdpa"))
 CASES = {
     "no projection": ("criticalkv", lambda: plain.make(GatedDecoder), "output projection, which was not found", "l1"),
     "latents": ("ada_snapkv", latents, "budgets of their own, but this attention keeps latents", "h2o or snapkv"),
+    "latents merge": ("merging", latents, "merges what it evicts, but this attention keeps latents", "evicted: drop"),
     "latents' keys": ("knorm", latents, "reads keys, but this attention keeps latents", "h2o or snapkv"),
     "a pyramid of one": ("pyramidkv", ONE, "over layers, but this graph holds one", "layers: uniform"),
     "one layer to share": ("layer_defensivekv", ONE, "over layers, but this graph holds one", "layers: uniform"),

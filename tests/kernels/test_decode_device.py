@@ -10,6 +10,7 @@ from kvpass.kernels.attention.softmax import Softmax
 from kvpass.kernels.decode_attend.call import Call, Token
 from kvpass.kernels.decode_attend.device import decode_attend_device
 from kvpass.kernels.decode_attend.reference import decode_attend_reference
+from kvpass.kernels.exits.record import Merge
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.testing import assert_close, qkv
 from models.states import arriving, builtin, same, state_under
@@ -57,7 +58,7 @@ def run(rule: Rule, kind: str, steps: int = 3, *, at: bool = False, softmax: Sof
         x = decode_attend_device(token, got, Call.of_step(mask, 0 if at else position, *common, **told, **here))
         y = decode_attend_reference(token, want, Call.of_step(mask, position, *common, **told))
         assert_close(x, y, what=f"out at step {i}")
-        same(got, want, before, i)
+        same(got, want, before, i, rule[Merge].halves if rule[Merge].steps else ())
         seen += 1
 
 
@@ -127,7 +128,7 @@ def test_no_room() -> None:
 
 def test_order_within_heads() -> None:
     """Values of a head by rank, in heads of any width."""
-    from kvpass.kernels.decode_attend.device_slots import Slots
+    from kvpass.kernels.slots.reductions import Slots
 
     cursor = torch.tensor([[[0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 2], [0, 0, 0, 0, 0, -1]]], dtype=torch.int32)
     slots, x = Slots(cursor, 4), torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(0))

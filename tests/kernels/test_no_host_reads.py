@@ -18,6 +18,7 @@ from kvpass.kernels.decode_attend import decode_attend
 from kvpass.kernels.decode_attend.call import Call, Token
 from kvpass.kernels.decode_attend.device import decode_attend_device
 from kvpass.kernels.decode_attend.reference import decode_attend_reference
+from kvpass.kernels.exits.record import Merge
 from kvpass.kernels.rank.scored import Scoring, arrivals
 from kvpass.kernels.rank.weights import Weight
 from kvpass.kernels.rule import Rule
@@ -69,9 +70,13 @@ def test_a_step(name: str) -> None:
                 assert [launch.kernel.__name__ for launch in launches][:2] == ["split_kernel", "ending_kernel"]
 
 
-def test_triton_takes_all_but_rings() -> None:
+MERGING = {name for name, rule in builtin().items() if rule[Merge].steps}
+
+
+def test_triton_takes_all_but_rings_and_merges() -> None:
     given_up = {name for name, rule in builtin().items() if not supports(*given(rule, "none", False))}
-    assert given_up == {"cascading"}
+    assert given_up == {"cascading"} | MERGING
+    assert {"merging", "cam", "d2o", "razor_attention"} <= MERGING
 
 
 def test_what_cuda_runs_instead() -> None:
@@ -95,7 +100,7 @@ def faked(name: str, device: str, run: Callable[..., Tensor]) -> Tensor:
         return run(q, k, v, None, state, 0, 0.3, builtin()[name].encode(), **told)
 
 
-@pytest.mark.parametrize("name", [name for name in builtin() if name != "cascading"])
+@pytest.mark.parametrize("name", [name for name in builtin() if name not in {"cascading", *MERGING}])
 def test_the_op_on_fake_cuda_tensors(name: str) -> None:
     """The op as it is called, with the implementation that CUDA gets. (Torch without CUDA cannot index fake tensors of
     CUDA, which Triton's path does not.)
@@ -105,7 +110,7 @@ def test_the_op_on_fake_cuda_tensors(name: str) -> None:
     assert out.shape == (2, 4, 1, 16)
 
 
-@pytest.mark.parametrize("name", ["cascading", "h2o", "ada_snapkv"])
+@pytest.mark.parametrize("name", ["cascading", "h2o", "ada_snapkv", "merging", "cam", "d2o", "razor_attention"])
 def test_torch_on_fake_tensors(name: str) -> None:
     def run(
         q: Tensor, k: Tensor, v: Tensor, mask: None, state: list[Tensor], position: int, scale: float, rule: str,

@@ -29,6 +29,13 @@ def state():
     return random_state(LIVE, 12, 16, H2O, seen=30).tensors()
 
 
+MERGING = H2O.replace(merge_into="nearest_key", merge_halves="both", merge_gate="moving")
+
+
+def merging():
+    return random_state(torch.full((2, 2), 3), 12, 16, MERGING, seen=6).tensors()
+
+
 def calls():
     q, k, v = qkv(2, 4, 2, 6, 16)
     strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
@@ -63,6 +70,7 @@ def calls():
         "select_slots": (stats[0], cursor, 4),
         "compact_slots": ([k, v, None, stats], idx, cursor, state(), TEXT),
         "compact_slots extend": ([k, v, pos, stats], idx, cursor, state(), TEXT),
+        "merge_slots": (k, v, stats[0], stats, idx, merging(), MERGING.encode()),
         "decode_attend": (*one, None, state(), 30, 0.25, TEXT),
         "decode_attend masked": (*one, row, state(), 30, 0.25, TEXT),
         "decode_attend capped": (*one, row, state(), 30, 0.25, TEXT, sinks, 5.0),

@@ -11,6 +11,7 @@ from kvpass.kernels.after_call.layers import shared_out
 from kvpass.kernels.budget import kept
 from kvpass.kernels.compact_slots import compact_slots
 from kvpass.kernels.decode_attend import decode_attend
+from kvpass.kernels.exits.merge_slots import merge_slots
 from kvpass.kernels.join_slots import join_slots
 from kvpass.kernels.prefill_attend import prefill_attend
 from kvpass.kernels.rank.marks import Marks
@@ -126,7 +127,9 @@ class Host:
         shown = mask if pos is not None else None
         score, stats, cursor = score_slots(stats, past, pos, valid, state.cursor, position, text, mask=shown, **beside)
         room = score.shape[2] if rule[Ragged].ragged else state.slots
-        compact_slots((k, v, pos, stats), select_slots(score, cursor, room), cursor, state.tensors(), text)
+        idx = select_slots(score, cursor, room)
+        compact_slots((k, v, pos, stats), idx, cursor, state.tensors(), text)
+        merge_slots(k, v, score, stats, idx, state.tensors(), text)
 
     def kept(self, row: int) -> list[list[list[int]]]:
         """Which of its own tokens a row keeps, by layer and head."""

@@ -13,6 +13,7 @@ from kvpass.kernels.codecs.encode_slots import encode_slots, keep_whole
 from kvpass.kernels.codecs.storage import Storage, coded
 from kvpass.kernels.compact_slots import compact_slots
 from kvpass.kernels.decode_attend import decode_attend
+from kvpass.kernels.exits.merge_slots import merge_slots
 from kvpass.kernels.join_slots import join_slots
 from kvpass.kernels.prefill_attend import prefill_attend
 from kvpass.kernels.rank.scored import Scoring, arrivals
@@ -92,6 +93,7 @@ class Site:
         room = score.shape[2] if self.rule[Ragged].ragged else self.state.slots
         chosen = select_slots(score, cursor, room)
         compact_slots([keys[name] for name in names], chosen, cursor, self.state.tensors(), rule)
+        merge_slots(k, v, score, keys["stats"], chosen, self.state.tensors(), rule)
         if codes:
             keep_whole(*own, position, self.state.tensors(), rule)
         return out

@@ -19,6 +19,11 @@ def uniform(seen: Seen, salt: int = 0) -> Tensor:
     return _hashed(_places(seen, heads, salt))
 
 
+def drawn(place: Tensor, head: Tensor | int, layer: int, seed: int) -> Tensor:
+    """The same for places that no scorer sees, int64 of any shape; head: what broadcasts to it."""
+    return _hashed(_cell(place, head, layer, seed))
+
+
 def gumbel(seen: Seen) -> Tensor:
     """Independent standard Gumbel numbers, float32 [B, Hkv, L]: adding them to log weights and taking the largest
     samples without replacement.
@@ -49,8 +54,11 @@ def gaussian(seen: Seen, rows: int, columns: int) -> Tensor:
 
 def _places(seen: Seen, head: Tensor | int, salt: int) -> Tensor:
     """int64 [B, Hkv, L]"""
-    place = (seen.pos - seen.first).long()
-    return place + 0x9E3779B1 * (head + 1) + 0x85EBCA77 * (seen.layer + 1) + 0xC2B2AE3D * (seen.seed + salt + 1)
+    return _cell((seen.pos - seen.first).long(), head, seen.layer, seen.seed + salt)
+
+
+def _cell(place: Tensor, head: Tensor | int, layer: int, seed: int) -> Tensor:
+    return place + 0x9E3779B1 * (head + 1) + 0x85EBCA77 * (layer + 1) + 0xC2B2AE3D * (seed + 1)
 
 
 def _hashed(x: Tensor) -> Tensor:

@@ -1,0 +1,61 @@
+"""What a policy file says of slots that go: a part of `spec.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+_STRICT = {"extra": "forbid"}
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Slots that go are merged into slots that stay; as kvpress' MergingPress does where nothing is said.
+
+    Attributes:
+        into: the slot of the `nearest_key` (largest cosine); of the `nearest_position`; the `count` slots that come
+            `next`; the pivot of a `run` of neighbours whose keys are alike; or `one_slot` for all, that of the first
+            token behind the sinks, which stays and holds the mean of all that went.
+        halves: `values`, whose keys stay as they are, or `both`.
+        weight: of what comes in, where the slot's own is 1: `even`, 1 shared out over the slots; the `cosine` of both
+            keys, 0 where it is negative; `cosine_norm`, that times the norm of the value that goes / norms of both; or
+            `gaussian`, exp(-distance of the keys squared / 2 `sigma` squared).
+        mean: sums are divided by all `weights`, by the `count` of what came in and the slot itself, or by `none`.
+        gate: what is merged at all: `none` asks nothing; `moving`, whose cosine, mean over the heads, reaches the mean
+            of those that went, which moves half way in each call (D2O); or `chance`, with probability attention so far
+            / mean of that of the slots (CaM).
+        threshold: cosine below which nothing is merged; -1: always. In a `run`: above which neighbours are alike.
+        count: slots of `next`.
+        sigma: of `gaussian`.
+        at: calls that merge: `always`, `steps` of one token, or `calls` of several. The others drop.
+    """
+
+    into: Literal["nearest_key", "nearest_position", "next", "run", "one_slot"] = "nearest_key"
+    halves: Literal["values", "both"] = "values"
+    weight: Literal["even", "cosine", "cosine_norm", "gaussian"] = "cosine_norm"
+    mean: Literal["weights", "count", "none"] = "weights"
+    gate: Literal["none", "moving", "chance"] = "none"
+    threshold: float = -1.0
+    count: int = 16
+    sigma: float = 5.0
+    at: Literal["always", "steps", "calls"] = "always"
+
+    __pydantic_config__ = _STRICT
+
+
+@dataclass(frozen=True)
+class Evicted:
+    """What becomes of slots that go. `evicted: drop` is nothing, `evicted: merge` is `{merge: {}}`.
+
+    Attributes:
+        merge: into slots that stay.
+    """
+
+    merge: Merge | None = None
+
+    __pydantic_config__ = _STRICT
+
+    @property
+    def slots(self) -> int:
+        """Slots of each head that are held for what goes, beside the sinks."""
+        return int(self.merge is not None and self.merge.into == "one_slot")

@@ -1,0 +1,95 @@
+"""What a policy may say of slots that go, and what it may not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from kvpass.kernels.exits.record import Merge
+from kvpass.kernels.rank.places import Protected
+
+from kvpass.errors import PolicyError
+from kvpass.plan.rule import rule_of
+from kvpass.policy.policy import Policy
+
+
+def rule(**said: Any) -> Any:
+    return rule_of(Policy.load({"name": "mine", **said}).with_budget(96))
+
+
+def test_drop_is_what_it_was() -> None:
+    plain = rule(extends="h2o")
+    assert rule(extends="h2o", evicted="drop") == plain == rule(extends="h2o", evicted={})
+    assert rule(extends="d2o", evicted="drop", protect={"sinks": 0}) == plain
+    assert "merge" not in plain.encode()
+
+
+def test_short_and_long() -> None:
+    short = rule(extends="h2o", evicted="merge")
+    assert short == rule(extends="h2o", evicted={"merge": {}})
+    assert short[Merge] == Merge("nearest_key")
+    assert rule(extends="merging") == rule(extends="snapkv", evicted="merge")
+
+
+def test_parts_are_merged_key_by_key() -> None:
+    own = rule(extends="d2o", evicted={"merge": {"halves": "values"}})[Merge]
+    assert (own.merge_gate, own.merge_halves, own.merge_weight) == ("moving", "values", "cosine")
+
+
+def test_words_that_mean_nothing_here_make_no_other_rule() -> None:
+    assert rule(extends="h2o", evicted={"merge": {"sigma": 2.0, "count": 3}}) == rule(extends="h2o", evicted="merge")
+
+
+def test_one_slot_is_one_more_sink() -> None:
+    one = {"into": "one_slot", "halves": "both", "weight": "even"}
+    assert rule(extends="streaming_llm", evicted={"merge": one})[Protected].sinks == 5
+    with pytest.raises(PolicyError, match="5 are protected"):
+        Policy.load({"name": "mine", "extends": "streaming_llm", "evicted": {"merge": one}}).with_budget(4)
+
+
+@pytest.mark.parametrize(
+    ("said", "field", "fix"),
+    [
+        ({"merge": {"treshold": 0.5}}, "evicted.merge.treshold", "did you mean 'threshold'"),
+        ({"merges": {}}, "evicted.merges", "valid here: merge"),
+        ({"merge": {"into": "nearest"}}, "evicted.merge.into", "'nearest_key'"),
+        ("merged", "evicted", "give"),
+        ({"merge": {"threshold": 1.5}}, "evicted.merge.threshold", "give a cosine"),
+        ({"merge": {"count": 0}}, "evicted.merge.count", "1 or more"),
+        ({"merge": {"sigma": 0.0}}, "evicted.merge.sigma", "above 0"),
+        ({"merge": {"into": "run", "at": "calls"}}, "evicted.merge.threshold", "e.g. 0.75"),
+        ({"merge": {"into": "run", "threshold": 0.5}}, "evicted.merge.at", "at: calls"),
+        ({"merge": {"into": "one_slot"}}, "evicted.merge.into", "weight: even"),
+        ({"merge": {"into": "next", "gate": "moving"}}, "evicted.merge.gate", "into: nearest_key"),
+        ({"merge": {"gate": "moving", "threshold": 0.2}}, "evicted.merge.threshold", "leave threshold out"),
+    ],
+)
+def test_words_that_cannot_be(said: Any, field: str, fix: str) -> None:
+    with pytest.raises(PolicyError, match=field) as error:
+        rule(extends="h2o", evicted=said)
+    assert fix in str(error.value)
+
+
+NEXT = {"into": "next", "weight": "even", "mean": "none"}
+
+
+@pytest.mark.parametrize(
+    ("policy", "fix"),
+    [
+        ({"extends": "knorm", "evicted": {"merge": {**NEXT, "gate": "chance"}}}, "add 'sum'"),
+        ({"extends": "ada_snapkv", "evicted": {"merge": {"gate": "moving"}}}, "leave allocate out"),
+        ({"extends": "cascading", "evicted": "merge"}, "leave allocate.rings out"),
+        ({"extends": "h2o", "evicted": "merge", "store": "int4"}, "store: dense"),
+        ({"extends": "streaming_llm_reindexed", "evicted": {"merge": {"halves": "both"}}}, "halves: values"),
+    ],
+)
+def test_combinations_that_cannot_work(policy: dict[str, Any], fix: str) -> None:
+    with pytest.raises(PolicyError, match="evicted") as error:
+        rule(**policy)
+    assert fix in str(error.value)
+
+
+def test_layers_may_differ() -> None:
+    spec = {"name": "mine", "extends": "d2o", "layers": {"0": {"evicted": "drop"}}}
+    policy = Policy.load(spec).with_budget(96)
+    assert [bool(rule_of(policy, at, 2)[Merge].merge_into) for at in range(2)] == [False, True]
