@@ -26,7 +26,6 @@ from transformers import DynamicCache
 import kvpass
 
 HEAD_DIM = 16
-CODED = "int8", "int4", "fp8_e4m3"
 BUDGETS: dict[str, Any] = {
     "full": 1.0,
     "h2o": 40,
@@ -37,7 +36,7 @@ BUDGETS: dict[str, Any] = {
 }
 NEAR_TIES = 0.02
 """Largest share of choices that an oracle in float64 may have made otherwise."""
-CLOSE, FLIPPED = 2.0**-16, 2e-2
+CLOSE, FLIPPED = 2.0**-12, 2e-2
 """Differences of logits, relative to the largest: what rounding makes of them; and where float32 and float64 see an
 entry on two sides of the middle between two codes, so that it is another number by a step of the codec: rare.
 """
@@ -61,14 +60,15 @@ def spec(policy: str, store: Any, **fields: Any) -> dict[str, Any]:
 class Chat:
     """The same tokens through a compiled model and through one whose attention is the simulation."""
 
-    def __init__(self, policy: str, held: Held, **options: Any) -> None:
+    def __init__(self, policy: str, held: Held, fields: dict[str, Any] | None = None, **options: Any) -> None:
         model, budget = gentle(), BUDGETS[policy]
         given = None if policy == "full" else budget
-        self.model = kvpass.compile(model, spec(policy, held.spec), given, inner="eager", **options)
+        self.model = kvpass.compile(model, spec(policy, held.spec, **(fields or {})), given, inner="eager", **options)
         self.oracle = Oracle(model, policy, budget, 40)
         plain = self.oracle.simulator
         self.simulator = CodedSimulator(policy, budget, 40, 2.0**-9, held=held)
         self.simulator.depth, self.simulator.outward = plain.depth, plain.outward
+        vars(self.simulator.policy).update(fields or {})
         self.oracle.simulator = self.simulator
         self.cache, self.held = DynamicCache(config=model.config), held
         self.mask: Tensor | None = None
@@ -106,8 +106,10 @@ class Chat:
 
 
 @pytest.mark.usefixtures("one_trace")
-@pytest.mark.parametrize("name", CODED)
-@pytest.mark.parametrize("policy", BUDGETS)
+@pytest.mark.parametrize(
+    ("policy", "name"),
+    [*((policy, "int4") for policy in BUDGETS), *((p, n) for p in ("full", "h2o") for n in ("int8", "fp8_e4m3"))],
+)
 def test_a_conversation(policy: str, name: str) -> None:
     chat = Chat(policy, Held(name, name, True, 64, 8, 3))
     chat.converse()
@@ -146,6 +148,69 @@ def test_a_prompt_in_chunks(policy: str) -> None:
     chat.check()
 
 
+@pytest.mark.usefixtures("one_trace")
+@pytest.mark.parametrize("policy", ["h2o", "ada_snapkv"])
+@pytest.mark.parametrize("fields", [{"every": 4}, {"when": "calls"}], ids=str)
+def test_evictions_that_wait(policy: str, fields: dict[str, Any]) -> None:
+    chat = Chat(policy, Held("int4", "int4", True, 64, 8, 3), fields)
+    chat.converse()
+    chat.check()
+
+
+@pytest.mark.usefixtures("one_trace")
+def test_layers_hold_what_they_say() -> None:
+    """Codes in one layer, numbers in the other."""
+    policy = spec("h2o", "int4", layers={"0": {"store": "dense"}})
+    compiled = kvpass.compile(gentle(), policy, 40, inner="eager")
+    cache = DynamicCache(config=gentle().config)
+    with torch.no_grad():
+        for length in (60, 1, 9, 1):
+            compiled(tiny.tokens(2, length), **with_cache(compiled, cache), use_cache=True)
+    first, second = kvpass.report(cache).to_dict()["sites"]
+    assert first["bytes"] == 4 * first["slots"] * 2 * HEAD_DIM * 4
+    assert second["bytes"] == 4 * (second["slots"] * 2 * (HEAD_DIM // 2 + 4) + 36 * 2 * HEAD_DIM * 4)
+
+
+def test_beams_take_their_codes_along() -> None:
+    """Rows are picked anew at each step. Eight bits, and the newest whole: the model's own sequences."""
+    ids, mask = tiny.left_padded([70, 45])
+    store = {"k": "int8", "v": "int8", "residual": 6}
+    compiled = kvpass.compile(gentle(), {"store": store}, inner="eager")
+    ours, want = (
+        model.generate(ids, attention_mask=mask, max_new_tokens=10, num_beams=3, **GREEDY)
+        for model in (compiled, gentle())
+    )
+    assert torch.equal(ours.sequences, want.sequences)
+
+
+def test_inductor_changes_nothing() -> None:
+    model, (ids, mask) = tiny.llama(layers=1), tiny.left_padded([70, 45])
+    outs = [
+        kvpass.compile(model, spec("h2o", "int4"), 40, inner=inner).generate(
+            ids, attention_mask=mask, max_new_tokens=8, **GREEDY
+        )
+        for inner in ("eager", "inductor")
+    ]
+    assert torch.equal(*[out.sequences for out in outs])
+    ours, theirs = (kvpass.inspect(cache_of(out)).layers[0] for out in outs)
+    assert torch.equal(ours.positions, theirs.positions)
+
+
+@pytest.mark.usefixtures("one_trace")
+def test_inference_mode_and_a_copy_made_in_it() -> None:
+    compiled = kvpass.compile(gentle(), spec("ada_snapkv", "int8"), 48, inner="eager")
+    cache = DynamicCache(config=gentle().config)
+    with torch.inference_mode():
+        for length in (60, 1, 9, 1):
+            compiled(tiny.tokens(2, length), **with_cache(compiled, cache), use_cache=True)
+        twin = copy.deepcopy(cache)
+    with torch.no_grad():
+        outs = [
+            compiled(tiny.tokens(2, 1), **with_cache(compiled, one), use_cache=True).logits for one in (twin, cache)
+        ]
+    assert torch.equal(*outs)
+
+
 def test_generate_takes_prompts_in_chunks() -> None:
     compiled = kvpass.compile(gentle(), spec("h2o", "int8"), 40, inner="eager")
     ids = tiny.tokens(2, 90)
@@ -181,7 +246,7 @@ def test_a_copy_goes_its_own_way() -> None:
     assert not torch.equal(*keys)
 
 
-@pytest.mark.parametrize("name", CODED)
+@pytest.mark.parametrize("name", ["int4", "fp8_e4m3"])
 def test_static_caches_hold_codes_too(name: str) -> None:
     """The same tokens as from a growing cache, and fewer bytes than the buffers that the host made."""
     ids, mask = tiny.left_padded([80, 66])
@@ -276,6 +341,9 @@ def test_rewritten_graphs_are_read_as_python(tmp_path: Path) -> None:
         assert "k_as=int4 v_as=int4" in (folder / "03_plan.txt").read_text()
 
 
+HALF = {"k": "fp8_e4m3", "residual": 5, "sinks": 0, "group": 24}
+
+
 def live() -> dict[int, Tensor]:
     """A tensor for every living storage."""
     gc.collect()
@@ -311,8 +379,18 @@ class Run:
 
 
 @pytest.mark.usefixtures("one_trace")
-@pytest.mark.parametrize("policy", ["full", "h2o", "ada_snapkv", "layer_defensivekv"])
-@pytest.mark.parametrize("store", ["int8", "int4", {"k": "fp8_e4m3", "residual": 5, "sinks": 0, "group": 24}], ids=str)
+@pytest.mark.parametrize(
+    ("policy", "store"),
+    [
+        ("full", "int8"),
+        ("full", HALF),
+        ("h2o", "int4"),
+        ("ada_snapkv", "int8"),
+        ("layer_defensivekv", "int4"),
+        ("layer_defensivekv", HALF),
+    ],
+    ids=str,
+)
 def test_reported_bytes_are_those_of_live_storage(policy: str, store: Any) -> None:
     """Counted from what each slot and each head must hold, and from every storage that is alive."""
     run = Run(spec(policy, store), None if policy == "full" else 48, [150, 120, 90])
