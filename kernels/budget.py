@@ -41,6 +41,14 @@ class Apart(Record):
 
     apart: int = 0
 
+    @property
+    def evicts(self) -> bool:
+        """Also where `Budget` is more than the tokens, as it may be of codes: only later there is room for all."""
+        return self.apart > 0
+
+    def growing(self) -> Apart:
+        return Apart()
+
     def resized(self, size: Any, rule: Rule) -> Any:
         return larger(size - self.apart, rule[Budget].floor)
 

@@ -12,7 +12,7 @@ import torch
 from kvpass.api.holdings import Holdings, Part, holdings, stores
 from kvpass.api.report_text import report_text
 from kvpass.errors import CacheError
-from kvpass.kernels.budget import Budget
+from kvpass.kernels.budget import Apart, Budget
 from kvpass.kernels.codecs.storage import coded
 from kvpass.kernels.slots.cursor import SEEN
 from kvpass.kernels.slots.moves import even
@@ -179,7 +179,9 @@ def _why(stores: Sequence[SlotStore]) -> str:
     rules = [(store.rule, int(store.state.cursor[..., SEEN].max())) for store in stores]
     shares = [(rule, seen) for rule, seen in rules if rule.evicts and not rule[Budget].slots]
     floors = {
-        rule[Budget].floor for rule, seen in shares if rule[Budget].floor * rule[Budget].den > seen * rule[Budget].num
+        rule[Budget].floor
+        for rule, seen in shares
+        if (rule[Budget].floor + rule[Apart].apart) * rule[Budget].den > seen * rule[Budget].num
     }
     if floors:
         slots = " or ".join(map(str, sorted(floors)))

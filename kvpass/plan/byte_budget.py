@@ -41,8 +41,6 @@ def in_bytes(share: Fraction, floor: int, rule: Rule, entry: Entry) -> tuple[Rec
     slot, apart = bytes_of(rule, entry)
     each = slot * ROOM
     kept = Fraction(share * (entry.d + entry.v) * entry.dtype.itemsize, each).limit_denominator(65_536)
-    if kept >= 1:
-        return ()
     return Budget(0, kept.numerator, kept.denominator, floor), Apart(ceil(apart / each))
 
 

@@ -62,6 +62,28 @@ def test_the_whole_state_is_the_share(policy: str, store: Any, entry: Entry, sha
         assert abs(held / dense - share) <= 0.03 * share
 
 
+def test_codes_that_fit_leave_room_for_whole_tokens_first() -> None:
+    """All codes are less than the share, codes and whole copies are more of it until there are many tokens."""
+    rule = rule_of(Policy.load({"name": "x", "extends": "h2o", "store": "int4"}).with_budget("20% bytes"))
+    slot, apart = bytes_of(rule, FLOAT32)
+    assert slot < 0.2 * 512
+    assert rule.evicts
+    for tokens in (100, 300, 700, 1500, 20_000):
+        kept = min(budget(rule, tokens), tokens)
+        assert kept == 64 or kept * slot + apart <= 0.2 * 512 * tokens
+    assert budget(rule, 700) < 700
+    assert budget(rule, 20_000) > 20_000
+
+
+@pytest.mark.parametrize("when", ["calls", "first"])
+def test_calls_that_evict_nothing_have_room_for_all(when: str) -> None:
+    spec = {"name": "x", "extends": "h2o", "store": "int4", "when": when}
+    rule = rule_of(Policy.load(spec).with_budget("10% bytes"))
+    assert budget(rule, 1000) < 1000
+    assert budget(rule.of_steps, 1000) == 1000
+    assert not rule.of_steps.evicts
+
+
 def test_codes_keep_more_tokens_of_the_same_bytes() -> None:
     kept = [
         budget(rule_of(Policy.load({"name": "x", "extends": "h2o", "store": s}).with_budget("10% bytes")), 8000)
