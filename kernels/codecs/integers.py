@@ -84,4 +84,5 @@ class Symmetric(Codec):
 
     def _low(self, scale: Tensor) -> Tensor:
         """What code 0 stands for."""
-        return scale.float() * -(2 ** (self.width - 1) - 1)
+        low: Tensor = scale.float() * -(2 ** (self.width - 1) - 1)
+        return low
