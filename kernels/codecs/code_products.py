@@ -26,10 +26,9 @@ def products(queries: Tensor, codes: Tensor, bits: int, scale: Tensor, low: Tens
         dots += apart[..., at * size : (at + 1) * size] @ plane.mT
     scales, lows = scale.float().mT, low.float().mT
     if groups == 1:
-        found: Tensor = torch.addcmul(dots.mul_(scales), queries.sum(-1, keepdim=True), lows)
-        return found
-    dots = dots.unflatten(-2, (-1, groups)).mul_(scales.unsqueeze(-3)).sum(-2)
-    return dots + (queries[..., None, :] * mine).sum(-1) @ lows
+        return torch.addcmul(dots.mul_(scales), queries.sum(-1, keepdim=True), lows)
+    scaled: Tensor = dots.unflatten(-2, (-1, groups)).mul_(scales.unsqueeze(-3)).sum(-2)
+    return scaled + (queries[..., None, :] * mine).sum(-1) @ lows
 
 
 def mixed(weights: Tensor, codes: Tensor, bits: int, scale: Tensor, low: Tensor, width: int, group: int) -> Tensor:
