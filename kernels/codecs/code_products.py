@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 from kvpass.kernels.codecs.codec import groups_of
-from kvpass.kernels.codecs.packing import planes
+from kvpass.kernels.codecs.packing import entries, planes
 from torch import Tensor
 
 
@@ -16,14 +16,14 @@ def products(queries: Tensor, codes: Tensor, bits: int, scale: Tensor, low: Tens
     """float32 [.., G, n]: queries float32 [.., G, width] times n vectors of packed codes uint8 [.., n, bytes], scale
     and low [.., n, groups].
     """
-    width, size = queries.shape[-1], codes.shape[-1]
+    width = queries.shape[-1]
     groups, mine = groups_of(width, group), _members(width, group, queries.device)
     apart = queries if groups == 1 else (queries[..., None, :] * mine).flatten(-3, -2)
-    apart = torch.nn.functional.pad(apart, (0, size * (8 // bits) - width))
-    first, *others = planes(codes, bits)
-    dots = apart[..., :size] @ first.mT
-    for at, plane in enumerate(others, 1):
-        dots += apart[..., at * size : (at + 1) * size] @ plane.mT
+    parts = planes(codes, bits, width)
+    apart = torch.nn.functional.pad(apart, (0, entries(parts) - width))
+    dots = torch.zeros((), device=codes.device)
+    for plane, first, factor in parts:
+        dots = dots + (apart[..., first : first + plane.shape[-1]] * factor) @ plane.mT
     scales, lows = scale.float().mT, low.float().mT
     if groups == 1:
         return torch.addcmul(dots.mul_(scales), queries.sum(-1, keepdim=True), lows)
@@ -35,7 +35,11 @@ def mixed(weights: Tensor, codes: Tensor, bits: int, scale: Tensor, low: Tensor,
     """float32 [.., G, width]: the same vectors mixed by weights float32 [.., G, n]."""
     groups, mine = groups_of(width, group), _members(width, group, weights.device)
     scaled = (weights[..., None, :] * scale.float().mT.unsqueeze(-3)).flatten(-3, -2)
-    whole = torch.cat([scaled @ plane for plane in planes(codes, bits)], -1)[..., :width]
+    parts = planes(codes, bits, width)
+    whole = scaled.new_zeros(*scaled.shape[:-1], entries(parts))
+    for plane, first, factor in parts:
+        whole[..., first : first + plane.shape[-1]] += factor * (scaled @ plane)
+    whole = whole[..., :width]
     lows = weights @ low.float()
     if groups == 1:
         return whole + lows

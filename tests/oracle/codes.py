@@ -120,11 +120,17 @@ def decoded(parts: Parts, name: str, group: int) -> list[float]:
 
 
 def packed(codes: list[int], bits: int) -> list[int]:
-    """Several codes in a byte: byte j holds codes j, j + n, j + 2n, .., n bytes in all, from the lowest bits on."""
-    count = -(-len(codes) * bits // 8)
-    out = [0] * count
-    for at, code in enumerate(codes):
-        out[at % count] |= code << (bits * (at // count))
+    """Several codes in a byte. 3 bits are two runs, of each code's lowest two and of its highest; likewise 5, 6 and 7.
+    In a run of n bytes, byte j holds codes j, j + n, j + 2n, .. from the lowest bits on.
+    """
+    out, shift = [], 0
+    for own in {1: [1], 2: [2], 3: [2, 1], 4: [4], 5: [4, 1], 6: [4, 2], 7: [4, 2, 1], 8: [8]}[bits]:
+        count = -(-len(codes) * own // 8)
+        run = [0] * count
+        for at, code in enumerate(codes):
+            run[at % count] |= ((code >> shift) % 2**own) << (own * (at // count))
+        out += run
+        shift += own
     return out
 
 
