@@ -38,13 +38,21 @@ def _unsqueezed(at: At) -> Any:
 
 
 def _reshaped(at: At) -> Any:
-    """Axes of one element come and go."""
+    """Axes of one element come and go; one axis becomes several, row by row."""
     before, after = shape_of(operand(at.node)), shape_of(at.node)
-    wide = [i for i, n in zip(at.index, after, strict=True) if not is_one(n)]
-    if [str(n) for n in before if not is_one(n)] != [str(n) for n in after if not is_one(n)]:
+    wide = [(i, n) for i, n in zip(at.index, after, strict=True) if not is_one(n)]
+    wanted = [n for n in before if not is_one(n)]
+    same = [str(n) == str(m) for (_, n), m in zip(wide, wanted, strict=False)]
+    first, parts = (same.index(False) if False in same else len(same)), len(wide) - len(wanted) + 1
+    if parts > 1 and first < len(wanted):
+        place = sympy.Integer(0)
+        for i, n in wide[first : first + parts]:
+            place = place * scalar(n) + i
+        wide[first : first + parts] = [(place, wanted[first])]
+    if [str(n) for n in wanted] != [str(n) for _, n in wide]:
         return None
     rest = iter(wide)
-    return at.of(operand(at.node), tuple(sympy.Integer(0) if is_one(n) else next(rest) for n in before))
+    return at.of(operand(at.node), tuple(sympy.Integer(0) if is_one(n) else next(rest)[0] for n in before))
 
 
 def _transposed(at: At) -> Any:
