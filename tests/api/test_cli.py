@@ -215,14 +215,12 @@ def test_examples_of_the_reference_load(tmp_path: Path):
         "int4",
         "dense",
     )
-    (tmp_path / "merging.yaml").write_text(blocks[3])
-    assert Policy.load(tmp_path / "merging.yaml").evicted.merge.threshold == 0.7
     (tmp_path / "mine.yaml").write_text(blocks[0])
     mine, snapkv = Policy.load(tmp_path / "mine.yaml").with_budget(0.2), Policy.load("snapkv")
     assert (mine.observe, mine.statistic, mine.pool) == (snapkv.observe, snapkv.statistic, snapkv.pool)
     assert (mine.protect.sinks, mine.protect.recent, mine.allocate.heads, mine.min_slots) == (4, 32, "flat", 96)
     assert mine.weight is not None
-    (tmp_path / "merging.yaml").write_text(blocks[2])
+    (tmp_path / "merging.yaml").write_text(blocks[3])
     assert Policy.load(tmp_path / "merging.yaml").evicted == Evicted(
         Merge(halves="both", weight="cosine", threshold=0.7)
     )
