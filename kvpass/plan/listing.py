@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 from dataclasses import dataclass, replace
+from urllib.parse import urlsplit
 
 from kvpass.kernels.attention.observation import Observation, emitted
 from kvpass.kernels.codecs.storage import Storage, coded
@@ -108,6 +109,7 @@ def _extra(rule: Rule) -> list[str]:
 def cells(row: Row) -> tuple[str, ...]:
     """A row of the table."""
     paper = row.paper.removeprefix("https://arxiv.org/abs/") or "-"
+    paper = urlsplit(paper).netloc.split(".")[-2] if "://" in paper else paper
     return row.name, row.reads, row.extra, str(row.bytes), row.bits, paper
 
 
