@@ -13,6 +13,7 @@ DENSE = "dense"
 _CODECS: tuple[Codec, ...] = (
     Asymmetric("int8", 8),
     Asymmetric("int4", 4),
+    Asymmetric("int3", 3),
     Asymmetric("int2", 2),
     Symmetric("int8_symmetric", 8),
     Symmetric("int4_symmetric", 4),

@@ -142,9 +142,9 @@ class Store:
     """What a slot holds. `store: int4` is `{k: int4, v: int4}`.
 
     Attributes:
-        k, v: how keys and values are held: `dense`, as the model has them; `int8`, `int4` or `int2`, codes between the
-            lowest and the highest entry of a group; `int8_symmetric`, `int4_symmetric`, around 0; `fp8_e4m3`,
-            `fp8_e5m2`. Scales are float16.
+        k, v: how keys and values are held: `dense`, as the model has them; `int8`, `int4`, `int3` or `int2`, codes
+            between the lowest and the highest entry of a group; `int8_symmetric`, `int4_symmetric`, around 0;
+            `fp8_e4m3`, `fp8_e5m2`. Scales are float16.
         rotate: `hadamard`: rotated by Hadamard matrices first, which spreads outliers over a head, or `none`.
         group: neighbouring entries of a head that share a scale.
         residual: the newest so many tokens are held whole as well, and read whole.

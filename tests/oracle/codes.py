@@ -15,7 +15,7 @@ from torch import Tensor
 Parts = dict[str, list[Any]]
 """`codes`, `scale` and, where a codec has it, `low`, as lists."""
 
-ASYMMETRIC = {"int8": 8, "int4": 4, "int2": 2}
+ASYMMETRIC = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
 SYMMETRIC = {"int8_symmetric": 8, "int4_symmetric": 4}
 FLOATS = {"fp8_e4m3": (3, 7, 448.0), "fp8_e5m2": (2, 15, 57344.0)}
 """Bits of the fraction, bias of the exponent, largest number."""
