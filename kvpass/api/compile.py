@@ -20,7 +20,7 @@ M = TypeVar("M", bound=torch.nn.Module)
 def compile(
     model: M,
     policy: str | Policy | dict[str, Any] = "h2o",
-    budget: int | float | None = None,
+    budget: int | float | str | None = None,
     *,
     inner: str = "inductor",
     debug: bool | str | PathLike[str] | None = None,
@@ -44,7 +44,8 @@ def compile(
             text most like the full cache does, for its bytes (docs/quality.md), and asks nothing of a model.
         budget: float: fraction of the tokens seen so far that each KV head keeps (never fewer than the policy's
             `min_slots`);
-            int: slots per KV head. Sinks, recent and observation windows count inside it.
+            int: slots per KV head; str: `"20% bytes"` of what an unmodified cache holds, everything counted. Sinks,
+            recent and observation windows count inside it.
         inner: `inductor`, `aot_eager` or `eager`.
         debug: True or a folder: write the stages of every graph there (docs/debugging.md); None: the variable
             KVPASS_DEBUG decides.

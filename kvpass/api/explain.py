@@ -68,7 +68,7 @@ def explain(
     model: torch.nn.Module,
     *args: Any,
     policy: Any = None,
-    budget: int | float | None = None,
+    budget: int | float | str | None = None,
     patterns: PatternSet | None = None,
     step: StepLike = None,
     **kwargs: Any,

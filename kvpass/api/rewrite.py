@@ -111,7 +111,7 @@ class Rewritten:
 def rewrite(
     program: ExportedProgram | fx.GraphModule,
     policy: str | Policy | dict[str, Any],
-    budget: int | float | None = None,
+    budget: int | float | str | None = None,
     *,
     strict: bool = True,
     patterns: Any = None,
@@ -176,7 +176,7 @@ def _check_rules(planned: Plan) -> None:
     if wide:
         raise PolicyError(
             f"kvpass.rewrite cannot express policy {planned.policy.name!r}: it takes sums, squares and counts of "
-            "attention, the same budget for all heads and layers, and evicts in each step",
+            "attention, the same budget for all heads and layers, evicts in each step, and holds what the model has",
             where=f"{wide[0].site.name}, {wide[0].site.source}",
             hint="choose streaming_llm, h2o, tova, snapkv or roco, or use kvpass.compile",
         )

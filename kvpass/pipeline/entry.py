@@ -17,7 +17,7 @@ from kvpass.policy.policy import Policy
 
 def backend(
     policy: str | Policy | dict[str, Any] = "h2o",
-    budget: int | float | None = None,
+    budget: int | float | str | None = None,
     *,
     inner: str = "inductor",
     strict: bool = True,
