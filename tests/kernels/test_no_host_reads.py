@@ -14,6 +14,7 @@ import pytest
 import torch
 from kvpass.kernels import choose
 from kvpass.kernels.attention.softmax import Softmax
+from kvpass.kernels.codecs.storage import coded
 from kvpass.kernels.decode_attend import decode_attend
 from kvpass.kernels.decode_attend.call import Call, Token
 from kvpass.kernels.decode_attend.device import decode_attend_device
@@ -71,12 +72,14 @@ def test_a_step(name: str) -> None:
 
 
 MERGING = {name for name, rule in builtin().items() if rule[Merge].steps}
+CODED = {name for name, rule in builtin().items() if coded(rule)}
 
 
-def test_triton_takes_all_but_rings_and_merges() -> None:
+def test_triton_takes_all_but_rings_merges_and_codes() -> None:
     given_up = {name for name, rule in builtin().items() if not supports(*given(rule, "none", False))}
-    assert given_up == {"cascading"} | MERGING
+    assert given_up == {"cascading"} | MERGING | CODED
     assert {"merging", "cam", "d2o", "razor_attention"} <= MERGING
+    assert {"turbo", "snapkv_int4", "h2o_int8"} <= CODED
 
 
 def test_what_cuda_runs_instead() -> None:
@@ -100,7 +103,7 @@ def faked(name: str, device: str, run: Callable[..., Tensor]) -> Tensor:
         return run(q, k, v, None, state, 0, 0.3, builtin()[name].encode(), **told)
 
 
-@pytest.mark.parametrize("name", [name for name in builtin() if name not in {"cascading", *MERGING}])
+@pytest.mark.parametrize("name", [name for name in builtin() if name not in {"cascading", *MERGING, *CODED}])
 def test_the_op_on_fake_cuda_tensors(name: str) -> None:
     """The op as it is called, with the implementation that CUDA gets. (Torch without CUDA cannot index fake tensors of
     CUDA, which Triton's path does not.)
@@ -110,7 +113,7 @@ def test_the_op_on_fake_cuda_tensors(name: str) -> None:
     assert out.shape == (2, 4, 1, 16)
 
 
-@pytest.mark.parametrize("name", ["cascading", "h2o", "ada_snapkv", "merging", "cam", "d2o", "razor_attention"])
+@pytest.mark.parametrize("name", ["cascading", "h2o", "ada_snapkv", *sorted(MERGING | CODED)])
 def test_torch_on_fake_tensors(name: str) -> None:
     def run(
         q: Tensor, k: Tensor, v: Tensor, mask: None, state: list[Tensor], position: int, scale: float, rule: str,
