@@ -145,7 +145,9 @@ LEARNED = {name for name in names() if "file" in str(Policy.load(name).options) 
 NEEDS_MODEL = {"expected_attention", "compactor", "judge_q"}
 """They read unrotated queries, or marks that end a turn."""
 KEEPS_ALL = {name for name in names() if Policy.load(name).keeps_all}
-PLAIN = sorted(set(names()) - LEARNED - NEEDS_MODEL - KEEPS_ALL)
+CODED = {name for name in names() if {Policy.load(name).store.k, Policy.load(name).store.v} != {"dense"}}
+"""Which tokens are held whole is counted in columns, so that padding changes what is rounded (docs/design/0016)."""
+PLAIN = sorted(set(names()) - LEARNED - NEEDS_MODEL - KEEPS_ALL - CODED)
 
 
 def conversations(policy: Any) -> list[list[tuple[Call, str]]]:
