@@ -145,7 +145,7 @@ def page(data: dict[str, Any]) -> str:
     facts, s = data["machine"], data["settings"]
     said = f"`{data['command']}`: SmolLM2-135M-Instruct, float32, {s['context']:,} tokens of prompt x {s['batch']}, "
     said += f"{s['steps']} steps along real text, inner compiler `{s['inner']}`; torch {facts['torch']}, "
-    said += f"transformers {facts['transformers']}; {facts['cpu']}, {facts['threads']} thread(s)."
+    said += f"transformers {facts['transformers']}; {facts['cpu']}, {facts['threads']} thread(s). {s['note']}".rstrip()
     cells = [
         [
             r["name"],
@@ -170,6 +170,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--warm", type=int, default=6, help="first steps whose times are left out")
     parser.add_argument("--inner", default="eager")
+    parser.add_argument("--note", default="", help="a sentence for the page, e.g. what else ran")
     args, console = parser.parse_args(), wide_console()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
