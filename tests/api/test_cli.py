@@ -289,7 +289,7 @@ def test_every_file_fits_the_schema(path):
         {"name": "x", "score": "cake", "options": {"pool": "5"}},
         {"name": "x", "store": "itn4"},
         {"name": "x", "store": ["int4"]},
-        {"name": "x", "store": {"k": "int3"}},
+        {"name": "x", "store": {"k": "int9"}},
         {"name": "x", "store": {"keys": "int4"}},
         {"name": "x", "store": {"group": 6.5}},
         {"name": "x", "budget": "much"},
