@@ -16,7 +16,7 @@ from kvpass.policy.layers import of_layer
 from kvpass.policy.policy import Policy
 from kvpass.policy.spec import Store
 
-KNOWN = "known: dense, int8, int4, int2, int8_symmetric, int4_symmetric, fp8_e4m3, fp8_e5m2"
+KNOWN = "known: dense, int8, int4, int3, int2, int8_symmetric, int4_symmetric, fp8_e4m3, fp8_e5m2"
 TURNED = "streaming_llm_reindexed"
 
 
