@@ -40,7 +40,7 @@ SCHEMAS = {
     "Tensor? sinks=None, float softcap=0.0, Tensor? tokens=None, SymInt position=0, "
     "Tensor? memory_k=None, Tensor? memory_v=None) -> Tensor",
     "encode_slots": "(Tensor k, Tensor v, str rule) -> Tensor[]",
-    "keep_whole": "(Tensor k, Tensor v, SymInt position, Tensor(a!)[] state, str rule) -> ()",
+    "keep_whole": "(Tensor k, Tensor v, Tensor valid, SymInt position, Tensor(a!)[] state, str rule) -> ()",
     "arrivals": "(Tensor k_new, Tensor v_new, Tensor cursor, SymInt position, str rule, Tensor? wo=None, "
     "Tensor? hidden=None, Tensor? marks=None) -> Tensor",
 }
@@ -50,8 +50,8 @@ HOMES = {
     "mask_spans": "attention.visibility",
     "written": "attention.masks",
     "merge_slots": "exits.merge_slots",
-    "encode_slots": "codecs.encode_slots",
-    "keep_whole": "codecs.encode_slots",
+    "encode_slots": "codecs.ops",
+    "keep_whole": "codecs.ops",
     "window_rows": "rank.window_rows",
     "score_slots": "rank.scores",
     "arrivals": "rank.scored",

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 from kvpass.kernels.codecs.hadamard import rotated
 from kvpass.kernels.codecs.storage import WHOLE_AT, Storage, coded
-from kvpass.kernels.codecs.whole import copies_of
+from kvpass.kernels.codecs.whole import found
 from kvpass.kernels.rule import Rule
-from kvpass.kernels.slots.cursor import FIRST
 from kvpass.kernels.slots.ragged import is_ragged
 from kvpass.kernels.slots.state import State
 from torch import Tensor
@@ -50,7 +49,7 @@ def entries_of(state: State, half: str, rule: Rule) -> Tensor:
     parts = [state[name] for name in rule[Storage].code_fields(half)]
     x = turned(decoded(parts, half, held.shape[3], rule), half, rule)
     if rule[Storage].whole:
-        place, there = copies_of(state[WHOLE_AT], state.pos, state.cursor[..., FIRST, None], rule)
+        place, there = found(state[WHOLE_AT][:, :, None], state.pos)
         index = place[..., None].expand(*place.shape, x.shape[-1])
         x = torch.where(there[..., None], held.float().gather(-2, index), x)
     return x.to(held.dtype)

@@ -1,8 +1,8 @@
-"""Whole copies of a few tokens beside their codes: the newest of a cache, and the first of each row.
+"""Whole copies of a few tokens beside their codes: the newest of each row, and its first.
 
 A token's code is made when it comes and never again; while it is among the newest, attention reads the copy instead.
-A copy's place follows from the token's position, so that slots may move as they like: a row's first `whole_sinks`
-positions have the first places, the others take turns. `whole_at` says which position a place holds.
+Tokens are counted as everywhere, each row its own, without padding: number n has place n if it is one of the first
+`whole_sinks`, and the others take turns. `whole_at` says which position a place holds, so slots may move as they like.
 """
 
 from __future__ import annotations
@@ -10,59 +10,63 @@ from __future__ import annotations
 import torch
 from kvpass.kernels.codecs.storage import WHOLE_AT, Storage, coded
 from kvpass.kernels.rule import Rule
-from kvpass.kernels.slots.cursor import FIRST
 from kvpass.kernels.slots.state import State
 from torch import Tensor
 
 
-def place_of(pos: Tensor, first: Tensor, rule: Rule) -> Tensor:
-    """Where the copies of tokens at positions pos, int32 [.., n], are if there are any: int64. first: int32 [.., 1 or
-    n], of each row, -1: pos is. Not where W is 0.
+def found(at: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the copies of tokens at positions pos, int32 [.., n], are: int64, anything if there is none; and whether
+    there is one, bool. at: what places hold, int32 [.., 1 or n, W].
+    """
+    same = pos[..., None] == at
+    return same.int().argmax(-1), same.any(-1) & (pos >= 0)
+
+
+def listed(at: Tensor, pos: Tensor, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
+    """The copies of heads: row of pos, slot and place, int64 [copies] each. pos: int32 [rows, n], of slots in use; at:
+    int32 [rows, W]. Reads back.
+    """
+    sinks = rule[Storage].whole_sinks
+    late, none = at[:, sinks:], torch.iinfo(at.dtype).max
+    here = torch.zeros_like(pos, dtype=torch.bool)
+    if late.shape[1]:
+        here |= pos >= late.masked_fill(late < 0, none).amin(-1, keepdim=True)
+    if sinks:
+        here |= pos <= at[:, :sinks].amax(-1, keepdim=True)
+    row, slot = here.nonzero(as_tuple=True)
+    place, there = found(at[row], pos[row, slot])
+    return row[there], slot[there], place[there]
+
+
+def keep_whole(k: Tensor, v: Tensor, pos: Tensor, valid: Tensor, seen: Tensor, state: State, rule: Rule) -> None:
+    """Copy those of the new tokens k [B, Hkv, S, D], v [B, Hkv, S, Dv] that are to be held whole, in place.
+
+    pos: int32 [S]; valid: bool [B, S], which are tokens; seen: int [B, 1], tokens of each row before these.
     """
     storage = rule[Storage]
-    turn = torch.full_like(pos, storage.whole_sinks)
-    turn = turn + pos % storage.residual if storage.residual else turn
-    since = torch.where(first < 0, 0, pos - first)
-    place = torch.where((since >= 0) & (since < storage.whole_sinks), since, turn)
-    return place.clamp(0, storage.whole - 1).long()
-
-
-def copies_of(at: Tensor, pos: Tensor, first: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
-    """The same, and whether the copies are there, bool. at: the state's `whole_at`, [.., W]."""
-    place = place_of(pos, first, rule)
-    return place, (at.gather(-1, place) == pos) & (pos >= 0)
-
-
-def keep_whole(k: Tensor, v: Tensor, position: int | Tensor, state: State, rule: Rule) -> None:
-    """Copy the new tokens k [B, Hkv, S, D], v [B, Hkv, S, Dv] at `position` .. (int, or int [1]) that are to be held
-    whole, in place. Copies of padding are made too: no slot has their positions.
-    """
-    storage, new = rule[Storage], {"k": k, "v": v}
     if not storage.whole or not coded(rule):
         return
-    count = k.shape[2]
-    pos = position + torch.arange(count, dtype=torch.int32, device=k.device)
-    targets = [(state[WHOLE_AT], pos.expand(*k.shape[:3]))] + [(state[half], new[half]) for half in coded(rule)]
-    newest = min(count, storage.residual)
-    if newest:
-        places = storage.whole_sinks + (pos[count - newest :] % storage.residual).long()
-        for target, source in targets:
-            target.index_copy_(2, places, source[:, :, count - newest :])
-    if storage.whole_sinks:
-        _keep_first(targets, position, count, state, storage.whole_sinks)
+    number = _numbers(seen + valid.sum(-1, keepdim=True) - 1, storage)
+    fresh = (number >= seen) & (number >= 0)
+    order = (~valid).int().argsort(dim=-1, stable=True) if valid.shape[1] > 1 else torch.zeros_like(number)
+    column = order.gather(-1, (number - seen).clamp(0, order.shape[-1] - 1))
+    _put(state[WHOLE_AT], pos[column].to(torch.int32)[:, None], fresh)
+    for half in coded(rule):
+        source = k if half == "k" else v
+        index = column[:, None, :, None].expand(-1, source.shape[1], -1, source.shape[3])
+        _put(state[half], source.gather(2, index), fresh)
 
 
-def _keep_first(
-    targets: list[tuple[Tensor, Tensor]], position: int | Tensor, count: int, state: State, sinks: int
-) -> None:
-    """Those among each row's first `sinks`."""
-    first = state.cursor[..., FIRST, None]
-    first = torch.where(first < 0, position, first)  # a step's token is the row's first one
-    column = first + torch.arange(sinks, dtype=torch.int32, device=first.device) - position
-    here, column = (column >= 0) & (column < count), column.clamp(0, count - 1).long()
-    for target, source in targets:
-        behind = [1] * (target.dim() - 3)
-        shape = (*column.shape, *target.shape[3:])
-        picked = source.gather(2, column.view(*column.shape, *behind).expand(shape))
-        own = target[:, :, :sinks]
-        own.copy_(torch.where(here.view(*here.shape, *behind), picked, own))
+def _numbers(last: Tensor, storage: Storage) -> Tensor:
+    """Which of a row's tokens each place is for, int64 [B, W], -1: none. last: int [B, 1], the number of the newest."""
+    place = torch.arange(storage.whole, device=last.device)
+    first = torch.where(place <= last, place, -1)
+    if not storage.residual:
+        return first
+    turn = last - (last - (place - storage.whole_sinks)) % storage.residual
+    return torch.where(place < storage.whole_sinks, first, torch.where(turn >= storage.whole_sinks, turn, -1))
+
+
+def _put(target: Tensor, new: Tensor, fresh: Tensor) -> None:
+    """New contents [B, Hkv or 1, W, ..] into the places that are fresh, bool [B, W]."""
+    target.copy_(torch.where(fresh.view(len(fresh), 1, -1, *[1] * (target.dim() - 3)), new, target))

@@ -112,7 +112,8 @@ def _append(token: Token, state: State, here: Here, plan: Rule) -> None:
     }
     if coded(plan):
         brought |= encoded(token.k, token.v, plan)
-        keep_whole(token.k, token.v, here.now.flatten(), state, plan)
+        valid = here.arrived[:, :, 0].expand(len(token.k), 1)
+        keep_whole(token.k, token.v, here.now.flatten(), valid, cursor[:, :1, SEEN], state, plan)
     places = (slots.first + cursor[..., FREE]).flatten()
     valid = here.arrived.expand(*cursor.shape[:2], 1).reshape(-1)
     for field, tensor in state.per_slot():

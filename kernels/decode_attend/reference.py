@@ -17,7 +17,7 @@ from kvpass.kernels.codecs.storage import coded
 from kvpass.kernels.codecs.whole import keep_whole
 from kvpass.kernels.decode_attend.attend_only import attend_only, seen_slots
 from kvpass.kernels.decode_attend.call import Call, Token
-from kvpass.kernels.decode_attend.slot_entries import mixed, products
+from kvpass.kernels.decode_attend.slot_entries import Copies, copies_of, mixed, products
 from kvpass.kernels.decode_attend.step import HeadRange, StepFacts, step_facts
 from kvpass.kernels.decode_attend.victim import evict_one, used_positions
 from kvpass.kernels.rule import Rule
@@ -46,10 +46,11 @@ def decode_attend_reference(token: Token, state: State, call: Call) -> Tensor:
         return _with_padding(token, state, call, arrived)
     facts = step_facts(cells, state, position, plan)
     _append(token, state, facts, plan)
-    probs, seen = _probabilities(token.q, state, hides, facts, call)
+    copies = [copies_of(state, heads, plan) for heads in facts.ranges]
+    probs, seen = _probabilities(token.q, state, copies, hides, facts, call)
     if emitted(plan) and plan[Observation].decode != "none":
         _observe(state.stats, probs, seen, facts, plan)
-    out, beside = _mix(probs, state, facts, call), call.softmax.beside
+    out, beside = _mix(probs, state, copies, facts, call), call.softmax.beside
     out = out if beside is None else beside.added(out, probs.sum(-1, keepdim=True))
     out = out.to(token.q.dtype).view(*token.q.shape[:3], out.shape[2])
     evict_one(state, facts, plan)
@@ -108,7 +109,9 @@ def _append(token: Token, state: State, facts: StepFacts, plan: Rule) -> None:
     brought: dict[str, Any] = {"k": token.k, "v": token.v, "pos": facts.position, "stats": arrive}
     if coded(plan):
         brought |= encoded(token.k, token.v, plan)
-        keep_whole(token.k, token.v, facts.position, state, plan)
+        pos = torch.full((1,), facts.position, dtype=torch.int32, device=token.k.device)
+        valid = torch.ones(len(token.k), 1, dtype=torch.bool, device=token.k.device)
+        keep_whole(token.k, token.v, pos, valid, state.cursor[:, :1, SEEN], state, plan)
     for field, tensor in state.per_slot():
         if not tensor.numel():
             continue
@@ -121,18 +124,20 @@ def _append(token: Token, state: State, facts: StepFacts, plan: Rule) -> None:
             target.index_fill_(at, facts.rows, value)
 
 
-def _probabilities(q: Tensor, state: State, hides: bool, step: StepFacts, call: Call) -> tuple[Tensor, Tensor | None]:
+def _probabilities(
+    q: Tensor, state: State, copies: list[Copies | None], hides: bool, step: StepFacts, call: Call
+) -> tuple[Tensor, Tensor | None]:
     """float32 [B*Hkv, G, n], 0 on empty slots; and if some are hidden bool [B*Hkv, n], what some query of the group
     sees.
     """
     rule, softmax = call.rule, call.softmax
     queries = q.reshape(state.k.shape[0] * state.k.shape[1], -1, q.shape[3]).float()
     if len(step.ranges) == 1:
-        logits = softmax.capped(products(queries, softmax.factor, state, step.ranges[0], rule))
+        logits = softmax.capped(products(queries, softmax.factor, state, step.ranges[0], copies[0], rule))
     else:  # some heads at a time: undefined keys of empty slots are not read
         logits = torch.full((*queries.shape[:2], step.slots), -INF, device=q.device)
-        for heads in step.ranges:
-            part = products(queries[heads.first : heads.last], softmax.factor, state, heads, rule)
+        for heads, own in zip(step.ranges, copies, strict=True):
+            part = products(queries[heads.first : heads.last], softmax.factor, state, heads, own, rule)
             logits[heads.first : heads.last, :, : heads.slots] = softmax.capped(part)
     if not hides:
         return softmax.probabilities(logits), None
@@ -150,16 +155,17 @@ def _masked_softmax(logits: Tensor, call: Call, pos: Tensor, softmax: Softmax) -
     return probs.flatten(0, 1), shown.any(2).expand(pos.shape).flatten(0, 1)
 
 
-def _mix(probs: Tensor, state: State, step: StepFacts, call: Call) -> Tensor:
+def _mix(probs: Tensor, state: State, copies: list[Copies | None], step: StepFacts, call: Call) -> Tensor:
     """probs [B*Hkv, G, n] @ values in float32. Undefined values of empty slots never enter a product."""
-    parts = [_mixed(probs[r.first : r.last, :, : r.slots], state, r, call) for r in step.ranges]
+    both = zip(step.ranges, copies, strict=True)
+    parts = [_mixed(probs[r.first : r.last, :, : r.slots], state, r, own, call) for r, own in both]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _mixed(probs: Tensor, state: State, heads: HeadRange, call: Call) -> Tensor:
+def _mixed(probs: Tensor, state: State, heads: HeadRange, copies: Copies | None, call: Call) -> Tensor:
     if call.latent:
         return torch.bmm(probs, heads.rows(state.k[..., : call.latent]).float())
-    return mixed(probs, state, heads, call.rule)
+    return mixed(probs, state, heads, copies, call.rule)
 
 
 def _observe(stats: Tensor, probs: Tensor, seen: Tensor | None, step: StepFacts, plan: Rule) -> None:
@@ -196,11 +202,10 @@ def _with_padding(token: Token, state: State, call: Call, arrived: list[bool]) -
     """Some rows carry a pad token: one row at a time, pad rows only look."""
     outs = []
     for b, real in enumerate(arrived):
-        row, own, mine = row_of(state, b), call.of(b), token.of(b)
+        row, own = row_of(state, b), call.of(b)
         if not real:
-            keep_whole(mine.k, mine.v, call.position, row, call.rule)  # columns count, whatever stands in them
-            outs.append(attend_only(mine.q, row, own))
+            outs.append(attend_only(token.q[b : b + 1], row, own))
             continue
-        outs.append(decode_attend_reference(mine, row, own))
+        outs.append(decode_attend_reference(token.of(b), row, own))
         put_row(state, row, b)
     return torch.cat(outs)

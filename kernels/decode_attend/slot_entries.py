@@ -5,16 +5,27 @@ from __future__ import annotations
 import torch
 from kvpass.kernels.codecs.entries import decoded, turned
 from kvpass.kernels.codecs.storage import WHOLE_AT, Storage, coded
-from kvpass.kernels.codecs.whole import copies_of, place_of
+from kvpass.kernels.codecs.whole import found, listed
 from kvpass.kernels.decode_attend.step import HeadRange
 from kvpass.kernels.rule import Rule
-from kvpass.kernels.slots.cursor import FIRST
 from kvpass.kernels.slots.reductions import Slots
 from kvpass.kernels.slots.state import State
 from torch import Tensor
 
+Copies = tuple[Tensor, Tensor, Tensor]
+"""Heads and slots that have a whole copy, and its place: int64 [copies] each."""
 
-def products(queries: Tensor, factor: float, state: State, heads: HeadRange, rule: Rule) -> Tensor:
+
+def copies_of(state: State, heads: HeadRange, rule: Rule) -> Copies | None:
+    """Of some heads' used slots; None where nothing is held whole beside codes."""
+    if not coded(rule) or not rule[Storage].whole:
+        return None
+    return listed(_of(state[WHOLE_AT], heads), heads.cells(state.pos), rule)
+
+
+def products(
+    queries: Tensor, factor: float, state: State, heads: HeadRange, copies: Copies | None, rule: Rule
+) -> Tensor:
     """float32 [heads, G, slots]: queries float32 [heads, G, D] times the keys in the used slots of some heads, times a
     factor.
     """
@@ -23,23 +34,22 @@ def products(queries: Tensor, factor: float, state: State, heads: HeadRange, rul
         return torch.baddbmm(queries.new_empty(1), queries, heads.rows(held).float().mT, beta=0, alpha=factor)
     storage, queries = rule[Storage], queries * factor
     parts = [heads.rows(state[name]) for name in storage.code_fields("k")]
-    found = storage.codec_of("k").products(turned(queries, "k", rule), parts, storage.scale_group)
-    if storage.whole:
-        row, slot, place = _copied(state, heads, rule)
-        copies = torch.bmm(queries, _of(held, heads).float().mT)
-        found[row, :, slot] = copies[row, :, place]
-    return found
+    logits = storage.codec_of("k").products(turned(queries, "k", rule), parts, storage.scale_group)
+    if copies is not None:
+        row, slot, place = copies
+        logits[row, :, slot] = torch.bmm(queries, _of(held, heads).float().mT)[row, :, place]
+    return logits
 
 
-def mixed(weights: Tensor, state: State, heads: HeadRange, rule: Rule) -> Tensor:
+def mixed(weights: Tensor, state: State, heads: HeadRange, copies: Copies | None, rule: Rule) -> Tensor:
     """float32 [heads, G, Dv]: the values in the used slots of some heads, mixed by weights float32 [heads, G, n]."""
     held = state.v
     if "v" not in coded(rule):
         return torch.bmm(weights, heads.rows(held).float())
     storage = rule[Storage]
     parts, own = [heads.rows(state[name]) for name in storage.code_fields("v")], None
-    if storage.whole:
-        row, slot, place = _copied(state, heads, rule)
+    if copies is not None:
+        row, slot, place = copies
         own = weights.new_zeros(*weights.shape[:2], storage.whole)
         own[row, :, place] = weights[row, :, slot]
         weights = weights.clone()
@@ -49,14 +59,6 @@ def mixed(weights: Tensor, state: State, heads: HeadRange, rule: Rule) -> Tensor
     out = storage.codec_of("v").mixed(weights, parts, held.shape[3], storage.scale_group)
     out = turned(out, "v", rule)
     return out if own is None else out + torch.bmm(own, _of(held, heads).float().masked_fill(~there[..., None], 0.0))
-
-
-def _copied(state: State, heads: HeadRange, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
-    """Heads and slots that have a whole copy, and its place: int64 [copies] each."""
-    at, cursor = _of(state[WHOLE_AT], heads), _of(state.cursor, heads)
-    place, there = copies_of(at, heads.cells(state.pos), cursor[:, FIRST, None], rule)
-    row, slot = there.nonzero(as_tuple=True)
-    return row, slot, place[row, slot]
 
 
 def _of(x: Tensor, heads: HeadRange) -> Tensor:
@@ -74,6 +76,5 @@ def read_all(state: State, half: str, slots: Slots, rule: Rule) -> Tensor:
     x = decoded([state[name] for name in rule[Storage].code_fields(half)], half, held.shape[3], rule)
     if not rule[Storage].whole:
         return x
-    place = place_of(pos, slots.of(state.cursor[..., FIRST, None]), rule)
-    there = (slots.picked(state[WHOLE_AT], place) == pos) & (pos >= 0)
+    place, there = found(slots.owned(state[WHOLE_AT]), pos)
     return torch.where(there[..., None], slots.picked(turned(held.float(), half, rule), place), x)

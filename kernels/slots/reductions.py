@@ -55,6 +55,10 @@ class Slots:
         table = table.expand(*self.shape[:2], *table.shape[2:])
         return table[self._row, self._head, :, column].movedim(-1, 2)
 
+    def owned(self, table: Tensor) -> Tensor:
+        """What belongs to heads, [B, Hkv, n], for each slot: [B, Hkv, 1 or C, n]."""
+        return table[self._row, self._head] if self.ragged else table[:, :, None]
+
     def picked(self, table: Tensor, at: Tensor) -> Tensor:
         """Of what belongs to heads, [B, Hkv, n, ..], entry `at`, int64 [B, Hkv, C], for each slot: [B, Hkv, C, ..]."""
         return table[self._row, self._head, at]

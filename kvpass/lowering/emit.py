@@ -77,7 +77,7 @@ class Emitter:
         if self.planned.merges:
             write.op("merge_slots", k, keys["v"], score, keys["stats"], chosen, state, self.rule)
         if coded(self.planned.rule):
-            write.op("keep_whole", self.new_k, self.new_v, position, state, self.rule)
+            write.op("keep_whole", self.new_k, self.new_v, valid, position, state, self.rule)
         return self._outputs(out)
 
     def _per_slot(self) -> list[str]:

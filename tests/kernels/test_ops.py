@@ -59,7 +59,7 @@ def calls():
         "prefill_attend words": (q, k, v, None, None, 0.25, "causal", TEXT, None, 0.0, real, None, 0),
         "encode_slots": (k, v, CODES),
         "encode_slots half": (k, v.bfloat16(), Rule(v_as="int2").encode()),
-        "keep_whole": (k, v, 30, coded_state(), CODES),
+        "keep_whole": (k, v, torch.ones(2, k.shape[2], dtype=torch.bool), 30, coded_state(), CODES),
         "join_slots codes": (coded_state(), k, v, 30, CODES),
         "decode_attend codes": (*one, row, coded_state(), 30, 0.25, CODES),
         "token_bounds": (real, 2, 4),

@@ -1,12 +1,13 @@
 """An evicting cache whose tokens are codes: the simulator, shown each token's key and value as its slot holds them.
 
 A token is whole in the call that brings several tokens. From then on it is read as its codes say, but for the newest
-`residual` columns and the first `sinks` columns of its row, which stay whole.
+`residual` tokens and the first `sinks` tokens of its row, which stay whole. Padding is no token.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from oracle.codes import read_back
@@ -32,11 +33,15 @@ class Held:
         return {"k": self.k, "v": self.v, "rotate": turn, "group": self.group, "residual": self.residual,
                 "sinks": self.sinks}  # fmt: skip
 
-    def whole(self, tokens: int, new: int, first: int) -> list[bool]:
-        """Which of a row's tokens, the last `new` of which come in this call, are read whole in it."""
-        step = tokens > new == 1  # its own token is one of the newest; of several tokens all are whole
-        newest = (tokens if step else tokens - new) - self.residual
-        return [t >= newest or 0 <= t - first < self.sinks for t in range(tokens)]
+    def whole(self, valid: list[bool], new: int) -> list[bool]:
+        """Which columns of a row, the last `new` of which come now, are read whole in it. valid: without padding."""
+        step = len(valid) > new == 1  # its own token is one of the newest; of several tokens all are whole
+        before = valid if step else valid[: len(valid) - new]
+        newest, out = sum(before) - self.residual, []
+        for column, number in enumerate(sum(valid[:t]) for t in range(len(valid))):
+            own = not step and column >= len(before)
+            out.append(own or (valid[column] and (number >= newest or number < self.sinks)))
+        return out
 
 
 class CodedSimulator(Simulator):
@@ -44,11 +49,11 @@ class CodedSimulator(Simulator):
 
     held = Held()
 
-    def __init__(self, *args: object, held: Held, **options: object) -> None:
-        super().__init__(*args, **options)  # type: ignore[arg-type]
+    def __init__(self, *args: Any, held: Held, **options: Any) -> None:
+        super().__init__(*args, **options)
         self.held = held
         self.codes: dict[tuple[int, str], Tensor] = {}
-        self.firsts: list[int] = []
+        self.valid: list[list[bool]] = []
         self.judged: dict[int, Tensor] = {}
         self.values = torch.empty(0)
 
@@ -56,11 +61,10 @@ class CodedSimulator(Simulator):
         new, tokens = q.shape[2], k.shape[2]
         sees = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         own = sees.expand(len(q), -1, new, tokens)[..., tokens - new :].any(2).any(1)
-        self.firsts = self.firsts or [-1] * len(q)
-        for b, valid in enumerate(own.tolist()):
-            if self.firsts[b] < 0 and any(valid):
-                self.firsts[b] = tokens - new + valid.index(True)
-        whole = torch.tensor([self.held.whole(tokens, new, first) for first in self.firsts])[:, None, :, None]
+        self.valid = self.valid or [[] for _ in q]
+        for row, valid in zip(self.valid, own.tolist(), strict=True):
+            row[tokens - new :] = valid
+        whole = torch.tensor([self.held.whole(row, new) for row in self.valid])[:, None, :, None]
         read = [torch.where(whole, x.double(), self.coded(index, half, x)) for half, x in (("k", k), ("v", v))]
         before = self.judged.get(index, k[:, :, :0].double())
         one = tokens > new == 1

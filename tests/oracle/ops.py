@@ -9,7 +9,7 @@ import torch
 from kvpass.kernels.after_call.layers import shared_out
 from kvpass.kernels.after_call.reindex import Reindex, reindex
 from kvpass.kernels.budget import kept
-from kvpass.kernels.codecs.encode_slots import encode_slots, keep_whole
+from kvpass.kernels.codecs.ops import encode_slots, keep_whole
 from kvpass.kernels.codecs.storage import Storage, coded
 from kvpass.kernels.compact_slots import compact_slots
 from kvpass.kernels.decode_attend import decode_attend
@@ -95,7 +95,7 @@ class Site:
         compact_slots([keys[name] for name in names], chosen, cursor, self.state.tensors(), rule)
         merge_slots(k, v, score, keys["stats"], chosen, self.state.tensors(), rule)
         if codes:
-            keep_whole(*own, position, self.state.tensors(), rule)
+            keep_whole(*own, valid, position, self.state.tensors(), rule)
         return out
 
     def poison(self) -> None:
