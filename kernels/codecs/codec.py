@@ -30,11 +30,9 @@ class Codec(ABC):
 
     Attributes:
         name: what a policy file calls it.
-        bits: of an entry's code, without scales.
     """
 
     name: str
-    bits: float
 
     @abstractmethod
     def parts(self, width: int, group: int) -> tuple[Part, ...]:

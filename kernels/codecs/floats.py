@@ -21,8 +21,6 @@ entries up to 0.005 a third of the largest was lost, below 0.001 everything.
 class Float8(Codec):
     """code = x / scale in an 8-bit format, scale = max |x| / 448; held as bytes."""
 
-    bits = 8
-
     def __init__(self, name: str, dtype: torch.dtype) -> None:
         self.name, self.dtype = name, dtype
 

@@ -20,69 +20,69 @@ class Asymmetric(Codec):
     """code = round((x - low) / scale), scale = (high - low) / (2**bits - 1); a constant group is its lowest entry."""
 
     def __init__(self, name: str, bits: int) -> None:
-        self.name, self.bits, self.width = name, bits, bits
+        self.name, self.bits = name, bits
 
     def parts(self, width: int, group: int) -> tuple[Part, ...]:
         groups = groups_of(width, group)
-        codes = Part("codes", packed_size(width, self.width), torch.uint8)
+        codes = Part("codes", packed_size(width, self.bits), torch.uint8)
         return codes, Part("scale", groups, SCALE), Part("low", groups, SCALE)
 
     def encode(self, x: Tensor, group: int) -> tuple[Tensor, ...]:
         parted = grouped(x.float().clamp(-LARGEST, LARGEST), group)
         lowest, highest = parted.aminmax(dim=-1)
-        most = 2**self.width - 1
+        most = 2**self.bits - 1
         low, scale = half(lowest), half((highest - lowest) / most)
         step = scale.float()[..., None]
         steps = (parted - low.float()[..., None]) / torch.where(step > 0, step, 1.0)
         codes = ungrouped(steps.round().clamp(0, most), x.shape[-1]).to(torch.uint8)
-        return pack(codes, self.width), scale, low
+        return pack(codes, self.bits), scale, low
 
     def decode(self, parts: Sequence[Tensor], width: int, group: int) -> Tensor:
         codes, scale, low = parts
-        parted = grouped(unpack(codes, self.width, width), group)
+        parted = grouped(unpack(codes, self.bits, width), group)
         return ungrouped(torch.addcmul(low.float()[..., None], parted, scale.float()[..., None]), width)
 
     def products(self, queries: Tensor, parts: Sequence[Tensor], group: int) -> Tensor:
         codes, scale, low = parts
-        return products(queries, codes, self.width, scale, low, group)
+        return products(queries, codes, self.bits, scale, low, group)
 
     def mixed(self, weights: Tensor, parts: Sequence[Tensor], width: int, group: int) -> Tensor:
         codes, scale, low = parts
-        return mixed(weights, codes, self.width, scale, low, width, group)
+        return mixed(weights, codes, self.bits, scale, low, width, group)
 
 
 class Symmetric(Codec):
     """code = round(x / scale), scale = max |x| / (2**(bits - 1) - 1): zero is held exactly."""
 
     def __init__(self, name: str, bits: int) -> None:
-        self.name, self.bits, self.width = name, bits, bits
+        self.name, self.bits = name, bits
 
     def parts(self, width: int, group: int) -> tuple[Part, ...]:
-        codes = Part("codes", packed_size(width, self.width), torch.uint8)
+        codes = Part("codes", packed_size(width, self.bits), torch.uint8)
         return codes, Part("scale", groups_of(width, group), SCALE)
 
     def encode(self, x: Tensor, group: int) -> tuple[Tensor, ...]:
-        parted, most = grouped(x.float().clamp(-LARGEST, LARGEST), group), 2 ** (self.width - 1) - 1
+        parted, most = grouped(x.float().clamp(-LARGEST, LARGEST), group), 2 ** (self.bits - 1) - 1
         scale = half(parted.abs().amax(-1) / most)
         step = scale.float()[..., None]
         steps = (parted / torch.where(step > 0, step, 1.0)).round().clamp(-most, most)
         codes = ungrouped(steps + most, x.shape[-1]).to(torch.uint8)
-        return pack(codes, self.width), scale
+        return pack(codes, self.bits), scale
 
     def decode(self, parts: Sequence[Tensor], width: int, group: int) -> Tensor:
         codes, scale = parts
-        parted = grouped(unpack(codes, self.width, width) - (2 ** (self.width - 1) - 1), group)
+        parted = grouped(unpack(codes, self.bits, width) - (2 ** (self.bits - 1) - 1), group)
         return ungrouped(parted * scale.float()[..., None], width)
 
     def products(self, queries: Tensor, parts: Sequence[Tensor], group: int) -> Tensor:
         codes, scale = parts
-        return products(queries, codes, self.width, scale, self._low(scale), group)
+        return products(queries, codes, self.bits, scale, self._low(scale), group)
 
     def mixed(self, weights: Tensor, parts: Sequence[Tensor], width: int, group: int) -> Tensor:
         codes, scale = parts
-        return mixed(weights, codes, self.width, scale, self._low(scale), width, group)
+        return mixed(weights, codes, self.bits, scale, self._low(scale), width, group)
 
     def _low(self, scale: Tensor) -> Tensor:
         """What code 0 stands for."""
-        low: Tensor = scale.float() * -(2 ** (self.width - 1) - 1)
+        low: Tensor = scale.float() * -(2 ** (self.bits - 1) - 1)
         return low

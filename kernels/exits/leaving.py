@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
-from kvpass.kernels.exits.weights import cosines
+from kvpass.kernels.exits.weights import Pairs
 from kvpass.kernels.rank.places import NUMBER
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.statistics import keeps, stat
@@ -60,7 +60,7 @@ def places_of(stats: Tensor, rule: Rule) -> Tensor:
     return torch.arange(stats.shape[1], device=stats.device)
 
 
-class Couples:
+class Couples(Pairs):
     """Slots that go, source int64 [P] of E, each with one that it goes into, target int64 [P] of n: as
     `kvpass.kernels.exits.weights.Pairs`, all [P].
     """
@@ -72,27 +72,15 @@ class Couples:
         """Those of the pairs."""
         return Couples(self.head, self.source[some], self.target[some])
 
-    def entries(self, half: str) -> Tensor:
-        """float32 [P, width], the keys (`k`) or values (`v`) that go."""
+    def gone(self, half: str) -> Tensor:
+        return self._entries(half, self.head.gone[self.source])
+
+    def kept(self, half: str) -> Tensor:
+        return self._entries(half, self.head.kept[self.target])
+
+    def _entries(self, half: str, keys: Tensor) -> Tensor:
         x = self.head.k if half == "k" else self.head.v
-        return x[self.head.gone[self.source]].float()
-
-    def _kept(self, half: str) -> Tensor:
-        x = self.head.k if half == "k" else self.head.v
-        return x[self.head.kept[self.target]].float()
-
-    @cached_property
-    def cosine(self) -> Tensor:
-        return cosines(self.entries("k"), self._kept("k"))
-
-    @cached_property
-    def distance(self) -> Tensor:
-        return (self.entries("k") - self._kept("k")).square().sum(-1)
-
-    @cached_property
-    def norms(self) -> tuple[Tensor, Tensor]:
-        gone, kept = (torch.linalg.vector_norm(x, dim=-1) for x in (self.entries("v"), self._kept("v")))
-        return gone, kept
+        return x[keys].float()
 
     @cached_property
     def targets(self) -> Tensor:

@@ -112,7 +112,7 @@ def _added(couples: Couples, first: int, state: State, at: tuple[int, int], rule
             continue
         there = flat(field, tensor).narrow(field.rows, first, slots)
         held = there.float()
-        total = (held * own).index_add(0, couples.target, couples.entries(field.name) * weight[:, None])
+        total = (held * own).index_add(0, couples.target, couples.gone(field.name) * weight[:, None])
         there.copy_(torch.where((count > 0)[:, None], (total / divisor[:, None]).to(there.dtype), there))
     if merge.merge_into == ONE_SLOT:
         state[MERGED][at] += len(couples.source)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 
 import torch
-from kvpass.kernels.exits.weights import cosines, unit
+from kvpass.kernels.exits.weights import Pairs, unit
 from kvpass.kernels.rank.places import NUMBER
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.reductions import Slots
@@ -74,7 +74,7 @@ class Victims:
         return dots / length.clamp(min=1e-6)
 
 
-class Targets:
+class Targets(Pairs):
     """Slots [B, Hkv, m] that what goes comes into: as `kvpass.kernels.exits.weights.Pairs`, of that shape.
 
     Attributes:
@@ -97,19 +97,6 @@ class Targets:
     def kept(self, half: str) -> Tensor:
         """float32 [B, Hkv, m, width], what it comes into."""
         return self.victims.entries(half, self.at)
-
-    @cached_property
-    def cosine(self) -> Tensor:
-        return cosines(self.gone("k"), self.kept("k"))
-
-    @cached_property
-    def distance(self) -> Tensor:
-        return (self.gone("k") - self.kept("k")).square().sum(-1)
-
-    @cached_property
-    def norms(self) -> tuple[Tensor, Tensor]:
-        gone, kept = (torch.linalg.vector_norm(x, dim=-1) for x in (self.gone("v"), self.kept("v")))
-        return gone, kept
 
     @cached_property
     def targets(self) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Protocol
+from functools import cached_property
 
 import torch
 from kvpass.kernels.exits.record import Merge
@@ -14,24 +15,37 @@ EPSILON = 1e-6
 """What kvpress adds to norms that it divides by."""
 
 
-class Pairs(Protocol):
+class Pairs(ABC):
     """Slots that go, each with a slot that it goes into: float32 tensors of one shape, or what broadcasts to it."""
 
-    @property
-    def cosine(self) -> Tensor:
-        """Of both keys."""
+    @abstractmethod
+    def gone(self, half: str) -> Tensor:
+        """float32 [.., width], keys (`k`) or values (`v`) that go."""
+
+    @abstractmethod
+    def kept(self, half: str) -> Tensor:
+        """The same of what they go into."""
 
     @property
-    def distance(self) -> Tensor:
-        """Of both keys, squared."""
-
-    @property
-    def norms(self) -> tuple[Tensor, Tensor]:
-        """Of the value that goes, and of the one that stays."""
-
-    @property
+    @abstractmethod
     def targets(self) -> Tensor:
         """How many slots what goes is shared out over."""
+
+    @cached_property
+    def cosine(self) -> Tensor:
+        """Of both keys."""
+        return cosines(self.gone("k"), self.kept("k"))
+
+    @cached_property
+    def distance(self) -> Tensor:
+        """Of both keys, squared."""
+        return (self.gone("k") - self.kept("k")).square().sum(-1)
+
+    @cached_property
+    def norms(self) -> tuple[Tensor, Tensor]:
+        """Of the value that goes, and of the one that stays."""
+        gone, kept = (torch.linalg.vector_norm(x, dim=-1) for x in (self.gone("v"), self.kept("v")))
+        return gone, kept
 
 
 def weights(pairs: Pairs, rule: Rule) -> Tensor:

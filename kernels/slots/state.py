@@ -88,6 +88,12 @@ def fields_of(rule: Rule) -> tuple[Field, ...]:
     return found
 
 
+def sizes_of(rule: Rule, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """The size of each dim of a rule's fields by its letter; sizes: B, H, C, D and V."""
+    found = {**sizes, "N": len(rule[Statistics].stats), "X": columns(rule)}
+    return found | {letter: size for record in rule for letter, size in record.sizes(found).items()}
+
+
 class State:
     """Tensors of one site, by name; those of `FIELDS` are attributes that everybody knows.
 
@@ -122,9 +128,7 @@ class State:
     @classmethod
     def empty(cls, rule: Rule, like: Tensor, **sizes: Any) -> State:
         """Without a token, on the device and with the dtype of `like`; sizes: B, H, C, D and V."""
-        sizes |= {"N": len(rule[Statistics].stats), "X": columns(rule)}
-        sizes |= {letter: size for record in rule for letter, size in record.sizes(sizes).items()}
-        fields = fields_of(rule)
+        sizes, fields = sizes_of(rule, sizes), fields_of(rule)
         return cls([field.new(sizes, like) for field in fields], fields)
 
     def __getitem__(self, name: str) -> Tensor:

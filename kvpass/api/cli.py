@@ -149,8 +149,7 @@ def _verdict(file: str, budget: int | float | str | None) -> str:
         for one in (policy, *variants(policy).values()):
             check_files(one)
     else:
-        chosen = policy.with_budget(budget)
-        known = f"policy {policy.name!r} with budget {chosen.budget}{' of bytes' * (chosen.unit == 'bytes')}"
+        known = f"policy {policy.name!r} with budget {policy.with_budget(budget).asked}"
     notes = dict.fromkeys(filter(None, map(_trial, (policy, *variants(policy).values()))))
     return "; ".join([known, *notes])
 

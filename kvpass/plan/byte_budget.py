@@ -10,9 +10,7 @@ import torch
 
 from kvpass.kernels.budget import Apart, Budget
 from kvpass.kernels.rule import Record, Rule
-from kvpass.kernels.slots.ragged import columns
-from kvpass.kernels.slots.state import Field, fields_of
-from kvpass.kernels.slots.statistics import Statistics
+from kvpass.kernels.slots.state import Field, fields_of, sizes_of
 
 ROOM = Fraction(41, 40)
 """Slots that are allocated for each that is kept: up to 2.5 % are free to grow into (`spare_slots`)."""
@@ -46,8 +44,7 @@ def in_bytes(share: Fraction, floor: int, rule: Rule, entry: Entry) -> tuple[Rec
 
 def bytes_of(rule: Rule, entry: Entry) -> tuple[int, int]:
     """Bytes of a slot of one head, and of what the head holds beside its slots."""
-    sizes = {"B": 1, "H": 1, "C": 1, "D": entry.d, "V": entry.v, "N": len(rule[Statistics].stats), "X": columns(rule)}
-    sizes |= {letter: size for record in rule for letter, size in record.sizes(sizes).items()}
+    sizes = sizes_of(rule, {"B": 1, "H": 1, "C": 1, "D": entry.d, "V": entry.v})
 
     def held(field: Field) -> int:
         return int(prod(sizes[letter] for letter in field.dims)) * (field.dtype or entry.dtype).itemsize

@@ -29,12 +29,9 @@ def alone(data: dict[str, Any]) -> dict[str, Any]:
     store = data.get("store")
     if store is None or not set(data) <= {"store", "layers", "name", "notes"}:
         return data
-    name = store if isinstance(store, str) else "store"
-    if isinstance(store, dict) and store.get("k") != store.get("v"):
-        name = f"k {store.get('k', 'dense')}, v {store.get('v', 'dense')}"
-    elif isinstance(store, dict):
-        name = str(store.get("k", "store"))
-    return {"name": name, "budget": 1.0, **data}
+    halves = store if isinstance(store, dict) else {"k": store, "v": store}
+    k, v = (halves.get(half, "dense") for half in ("k", "v"))
+    return {"name": f"{k}" if k == v else f"k {k}, v {v}", "budget": 1.0, **data}
 
 
 def share(budget: Any) -> tuple[float, str] | None:

@@ -94,15 +94,6 @@ class Renews(Part):
         return x + F.scaled_dot_product_attention(q, self.k, self.v, attn_mask=mask).transpose(1, 2).reshape(b, t, -1)
 
 
-def test_a_copy_that_takes_the_buffers_place_is_declined_too() -> None:
-    model = Breaking("nowhere")
-    model.one, model.two = Renews("between"), Renews("between")
-    compiled = kvpass.compile(model.eval(), "h2o", BUDGET, inner="eager")
-    with pytest.raises(DeclinedError, match="written into a buffer in one graph, and attended to in another") as raised:
-        converse(compiled, 30, 0)
-    assert "self.k.index_copy(2, places, k)" in raised.value.where
-
-
 class TurnedWhenRead(Part):
     """Keys and values in one buffer made in the call, keys changed as they are read: only values are read plainly."""
 
@@ -118,13 +109,18 @@ class TurnedWhenRead(Part):
         return x + F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(b, t, -1)
 
 
-def test_values_alone_show_the_break() -> None:
+@pytest.mark.parametrize(
+    ("part", "line"),
+    [(Renews, "self.k.index_copy(2, places, k)"), (TurnedWhenRead, "self.both.index_copy_(3, places")],
+    ids=["a copy that takes the buffer's place", "values alone show it"],
+)
+def test_other_ways_to_write_are_declined_too(part: Any, line: str) -> None:
     model = Breaking("nowhere")
-    model.one, model.two = TurnedWhenRead("between"), TurnedWhenRead("between")
+    model.one, model.two = part("between"), part("between")
     compiled = kvpass.compile(model.eval(), "h2o", BUDGET, inner="eager")
     with pytest.raises(DeclinedError, match="written into a buffer in one graph, and attended to in another") as raised:
         converse(compiled, 30, 0)
-    assert "self.both.index_copy_(3, places" in raised.value.where
+    assert line in raised.value.where
 
 
 def test_between_write_and_attention_is_declined_at_the_first_call() -> None:

@@ -10,11 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from kvpass.kernels.after_call.layers import shared_out
-from kvpass.kernels.after_call.reindex import Reindex, reindex
 from kvpass.kernels.rank.share_out import ShareOut
 from models import tiny
-from oracle.ops import DIM, Site
+from oracle.ops import DIM, Site, after_call
 
 import kvpass
 from kvpass.plan.rule import rule_of
@@ -68,13 +66,8 @@ class Batch:
                 for target, source in zip(tensors, self.streams.of[row][at], strict=True):
                     target[b][:, own[b]] = source[0, :, new]
             (site.one if count == 1 and start else site.many)(*tensors, mask, start)
-        if self.sites[0].rule[ShareOut].share and (count > 1 or not start):
-            states = shared_out([site.state for site in self.sites], [site.rule for site in self.sites], 2)
-            for site, (state, free) in zip(self.sites, states, strict=True):
-                site.state, site.spare = state, free
-        for site in self.sites:
-            if site.rule[Reindex].reindex:
-                reindex(site.state, site.rule, 0.7 ** torch.arange(1, DIM // 2 + 1, dtype=torch.float64))
+        angles = 0.7 ** torch.arange(1, DIM // 2 + 1, dtype=torch.float64)
+        after_call(self.sites, count > 1 or not start, angles)
         self.fed = [fed + int(new.sum()) for fed, new in zip(self.fed, own, strict=True)]
 
     def kept(self, b: int) -> list[list[list[int]]]:
@@ -145,9 +138,7 @@ LEARNED = {name for name in names() if "file" in str(Policy.load(name).options) 
 NEEDS_MODEL = {"expected_attention", "compactor", "judge_q"}
 """They read unrotated queries, or marks that end a turn."""
 KEEPS_ALL = {name for name in names() if Policy.load(name).keeps_all}
-CODED = {name for name in names() if {Policy.load(name).store.k, Policy.load(name).store.v} != {"dense"}}
-"""Which tokens are held whole is counted in columns, so that padding changes what is rounded (docs/design/0016)."""
-PLAIN = sorted(set(names()) - LEARNED - NEEDS_MODEL - KEEPS_ALL - CODED)
+PLAIN = sorted(set(names()) - LEARNED - NEEDS_MODEL - KEEPS_ALL)
 
 
 def conversations(policy: Any) -> list[list[tuple[Call, str]]]:

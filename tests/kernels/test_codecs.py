@@ -124,7 +124,7 @@ def test_hand_vectors() -> None:
     ]:
         codec, x = CODECS[name], torch.tensor([row])
         held, step, low = codec.encode(x, 4)
-        assert unpack(held, codec.width, 4).tolist() == [codes_of_it]  # type: ignore[attr-defined]
+        assert unpack(held, codes.bits_of(name), 4).tolist() == [codes_of_it]
         torch.testing.assert_close(step.float(), torch.tensor([[scale]]), rtol=2**-11, atol=0)
         want = torch.tensor([[row[0] + scale * code for code in codes_of_it]])
         torch.testing.assert_close(codec.decode((held, step, low), 4, 4), want, rtol=2**-10, atol=0)

@@ -8,21 +8,18 @@ from typing import Any
 import pytest
 import torch
 from kvpass.kernels import choose
-from kvpass.kernels.after_call.layers import shared_out
-from kvpass.kernels.after_call.reindex import Reindex, reindex
 from kvpass.kernels.attention.softmax import Softmax
 from kvpass.kernels.codecs.storage import coded
 from kvpass.kernels.decode_attend.call import Call, Token
 from kvpass.kernels.decode_attend.device import decode_attend_device
 from kvpass.kernels.decode_attend.reference import decode_attend_reference
-from kvpass.kernels.rank.share_out import ShareOut
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.state import State
 from kvpass.kernels.testing import TOLERANCES, assert_close, qkv
 from models.states import arriving, builtin, same, state_under
 from models.unread import HostRead, unread
 from oracle.coded import CodedSimulator, Held
-from oracle.ops import Site
+from oracle.ops import Site, after_call
 from torch import Tensor
 
 from kvpass.plan.rule import rule_of
@@ -90,19 +87,9 @@ class Chat:
             for b in range(batch):
                 ours, theirs = got[b][:, shown[b]].float(), want[b][:, shown[b]]
                 torch.testing.assert_close(ours, theirs, rtol=relative, atol=absolute * 2)
-        self.after(count)
+        after_call(self.sites, count > 1 or not self.tokens, self.simulator.angles)
         self.tokens = total
         self.simulator.follow([site.positions() for site in self.sites])
-
-    def after(self, count: int) -> None:
-        """What is done between calls."""
-        if self.sites[0].rule[ShareOut].share and not (count == 1 and self.tokens):
-            states = shared_out([site.state for site in self.sites], [site.rule for site in self.sites], 2)
-            for site, (state, free) in zip(self.sites, states, strict=True):
-                site.state, site.spare = state, free
-        for site in self.sites:
-            if site.rule[Reindex].reindex:
-                reindex(site.state, site.rule, self.simulator.angles)
 
     def converse(self, turns: list[tuple[int, int]], lengths: list[int] | None = None) -> None:
         """Turns of so many tokens at once, then so many one by one; rows of the first are padded on the left to

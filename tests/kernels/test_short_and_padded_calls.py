@@ -38,7 +38,7 @@ def _without_files() -> list[str]:
     policies = {name: Policy.load(name) for name in names()}
     reads = {name: find_scorer(p.score).options if p.score in scorers() else {} for name, p in policies.items()}
     evicting = {n: p for n, p in policies.items() if not p.keeps_all and p.allocate.heads != "table"}
-    # those that hold codes: test_coded_slots.py
+    # those that hold codes: test_rows_alone.py
     return [n for n, p in evicting.items() if "file" not in reads[n] and p.store.k == p.store.v == "dense"]
 
 

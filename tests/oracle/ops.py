@@ -108,6 +108,17 @@ class Site:
         return even(self.state).pos
 
 
+def after_call(sites: list[Site], shares: bool, angles: Any) -> None:
+    """What is done between calls, outside their graphs."""
+    if sites[0].rule[ShareOut].share and shares:
+        states = shared_out([site.state for site in sites], [site.rule for site in sites], 2)
+        for site, (state, free) in zip(sites, states, strict=True):
+            site.state, site.spare = state, free
+    for site in sites:
+        if site.rule[Reindex].reindex:
+            reindex(site.state, site.rule, angles)
+
+
 class Layers:
     """A few layers in the library and in the oracle, fed the same random tensors."""
 
@@ -147,13 +158,7 @@ class Layers:
             self.past[index : index + 1] = [joined]
             (site.one if count == 1 and self.tokens else site.many)(q, k, v, sees, self.tokens)
             self.simulator.attend(index, q, *joined, sees, DIM**-0.5)
-        if self.sites[0].rule[ShareOut].share and not (count == 1 and self.tokens):
-            states = shared_out([site.state for site in self.sites], [site.rule for site in self.sites], 2)
-            for site, (state, free) in zip(self.sites, states, strict=True):
-                site.state, site.spare = state, free
-        for site in self.sites:
-            if site.rule[Reindex].reindex:
-                reindex(site.state, site.rule, self.simulator.angles)
+        after_call(self.sites, count > 1 or not self.tokens, self.simulator.angles)
         self.tokens = total
         self.simulator.follow([site.positions() for site in self.sites])
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from kvpass.kernels.budget import budget as budget_of
+from models.refused import untouchable
 
 import kvpass
 from kvpass.errors import PolicyError
@@ -25,10 +26,6 @@ NAN, INF = float("nan"), float("inf")
 
 def spec(**fields: Any) -> dict[str, Any]:
     return {"name": "mine", **fields}
-
-
-def untouchable(*args: Any) -> Any:
-    raise AssertionError("compiled before the policy was checked")
 
 
 CASES: list[tuple[dict[str, Any], Any, str, str]] = [
