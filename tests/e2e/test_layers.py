@@ -67,7 +67,11 @@ def test_each_layer_has_its_own(tmp_path: Any, capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize(
     ("layers", "what"),
-    [({"0-2": {}}, "of 2 layers"), ({"0": {}, "-2": {}}, "is in two entries"), ({"-3": {}}, "of 2 layers")],
+    [
+        ({"0-2": {}}, "of 2 layers"),
+        ({"0": {}, "-2": {"budget": 40}}, "is in two entries"),
+        ({"-3": {}}, "of 2 layers"),
+    ],
     ids=["beyond", "twice", "before"],
 )
 def test_layers_that_are_not_there(layers: dict[str, Any], what: str) -> None:
@@ -93,3 +97,15 @@ def test_what_a_layer_extends_is_read_once(tmp_path: Any) -> None:
 def test_a_layers_impossible_budget_names_the_layer() -> None:
     with pytest.raises(PolicyError, match=r"layers\.0"):
         Policy.load({"name": "mine", "extends": "h2o", "layers": {"0": {"protect": {"sinks": 99}}}}).with_budget(0.2)
+
+
+def test_entries_that_say_the_same_may_meet() -> None:
+    """A preset names the first and the last two layers; a model of three has one in both."""
+    layers = {"0-1": {"budget": 40}, "-2": {"budget": 40}, "-1": {"budget": 40}}
+    compiled = kvpass.compile(
+        tiny.one_llama(4, 2, layers=3), {"name": "mine", "extends": "h2o", "layers": layers}, 48, inner="eager"
+    )
+    with torch.no_grad():
+        out = compiled(tiny.tokens(1, 60))
+    held = [int((view.positions >= 0).sum()) for view in kvpass.inspect(out.past_key_values).layers]
+    assert held == [2 * 40] * 3

@@ -188,6 +188,7 @@ def test_streaming_heads(policy: str, tmp_path: Path) -> None:
     torch.save({"heads": shares}, tmp_path / "heads.pt")
     spec = {"name": "mine", "extends": policy, "allocate": {"heads": "table", "file": str(tmp_path / "heads.pt")}}
     meaning = Streams()
+    meaning.sinks += policy == "razor_attention"  # the slot of all that went
     meaning.table = shares.double().numpy()
     layers = Layers(spec, 48, (8, 4), meaning=meaning)
     layers.converse([(150, 40), (60, 3)], [150, 110])

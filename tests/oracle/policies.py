@@ -31,11 +31,13 @@ class Full(Policy):
 class StreamingLLM(Policy):
     """The first 4 tokens and as many of the latest as fit."""
 
+    sinks = 4
+
     def score(self, memory: Memory) -> Array:
         return np.arange(len(memory.sum), dtype=float)
 
     def protected(self, positions: Array, row: Row, n: int) -> Array:
-        return positions < row.first + 4
+        return positions < row.first + self.sinks
 
 
 class StreamingLLMReindexed(StreamingLLM):
