@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from kvpass.kernels.codecs.fits import Fit, Held, fit_of
 from kvpass.kernels.codecs.hadamard import rotated
 from kvpass.kernels.codecs.storage import WHOLE_AT, Storage, coded
 from kvpass.kernels.codecs.whole import found
@@ -21,20 +22,30 @@ def turned(x: Tensor, half: str, rule: Rule) -> Tensor:
     return rotated(x) if rule[Storage].rotated and half in coded(rule) else x
 
 
-def encoded(k: Tensor, v: Tensor, rule: Rule) -> dict[str, Tensor]:
-    """The code fields of keys [.., D] and values [.., Dv], by name."""
+def fit(held: Held, half: str, width: int, rule: Rule, spread: Callable[[Tensor], Tensor] | None = None) -> Fit:
+    """A half's fit, of what a state holds (`fit_of`): one that changes nothing where the rule has none."""
+    return fit_of(held, half, rule[Storage].fit(half), width, spread)
+
+
+def encoded(k: Tensor, v: Tensor, held: Held, rule: Rule) -> dict[str, Tensor]:
+    """The code fields of keys [B, Hkv, n, D] and values [B, Hkv, n, Dv], by name. held: the state, for the fits of its
+    heads.
+    """
     storage, found = rule[Storage], dict[str, Tensor]()
     for half in coded(rule):
-        x = turned((k if half == "k" else v).float(), half, rule)
+        x = (k if half == "k" else v).float()
+        x = turned(fit(held, half, x.shape[-1], rule).entered(x), half, rule)
         parts = storage.codec_of(half).encode(x, storage.scale_group)
         found |= dict(zip(storage.code_fields(half), parts, strict=True))
     return found
 
 
 def decoded(parts: Sequence[Tensor], half: str, width: int, rule: Rule) -> Tensor:
-    """float32 [.., width] of a half's code fields [.., size], as slots hold it (`turned`)."""
+    """float32 [.., coded] of a half's code fields [.., size], as slots hold it: fitted and `turned`. width: of the
+    model's vectors.
+    """
     storage = rule[Storage]
-    return storage.codec_of(half).decode(parts, width, storage.scale_group)
+    return storage.codec_of(half).decode(parts, storage.held_width(half, width), storage.scale_group)
 
 
 def entries_of(state: State, half: str, rule: Rule) -> Tensor:
@@ -48,6 +59,7 @@ def entries_of(state: State, half: str, rule: Rule) -> Tensor:
         raise ValueError("entries_of: heads of a ragged state lie one behind the other; even it out first")
     parts = [state[name] for name in rule[Storage].code_fields(half)]
     x = turned(decoded(parts, half, held.shape[3], rule), half, rule)
+    x = fit(state, half, held.shape[3], rule).left(x)
     if rule[Storage].whole:
         place, there = found(state[WHOLE_AT][:, :, None], state.pos)
         index = place[..., None].expand(*place.shape, x.shape[-1])

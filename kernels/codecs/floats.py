@@ -1,6 +1,6 @@
-"""Eight-bit floating point numbers times a scale, torch's own formats.
+"""Floating point numbers in torch's own formats: of sixteen bits, or of eight times a scale.
 
-As transformers' fp8 caches (one scale for all there, frozen after the first call), but with a scale for each token and
+Eight bits as transformers' fp8 caches (one scale for all there, frozen after the first call), but with a scale for each token and
 group, and saturating: torch's cast to e4m3fn is NaN above its largest number.
 """
 
@@ -16,6 +16,21 @@ LARGEST_CODE = 448.0
 """e4m3's largest number. e5m2 goes on to 57344, by which scales of common entries would be too small for float16: with
 entries up to 0.005 a third of the largest was lost, below 0.001 everything.
 """
+
+
+class Float16(Codec):
+    """float16, at most its largest number: what most models have anyhow, half of float32's bytes."""
+
+    name = "float16"
+
+    def parts(self, width: int, group: int) -> tuple[Part, ...]:
+        return (Part("codes", width, torch.float16),)
+
+    def encode(self, x: Tensor, group: int) -> tuple[Tensor, ...]:
+        return (half(x.float()),)
+
+    def decode(self, parts: Sequence[Tensor], width: int, group: int) -> Tensor:
+        return parts[0].float()
 
 
 class Float8(Codec):

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 import torch
 from kvpass.kernels.codecs import whole
 from kvpass.kernels.codecs.entries import encoded
+from kvpass.kernels.codecs.fits import NONE
+from kvpass.kernels.codecs.fitting import fitted
+from kvpass.kernels.codecs.storage import Storage, coded, fit_fields
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.cursor import SEEN
 from kvpass.kernels.slots.state import State
@@ -17,9 +20,36 @@ from torch import Tensor
 
 def encode_slots(k: Tensor, v: Tensor, rule: str) -> list[Tensor]:
     """Code fields of keys [B, Hkv, L, D] and values [B, Hkv, L, Dv], in the order of the state's fields: each
-    [B, Hkv, L, size].
+    [B, Hkv, L, size]. Of rules without a fit.
     """
-    return [*encoded(k, v, Rule.parse(rule)).values()]
+    return [*encoded(k, v, {}, Rule.parse(rule)).values()]
+
+
+def encode_fitted(
+    q: Tensor, k: Tensor, v: Tensor, valid: Tensor, cursor: Tensor, fits: Sequence[Tensor], past: Sequence[Tensor],
+    rule: str,
+) -> list[Tensor]:  # fmt: skip
+    """The same, of rules whose codes hang on fits of heads. A row that has seen no token before is fitted to these.
+
+    q [B, Hq, S, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv]; valid bool [B, S], without padding; cursor as before the call;
+    fits: the state's, by `fit_fields`, changed in place. past: what `join_slots` made of the code fields, [B, Hkv, L,
+    size], the last S of which are undefined; none in a first call. Returns code fields, each [B, Hkv, L or S, size].
+    """
+    plan = Rule.parse(rule)
+    storage, held = plan[Storage], dict(zip(fit_fields(plan), fits, strict=True))
+    begins = (cursor[:, :1, SEEN] == 0) & valid.any(-1, keepdim=True)
+    for half in coded(plan):
+        kind, x = storage.fit(half), (k if half == "k" else v).float()
+        if kind == NONE:
+            continue
+        for part, made in fitted(kind, q, x, valid, storage.held_width(half, x.shape[-1])).items():
+            before = held[f"{half}_{part}"]
+            before.copy_(torch.where(begins[..., None], made, before))
+    codes = encoded(k, v, held, plan).values()
+    if not past:
+        return [*codes]
+    both = zip(past, codes, strict=True)
+    return [torch.cat([old.narrow(2, 0, old.shape[2] - k.shape[2]), new], 2) for old, new in both]
 
 
 def keep_whole(k: Tensor, v: Tensor, valid: Tensor, position: int, state: Sequence[Tensor], rule: str) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 from kvpass.kernels.codecs.codec import Codec
-from kvpass.kernels.codecs.floats import Float8
+from kvpass.kernels.codecs.floats import Float8, Float16
 from kvpass.kernels.codecs.integers import Asymmetric, Symmetric
+from kvpass.kernels.codecs.signs import Ternary, TwoAndOne
 
 DENSE = "dense"
 """The name of no codec: numbers as the model has them."""
@@ -19,6 +20,9 @@ _CODECS: tuple[Codec, ...] = (
     Symmetric("int4_symmetric", 4),
     Float8("fp8_e4m3", torch.float8_e4m3fn),
     Float8("fp8_e5m2", torch.float8_e5m2),
+    Float16(),
+    Ternary(),
+    TwoAndOne(),
 )
 
 CODECS = {codec.name: codec for codec in _CODECS}

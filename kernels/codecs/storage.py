@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from kvpass.kernels.codecs.codec import Codec
+from kvpass.kernels.codecs.fits import NONE, PARTS, START
 from kvpass.kernels.codecs.registry import CODECS, DENSE
 from kvpass.kernels.rule import Record, Rule, one_of
 from kvpass.kernels.slots.state import Field
@@ -16,6 +17,8 @@ WHOLE_AT = "whole_at"
 """The field that says which position each whole copy is of."""
 _LETTERS = {"k": "PQ", "v": "RS"}
 """Dims of codes and of scales, by half; see `Storage.sizes`."""
+_HELD = {"k": "K", "v": "L"}
+"""Dims of what is coded of a vector."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class Storage(Record):
         rotated: whether coded halves are rotated by Hadamard matrices.
         residual: newest tokens that are held whole too.
         whole_sinks: first tokens of each row that are.
+        k_fit, v_fit: how vectors are changed before they are coded (`kvpass.kernels.codecs.fits`).
+        kept_num, kept_den: share of a key's channels that is coded, where `k_fit` picks `channels`.
     """
 
     k_as: str = DENSE
@@ -39,10 +44,16 @@ class Storage(Record):
     rotated: bool = False
     residual: int = 0
     whole_sinks: int = 0
+    k_fit: str = NONE
+    v_fit: str = NONE
+    kept_num: int = 1
+    kept_den: int = 1
 
     def check(self) -> None:
         one_of(self, "k_as", DENSE, *CODECS)
         one_of(self, "v_as", DENSE, *CODECS)
+        one_of(self, "k_fit", *PARTS)
+        one_of(self, "v_fit", NONE, "range")
 
     @property
     def whole(self) -> int:
@@ -71,6 +82,9 @@ class Storage(Record):
             letters = _LETTERS[half]
             found.append(Field(f"{half}_{codes.name}", f"BHC{letters[0]}", codes.dtype, None, codes=True))
             found += [Field(f"{half}_{one.name}", f"BHC{letters[1]}", one.dtype, None, codes=True) for one in scales]
+            for part in PARTS[self.fit(half)]:
+                dtype, fill = START[part]
+                found.append(Field(f"{half}_{part}", f"BH{_HELD[half]}", dtype, fill, codes=True))
         return tuple(found)
 
     def sizes(self, widths: dict[str, Any]) -> dict[str, Any]:
@@ -79,9 +93,21 @@ class Storage(Record):
         for half, width in zip(HALVES, (widths["D"], widths["V"]), strict=True):
             codec = self.codec(half)
             if codec is not None:
-                parts = codec.parts(width, self.scale_group)
+                own = self.held_width(half, width)
+                parts = codec.parts(own, self.scale_group)
                 found |= dict(zip(_LETTERS[half], (parts[0].size, parts[-1].size), strict=True))
+                found[_HELD[half]] = own
         return found
+
+    def fit(self, half: str) -> str:
+        """The kind of a half's fit."""
+        return self.k_fit if half == "k" else self.v_fit
+
+    def held_width(self, half: str, width: int) -> int:
+        """How many numbers of a half's vectors of `width` entries are coded."""
+        if self.fit(half) != "channels":
+            return width
+        return max(width * self.kept_num // self.kept_den, 1)
 
     def codec_of(self, half: str) -> Codec:
         """That of a coded half."""
@@ -99,4 +125,14 @@ def coded(rule: Rule) -> tuple[str, ...]:
     found: tuple[str, ...] | None = rule.derived.get(coded)
     if found is None:
         found = rule.derived[coded] = rule[Storage].coded
+    return found
+
+
+def fit_fields(rule: Rule) -> tuple[str, ...]:
+    """Names of the fields that hold fits of heads, in the order of a state's fields."""
+    found: tuple[str, ...] | None = rule.derived.get(fit_fields)
+    if found is None:
+        storage = rule[Storage]
+        names = (f"{half}_{part}" for half in coded(rule) for part in PARTS[storage.fit(half)])
+        found = rule.derived[fit_fields] = tuple(names)
     return found

@@ -13,12 +13,12 @@ from kvpass.kernels.attention.masks import by_kv_head, visible
 from kvpass.kernels.attention.observation import Observation, emitted
 from kvpass.kernels.attention.softmax import Softmax
 from kvpass.kernels.attention.visibility import BEFORE, COUNT, END
-from kvpass.kernels.codecs.entries import encoded, turned
+from kvpass.kernels.codecs.entries import encoded
 from kvpass.kernels.codecs.storage import coded
 from kvpass.kernels.codecs.whole import keep_whole
 from kvpass.kernels.decode_attend.call import Call, Token, lowest
 from kvpass.kernels.decode_attend.device_victim import evict
-from kvpass.kernels.decode_attend.slot_entries import read_all
+from kvpass.kernels.decode_attend.slot_entries import as_read, read_all
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.cursor import FREE, LIVE, SEEN
 from kvpass.kernels.slots.reductions import Slots
@@ -56,11 +56,11 @@ def decode_attend_device(token: Token, state: State, call: Call) -> Tensor:
     here = Here(slots, now, arrived, used)
     _append(token, state, here, plan)
     shown, added = _shown(call, state.pos, here)
-    queries = turned(token.q.float(), "k", plan)
+    queries = as_read(token.q.float(), "k", plan)
     probs = _probabilities(queries, read_all(state, "k", slots, plan), shown, added, slots, call.softmax)
     values = state.k[..., : call.latent].float() if call.latent else read_all(state, "v", slots, plan)
     values = torch.where(used[..., None], values, 0.0)
-    out, beside = turned(slots.mixed(probs, values), "v", plan), call.softmax.beside
+    out, beside = as_read(slots.mixed(probs, values), "v", plan), call.softmax.beside
     out = out if beside is None else beside.added(out, slots.sum(probs))
     out = out.to(token.q.dtype).reshape(*token.q.shape[:3], values.shape[3])
     if emitted(plan) and plan[Observation].decode != "none":
@@ -111,7 +111,7 @@ def _append(token: Token, state: State, here: Here, plan: Rule) -> None:
         "stats": arrive,
     }
     if coded(plan):
-        brought |= encoded(token.k, token.v, plan)
+        brought |= encoded(token.k, token.v, state, plan)
         valid = here.arrived[:, :, 0].expand(len(token.k), 1)
         keep_whole(token.k, token.v, here.now.flatten(), valid, cursor[:, :1, SEEN], state, plan)
     places = (slots.first + cursor[..., FREE]).flatten()

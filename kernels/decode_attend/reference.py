@@ -108,7 +108,7 @@ def _append(token: Token, state: State, facts: StepFacts, plan: Rule) -> None:
     arrive = None if token.arrive is None else token.arrive.unsqueeze(-1)
     brought: dict[str, Any] = {"k": token.k, "v": token.v, "pos": facts.position, "stats": arrive}
     if coded(plan):
-        brought |= encoded(token.k, token.v, plan)
+        brought |= encoded(token.k, token.v, state, plan)
         pos = torch.full((1,), facts.position, dtype=torch.int32, device=token.k.device)
         valid = torch.ones(len(token.k), 1, dtype=torch.bool, device=token.k.device)
         keep_whole(token.k, token.v, pos, valid, state.cursor[:, :1, SEEN], state, plan)

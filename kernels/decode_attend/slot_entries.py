@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from kvpass.kernels.codecs.entries import decoded, turned
+from kvpass.kernels.codecs.entries import decoded, fit, turned
+from kvpass.kernels.codecs.fits import NONE
 from kvpass.kernels.codecs.storage import WHOLE_AT, Storage, coded
 from kvpass.kernels.codecs.whole import found, listed
 from kvpass.kernels.decode_attend.step import HeadRange
@@ -34,7 +35,10 @@ def products(
         return torch.baddbmm(queries.new_empty(1), queries, heads.rows(held).float().mT, beta=0, alpha=factor)
     storage, queries = rule[Storage], queries * factor
     parts = [heads.rows(state[name]) for name in storage.code_fields("k")]
-    logits = storage.codec_of("k").products(turned(queries, "k", rule), parts, storage.scale_group)
+    own = fit(state, "k", held.shape[3], rule, lambda x: _of(x, heads).unsqueeze(-2))
+    asked, more = own.asked(queries)
+    logits = storage.codec_of("k").products(turned(asked, "k", rule), parts, storage.scale_group)
+    logits = logits if more is None else logits + more
     if copies is not None:
         row, slot, place = copies
         logits[row, :, slot] = torch.bmm(queries, _of(held, heads).float().mT)[row, :, place]
@@ -56,8 +60,9 @@ def mixed(weights: Tensor, state: State, heads: HeadRange, copies: Copies | None
         weights[row, :, slot] = 0.0
         there = own.new_zeros(len(own), storage.whole, dtype=torch.bool)
         there[row, place] = True  # other places hold anything
-    out = storage.codec_of("v").mixed(weights, parts, held.shape[3], storage.scale_group)
-    out = turned(out, "v", rule)
+    width = storage.held_width("v", held.shape[3])
+    out = turned(storage.codec_of("v").mixed(weights, parts, width, storage.scale_group), "v", rule)
+    out = fit(state, "v", held.shape[3], rule, lambda x: _of(x, heads).unsqueeze(-2)).left(out, weights)
     return out if own is None else out + torch.bmm(own, _of(held, heads).float().masked_fill(~there[..., None], 0.0))
 
 
@@ -66,15 +71,24 @@ def _of(x: Tensor, heads: HeadRange) -> Tensor:
     return x.flatten(0, 1)[heads.first : heads.last]
 
 
+def as_read(x: Tensor, half: str, rule: Rule) -> Tensor:
+    """float32 [.., width] as `read_all` gives that half, and back: what has a fit is as the model has it, else rotated,
+    if the rule says so.
+    """
+    return x if rule[Storage].fit(half) != NONE else turned(x, half, rule)
+
+
 def read_all(state: State, half: str, slots: Slots, rule: Rule) -> Tensor:
-    """Keys (`k`) or values (`v`) in all slots, nothing read back: float32 [B, Hkv, C, width], rotated if the rule says
-    so; undefined where nothing is.
+    """Keys (`k`) or values (`v`) in all slots, nothing read back: float32 [B, Hkv, C, width], `as_read`; undefined where
+    nothing is.
     """
     held, pos = state[half], state.pos
     if half not in coded(rule):
         return held.float()
     x = decoded([state[name] for name in rule[Storage].code_fields(half)], half, held.shape[3], rule)
+    if rule[Storage].fit(half) != NONE:
+        x = fit(state, half, held.shape[3], rule, slots.owned).left(turned(x, half, rule))
     if not rule[Storage].whole:
         return x
     place, there = found(slots.owned(state[WHOLE_AT]), pos)
-    return torch.where(there[..., None], slots.picked(turned(held.float(), half, rule), place), x)
+    return torch.where(there[..., None], slots.picked(as_read(held.float(), half, rule), place), x)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from kvpass.kernels.codecs.entries import encoded, entries_of
+from kvpass.kernels.codecs.storage import fit_fields
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.moves import side_by_side
 from kvpass.kernels.slots.ragged import is_ragged
@@ -22,7 +23,8 @@ def join_slots(state: Sequence[Tensor], k_new: Tensor, v_new: Tensor, position: 
 
     Returns keys, values, then each other per-slot field of the state in order, with C + S for C: past slots by
     position, empties first (k, v and others zero, pos -1), then the new tokens, whose other fields hold their fills;
-    codes are carried on beside the keys and values that they stand for. Raises ValueError on shapes that do not fit.
+    codes are carried on beside the keys and values that they stand for, and those of new tokens made; undefined where
+    heads are fitted (`encode_fitted` makes them). Raises ValueError on shapes that do not fit.
     """
     plan = Rule.parse(rule)
     held = State.of(state, plan)
@@ -35,7 +37,8 @@ def join_slots(state: Sequence[Tensor], k_new: Tensor, v_new: Tensor, position: 
     past, order = held.pos.sort(-1)
     empty, queries = past < 0, k_new.shape[2]
     now = torch.arange(position, position + queries, dtype=past.dtype, device=past.device)
-    new = {"k": k_new, "v": v_new, "pos": now.expand(*past.shape[:2], queries), **encoded(k_new, v_new, plan)}
+    codes = {} if fit_fields(plan) else encoded(k_new, v_new, held, plan)
+    new = {"k": k_new, "v": v_new, "pos": now.expand(*past.shape[:2], queries), **codes}
 
     def joined(field: Field, tensor: Tensor) -> Tensor:
         old = past if field.name == "pos" else _taken(field, tensor, order, empty)

@@ -29,14 +29,15 @@ class Field:
         dims: a letter each: B rows, H KV heads, C slots, D and V entries of a key and of a value, N statistics, X
             columns of the cursor. B, H and C, where they are, stand side by side in this order.
         dtype: None for that of the keys.
-        fill: what a slot, or a head, holds before something is written; None: anything. A sequence: along the last dim.
+        fill: what a slot, or a head, holds before something is written; None: anything. A sequence: along the last dim;
+            `places`: 0, 1, .. along it.
         codes: whether it holds codes of keys or values, or their scales.
     """
 
     name: str
     dims: str
     dtype: torch.dtype | None
-    fill: float | tuple[int, ...] | None
+    fill: float | tuple[int, ...] | str | None
     codes: bool = False
 
     @cached_property
@@ -62,6 +63,8 @@ class Field:
             return last[: shape[-1]].expand(shape).clone()
         if self.fill is None:
             return like.new_empty(shape, dtype=kind)
+        if isinstance(self.fill, str):
+            return torch.arange(shape[-1], dtype=kind, device=like.device).expand(shape).clone()
         return like.new_full(shape, self.fill, dtype=kind)
 
 

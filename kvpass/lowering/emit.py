@@ -9,7 +9,7 @@ from torch import fx
 
 from kvpass.graph.calls import example
 from kvpass.graph.shapes import shape_of
-from kvpass.kernels.codecs.storage import Storage, coded
+from kvpass.kernels.codecs.storage import Storage, coded, fit_fields
 from kvpass.kernels.slots.ragged import Ragged
 from kvpass.kernels.slots.state import fields_of
 from kvpass.lowering.emit_heads import from_slots, regrouped, to_slots
@@ -59,6 +59,8 @@ class Emitter:
         args = (self.q, k, values, pos, seen.mask, core.scale, seen.words, self.rule)
         extras = _without_defaults((*self.extras, seen.tokens, seen.bounds, position), (None, 0.0, None, None, 0))
         out, emitted, valid = write.parts(write.op("prefill_attend", *args, *extras, **self.memory), 3)
+        if fit_fields(self.planned.rule):
+            keys |= self._fitted(keys if past else {}, valid)
         read: tuple[Any, ...] = (seen.words, seen.mask, seen.bounds) if past else ("", None, None)
         if self.planned.arrives:
             shown = self.q, k, pos, seen.mask, valid, core.scale, seen.words, self.rule
@@ -97,13 +99,25 @@ class Emitter:
         return keys, keys["stats"]
 
     def _codes(self) -> dict[str, fx.Node]:
-        """The codes of this call's keys and values, where slots hold those."""
-        rule = self.planned.rule
-        names = [name for half in coded(rule) for name in rule[Storage].code_fields(half)]
-        if not names:
+        """The codes of this call's keys and values, where slots hold those; not of fitted ones."""
+        names = self._code_names()
+        if not names or fit_fields(self.planned.rule):
             return {}
         codes = self.write.op("encode_slots", self.new_k, self.new_v, self.rule)
         return dict(zip(names, self.write.parts(codes, len(names)), strict=True))
+
+    def _fitted(self, keys: dict[str, fx.Node | None], valid: fx.Node) -> dict[str, fx.Node]:
+        """The codes of all keys and values, where they hang on fits of heads. keys: as `join_slots` left them."""
+        names, state = self._code_names(), self.state
+        fits, past = [state[name] for name in fit_fields(self.planned.rule)], [keys[name] for name in names if keys]
+        given = self.q, self.new_k, self.new_v, valid, state["cursor"], fits, past, self.rule
+        codes = self.write.op("encode_fitted", *given)
+        return dict(zip(names, self.write.parts(codes, len(names)), strict=True))
+
+    def _code_names(self) -> list[str]:
+        """The state's fields that hold codes of keys and values."""
+        rule = self.planned.rule
+        return [name for half in coded(rule) for name in rule[Storage].code_fields(half)]
 
     def _queries(self) -> fx.Node:
         """The core's queries as [B, Hq, S, D], in the dtype of the cache."""

@@ -73,7 +73,9 @@ def example_rule(policy: Spec) -> Rule:
 def _bits(rule: Rule) -> str:
     storage = rule[Storage]
     codecs = [storage.codec(half) for half in ("k", "v")]
-    held = [c.bytes(EXAMPLE_WIDTH, storage.scale_group) * 8 / EXAMPLE_WIDTH if c else None for c in codecs]
+    widths = [storage.held_width(half, EXAMPLE_WIDTH) for half in ("k", "v")]
+    both = zip(codecs, widths, strict=True)
+    held = [c.bytes(width, storage.scale_group) * 8 / EXAMPLE_WIDTH if c else None for c, width in both]
     words = ["-" if one is None else f"{one:g}" for one in held]
     return words[0] if words[0] == words[1] else ", ".join(words)
 

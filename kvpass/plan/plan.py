@@ -20,7 +20,7 @@ from kvpass.graph.output_projection import OutputProjection, output_projection
 from kvpass.graph.projections import block_input
 from kvpass.graph.rope import Rotation, rotation, unrounded
 from kvpass.kernels.after_call.reindex import Reindex
-from kvpass.kernels.codecs.storage import coded
+from kvpass.kernels.codecs.storage import coded, fit_fields
 from kvpass.kernels.exits.record import Merge
 from kvpass.kernels.rank.layer import Layer
 from kvpass.kernels.rank.pyramid import Pyramid
@@ -65,7 +65,9 @@ class SitePlan:
             ops += ["merge_slots"]
         if coded(self.rule) and self.site.phase is not Phase.DECODE:
             ops += ["keep_whole"]
-            if self.site.phase is Phase.PREFILL:
+            if fit_fields(self.rule):
+                ops.insert(ops.index("prefill_attend") + 1, "encode_fitted")
+            elif self.site.phase is Phase.PREFILL:
                 ops.insert(0, "encode_slots")
         return ("arrivals", *ops) if self.arrives and self.site.phase is Phase.DECODE else tuple(ops)
 

@@ -174,7 +174,10 @@ def _ragged(policy: Spec) -> bool:
 
 def _storage(policy: Spec) -> Storage:
     held = policy.store
-    storage = Storage(held.k, held.v, held.group, held.rotate == "hadamard", held.residual, held.sinks)
+    kept = _share(held.channels) if held.fit_k == "channels" else (1, 1)
+    storage = Storage(
+        held.k, held.v, held.group, held.rotate == "hadamard", held.residual, held.sinks, held.fit_k, held.fit_v, *kept
+    )
     return storage if storage.coded else Storage()
 
 

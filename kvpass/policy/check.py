@@ -15,6 +15,7 @@ from kvpass.kernels.codecs.registry import CODECS, DENSE
 from kvpass.kernels.rank.criterion import SCORES
 from kvpass.kernels.rank.scorers.registry import Scorer, scorers
 from kvpass.policy.check_exits import exits
+from kvpass.policy.check_store import fits
 from kvpass.policy.limits import MOST, check_options, no_number, oversized
 from kvpass.policy.spec import Spec
 
@@ -207,6 +208,7 @@ def _store(p: Spec) -> Iterator[Broken]:
     yield held.sinks < 0, "store.sinks", "give a number of tokens, 0 or more"
     fix = "keys that are held as codes cannot be turned to new positions: set positions: kept, or store.k: dense"
     yield held.k != DENSE and p.positions == "reindexed", "positions", fix
+    yield from fits(p)
     yield from _unit(p)
 
 

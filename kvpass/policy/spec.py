@@ -149,6 +149,11 @@ class Store:
         group: neighbouring entries of a head that share a scale.
         residual: the newest so many tokens are held whole as well, and read whole.
         sinks: so are each row's first ones.
+        fit_k, fit_v: what the first call makes of each head's vectors before they are coded, from then on: `none`;
+            keys are `balance`d against its queries, channel by channel (MiKV); the `range` of each channel becomes the
+            same (KIVI), also of values; only the `channels` that matter most are coded (ThinK); or keys are sorted by
+            `spread`, and what spreads little becomes frequencies (VidKV).
+        channels: share of a head's channels that `fit_k: channels` leaves.
     """
 
     k: str = "dense"
@@ -157,6 +162,9 @@ class Store:
     group: int = 64
     residual: int = 32
     sinks: int = 4
+    fit_k: Literal["none", "balance", "range", "channels", "spread"] = "none"
+    fit_v: Literal["none", "range"] = "none"
+    channels: float = 0.6
 
     __pydantic_config__ = _STRICT
 

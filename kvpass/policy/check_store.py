@@ -1,0 +1,31 @@
+"""What makes it impossible to fit what slots hold to a head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kvpass.kernels.codecs.fits import NONE
+from kvpass.kernels.codecs.registry import DENSE
+from kvpass.policy.spec import Spec
+
+SORTED = "mixed_2_1"
+"""The codec whose bits hang on the order of channels."""
+
+
+def fits(p: Spec) -> Iterator[tuple[bool, str, str]]:
+    """Whether a rule is broken, the field, and the fix."""
+    held = p.store
+    for half in ("k", "v"):
+        fitted, coded = getattr(held, f"fit_{half}") != NONE, getattr(held, half) != DENSE
+        fix = f"only codes are fitted: set store.{half}, e.g. to int4, or leave it out"
+        yield fitted and not coded, f"store.fit_{half}", fix
+    yield not 0 < held.channels <= 1, "store.channels", "give a share above 0, at most 1, e.g. 0.6"
+    spread = held.fit_k == "spread"
+    fix = f"{SORTED} is for channels that were sorted: set store.fit_k: spread, or another codec, e.g. int2"
+    yield held.k == SORTED and not spread, "store.k", fix
+    yield held.v == SORTED, "store.v", f"values are not sorted, which {SORTED} is for: e.g. ternary"
+    yield spread and held.k != SORTED, "store.fit_k", f"only {SORTED} tells sorted channels apart: set store.k, or range"
+    fix = "a rotation would mix the channels that were sorted: set store.rotate: none"
+    yield spread and held.rotate != "none", "store.rotate", fix
+    picked = held.fit_k == "channels" and held.rotate != "none"
+    yield picked, "store.rotate", "a rotation would mix the channels that were picked: set store.rotate: none"
