@@ -48,7 +48,7 @@ def channels(q: Tensor, x: Tensor, valid: Tensor, kept: int) -> dict[str, Tensor
     late = valid & (valid.flip(-1).cumsum(-1).flip(-1) <= QUERIES)
     keys = x.square().masked_fill(hidden, 0.0).mean(2)
     queries = _grouped(q, x).square().masked_fill(~late[:, None, None, :, None], 0.0).mean((2, 3))
-    best = (queries * keys).argsort(-1, descending=True, stable=True)[..., :kept]
+    best = (queries * keys).argsort(dim=-1, descending=True, stable=True)[..., :kept]
     return {"order": best.sort(-1).values.to(torch.int16)}
 
 
@@ -57,7 +57,7 @@ def spread(x: Tensor, valid: Tensor) -> dict[str, Tensor]:
     and the extent of what comes out.
     """
     low, high = _ends(x, valid)
-    ranked = (high - low).argsort(-1, descending=True, stable=True)
+    ranked = (high - low).argsort(dim=-1, descending=True, stable=True)
     first = first_part(x.shape[-1])
     order = torch.cat([ranked[..., :first].sort(-1).values, ranked[..., first:].sort(-1).values], -1).to(torch.int16)
     seen = Fit(x.shape[-1], True, order.unsqueeze(-2)).picked(x)

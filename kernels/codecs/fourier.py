@@ -22,7 +22,7 @@ def real_fourier(size: int, device: torch.device) -> Tensor:
         with torch.inference_mode(False):
             place = torch.arange(size, dtype=torch.float64, device=device)[:, None]
             real = torch.arange(size // 2 + 1, dtype=torch.float64, device=device)[:size]
-            imaginary = torch.arange(1, (size + 1) // 2, dtype=torch.float64, device=device)
+            imaginary = torch.arange(1, max((size + 1) // 2, 1), dtype=torch.float64, device=device)
             turn = 2 * math.pi / max(size, 1) * place
             found = torch.cat([(turn * real).cos(), (turn * imaginary).sin()], 1)
             found = (found / found.square().sum(0).sqrt()).float()

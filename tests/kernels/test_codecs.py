@@ -36,10 +36,10 @@ def agree(codec: Codec, x: Tensor, group: int) -> None:
         assert same(back[at], codes.decoded(want, codec.name, group))
         found = dict(zip([one.name for one in shapes], parts, strict=True))
         for name in ("scale", "low"):
-            assert (name in found) == (name in want)
+            assert (name in found) == (name in want), name
             assert name not in want or same(found[name][at], want[name])
         if None not in want["codes"]:  # what the codes of a NaN are means nothing: its scale says it
-            assert found["codes"][at].tolist() == codes.packed(want["codes"], codes.bits_of(codec.name))
+            assert same(found["codes"][at], codes.in_memory(want["codes"], codec.name))
 
 
 def random(width: int, seed: int = 0) -> Tensor:
@@ -99,8 +99,9 @@ def test_a_nan_spoils_its_group_alone(name: str) -> None:
     x[:, 40] = NAN
     agree(CODECS[name], x, 32)
     back = CODECS[name].decode(CODECS[name].encode(x, 32), 96, 32)
-    assert back[:, 32:64].isnan().all()
-    assert not back[:, [*range(32), *range(64, 96)]].isnan().any()
+    first, end = {"float16": (40, 41), "mixed_2_1": (32, 48)}.get(name, (32, 64))
+    assert back[:, first:end].isnan().all()
+    assert not back[:, [*range(first), *range(end, 96)]].isnan().any()
 
 
 @pytest.mark.parametrize("name", codes.FLOATS)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from oracle import fits
 from oracle.codes import read_back
 from oracle.simulator import Simulator
 from torch import Tensor
@@ -25,13 +26,17 @@ class Held:
     group: int = 64
     residual: int = 0
     sinks: int = 0
+    fit_k: str = "none"
+    fit_v: str = "none"
+    channels: float = 0.6
 
     @property
     def spec(self) -> dict[str, object]:
         """As a policy file says it."""
         turn = "hadamard" if self.rotate else "none"
         return {"k": self.k, "v": self.v, "rotate": turn, "group": self.group, "residual": self.residual,
-                "sinks": self.sinks}  # fmt: skip
+                "sinks": self.sinks, "fit_k": self.fit_k, "fit_v": self.fit_v,
+                "channels": self.channels}  # fmt: skip
 
     def whole(self, valid: list[bool], new: int) -> list[bool]:
         """Which columns of a row, the last `new` of which come now, are read whole in it. valid: without padding."""
@@ -53,6 +58,7 @@ class CodedSimulator(Simulator):
         super().__init__(*args, **options)
         self.held = held
         self.codes: dict[tuple[int, str], Tensor] = {}
+        self.fits: dict[tuple[int, str], list[list[fits.Fit] | None]] = {}
         self.valid: list[list[bool]] = []
         self.judged: dict[int, Tensor] = {}
         self.values = torch.empty(0)
@@ -64,6 +70,7 @@ class CodedSimulator(Simulator):
         self.valid = self.valid or [[] for _ in q]
         for row, valid in zip(self.valid, own.tolist(), strict=True):
             row[tokens - new :] = valid
+        self.fit(index, q, k, v)
         whole = torch.tensor([self.held.whole(row, new) for row in self.valid])[:, None, :, None]
         read = [torch.where(whole, x.double(), self.coded(index, half, x)) for half, x in (("k", k), ("v", v))]
         before = self.judged.get(index, k[:, :, :0].double())
@@ -82,7 +89,35 @@ class CodedSimulator(Simulator):
     def coded(self, index: int, half: str, x: Tensor) -> Tensor:
         """What the codes of all tokens so far say, each made once."""
         before = self.codes.get((index, half), x.double()[:, :, :0])
-        name = self.held.k if half == "k" else self.held.v
-        more = read_back(x[:, :, before.shape[2] :], name, self.held.group, self.held.rotate)
+        name, new = getattr(self.held, half), x[:, :, before.shape[2] :]
+        if getattr(self.held, f"fit_{half}") == "none":
+            more = read_back(new, name, self.held.group, self.held.rotate)
+        else:
+            more = torch.stack([self.fitted(new[b], name, own) for b, own in enumerate(self.fits[index, half])])
         self.codes[index, half] = torch.cat([before, more], 2)
         return self.codes[index, half]
+
+    def fit(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """A row's heads are fitted to its first tokens, if they come together."""
+        for half, x in (("k", k), ("v", v)):
+            kind = getattr(self.held, f"fit_{half}")
+            if kind == "none":
+                continue
+            rows = self.fits.setdefault((index, half), [None] * len(q))
+            for b, (valid, before) in enumerate(zip(self.valid, rows, strict=True)):
+                new = [t for t in range(k.shape[2] - q.shape[2], k.shape[2]) if valid[t]]
+                alone = k.shape[2] > q.shape[2] == 1
+                if before is not None or not new:
+                    continue
+                asked = q[b].unflatten(0, (k.shape[1], -1))[:, :, [t - k.shape[2] for t in new]]
+                given = zip(asked.float().tolist(), x[b, :, new].float().tolist(), strict=True)
+                rows[b] = [
+                    fits.Fit(x.shape[-1]) if alone else fits.fit_of(kind, *one, self.held.channels) for one in given
+                ]
+
+    def fitted(self, new: Tensor, name: str, own: list[fits.Fit] | None) -> Tensor:
+        """float64 [Hkv, n, width] of new tokens of a row; nobody asks what padding is read as."""
+        if own is None:
+            return new.double()
+        both = zip(new, own, strict=True)
+        return torch.stack([fits.read_back(x, name, self.held.group, self.held.rotate, one) for x, one in both])

@@ -21,7 +21,8 @@ FLOATS = {"fp8_e4m3": (3, 7, 448.0), "fp8_e5m2": (2, 15, 57344.0)}
 """Bits of the fraction, bias of the exponent, largest number."""
 TOP = {"fp8_e4m3": 448.0, "fp8_e5m2": 448.0}
 """What the largest entry of a group becomes. By the largest of e5m2, 57344, scales would be too small for float16."""
-NAMES = (*ASYMMETRIC, *SYMMETRIC, *FLOATS)
+LEVELS = ("float16", "ternary", "mixed_2_1")
+NAMES = (*ASYMMETRIC, *SYMMETRIC, *FLOATS, *LEVELS)
 MOST = 65504.0
 
 
@@ -76,6 +77,8 @@ def number_of(byte: int, name: str) -> float:
 
 def encoded(x: list[float], name: str, group: int) -> Parts:
     """Codes (one for each entry, not packed), scales and lowest values of a vector."""
+    if name in LEVELS:
+        return by_level(x, name, group)
     out: Parts = {"codes": [], "scale": []}
     if name in ASYMMETRIC:
         out["low"] = []
@@ -105,18 +108,68 @@ def encoded(x: list[float], name: str, group: int) -> Parts:
 
 def decoded(parts: Parts, name: str, group: int) -> list[float]:
     """What the codes of a vector stand for."""
+    if name == "float16":
+        return list(parts["codes"])
+    if name == "mixed_2_1":
+        first, rest = halves(parts, group)
+        return decoded(first, "int2", group) + decoded(rest, "int1", group)
     found = []
     for at, code in enumerate(parts["codes"]):
         scale = parts["scale"][at // group]
         if math.isnan(scale):
             found.append(math.nan)
-        elif name in ASYMMETRIC:
+        elif name in ASYMMETRIC or name == "int1":
             found.append(f32(parts["low"][at // group] + code * scale))
+        elif name == "ternary":
+            found.append((code - 1) * scale)
         elif name in SYMMETRIC:
             found.append(f32((code - (2 ** (SYMMETRIC[name] - 1) - 1)) * scale))
         else:
             found.append(f32(number_of(code, name) * scale))
     return found
+
+
+def by_level(x: list[float], name: str, group: int) -> Parts:
+    """float16 numbers; signs times the mean size of a group (VidKV); or two bits for the first half, signs behind."""
+    x = [clamped(f32(one), MOST) for one in x]
+    if name == "float16":
+        return {"codes": [to_half(one) for one in x]}
+    if name == "mixed_2_1":
+        count = (len(x) + 1) // 2
+        first, rest = encoded(x[:count], "int2", group), x[count:]
+        sizes = [mean_size(part) for part in groups(rest, group)]
+        return {
+            "codes": first["codes"] + [int(one >= 0) for one in rest],
+            "scale": first["scale"] + [to_half(2 * size) for size in sizes],
+            "low": first["low"] + [-size for size in sizes],
+        }
+    sizes = [mean_size(part) for part in groups(x, group)]
+    codes = [1 + (one > sizes[at // group] / 2) - (one < -sizes[at // group] / 2) for at, one in enumerate(x)]
+    return {"codes": codes, "scale": sizes}
+
+
+def mean_size(part: list[float]) -> float:
+    return to_half(f32(math.fsum(abs(one) for one in part) / len(part)))
+
+
+def halves(parts: Parts, group: int) -> tuple[Parts, Parts]:
+    """The two of `mixed_2_1`."""
+    count = (len(parts["codes"]) + 1) // 2
+    at = {"codes": count, "scale": -(-count // group), "low": -(-count // group)}
+    return {k: x[: at[k]] for k, x in parts.items()}, {k: x[at[k] :] for k, x in parts.items()}
+
+
+def in_memory(codes: list[Any], name: str) -> list[Any]:
+    """Packed, as slots hold them."""
+    if name == "float16":
+        return codes
+    if name == "mixed_2_1":
+        count = (len(codes) + 1) // 2
+        return packed(codes[:count], 2) + packed(codes[count:], 1)
+    if name == "ternary":  # byte j of n: the codes j, j + n, .., of which each counts three times the one before
+        size = -(-len(codes) // 5)
+        return [sum(code * 3**at for at, code in enumerate(codes[j::size])) for j in range(size)]
+    return packed(codes, bits_of(name))
 
 
 def packed(codes: list[int], bits: int) -> list[int]:

@@ -9,8 +9,8 @@ import torch
 from kvpass.kernels.after_call.layers import shared_out
 from kvpass.kernels.after_call.reindex import Reindex, reindex
 from kvpass.kernels.budget import kept
-from kvpass.kernels.codecs.ops import encode_slots, keep_whole
-from kvpass.kernels.codecs.storage import Storage, coded
+from kvpass.kernels.codecs.ops import encode_fitted, encode_slots, keep_whole
+from kvpass.kernels.codecs.storage import Storage, coded, fit_fields
 from kvpass.kernels.compact_slots import compact_slots
 from kvpass.kernels.decode_attend import decode_attend
 from kvpass.kernels.exits.merge_slots import merge_slots
@@ -77,11 +77,15 @@ class Site:
         keys: dict[str, Any] = {**dict.fromkeys(all_names), "k": k, "v": v}
         if not first:
             keys = dict(zip(all_names, join_slots(self.state.tensors(), k, v, position, rule), strict=True))
-        elif codes:
-            held = [name for half in codes for name in self.rule[Storage].code_fields(half)]
+        held, fits = self.code_names(), [self.state[name] for name in fit_fields(self.rule)]
+        if first and held and not fits:
             keys |= dict(zip(held, encode_slots(k, v, rule), strict=True))
         k, v, pos, past = (keys[name] for name in ("k", "v", "pos", "stats"))
         out, stats, valid = prefill_attend(q, k, v, pos, mask, scale, "", rule, position=position)
+        if fits:
+            old = [] if first else [keys[name] for name in held]
+            made = encode_fitted(q, *own, valid, self.state.cursor, fits, old, rule)
+            keys |= dict(zip(held, made, strict=True))
         beside: dict[str, Any] = {}
         if self.arrives:
             reads = {"rows", "logits"} & set(self.rule[Scoring].reads)
@@ -97,6 +101,9 @@ class Site:
         if codes:
             keep_whole(*own, valid, position, self.state.tensors(), rule)
         return out
+
+    def code_names(self) -> list[str]:
+        return [name for half in coded(self.rule) for name in self.rule[Storage].code_fields(half)]
 
     def poison(self) -> None:
         """What is undefined is NaN, or the largest code."""
