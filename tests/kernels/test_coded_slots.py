@@ -226,7 +226,16 @@ def test_what_slots_hold_is_codes() -> None:
     }  # fmt: skip
 
 
+FITTED = {
+    "balance": Held("int4", "int4", True, 16, 8, 3, "balance"),
+    "ranges": Held("int2", "int4", False, 8, 8, 3, "range", "range"),
+    "channels": Held("float16", "dense", False, 64, 8, 0, "channels"),
+    "channels, all codes": Held("int4", "int8", False, 4, 0, 0, "channels"),
+    "spread": Held("mixed_2_1", "ternary", False, 8, 8, 0, "spread", "range"),
+}
 RULES = {
+    **{f"h2o, {name}": (builtin()["h2o"], held) for name, held in FITTED.items()},
+    **{f"ada_snapkv, {name}": (builtin()["ada_snapkv"], held) for name, held in FITTED.items()},
     **{f"h2o, {name}": (builtin()["h2o"], held) for name, held in STORES.items()},
     **{name: (builtin()[name], INT4) for name in ("full", "snapkv", "roco", "streaming_llm")},
     **{name: (builtin()[name], INT4) for name in ("ada_snapkv", "layer_defensivekv", "nacl", "tova")},
@@ -235,8 +244,10 @@ RULES = {
 
 
 def stored(rule: Rule, held: Held) -> Rule:
-    words = {"scale_group": held.group, "rotated": held.rotate, "residual": held.residual, "whole_sinks": held.sinks}
-    return rule.replace(k_as=held.k, v_as=held.v, **words)
+    words: dict[str, Any] = {"scale_group": held.group, "rotated": held.rotate, "residual": held.residual, "whole_sinks": held.sinks}
+    if held.fit_k == "channels":
+        words |= {"kept_num": 3, "kept_den": 5}
+    return rule.replace(k_as=held.k, v_as=held.v, k_fit=held.fit_k, v_fit=held.fit_v, **words)
 
 
 @pytest.mark.parametrize("kind", ["none", "tokens", "pads", "bias"])

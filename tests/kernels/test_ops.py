@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from kvpass.kernels.codecs.storage import fit_fields
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.testing import assert_close, causal_mask, qkv, random_state
 from models.states import state_under
@@ -19,10 +20,22 @@ LIVE = torch.tensor([[9, 9], [9, 9]])
 
 CODED = H2O.replace(k_as="int4", v_as="fp8_e4m3", rotated=True, scale_group=7, residual=4, whole_sinks=2)
 CODES = CODED.encode()
+FITTED = H2O.replace(k_as="mixed_2_1", v_as="ternary", k_fit="spread", v_fit="range", scale_group=7, residual=4)
 
 
 def coded_state():
     return state_under(CODED, 30).tensors()
+
+
+def fitted(first):
+    """What `encode_fitted` takes behind the cursor."""
+    held = state_under(FITTED, 30)
+    codes = [held[f"{half}_{part}"] for half, parts in FITTED_PARTS for part in parts]
+    past = [] if first else [torch.cat([x, x[:, :, :6]], 2) for x in codes]
+    return [held[name] for name in fit_fields(FITTED)], past, FITTED.encode()
+
+
+FITTED_PARTS = ("k", ("codes", "scale", "low")), ("v", ("codes", "scale"))
 
 
 def state():
@@ -59,6 +72,9 @@ def calls():
         "prefill_attend words": (q, k, v, None, None, 0.25, "causal", TEXT, None, 0.0, real, None, 0),
         "encode_slots": (k, v, CODES),
         "encode_slots half": (k, v.bfloat16(), Rule(v_as="int2").encode()),
+        "encode_fitted": (q, k, v, real, torch.zeros_like(cursor), *fitted(True)),
+        "encode_fitted extend": (q, k, v, alive, cursor, *fitted(False)),
+        "decode_attend fitted": (*one, row, state_under(FITTED, 30).tensors(), 30, 0.25, FITTED.encode()),
         "keep_whole": (k, v, torch.ones(2, k.shape[2], dtype=torch.bool), 30, coded_state(), CODES),
         "join_slots codes": (coded_state(), k, v, 30, CODES),
         "decode_attend codes": (*one, row, coded_state(), 30, 0.25, CODES),

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from kvpass.kernels.budget import budget
-from kvpass.kernels.codecs.storage import WHOLE_AT, Storage, coded
+from kvpass.kernels.codecs.storage import WHOLE_AT, Storage, coded, fit_fields
 from kvpass.kernels.rank.marks import KEEP, MARK
 from kvpass.kernels.rank.places import NUMBER, PLACE, Protected
 from kvpass.kernels.rank.ranking import recent_of
@@ -124,11 +124,18 @@ def _encode(state: State, rule: Rule, seen: int, g: torch.Generator) -> None:
     storage = rule[Storage]
     for half in coded(rule):
         state[half].copy_(torch.randn(state[half].shape, generator=g))
-        entries = torch.randn(*state.pos.shape, state[half].shape[3], generator=g)
+        width = storage.held_width(half, state[half].shape[3])
+        entries = torch.randn(*state.pos.shape, width, generator=g)
         entries = entries.masked_fill(state.pos[..., None] < 0, float("nan"))
         parts = storage.codec_of(half).encode(entries, storage.scale_group)
         for name, part in zip(storage.code_fields(half), parts, strict=True):
             state[name].copy_(part)
+    for name in fit_fields(rule):
+        noise = torch.rand(state[name].shape, generator=g)
+        if name.endswith("order"):
+            wide = torch.rand(*noise.shape[:2], state[name[0]].shape[3], generator=g)
+            noise = wide.argsort(-1)[..., : noise.shape[2]].sort(-1).values
+        state[name].copy_(noise if name.endswith(("order", "center")) else 0.5 + noise)
     for position in range(seen if coded(rule) else 0):
         if position < storage.whole_sinks:
             state[WHOLE_AT][..., position] = position
