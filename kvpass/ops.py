@@ -40,8 +40,8 @@ SCHEMAS = {
     "Tensor? sinks=None, float softcap=0.0, Tensor? tokens=None, SymInt position=0, "
     "Tensor? memory_k=None, Tensor? memory_v=None) -> Tensor",
     "encode_slots": "(Tensor k, Tensor v, str rule) -> Tensor[]",
-    "encode_fitted": "(Tensor q, Tensor k, Tensor v, Tensor valid, Tensor cursor, Tensor(a!)[] fits, Tensor[] past, "
-    "str rule) -> Tensor[]",
+    "fit_slots": "(Tensor q, Tensor k, Tensor v, Tensor valid, Tensor cursor, Tensor(a!)[] fits, str rule) -> ()",
+    "encode_fitted": "(Tensor k, Tensor v, Tensor[] fits, Tensor[] past, str rule) -> Tensor[]",
     "keep_whole": "(Tensor k, Tensor v, Tensor valid, SymInt position, Tensor(a!)[] state, str rule) -> ()",
     "arrivals": "(Tensor k_new, Tensor v_new, Tensor cursor, SymInt position, str rule, Tensor? wo=None, "
     "Tensor? hidden=None, Tensor? marks=None) -> Tensor",
@@ -53,6 +53,7 @@ HOMES = {
     "written": "attention.masks",
     "merge_slots": "exits.merge_slots",
     "encode_slots": "codecs.ops",
+    "fit_slots": "codecs.ops",
     "encode_fitted": "codecs.ops",
     "keep_whole": "codecs.ops",
     "window_rows": "rank.window_rows",
@@ -131,9 +132,7 @@ def _fake_encode_slots(k: Tensor, v: Tensor, rule: str) -> list[Tensor]:
     ]
 
 
-def _fake_encode_fitted(
-    q: Tensor, k: Tensor, v: Tensor, valid: Tensor, cursor: Tensor, fits: Any, past: Sequence[Tensor], rule: str
-) -> list[Tensor]:
+def _fake_encode_fitted(k: Tensor, v: Tensor, fits: Any, past: Sequence[Tensor], rule: str) -> list[Tensor]:
     return [old.new_empty(old.shape) for old in past] or _fake_encode_slots(k, v, rule)
 
 
@@ -208,6 +207,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "compact_slots": _fake_changes_state,
     "merge_slots": _fake_changes_state,
     "encode_slots": _fake_encode_slots,
+    "fit_slots": _fake_changes_state,
     "encode_fitted": _fake_encode_fitted,
     "keep_whole": _fake_changes_state,
     "decode_attend": _fake_decode_attend,

@@ -25,29 +25,35 @@ def encode_slots(k: Tensor, v: Tensor, rule: str) -> list[Tensor]:
     return [*encoded(k, v, {}, Rule.parse(rule)).values()]
 
 
-def encode_fitted(
-    q: Tensor, k: Tensor, v: Tensor, valid: Tensor, cursor: Tensor, fits: Sequence[Tensor], past: Sequence[Tensor],
-    rule: str,
-) -> list[Tensor]:  # fmt: skip
-    """The same, of rules whose codes hang on fits of heads. A row that has seen no token before is fitted to these.
+def fit_slots(
+    q: Tensor, k: Tensor, v: Tensor, valid: Tensor, cursor: Tensor, fits: Sequence[Tensor], rule: str
+) -> None:
+    """Fit the heads of rows that have seen no token before to the tokens of this call, in place.
 
     q [B, Hq, S, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv]; valid bool [B, S], without padding; cursor as before the call;
-    fits: the state's, by `fit_fields`, changed in place. past: what `join_slots` made of the code fields, [B, Hkv, L,
-    size], the last S of which are undefined; none in a first call. Returns code fields, each [B, Hkv, L or S, size].
+    fits: the state's, by `fit_fields`.
     """
     plan = Rule.parse(rule)
     storage, held = plan[Storage], dict(zip(fit_fields(plan), fits, strict=True))
     begins = (cursor[:, :1, SEEN] == 0) & valid.any(-1, keepdim=True)
     for half in coded(plan):
         kind, x = storage.fit(half), (k if half == "k" else v).float()
-        if kind == NONE:
-            continue
-        for part, made in fitted(kind, q, x, valid, storage.held_width(half, x.shape[-1])).items():
-            before = held[f"{half}_{part}"]
-            before.copy_(torch.where(begins[..., None], made, before))
-    codes = encoded(k, v, held, plan).values()
+        if kind != NONE:
+            for part, made in fitted(kind, q, x, valid, storage.held_width(half, x.shape[-1])).items():
+                before = held[f"{half}_{part}"]
+                before.copy_(torch.where(begins[..., None], made, before))
+
+
+def encode_fitted(k: Tensor, v: Tensor, fits: Sequence[Tensor], past: Sequence[Tensor], rule: str) -> list[Tensor]:
+    """Code fields of a call's keys and values, as `encode_slots`, by fits of their heads.
+
+    fits: the state's, by `fit_fields`, after `fit_slots`. past: what `join_slots` made of the code fields, [B, Hkv, L,
+    size], of which the last S are undefined; none in a first call. Returns code fields, each [B, Hkv, L or S, size].
+    """
+    plan = Rule.parse(rule)
+    codes = [*encoded(k, v, dict(zip(fit_fields(plan), fits, strict=True)), plan).values()]
     if not past:
-        return [*codes]
+        return codes
     both = zip(past, codes, strict=True)
     return [torch.cat([old.narrow(2, 0, old.shape[2] - k.shape[2]), new], 2) for old, new in both]
 

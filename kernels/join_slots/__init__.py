@@ -24,7 +24,7 @@ def join_slots(state: Sequence[Tensor], k_new: Tensor, v_new: Tensor, position: 
     Returns keys, values, then each other per-slot field of the state in order, with C + S for C: past slots by
     position, empties first (k, v and others zero, pos -1), then the new tokens, whose other fields hold their fills;
     codes are carried on beside the keys and values that they stand for, and those of new tokens made; undefined where
-    heads are fitted (`encode_fitted` makes them). Raises ValueError on shapes that do not fit.
+    heads are fitted (`encode_fitted` makes those). Raises ValueError on shapes that do not fit.
     """
     plan = Rule.parse(rule)
     held = State.of(state, plan)

@@ -110,8 +110,8 @@ class Emitter:
         """The codes of all keys and values, where they hang on fits of heads. keys: as `join_slots` left them."""
         names, state = self._code_names(), self.state
         fits, past = [state[name] for name in fit_fields(self.planned.rule)], [keys[name] for name in names if keys]
-        given = self.q, self.new_k, self.new_v, valid, state["cursor"], fits, past, self.rule
-        codes = self.write.op("encode_fitted", *given)
+        self.write.op("fit_slots", self.q, self.new_k, self.new_v, valid, state["cursor"], fits, self.rule)
+        codes = self.write.op("encode_fitted", self.new_k, self.new_v, fits, past, self.rule)
         return dict(zip(names, self.write.parts(codes, len(names)), strict=True))
 
     def _code_names(self) -> list[str]:

@@ -66,7 +66,8 @@ class SitePlan:
         if coded(self.rule) and self.site.phase is not Phase.DECODE:
             ops += ["keep_whole"]
             if fit_fields(self.rule):
-                ops.insert(ops.index("prefill_attend") + 1, "encode_fitted")
+                behind = ops.index("prefill_attend") + 1
+                ops[behind:behind] = ["fit_slots", "encode_fitted"]
             elif self.site.phase is Phase.PREFILL:
                 ops.insert(0, "encode_slots")
         return ("arrivals", *ops) if self.arrives and self.site.phase is Phase.DECODE else tuple(ops)

@@ -24,7 +24,11 @@ def fits(p: Spec) -> Iterator[tuple[bool, str, str]]:
     fix = f"{SORTED} is for channels that were sorted: set store.fit_k: spread, or another codec, e.g. int2"
     yield held.k == SORTED and not spread, "store.k", fix
     yield held.v == SORTED, "store.v", f"values are not sorted, which {SORTED} is for: e.g. ternary"
-    yield spread and held.k != SORTED, "store.fit_k", f"only {SORTED} tells sorted channels apart: set store.k, or range"
+    yield (
+        spread and held.k != SORTED,
+        "store.fit_k",
+        f"only {SORTED} tells sorted channels apart: set store.k, or range",
+    )
     fix = "a rotation would mix the channels that were sorted: set store.rotate: none"
     yield spread and held.rotate != "none", "store.rotate", fix
     picked = held.fit_k == "channels" and held.rotate != "none"

@@ -244,7 +244,12 @@ RULES = {
 
 
 def stored(rule: Rule, held: Held) -> Rule:
-    words: dict[str, Any] = {"scale_group": held.group, "rotated": held.rotate, "residual": held.residual, "whole_sinks": held.sinks}
+    words: dict[str, Any] = {
+        "scale_group": held.group,
+        "rotated": held.rotate,
+        "residual": held.residual,
+        "whole_sinks": held.sinks,
+    }
     if held.fit_k == "channels":
         words |= {"kept_num": 3, "kept_den": 5}
     return rule.replace(k_as=held.k, v_as=held.v, k_fit=held.fit_k, v_fit=held.fit_v, **words)

@@ -85,7 +85,9 @@ def test_products_and_mixtures_stay(kind: str) -> None:
     fit = Fit(16, kind == "spread", **{part: x.unsqueeze(-2) for part, x in made.items()})
     y = fit.entered(k)
     back = fit.left(y)
-    torch.testing.assert_close(back if kind != "channels" else back[back != 0], k if kind != "channels" else k[back != 0])
+    torch.testing.assert_close(
+        back if kind != "channels" else back[back != 0], k if kind != "channels" else k[back != 0]
+    )
     asked, more = fit.asked(q[:, :2])
     products = asked @ y.mT + (0.0 if more is None else more)
     torch.testing.assert_close(products, q[:, :2] @ back.mT, rtol=1e-4, atol=1e-3)

@@ -28,7 +28,7 @@ def coded_state():
 
 
 def fitted(first):
-    """What `encode_fitted` takes behind the cursor."""
+    """What `encode_fitted` takes behind keys and values."""
     held = state_under(FITTED, 30)
     codes = [held[f"{half}_{part}"] for half, parts in FITTED_PARTS for part in parts]
     past = [] if first else [torch.cat([x, x[:, :, :6]], 2) for x in codes]
@@ -72,8 +72,9 @@ def calls():
         "prefill_attend words": (q, k, v, None, None, 0.25, "causal", TEXT, None, 0.0, real, None, 0),
         "encode_slots": (k, v, CODES),
         "encode_slots half": (k, v.bfloat16(), Rule(v_as="int2").encode()),
-        "encode_fitted": (q, k, v, real, torch.zeros_like(cursor), *fitted(True)),
-        "encode_fitted extend": (q, k, v, alive, cursor, *fitted(False)),
+        "fit_slots": (q, k, v, real, torch.zeros_like(cursor), fitted(True)[0], FITTED.encode()),
+        "encode_fitted": (k, v, *fitted(True)),
+        "encode_fitted extend": (k, v, *fitted(False)),
         "decode_attend fitted": (*one, row, state_under(FITTED, 30).tensors(), 30, 0.25, FITTED.encode()),
         "keep_whole": (k, v, torch.ones(2, k.shape[2], dtype=torch.bool), 30, coded_state(), CODES),
         "join_slots codes": (coded_state(), k, v, 30, CODES),

@@ -9,7 +9,7 @@ import torch
 from kvpass.kernels.after_call.layers import shared_out
 from kvpass.kernels.after_call.reindex import Reindex, reindex
 from kvpass.kernels.budget import kept
-from kvpass.kernels.codecs.ops import encode_fitted, encode_slots, keep_whole
+from kvpass.kernels.codecs.ops import encode_fitted, encode_slots, fit_slots, keep_whole
 from kvpass.kernels.codecs.storage import Storage, coded, fit_fields
 from kvpass.kernels.compact_slots import compact_slots
 from kvpass.kernels.decode_attend import decode_attend
@@ -84,8 +84,8 @@ class Site:
         out, stats, valid = prefill_attend(q, k, v, pos, mask, scale, "", rule, position=position)
         if fits:
             old = [] if first else [keys[name] for name in held]
-            made = encode_fitted(q, *own, valid, self.state.cursor, fits, old, rule)
-            keys |= dict(zip(held, made, strict=True))
+            fit_slots(q, *own, valid, self.state.cursor, fits, rule)
+            keys |= dict(zip(held, encode_fitted(*own, fits, old, rule), strict=True))
         beside: dict[str, Any] = {}
         if self.arrives:
             reads = {"rows", "logits"} & set(self.rule[Scoring].reads)

@@ -20,8 +20,13 @@ FLOAT32, HALF = Entry(64, 64, torch.float32), Entry(128, 128, torch.bfloat16)
 
 def coded_bytes(name: str, width: int, group: int) -> int:
     """Of one vector as codes."""
+    if name == "mixed_2_1":
+        first = math.ceil(width / 2)
+        return coded_bytes("int2", first, group) + math.ceil((width - first) / 8) + 4 * math.ceil(first / group)
     groups = math.ceil(width / group)
     scales = 2 * groups * (2 if name in codes.ASYMMETRIC else 1)
+    if name in codes.LEVELS:
+        return 2 * width if name == "float16" else math.ceil(width / 5) + scales
     return math.ceil(width * codes.bits_of(name) / 8) + scales
 
 
@@ -41,6 +46,30 @@ def test_bytes_of_a_slot(policy: str, statistics: int, columns: int, store: Any,
             slot += coded_bytes(name, width, planned.store.group)
             whole += 36 * width * entry.dtype.itemsize
     apart += whole + (36 * 4 if whole else 0)
+    assert bytes_of(rule_of(planned, entry=entry), entry) == (slot, apart)
+
+
+@pytest.mark.parametrize("entry", [FLOAT32, HALF, Entry(80, 40, torch.float16)], ids=["float32", "bf16", "two widths"])
+@pytest.mark.parametrize(
+    ("fits", "held", "of_head"),
+    [
+        ({"k": "int4", "fit_k": "balance"}, 1.0, lambda d, v: 4 * d),
+        ({"k": "int2", "v": "int2", "fit_k": "range", "fit_v": "range"}, 1.0, lambda d, v: 8 * (d + v)),
+        ({"k": "float16", "fit_k": "channels", "channels": 0.7}, 0.7, lambda d, v: 2 * (7 * d // 10)),
+        ({"k": "int4", "fit_k": "channels", "channels": 0.29}, 0.29, lambda d, v: 2 * (29 * d // 100)),
+        ({"k": "mixed_2_1", "v": "ternary", "fit_k": "spread", "fit_v": "range"}, 1.0, lambda d, v: 10 * d + 8 * v),
+    ],
+    ids=str,
+)
+def test_bytes_of_fits(fits: Any, held: float, of_head: Any, entry: Entry) -> None:
+    """Beside the slots of each head; of channels only those that are kept are in a slot."""
+    spec = {"name": "x", "extends": "h2o", "store": {**fits, "rotate": "none"}}
+    planned = Policy.load(spec).with_budget("20% bytes")
+    width, slot, whole = int(held * entry.d + 1e-9), 8, 0
+    for name, own, full in ((planned.store.k, width, entry.d), (planned.store.v, entry.v, entry.v)):
+        slot += full * entry.dtype.itemsize if name == "dense" else coded_bytes(name, own, 64)
+        whole += 0 if name == "dense" else 36 * full * entry.dtype.itemsize
+    apart = 16 + 36 * 4 + whole + of_head(entry.d, entry.v)
     assert bytes_of(rule_of(planned, entry=entry), entry) == (slot, apart)
 
 

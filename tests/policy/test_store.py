@@ -14,7 +14,11 @@ from kvpass.policy.layers import of_layer
 from kvpass.policy.policy import Policy
 from kvpass.policy.spec import Store
 
-KNOWN = "known: dense, int8, int4, int3, int2, int8_symmetric, int4_symmetric, fp8_e4m3, fp8_e5m2"
+KNOWN = (
+    "known: dense, int8, int4, int3, int2, int8_symmetric, int4_symmetric, fp8_e4m3, fp8_e5m2, float16, ternary, "
+    "mixed_2_1"
+)
+SORTED = {"k": "mixed_2_1", "rotate": "none", "fit_k": "spread"}
 TURNED = "streaming_llm_reindexed"
 
 
@@ -43,6 +47,17 @@ BAD: list[tuple[Any, Any, str, str]] = [
     (spec(extends=TURNED, layers={"0": {"store": "int4"}}), 0.2, "bad value in positions", "store.k: dense"),
     (spec(layers={"0": {"store": "in4"}}), 0.2, "bad value in store.k", "did you mean 'int4'"),
     (spec(layers={"0": {"store": {"group": 0}}}), 0.2, "bad value in store.group", "e.g. 64"),
+    (spec(store={"k": "int4", "fit_k": "ballance"}), 0.2, "in 'store.fit_k'", "'balance'"),
+    (spec(store={"v": "int4", "fit_v": "balance"}), 0.2, "in 'store.fit_v'", "'range'"),
+    (spec(store={"v": "int4", "fit_k": "balance"}), 0.2, "bad value in store.fit_k", "set store.k"),
+    (spec(store={"k": "int4", "fit_v": "range"}), 0.2, "bad value in store.fit_v", "set store.v"),
+    (spec(store={"k": "float16", "fit_k": "channels"}), 0.2, "bad value in store.rotate", "rotate: none"),
+    (spec(store={"k": "float16", "channels": 0.0}), 0.2, "bad value in store.channels", "e.g. 0.6"),
+    (spec(store={"k": "float16", "channels": 1.5}), 0.2, "bad value in store.channels", "e.g. 0.6"),
+    (spec(store="mixed_2_1"), 0.2, "bad value in store.k", "fit_k: spread"),
+    (spec(store={**SORTED, "v": "mixed_2_1"}), 0.2, "bad value in store.v", "ternary"),
+    (spec(store={**SORTED, "k": "int2"}), 0.2, "bad value in store.fit_k", "mixed_2_1"),
+    (spec(store={**SORTED, "rotate": "hadamard"}), 0.2, "bad value in store.rotate", "rotate: none"),
     (spec(unit="bytes", budget=100), None, "bad value in unit", "give a fraction"),
     (spec(unit="bytes"), 100, "bad value in unit", "give a fraction"),
     (spec(budget="20% bytes"), 100, "bad value in unit", "give a fraction"),
