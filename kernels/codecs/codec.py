@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,6 +53,10 @@ class Codec(ABC):
     def mixed(self, weights: Tensor, parts: Sequence[Tensor], width: int, group: int) -> Tensor:
         """float32 [.., G, width]: the vectors of parts [.., n, size], mixed by weights float32 [.., G, n]."""
         return weights @ self.decode(parts, width, group)
+
+    def reading(self, book: Any) -> Codec:
+        """The same with a dictionary (`kvpass.kernels.codecs.sparse.Book`), for those that read one."""
+        return self
 
     def bytes(self, width: int, group: int) -> int:
         """Of one vector, scales included."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from kvpass.kernels.codecs.fits import Fit, Held, fit_of
@@ -11,6 +11,7 @@ from kvpass.kernels.codecs.storage import WHOLE_AT, Storage, coded
 from kvpass.kernels.codecs.whole import found
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.ragged import is_ragged
+from kvpass.kernels.slots.reductions import Slots
 from kvpass.kernels.slots.state import State
 from torch import Tensor
 
@@ -22,9 +23,9 @@ def turned(x: Tensor, half: str, rule: Rule) -> Tensor:
     return rotated(x) if rule[Storage].rotated and half in coded(rule) else x
 
 
-def fit(held: Held, half: str, width: int, rule: Rule, spread: Callable[[Tensor], Tensor] | None = None) -> Fit:
+def fit(held: Held, half: str, width: int, rule: Rule, own: slice | None = None, slots: Slots | None = None) -> Fit:
     """A half's fit, of what a state holds (`fit_of`): one that changes nothing where the rule has none."""
-    return fit_of(held, half, rule[Storage].fit(half), width, spread)
+    return fit_of(held, half, rule[Storage].fit(half), width, own, slots)
 
 
 def encoded(k: Tensor, v: Tensor, held: Held, rule: Rule) -> dict[str, Tensor]:
@@ -34,18 +35,17 @@ def encoded(k: Tensor, v: Tensor, held: Held, rule: Rule) -> dict[str, Tensor]:
     storage, found = rule[Storage], dict[str, Tensor]()
     for half in coded(rule):
         x = (k if half == "k" else v).float()
-        x = turned(fit(held, half, x.shape[-1], rule).entered(x), half, rule)
-        parts = storage.codec_of(half).encode(x, storage.scale_group)
+        own = fit(held, half, x.shape[-1], rule)
+        parts = own.codec(storage.codec_of(half)).encode(turned(own.entered(x), half, rule), storage.scale_group)
         found |= dict(zip(storage.code_fields(half), parts, strict=True))
     return found
 
 
-def decoded(parts: Sequence[Tensor], half: str, width: int, rule: Rule) -> Tensor:
-    """float32 [.., coded] of a half's code fields [.., size], as slots hold it: fitted and `turned`. width: of the
-    model's vectors.
-    """
+def decoded(parts: Sequence[Tensor], half: str, own: Fit, rule: Rule) -> Tensor:
+    """float32 [.., coded] of a half's code fields [.., size], as slots hold it: fitted and `turned`."""
     storage = rule[Storage]
-    return storage.codec_of(half).decode(parts, storage.held_width(half, width), storage.scale_group)
+    codec = own.codec(storage.codec_of(half))
+    return codec.decode(parts, storage.held_width(half, own.width), storage.scale_group)
 
 
 def entries_of(state: State, half: str, rule: Rule) -> Tensor:
@@ -58,8 +58,8 @@ def entries_of(state: State, half: str, rule: Rule) -> Tensor:
     if is_ragged(state.cursor):
         raise ValueError("entries_of: heads of a ragged state lie one behind the other; even it out first")
     parts = [state[name] for name in rule[Storage].code_fields(half)]
-    x = turned(decoded(parts, half, held.shape[3], rule), half, rule)
-    x = fit(state, half, held.shape[3], rule).left(x)
+    own = fit(state, half, held.shape[3], rule)
+    x = own.left(turned(decoded(parts, half, own, rule), half, rule))
     if rule[Storage].whole:
         place, there = found(state[WHOLE_AT][:, :, None], state.pos)
         index = place[..., None].expand(*place.shape, x.shape[-1])

@@ -7,12 +7,14 @@ slots: it is made once (`kvpass.kernels.codecs.fitting`), then frozen, and no sl
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from kvpass.kernels.codecs.codec import Codec
 from kvpass.kernels.codecs.fourier import real_fourier
+from kvpass.kernels.codecs.sparse import Book
+from kvpass.kernels.slots.reductions import Slots
 from torch import Tensor
 
 NONE = "none"
@@ -22,13 +24,17 @@ PARTS: dict[str, tuple[str, ...]] = {
     "range": ("center", "unit"),
     "channels": ("order",),
     "spread": ("order", "center", "unit"),
+    "atoms": ("atoms",),
 }
-"""The tensors of each kind of fit: which entries are picked, in their order; what is taken off; by what is divided."""
+"""The tensors of each kind of fit: which entries are picked, in their order; what is taken off; by what is divided; the
+dictionary of sparse codes.
+"""
 
 START: dict[str, tuple[torch.dtype, Any]] = {
     "order": (torch.int16, "places"),
     "center": (torch.float32, 0.0),
     "unit": (torch.float32, 1.0),
+    "atoms": (torch.float16, 0.0),
 }
 """Their dtypes, and what they hold in a row that has had no call of several tokens: they change nothing."""
 
@@ -46,6 +52,7 @@ class Fit:
     Attributes:
         width: D, entries of a vector as the model has it.
         turned: whether the second half of the picked entries becomes frequencies.
+        book: the dictionary of sparse codes.
     """
 
     width: int
@@ -53,6 +60,11 @@ class Fit:
     order: Tensor | None = None
     center: Tensor | None = None
     unit: Tensor | None = None
+    book: Book | None = None
+
+    def codec(self, codec: Codec) -> Codec:
+        """The same with the dictionary of this fit, if it reads one."""
+        return codec if self.book is None else codec.reading(self.book)
 
     def entered(self, x: Tensor) -> Tensor:
         """float32 [.., n, K] of vectors [.., n, D]: what is coded."""
@@ -88,12 +100,18 @@ class Fit:
         return _forth(x) if self.turned else x
 
 
-def fit_of(held: Held, half: str, kind: str, width: int, spread: Callable[[Tensor], Tensor] | None = None) -> Fit:
-    """That of keys (`k`) or values (`v`) of `width` entries. spread: makes [.., 1 or n, K] of what is held, [B, Hkv, K];
-    None: all n vectors have one.
+def fit_of(held: Held, half: str, kind: str, width: int, own: slice | None = None, slots: Slots | None = None) -> Fit:
+    """That of keys (`k`) or values (`v`) of `width` entries, of vectors [B, Hkv, n, width]. own: some heads of the
+    flattened [B * Hkv], of vectors [heads, n, width]; slots: of vectors that lie in slots, [B, Hkv, C, width].
     """
     parts = {part: held[f"{half}_{part}"] for part in PARTS[kind]}
-    return Fit(width, kind == "spread", **{k: spread(x) if spread else x.unsqueeze(-2) for k, x in parts.items()})
+    if own is not None:
+        parts = {part: x.flatten(0, 1)[own] for part, x in parts.items()}
+    book = None
+    if "atoms" in parts:
+        book = Book(parts.pop("atoms"), slots.picked if slots is not None and slots.ragged else None)
+    spread = {part: x.unsqueeze(-2) if slots is None else slots.owned(x) for part, x in parts.items()}
+    return Fit(width, kind == "spread", **spread, book=book)
 
 
 def first_part(width: int) -> int:

@@ -20,8 +20,8 @@ else be all that a token's scale is for.
 def balance(q: Tensor, x: Tensor, valid: Tensor) -> dict[str, Tensor]:
     """MiKV's balancer (arXiv 2402.18096): keys are divided by sqrt(max |k| / max |q|), channel by channel.
 
-    q: float [B, Hq, S, D], of which neighbours share a head; x: float32 keys [B, Hkv, S, D]; valid: bool [B, S]. float32
-    [B, Hkv, D]; 1 where one of both is 0.
+    q: float [B, Hq, S, D], of which neighbours share a head; x: float32 keys [B, Hkv, S, D]; valid: bool [B, S].
+    float32 [B, Hkv, D]; 1 where one of both is 0.
     """
     hidden = ~valid[:, None, :, None]
     keys = x.abs().masked_fill(hidden, 0.0).amax(2)
@@ -64,8 +64,24 @@ def spread(x: Tensor, valid: Tensor) -> dict[str, Tensor]:
     return {"order": order, **extent(seen, valid)}
 
 
-def fitted(kind: str, q: Tensor, x: Tensor, valid: Tensor, kept: int) -> dict[str, Tensor]:
-    """The parts of a kind of fit; what rows without a token have of it means nothing."""
+def atoms(x: Tensor, valid: Tensor, count: int) -> dict[str, Tensor]:
+    """A dictionary of `count` atoms: vectors of tokens, evenly out of all, of length 1, float16 [B, Hkv, count, K].
+
+    CSR (arXiv 2412.11741) samples a part of its dictionary online.
+    """
+    order, tokens = (~valid).int().argsort(dim=-1, stable=True), valid.sum(-1, keepdim=True)
+    place = order.gather(-1, torch.arange(count, device=x.device) * tokens // count)
+    found = x.gather(2, place[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+    length = found.square().sum(-1, keepdim=True).sqrt()
+    return {"atoms": (found / torch.where(length > 0, length, 1.0)).to(torch.float16)}
+
+
+def fitted(kind: str, q: Tensor, x: Tensor, valid: Tensor, kept: int, count: int = 0) -> dict[str, Tensor]:
+    """The parts of a kind of fit: of `kept` channels, or `count` atoms. What rows without a token have of it means
+    nothing.
+    """
+    if kind == "atoms":
+        return atoms(x, valid, count)
     if kind == "balance":
         return balance(q, x, valid)
     if kind == "range":

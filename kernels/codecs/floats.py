@@ -1,7 +1,7 @@
 """Floating point numbers in torch's own formats: of sixteen bits, or of eight times a scale.
 
-Eight bits as transformers' fp8 caches (one scale for all there, frozen after the first call), but with a scale for each token and
-group, and saturating: torch's cast to e4m3fn is NaN above its largest number.
+Eight bits as transformers' fp8 caches (one scale for all there, frozen after the first call), but with a scale for each
+token and group, and saturating: torch's cast to e4m3fn is NaN above its largest number.
 """
 
 from __future__ import annotations

@@ -39,9 +39,10 @@ def fit_slots(
     for half in coded(plan):
         kind, x = storage.fit(half), (k if half == "k" else v).float()
         if kind != NONE:
-            for part, made in fitted(kind, q, x, valid, storage.held_width(half, x.shape[-1])).items():
+            kept = storage.held_width(half, x.shape[-1])
+            for part, made in fitted(kind, q, x, valid, kept, storage.atoms).items():
                 before = held[f"{half}_{part}"]
-                before.copy_(torch.where(begins[..., None], made, before))
+                before.copy_(torch.where(begins.view(-1, *[1] * (made.dim() - 1)), made, before))
 
 
 def encode_fitted(k: Tensor, v: Tensor, fits: Sequence[Tensor], past: Sequence[Tensor], rule: str) -> list[Tensor]:

@@ -7,6 +7,7 @@ from kvpass.kernels.codecs.codec import Codec
 from kvpass.kernels.codecs.floats import Float8, Float16
 from kvpass.kernels.codecs.integers import Asymmetric, Symmetric
 from kvpass.kernels.codecs.signs import Ternary, TwoAndOne
+from kvpass.kernels.codecs.sparse import Sparse
 
 DENSE = "dense"
 """The name of no codec: numbers as the model has them."""
@@ -23,6 +24,8 @@ _CODECS: tuple[Codec, ...] = (
     Float16(),
     Ternary(),
     TwoAndOne(),
+    Sparse("csr8", 8),
+    Sparse("csr4", 4),
 )
 
 CODECS = {codec.name: codec for codec in _CODECS}

@@ -36,6 +36,7 @@ class Storage(Record):
         whole_sinks: first tokens of each row that are.
         k_fit, v_fit: how vectors are changed before they are coded (`kvpass.kernels.codecs.fits`).
         kept_num, kept_den: share of a key's channels that is coded, where `k_fit` picks `channels`.
+        atoms: of a dictionary, where a fit makes one.
     """
 
     k_as: str = DENSE
@@ -48,12 +49,13 @@ class Storage(Record):
     v_fit: str = NONE
     kept_num: int = 1
     kept_den: int = 1
+    atoms: int = 256
 
     def check(self) -> None:
         one_of(self, "k_as", DENSE, *CODECS)
         one_of(self, "v_as", DENSE, *CODECS)
         one_of(self, "k_fit", *PARTS)
-        one_of(self, "v_fit", NONE, "range")
+        one_of(self, "v_fit", NONE, "range", "atoms")
 
     @property
     def whole(self) -> int:
@@ -84,12 +86,13 @@ class Storage(Record):
             found += [Field(f"{half}_{one.name}", f"BHC{letters[1]}", one.dtype, None, codes=True) for one in scales]
             for part in PARTS[self.fit(half)]:
                 dtype, fill = START[part]
-                found.append(Field(f"{half}_{part}", f"BH{_HELD[half]}", dtype, fill, codes=True))
+                letters = "BHA" if part == "atoms" else "BH"
+                found.append(Field(f"{half}_{part}", f"{letters}{_HELD[half]}", dtype, fill, codes=True))
         return tuple(found)
 
     def sizes(self, widths: dict[str, Any]) -> dict[str, Any]:
         """Sizes of the dims of its fields; widths: D and V."""
-        found: dict[str, Any] = {"W": self.whole}
+        found: dict[str, Any] = {"W": self.whole, "A": self.atoms}
         for half, width in zip(HALVES, (widths["D"], widths["V"]), strict=True):
             codec = self.codec(half)
             if codec is not None:

@@ -35,9 +35,9 @@ def products(
         return torch.baddbmm(queries.new_empty(1), queries, heads.rows(held).float().mT, beta=0, alpha=factor)
     storage, queries = rule[Storage], queries * factor
     parts = [heads.rows(state[name]) for name in storage.code_fields("k")]
-    own = fit(state, "k", held.shape[3], rule, lambda x: _of(x, heads).unsqueeze(-2))
+    own = fit(state, "k", held.shape[3], rule, slice(heads.first, heads.last))
     asked, more = own.asked(queries)
-    logits = storage.codec_of("k").products(turned(asked, "k", rule), parts, storage.scale_group)
+    logits = own.codec(storage.codec_of("k")).products(turned(asked, "k", rule), parts, storage.scale_group)
     logits = logits if more is None else logits + more
     if copies is not None:
         row, slot, place = copies
@@ -60,9 +60,9 @@ def mixed(weights: Tensor, state: State, heads: HeadRange, copies: Copies | None
         weights[row, :, slot] = 0.0
         there = own.new_zeros(len(own), storage.whole, dtype=torch.bool)
         there[row, place] = True  # other places hold anything
-    width = storage.held_width("v", held.shape[3])
-    out = turned(storage.codec_of("v").mixed(weights, parts, width, storage.scale_group), "v", rule)
-    out = fit(state, "v", held.shape[3], rule, lambda x: _of(x, heads).unsqueeze(-2)).left(out, weights)
+    mine = fit(state, "v", held.shape[3], rule, slice(heads.first, heads.last))
+    codec, width = mine.codec(storage.codec_of("v")), storage.held_width("v", held.shape[3])
+    out = mine.left(turned(codec.mixed(weights, parts, width, storage.scale_group), "v", rule), weights)
     return out if own is None else out + torch.bmm(own, _of(held, heads).float().masked_fill(~there[..., None], 0.0))
 
 
@@ -79,15 +79,16 @@ def as_read(x: Tensor, half: str, rule: Rule) -> Tensor:
 
 
 def read_all(state: State, half: str, slots: Slots, rule: Rule) -> Tensor:
-    """Keys (`k`) or values (`v`) in all slots, nothing read back: float32 [B, Hkv, C, width], `as_read`; undefined where
-    nothing is.
+    """Keys (`k`) or values (`v`) in all slots, nothing read back: float32 [B, Hkv, C, width], `as_read`; undefined
+    where nothing is.
     """
     held, pos = state[half], state.pos
     if half not in coded(rule):
         return held.float()
-    x = decoded([state[name] for name in rule[Storage].code_fields(half)], half, held.shape[3], rule)
+    own = fit(state, half, held.shape[3], rule, slots=slots)
+    x = decoded([state[name] for name in rule[Storage].code_fields(half)], half, own, rule)
     if rule[Storage].fit(half) != NONE:
-        x = fit(state, half, held.shape[3], rule, slots.owned).left(turned(x, half, rule))
+        x = own.left(turned(x, half, rule))
     if not rule[Storage].whole:
         return x
     place, there = found(slots.owned(state[WHOLE_AT]), pos)

@@ -175,9 +175,9 @@ def _ragged(policy: Spec) -> bool:
 def _storage(policy: Spec) -> Storage:
     held = policy.store
     kept = _share(held.channels) if held.fit_k == "channels" else (1, 1)
-    storage = Storage(
-        held.k, held.v, held.group, held.rotate == "hadamard", held.residual, held.sinks, held.fit_k, held.fit_v, *kept
-    )
+    count = held.atoms if "atoms" in (held.fit_k, held.fit_v) else Storage().atoms
+    fits = held.fit_k, held.fit_v, *kept, count
+    storage = Storage(held.k, held.v, held.group, held.rotate == "hadamard", held.residual, held.sinks, *fits)
     return storage if storage.coded else Storage()
 
 

@@ -10,6 +10,10 @@ from kvpass.policy.spec import Spec
 
 SORTED = "mixed_2_1"
 """The codec whose bits hang on the order of channels."""
+SPARSE = ("csr8", "csr4")
+"""Those that read a dictionary."""
+MOST_ATOMS = 16_384
+"""The paper's largest; places of atoms, and of unit vectors behind them, are int16."""
 
 
 def fits(p: Spec) -> Iterator[tuple[bool, str, str]]:
@@ -20,6 +24,15 @@ def fits(p: Spec) -> Iterator[tuple[bool, str, str]]:
         fix = f"only codes are fitted: set store.{half}, e.g. to int4, or leave it out"
         yield fitted and not coded, f"store.fit_{half}", fix
     yield not 0 < held.channels <= 1, "store.channels", "give a share above 0, at most 1, e.g. 0.6"
+    yield not 1 <= held.atoms <= MOST_ATOMS, "store.atoms", f"give a number from 1 to {MOST_ATOMS}, e.g. 256"
+    for half in ("k", "v"):
+        sparse, fitted = getattr(held, half) in SPARSE, getattr(held, f"fit_{half}") == "atoms"
+        fix = f"sparse codes are of atoms: set store.fit_{half}: atoms"
+        yield sparse and not fitted, f"store.fit_{half}", fix
+        fix = f"only sparse codes are of atoms: set store.{half}: csr8, or leave it out"
+        yield fitted and not sparse, f"store.fit_{half}", fix
+        fix = "atoms are vectors as the model has them: set store.rotate: none"
+        yield sparse and held.rotate != "none", "store.rotate", fix
     spread = held.fit_k == "spread"
     fix = f"{SORTED} is for channels that were sorted: set store.fit_k: spread, or another codec, e.g. int2"
     yield held.k == SORTED and not spread, "store.k", fix

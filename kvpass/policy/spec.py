@@ -144,16 +144,19 @@ class Store:
     Attributes:
         k, v: how keys and values are held: `dense`, as the model has them; `int8`, `int4`, `int3` or `int2`, codes
             between the lowest and the highest entry of a group; `int8_symmetric`, `int4_symmetric`, around 0;
-            `fp8_e4m3`, `fp8_e5m2`. Scales are float16.
+            `fp8_e4m3`, `fp8_e5m2`; `float16`; `ternary`, three levels; `mixed_2_1`, two bits for one half of the
+            channels, one for the other; `csr8`, `csr4`, so many atoms of a dictionary. Scales are float16.
         rotate: `hadamard`: rotated by Hadamard matrices first, which spreads outliers over a head, or `none`.
         group: neighbouring entries of a head that share a scale.
         residual: the newest so many tokens are held whole as well, and read whole.
         sinks: so are each row's first ones.
         fit_k, fit_v: what the first call makes of each head's vectors before they are coded, from then on: `none`;
             keys are `balance`d against its queries, channel by channel (MiKV); the `range` of each channel becomes the
-            same (KIVI), also of values; only the `channels` that matter most are coded (ThinK); or keys are sorted by
-            `spread`, and what spreads little becomes frequencies (VidKV).
+            same (KIVI), also of values; only the `channels` that matter most are coded (ThinK); keys are sorted by
+            `spread`, and what spreads little becomes frequencies (VidKV); or `atoms` for sparse codes are taken from
+            them, also from values (CSR).
         channels: share of a head's channels that `fit_k: channels` leaves.
+        atoms: how many `atoms` a head's dictionary has.
     """
 
     k: str = "dense"
@@ -162,9 +165,10 @@ class Store:
     group: int = 64
     residual: int = 32
     sinks: int = 4
-    fit_k: Literal["none", "balance", "range", "channels", "spread"] = "none"
-    fit_v: Literal["none", "range"] = "none"
+    fit_k: Literal["none", "balance", "range", "channels", "spread", "atoms"] = "none"
+    fit_v: Literal["none", "range", "atoms"] = "none"
     channels: float = 0.6
+    atoms: int = 256
 
     __pydantic_config__ = _STRICT
 

@@ -232,6 +232,7 @@ FITTED = {
     "channels": Held("float16", "dense", False, 64, 8, 0, "channels"),
     "channels, all codes": Held("int4", "int8", False, 4, 0, 0, "channels"),
     "spread": Held("mixed_2_1", "ternary", False, 8, 8, 0, "spread", "range"),
+    "atoms": Held("csr4", "csr8", False, 64, 8, 2, "atoms", "atoms"),
 }
 RULES = {
     **{f"h2o, {name}": (builtin()["h2o"], held) for name, held in FITTED.items()},
@@ -252,6 +253,8 @@ def stored(rule: Rule, held: Held) -> Rule:
     }
     if held.fit_k == "channels":
         words |= {"kept_num": 3, "kept_den": 5}
+    if held.fit_k == "atoms":
+        words["atoms"] = 20
     return rule.replace(k_as=held.k, v_as=held.v, k_fit=held.fit_k, v_fit=held.fit_v, **words)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from kvpass.kernels.budget import budget
+from kvpass.kernels.codecs.entries import fit
 from kvpass.kernels.codecs.storage import WHOLE_AT, Storage, coded, fit_fields
 from kvpass.kernels.rank.marks import KEEP, MARK
 from kvpass.kernels.rank.places import NUMBER, PLACE, Protected
@@ -122,20 +123,23 @@ def _encode(state: State, rule: Rule, seen: int, g: torch.Generator) -> None:
     `kvpass.kernels.codecs.whole` lays them out.
     """
     storage = rule[Storage]
-    for half in coded(rule):
-        state[half].copy_(torch.randn(state[half].shape, generator=g))
-        width = storage.held_width(half, state[half].shape[3])
-        entries = torch.randn(*state.pos.shape, width, generator=g)
-        entries = entries.masked_fill(state.pos[..., None] < 0, float("nan"))
-        parts = storage.codec_of(half).encode(entries, storage.scale_group)
-        for name, part in zip(storage.code_fields(half), parts, strict=True):
-            state[name].copy_(part)
     for name in fit_fields(rule):
         noise = torch.rand(state[name].shape, generator=g)
         if name.endswith("order"):
             wide = torch.rand(*noise.shape[:2], state[name[0]].shape[3], generator=g)
             noise = wide.argsort(-1)[..., : noise.shape[2]].sort(-1).values
-        state[name].copy_(noise if name.endswith(("order", "center")) else 0.5 + noise)
+        if name.endswith("atoms"):
+            noise = torch.nn.functional.normalize(noise - 0.5, dim=-1)
+        state[name].copy_(0.5 + noise if name.endswith("unit") else noise)
+    for half in coded(rule):
+        state[half].copy_(torch.randn(state[half].shape, generator=g))
+        width = storage.held_width(half, state[half].shape[3])
+        entries = torch.randn(*state.pos.shape, width, generator=g)
+        entries = entries.masked_fill(state.pos[..., None] < 0, float("nan"))
+        codec = fit(state, half, state[half].shape[3], rule).codec(storage.codec_of(half))
+        parts = codec.encode(entries, storage.scale_group)
+        for name, part in zip(storage.code_fields(half), parts, strict=True):
+            state[name].copy_(part)
     for position in range(seen if coded(rule) else 0):
         if position < storage.whole_sinks:
             state[WHOLE_AT][..., position] = position

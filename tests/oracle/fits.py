@@ -69,7 +69,7 @@ def fit_of(kind: str, queries: list[list[Vector]], vectors: list[Vector], share:
 
 
 def extent(vectors: list[Vector], fit: Fit) -> Fit:
-    """The fit with centers and units by which the vectors run from -1 to 1; no unit is below a sixteenth of the mean."""
+    """The fit with centers and units by which the vectors run from -1 to 1; none is below a sixteenth of the mean."""
     ends = [(min(channel), max(channel)) for channel in zip(*vectors, strict=True)]
     fit.centers = [f32(f32(low + high) / 2) for low, high in ends]
     sizes = [f32(f32(high - low) / 2) for low, high in ends]

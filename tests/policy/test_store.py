@@ -16,7 +16,7 @@ from kvpass.policy.spec import Store
 
 KNOWN = (
     "known: dense, int8, int4, int3, int2, int8_symmetric, int4_symmetric, fp8_e4m3, fp8_e5m2, float16, ternary, "
-    "mixed_2_1"
+    "mixed_2_1, csr8, csr4"
 )
 SORTED = {"k": "mixed_2_1", "rotate": "none", "fit_k": "spread"}
 TURNED = "streaming_llm_reindexed"
@@ -57,6 +57,10 @@ BAD: list[tuple[Any, Any, str, str]] = [
     (spec(store="mixed_2_1"), 0.2, "bad value in store.k", "fit_k: spread"),
     (spec(store={**SORTED, "v": "mixed_2_1"}), 0.2, "bad value in store.v", "ternary"),
     (spec(store={**SORTED, "k": "int2"}), 0.2, "bad value in store.fit_k", "mixed_2_1"),
+    (spec(store={"k": "csr8", "rotate": "none"}), 0.2, "bad value in store.fit_k", "fit_k: atoms"),
+    (spec(store={"v": "int4", "fit_v": "atoms"}), 0.2, "bad value in store.fit_v", "store.v: csr8"),
+    (spec(store={"k": "csr4", "fit_k": "atoms"}), 0.2, "bad value in store.rotate", "rotate: none"),
+    (spec(store={"atoms": 0}), 0.2, "bad value in store.atoms", "e.g. 256"),
     (spec(store={**SORTED, "rotate": "hadamard"}), 0.2, "bad value in store.rotate", "rotate: none"),
     (spec(unit="bytes", budget=100), None, "bad value in unit", "give a fraction"),
     (spec(unit="bytes"), 100, "bad value in unit", "give a fraction"),
