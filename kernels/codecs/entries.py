@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from kvpass.kernels.codecs.fits import Fit, Held, fit_of
+from kvpass.kernels.codecs.fits import NONE, Fit, Held, fit_of
 from kvpass.kernels.codecs.hadamard import rotated
-from kvpass.kernels.codecs.storage import WHOLE_AT, Storage, coded
+from kvpass.kernels.codecs.storage import HALVES, WHOLE_AT, Storage, coded, fit_fields
 from kvpass.kernels.codecs.whole import found
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.ragged import is_ragged
@@ -32,13 +32,24 @@ def encoded(k: Tensor, v: Tensor, held: Held, rule: Rule) -> dict[str, Tensor]:
     """The code fields of keys [B, Hkv, n, D] and values [B, Hkv, n, Dv], by name. held: the state, for the fits of its
     heads.
     """
-    storage, found = rule[Storage], dict[str, Tensor]()
+    storage = rule[Storage]
+    alike = storage.k_as == storage.v_as and k.shape == v.shape and not fit_fields(rule)
+    if alike and coded(rule):  # half as many calls: a step is made of them
+        parts = _parts(torch.stack([k, v]), "k", held, rule)
+        return {
+            name: part[at]
+            for at, half in enumerate(HALVES)
+            for name, part in zip(storage.code_fields(half), parts, strict=True)
+        }
+    found = dict[str, Tensor]()
     for half in coded(rule):
-        x = (k if half == "k" else v).float()
-        own = fit(held, half, x.shape[-1], rule)
-        parts = own.codec(storage.codec_of(half)).encode(turned(own.entered(x), half, rule), storage.scale_group)
-        found |= dict(zip(storage.code_fields(half), parts, strict=True))
+        found |= dict(zip(storage.code_fields(half), _parts(k if half == "k" else v, half, held, rule), strict=True))
     return found
+
+
+def _parts(x: Tensor, half: str, held: Held, rule: Rule) -> tuple[Tensor, ...]:
+    storage, own = rule[Storage], fit(held, half, x.shape[-1], rule)
+    return own.codec(storage.codec_of(half)).encode(turned(own.entered(x.float()), half, rule), storage.scale_group)
 
 
 def decoded(parts: Sequence[Tensor], half: str, own: Fit, rule: Rule) -> Tensor:
@@ -46,6 +57,20 @@ def decoded(parts: Sequence[Tensor], half: str, own: Fit, rule: Rule) -> Tensor:
     storage = rule[Storage]
     codec = own.codec(storage.codec_of(half))
     return codec.decode(parts, storage.held_width(half, own.width), storage.scale_group)
+
+
+def as_read(x: Tensor, half: str, rule: Rule) -> Tensor:
+    """float32 [.., width] as `all_decoded` gives that half, and back: what has a fit is as the model has it, for whole
+    copies have all channels; else it is rotated, if the rule says so.
+    """
+    return x if rule[Storage].fit(half) != NONE else turned(x, half, rule)
+
+
+def all_decoded(state: State, half: str, rule: Rule, slots: Slots | None = None) -> Tensor:
+    """float32 [B, Hkv, C, width] of a half's codes in all slots, `as_read`. slots: of a state that may be ragged."""
+    own = fit(state, half, state[half].shape[3], rule, slots=slots)
+    x = decoded([state[name] for name in rule[Storage].code_fields(half)], half, own, rule)
+    return x if rule[Storage].fit(half) == NONE else own.left(turned(x, half, rule))
 
 
 def entries_of(state: State, half: str, rule: Rule) -> Tensor:

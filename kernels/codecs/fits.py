@@ -90,7 +90,7 @@ class Fit:
         y = _back(y) if self.turned else y
         if self.order is None:
             return y
-        return y.new_zeros(*y.shape[:-1], self.width).scatter_(-1, _index(self.order, y), y)
+        return y.new_zeros(*y.shape[:-1], self.width).scatter(-1, _index(self.order, y), y)
 
     def picked(self, x: Tensor) -> Tensor:
         """float32 [.., n, K] of vectors [.., n, D]: entries in their order, frequencies in the place of the last."""
@@ -127,10 +127,10 @@ def _index(order: Tensor, like: Tensor) -> Tensor:
 def _forth(x: Tensor) -> Tensor:
     rest = x.shape[-1] // 2
     first, last = x.split([x.shape[-1] - rest, rest], -1)
-    return torch.cat([first, last @ real_fourier(rest, x.device)], -1)
+    return torch.cat([first, last @ real_fourier(rest, x)], -1)
 
 
 def _back(x: Tensor) -> Tensor:
     rest = x.shape[-1] // 2
     first, last = x.split([x.shape[-1] - rest, rest], -1)
-    return torch.cat([first, last @ real_fourier(rest, x.device).mT], -1)
+    return torch.cat([first, last @ real_fourier(rest, x).mT], -1)

@@ -90,13 +90,15 @@ class Sparse(Codec):
     def decode(self, parts: Sequence[Tensor], width: int, group: int) -> Tensor:
         places, scales = self._of(parts)
         found = [scales[..., at, None] * self.book.rows(places[..., at]) for at in range(self.terms)]
-        return torch.stack(found).sum(0)
+        whole: Tensor = torch.stack(found).sum(0)
+        return whole
 
     def products(self, queries: Tensor, parts: Sequence[Tensor], group: int) -> Tensor:
         places, scales = self._of(parts)
         near = self.book.products(queries)
         at = places.flatten(-2).unsqueeze(-2).expand(*near.shape[:-1], -1)
-        return (near.gather(-1, at).unflatten(-1, (-1, self.terms)) * scales.unsqueeze(-3)).sum(-1)
+        found: Tensor = near.gather(-1, at).unflatten(-1, (-1, self.terms))
+        return (found * scales.unsqueeze(-3)).sum(-1)
 
     def mixed(self, weights: Tensor, parts: Sequence[Tensor], width: int, group: int) -> Tensor:
         places, scales = self._of(parts)

@@ -13,12 +13,12 @@ from kvpass.kernels.attention.masks import by_kv_head, visible
 from kvpass.kernels.attention.observation import Observation, emitted
 from kvpass.kernels.attention.softmax import Softmax
 from kvpass.kernels.attention.visibility import BEFORE, COUNT, END
-from kvpass.kernels.codecs.entries import encoded
+from kvpass.kernels.codecs.entries import as_read, encoded
 from kvpass.kernels.codecs.storage import coded
 from kvpass.kernels.codecs.whole import keep_whole
 from kvpass.kernels.decode_attend.call import Call, Token, lowest
 from kvpass.kernels.decode_attend.device_victim import evict
-from kvpass.kernels.decode_attend.slot_entries import as_read, read_all
+from kvpass.kernels.decode_attend.slot_entries import read_all
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.cursor import FREE, LIVE, SEEN
 from kvpass.kernels.slots.reductions import Slots

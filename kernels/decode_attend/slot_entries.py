@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-from kvpass.kernels.codecs.entries import decoded, fit, turned
-from kvpass.kernels.codecs.fits import NONE
+from kvpass.kernels.codecs.entries import all_decoded, as_read, fit, turned
 from kvpass.kernels.codecs.storage import WHOLE_AT, Storage, coded
-from kvpass.kernels.codecs.whole import found, listed
-from kvpass.kernels.decode_attend.step import HeadRange
+from kvpass.kernels.codecs.whole import counted, found, listed
+from kvpass.kernels.decode_attend.step import HeadRange, StepFacts
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.reductions import Slots
 from kvpass.kernels.slots.state import State
@@ -17,10 +16,12 @@ Copies = tuple[Tensor, Tensor, Tensor]
 """Heads and slots that have a whole copy, and its place: int64 [copies] each."""
 
 
-def copies_of(state: State, heads: HeadRange, rule: Rule) -> Copies | None:
+def copies_of(state: State, heads: HeadRange, facts: StepFacts, rule: Rule) -> Copies | None:
     """Of some heads' used slots; None where nothing is held whole beside codes."""
     if not coded(rule) or not rule[Storage].whole:
         return None
+    if isinstance(facts.first, int) and not facts.parted:
+        return counted(heads.cells(state.pos), facts.first, facts.position, rule)
     return listed(_of(state[WHOLE_AT], heads), heads.cells(state.pos), rule)
 
 
@@ -58,24 +59,23 @@ def mixed(weights: Tensor, state: State, heads: HeadRange, copies: Copies | None
         own[row, :, place] = weights[row, :, slot]
         weights = weights.clone()
         weights[row, :, slot] = 0.0
-        there = own.new_zeros(len(own), storage.whole, dtype=torch.bool)
-        there[row, place] = True  # other places hold anything
     mine = fit(state, "v", held.shape[3], rule, slice(heads.first, heads.last))
     codec, width = mine.codec(storage.codec_of("v")), storage.held_width("v", held.shape[3])
     out = mine.left(turned(codec.mixed(weights, parts, width, storage.scale_group), "v", rule), weights)
-    return out if own is None else out + torch.bmm(own, _of(held, heads).float().masked_fill(~there[..., None], 0.0))
+    if own is None or copies is None:
+        return out
+    values = _of(held, heads).float()
+    if len(copies[0]) < own.shape[0] * own.shape[2]:  # what has gone may be infinite, and 0 times that is no number
+        row, _, place = copies
+        there = own.new_zeros(len(own), storage.whole, dtype=torch.bool)
+        there[row, place] = True
+        values = values.masked_fill(~there[..., None], 0.0)
+    return torch.baddbmm(out, own, values)
 
 
 def _of(x: Tensor, heads: HeadRange) -> Tensor:
     """What belongs to some heads, of x [B, Hkv, ..]."""
     return x.flatten(0, 1)[heads.first : heads.last]
-
-
-def as_read(x: Tensor, half: str, rule: Rule) -> Tensor:
-    """float32 [.., width] as `read_all` gives that half, and back: what has a fit is as the model has it, else rotated,
-    if the rule says so.
-    """
-    return x if rule[Storage].fit(half) != NONE else turned(x, half, rule)
 
 
 def read_all(state: State, half: str, slots: Slots, rule: Rule) -> Tensor:
@@ -85,10 +85,7 @@ def read_all(state: State, half: str, slots: Slots, rule: Rule) -> Tensor:
     held, pos = state[half], state.pos
     if half not in coded(rule):
         return held.float()
-    own = fit(state, half, held.shape[3], rule, slots=slots)
-    x = decoded([state[name] for name in rule[Storage].code_fields(half)], half, own, rule)
-    if rule[Storage].fit(half) != NONE:
-        x = own.left(turned(x, half, rule))
+    x = all_decoded(state, half, rule, slots)
     if not rule[Storage].whole:
         return x
     place, there = found(slots.owned(state[WHOLE_AT]), pos)

@@ -123,14 +123,7 @@ def _encode(state: State, rule: Rule, seen: int, g: torch.Generator) -> None:
     `kvpass.kernels.codecs.whole` lays them out.
     """
     storage = rule[Storage]
-    for name in fit_fields(rule):
-        noise = torch.rand(state[name].shape, generator=g)
-        if name.endswith("order"):
-            wide = torch.rand(*noise.shape[:2], state[name[0]].shape[3], generator=g)
-            noise = wide.argsort(-1)[..., : noise.shape[2]].sort(-1).values
-        if name.endswith("atoms"):
-            noise = torch.nn.functional.normalize(noise - 0.5, dim=-1)
-        state[name].copy_(0.5 + noise if name.endswith("unit") else noise)
+    fill_fits(state, rule, g)
     for half in coded(rule):
         state[half].copy_(torch.randn(state[half].shape, generator=g))
         width = storage.held_width(half, state[half].shape[3])
@@ -145,6 +138,18 @@ def _encode(state: State, rule: Rule, seen: int, g: torch.Generator) -> None:
             state[WHOLE_AT][..., position] = position
         if storage.residual:
             state[WHOLE_AT][..., storage.whole_sinks + position % storage.residual] = position
+
+
+def fill_fits(state: State, rule: Rule, g: torch.Generator) -> None:
+    """Fits as some prompt may have made them."""
+    for name in fit_fields(rule):
+        noise = torch.rand(state[name].shape, generator=g)
+        if name.endswith("order"):
+            wide = torch.rand(*noise.shape[:2], state[name[0]].shape[3], generator=g)
+            noise = wide.argsort(-1)[..., : noise.shape[2]].sort(-1).values
+        if name.endswith("atoms"):
+            noise = torch.nn.functional.normalize(noise - 0.5, dim=-1)
+        state[name].copy_(0.5 + noise if name.endswith("unit") else noise)
 
 
 def _protected_first(middle: Tensor, held: int, rule: Rule) -> Tensor:
