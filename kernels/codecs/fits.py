@@ -8,6 +8,7 @@ slots: it is made once (`kvpass.kernels.codecs.fitting`), then frozen, and no sl
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -104,6 +105,8 @@ def fit_of(held: Held, half: str, kind: str, width: int, own: slice | None = Non
     """That of keys (`k`) or values (`v`) of `width` entries, of vectors [B, Hkv, n, width]. own: some heads of the
     flattened [B * Hkv], of vectors [heads, n, width]; slots: of vectors that lie in slots, [B, Hkv, C, width].
     """
+    if kind == NONE:
+        return _plain(width) if type(width) is int else Fit(width)
     parts = {part: held[f"{half}_{part}"] for part in PARTS[kind]}
     if own is not None:
         parts = {part: x.flatten(0, 1)[own] for part, x in parts.items()}
@@ -112,6 +115,12 @@ def fit_of(held: Held, half: str, kind: str, width: int, own: slice | None = Non
         book = Book(parts.pop("atoms"), slots.picked if slots is not None and slots.ragged else None)
     spread = {part: x.unsqueeze(-2) if slots is None else slots.owned(x) for part, x in parts.items()}
     return Fit(width, kind == "spread", **spread, book=book)
+
+
+@lru_cache(maxsize=64)
+def _plain(width: int) -> Fit:
+    """What changes nothing; made once, because steps ask for it."""
+    return Fit(width)
 
 
 def first_part(width: int) -> int:

@@ -174,11 +174,19 @@ def _ragged(policy: Spec) -> bool:
 
 def _storage(policy: Spec) -> Storage:
     held = policy.store
-    kept = _share(held.channels) if held.fit_k == "channels" else (1, 1)
-    count = held.atoms if "atoms" in (held.fit_k, held.fit_v) else Storage().atoms
-    fits = held.fit_k, held.fit_v, *kept, count
-    storage = Storage(held.k, held.v, held.group, held.rotate == "hadamard", held.residual, held.sinks, *fits)
+    storage = Storage(held.k, held.v, held.group, held.rotate == "hadamard", held.residual, held.sinks, **_fits(policy))
     return storage if storage.coded else Storage()
+
+
+def _fits(policy: Spec) -> dict[str, Any]:
+    """The words of `Storage` that say how vectors are fitted."""
+    held = policy.store
+    found: dict[str, Any] = {"k_fit": held.fit_k, "v_fit": held.fit_v}
+    if held.fit_k == "channels":
+        found["kept_num"], found["kept_den"] = _share(held.channels)
+    if "atoms" in (held.fit_k, held.fit_v):
+        found["atoms"] = held.atoms
+    return found
 
 
 def _layer(policy: Spec, layer: int, layers: int) -> Layer:

@@ -18,15 +18,15 @@ MOST_ATOMS = 16_384
 
 def fits(p: Spec) -> Iterator[tuple[bool, str, str]]:
     """Whether a rule is broken, the field, and the fix."""
-    held = p.store
+    held, codecs = p.store, {"k": p.store.k, "v": p.store.v}
     for half in ("k", "v"):
-        fitted, coded = getattr(held, f"fit_{half}") != NONE, getattr(held, half) != DENSE
+        fitted, coded = getattr(held, f"fit_{half}") != NONE, codecs[half] != DENSE
         fix = f"only codes are fitted: set store.{half}, e.g. to int4, or leave it out"
         yield fitted and not coded, f"store.fit_{half}", fix
     yield not 0 < held.channels <= 1, "store.channels", "give a share above 0, at most 1, e.g. 0.6"
     yield not 1 <= held.atoms <= MOST_ATOMS, "store.atoms", f"give a number from 1 to {MOST_ATOMS}, e.g. 256"
     for half in ("k", "v"):
-        sparse, fitted = getattr(held, half) in SPARSE, getattr(held, f"fit_{half}") == "atoms"
+        sparse, fitted = codecs[half] in SPARSE, getattr(held, f"fit_{half}") == "atoms"
         fix = f"sparse codes are of atoms: set store.fit_{half}: atoms"
         yield sparse and not fitted, f"store.fit_{half}", fix
         fix = f"only sparse codes are of atoms: set store.{half}: csr8, or leave it out"
@@ -35,10 +35,10 @@ def fits(p: Spec) -> Iterator[tuple[bool, str, str]]:
         yield sparse and held.rotate != "none", "store.rotate", fix
     spread = held.fit_k == "spread"
     fix = f"{SORTED} is for channels that were sorted: set store.fit_k: spread, or another codec, e.g. int2"
-    yield held.k == SORTED and not spread, "store.k", fix
-    yield held.v == SORTED, "store.v", f"values are not sorted, which {SORTED} is for: e.g. ternary"
+    yield codecs["k"] == SORTED and not spread, "store.k", fix
+    yield codecs["v"] == SORTED, "store.v", f"values are not sorted, which {SORTED} is for: e.g. ternary"
     yield (
-        spread and held.k != SORTED,
+        spread and codecs["k"] != SORTED,
         "store.fit_k",
         f"only {SORTED} tells sorted channels apart: set store.k, or range",
     )

@@ -220,7 +220,9 @@ def test_examples_of_the_reference_load(tmp_path: Path):
     assert (mine.observe, mine.statistic, mine.pool) == (snapkv.observe, snapkv.statistic, snapkv.pool)
     assert (mine.protect.sinks, mine.protect.recent, mine.allocate.heads, mine.min_slots) == (4, 32, "flat", 96)
     assert mine.weight is not None
-    (tmp_path / "merging.yaml").write_text(blocks[3])
+    (tmp_path / "fitted.yaml").write_text(blocks[3])
+    assert Policy.load(tmp_path / "fitted.yaml").store.fit_k == "range"
+    (tmp_path / "merging.yaml").write_text(blocks[4])
     assert Policy.load(tmp_path / "merging.yaml").evicted == Evicted(
         Merge(halves="both", weight="cosine", threshold=0.7)
     )
