@@ -19,12 +19,14 @@ MOST_ATOMS = 16_384
 def fits(p: Spec) -> Iterator[tuple[bool, str, str]]:
     """Whether a rule is broken, the field, and the fix."""
     held, codecs = p.store, {"k": p.store.k, "v": p.store.v}
+    yield not 0 < held.channels <= 1, "store.channels", "give a share above 0, at most 1, e.g. 0.6"
+    yield not 1 <= held.atoms <= MOST_ATOMS, "store.atoms", f"give a number from 1 to {MOST_ATOMS}, e.g. 256"
+    if {*codecs.values()} == {DENSE}:  # a layer that is taken out by `store: dense`: nothing is fitted
+        return
     for half in ("k", "v"):
         fitted, coded = getattr(held, f"fit_{half}") != NONE, codecs[half] != DENSE
         fix = f"only codes are fitted: set store.{half}, e.g. to int4, or leave it out"
         yield fitted and not coded, f"store.fit_{half}", fix
-    yield not 0 < held.channels <= 1, "store.channels", "give a share above 0, at most 1, e.g. 0.6"
-    yield not 1 <= held.atoms <= MOST_ATOMS, "store.atoms", f"give a number from 1 to {MOST_ATOMS}, e.g. 256"
     for half in ("k", "v"):
         sparse, fitted = codecs[half] in SPARSE, getattr(held, f"fit_{half}") == "atoms"
         fix = f"sparse codes are of atoms: set store.fit_{half}: atoms"
@@ -37,11 +39,8 @@ def fits(p: Spec) -> Iterator[tuple[bool, str, str]]:
     fix = f"{SORTED} is for channels that were sorted: set store.fit_k: spread, or another codec, e.g. int2"
     yield codecs["k"] == SORTED and not spread, "store.k", fix
     yield codecs["v"] == SORTED, "store.v", f"values are not sorted, which {SORTED} is for: e.g. ternary"
-    yield (
-        spread and codecs["k"] != SORTED,
-        "store.fit_k",
-        f"only {SORTED} tells sorted channels apart: set store.k, or range",
-    )
+    fix = f"only {SORTED} tells sorted channels apart: set store.k: {SORTED}, or store.fit_k: range"
+    yield spread and codecs["k"] != SORTED, "store.fit_k", fix
     fix = "a rotation would mix the channels that were sorted: set store.rotate: none"
     yield spread and held.rotate != "none", "store.rotate", fix
     picked = held.fit_k == "channels" and held.rotate != "none"

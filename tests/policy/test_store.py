@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import yaml
+from kvpass.kernels.codecs.storage import Storage, fit_fields
 from models.refused import refused
 
 from kvpass.api.cli import main
+from kvpass.plan.rule import rule_of
 from kvpass.policy.layers import of_layer
 from kvpass.policy.policy import Policy
 from kvpass.policy.spec import Store
@@ -128,6 +130,16 @@ def test_what_extends_makes_of_a_store(tmp_path: Path) -> None:
         mine = Policy.load({"name": "mine", "extends": str(path), "store": own})
         assert mine.store == held
         assert mine.score == Policy.load("snapkv").score
+
+
+def test_layers_are_taken_out_of_fits() -> None:
+    """`store: dense` over a preset with fits leaves nothing of them in a layer's rule."""
+    for name in ("kivi", "think", "vidkv", "csr"):
+        policy = Policy.load({"name": "mine", "extends": name, "layers": {"0": {"store": "dense"}}})
+        policy = policy.with_budget(None if policy.keeps_all else 0.2)
+        assert fit_fields(rule_of(policy, 1, 4))
+        assert not rule_of(policy, 0, 4)[Storage].coded
+        assert rule_of(policy, 0, 4)[Storage] == Storage()
 
 
 def test_layers_hold_what_they_say() -> None:
