@@ -31,7 +31,7 @@ def test_a_record_checks_its_words(words: dict[str, str], text: str) -> None:
 
 
 def test_a_word_that_nobody_says() -> None:
-    with pytest.raises(TypeError, match="no record of a rule says 'taper': known are apart, beta"):
+    with pytest.raises(TypeError, match="no record of a rule says 'taper': known are apart, atoms, beta"):
         Rule(taper=20)
 
 
