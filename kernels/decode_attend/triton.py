@@ -130,7 +130,7 @@ def _prepare(token: Token, state: State, call: Call) -> _Step:
     heads, dim, wide, rows = q.shape[1], q.shape[3], state.v.shape[3], batch * kv_heads
     held, whole = stored(plan, dim, wide), power_of_two(heads // kv_heads)
     group, looks, together = heads // kv_heads, observes(plan), plan.evicts and plan[Ranking].together
-    config, fixed = _config(max(held["BD"], held["BDV"]), q.element_size(), on), constants(plan)
+    config, fixed = _config(max(held["BD"], held["BDV"]), q.element_size(), on, bool(coded(plan))), constants(plan)
     # heads of one length need one wave of programs; of unequal ones, a few, so that none is long
     waves = 4 if plan[Ragged].ragged else 1
     block, splits = _block(plan, whole, on), _splits(rows, slots, config["BN"], on, waves)
@@ -210,11 +210,13 @@ def _splits(rows: int, slots: int, block: int, on: Target, waves: int = 1) -> in
     return full[0] if full else max(tried, key=busy) if waves == 1 else tried[-1]
 
 
-def _config(dim: int, bytes_each: int, on: Target) -> dict[str, int]:
-    """Pinned block size of split_kernel by head dim and element size. Not tuned on hardware."""
+def _config(dim: int, bytes_each: int, on: Target, codes: bool) -> dict[str, int]:
+    """Pinned block size of split_kernel by columns and element size. Codes take registers until they are numbers. Not
+    tuned on hardware.
+    """
     if on.kind == "interpret":
         return {"BN": 16, "num_warps": 4, "num_stages": 1}
-    large = dim > 128 or bytes_each > 2
+    large = dim > (64 if codes else 128) or bytes_each > 2
     huge = dim > 128 and bytes_each > 2
     stages = 1 if on.kind == "hip" else 3 if on.roomy and not huge else 2
     return {"BN": 16 if huge else 32 if large else 64, "num_warps": 4, "num_stages": stages}

@@ -37,8 +37,10 @@ def codes_of(p_row, o_x, m_x, WIDTH: tl.constexpr, BITS: tl.constexpr):
     """Codes of entries o_x of vectors whose first byte is at p_row: int32."""
     if BITS == 3:  # a run of 2 bits and one of 1
         b_high = run_of(p_row + (WIDTH * 2 + 7) // 8, o_x, m_x, WIDTH, 1)
-        return run_of(p_row, o_x, m_x, WIDTH, 2) | (b_high << 2)
-    return run_of(p_row, o_x, m_x, WIDTH, BITS)
+        b_x = run_of(p_row, o_x, m_x, WIDTH, 2) | (b_high << 2)
+    else:
+        b_x = run_of(p_row, o_x, m_x, WIDTH, BITS)
+    return b_x
 
 
 @triton.jit
@@ -47,13 +49,15 @@ def number_of(b_x, AS: tl.constexpr, BITS: tl.constexpr):
     another bias), so no target needs to know them.
     """
     if AS == "e5m2":
-        return (b_x << 8).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-    if AS == "e4m3":
+        b_number = (b_x << 8).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    elif AS == "e4m3":
         b_half = ((b_x & 0x80) << 8) | ((b_x & 0x7F) << 7)
-        return b_half.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
-    if AS == "middle":
-        b_x = b_x - ((1 << (BITS - 1)) - 1)
-    return b_x.to(tl.float32)
+        b_number = b_half.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    elif AS == "middle":
+        b_number = (b_x - ((1 << (BITS - 1)) - 1)).to(tl.float32)
+    else:
+        b_number = b_x.to(tl.float32)
+    return b_number
 
 
 @triton.jit
@@ -88,14 +92,15 @@ def tile(
     """
     if AS == "dense":
         p_n = p_x + tl.cast(i_n, tl.int64) * WIDTH + (o_t[:, None] * WIDTH + o_x[None, :])
-        return tl.load(p_n, mask=m_n[:, None] & m_x[None, :], other=0.0)
-    first = zero + i_n
-    b_x = decoded(p_codes, p_scale, p_low, first, o_t, m_n, WIDTH, BX, AS, BITS, GROUP, EACH)
-    b_x = b_x.to(p_x.dtype.element_ty)
-    if COPIES > 0:
-        b_place = tl.load(p_place + first + o_t, mask=m_n, other=-1)[:, None]
-        b_whole = tl.load(p_x + (b_place * WIDTH + o_x[None, :]), mask=(b_place >= 0) & m_x[None, :], other=0.0)
-        b_x = tl.where(b_place >= 0, b_whole, b_x)
+        b_x = tl.load(p_n, mask=m_n[:, None] & m_x[None, :], other=0.0)
+    else:
+        first = zero + i_n
+        b_x = decoded(p_codes, p_scale, p_low, first, o_t, m_n, WIDTH, BX, AS, BITS, GROUP, EACH)
+        b_x = b_x.to(p_x.dtype.element_ty)
+        if COPIES > 0:
+            b_place = tl.load(p_place + first + o_t, mask=m_n, other=-1)[:, None]
+            b_whole = tl.load(p_x + (b_place * WIDTH + o_x[None, :]), mask=(b_place >= 0) & m_x[None, :], other=0.0)
+            b_x = tl.where(b_place >= 0, b_whole, b_x)
     return b_x
 
 

@@ -156,7 +156,7 @@ def test_a_wrong_number_shows() -> None:
     right = decode_attend_triton(*new, None, state.clone().tensors(), SEEN, SCALE, rule.encode())
     for name in ("k_codes", "k_scale", "v_codes", "v_scale", "v_low", WHOLE_AT, "k", "v"):
         wrong = state.clone()
-        wrong[name].copy_(wrong[name].flip(2))
+        wrong[name].copy_(wrong[name].flip(-1))
         out = decode_attend_triton(*new, None, wrong.tensors(), SEEN, SCALE, rule.encode())
         assert (out - right).abs().max() > 10 * TOLERANCES[torch.float32][0], name
 
