@@ -1,5 +1,5 @@
-"""Slots that hold codes, around decode_attend's kernels: which codecs these read, and in which words; what torch does to
-a step's token before they run. Nothing is read back.
+"""Slots that hold codes, around decode_attend's kernels: which codecs these read, in which constants; and what torch
+does to a step's token before they run. Nothing is read back.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ READ = {
     "fp8_e4m3": ("e4m3", 8),
     "fp8_e5m2": ("e5m2", 8),
 }
-"""The codecs that the kernels read: how (`triton_codes.number_of`; `low`: from a lowest number on), and bits of a code."""
+"""The codecs that the kernels read: how (`triton_codes.number_of`; `low` adds a lowest number), and bits of a code."""
 
 
 def readable(storage: Storage) -> bool:
@@ -84,7 +84,7 @@ class Entered(NamedTuple):
     """Codes, scales and lowest numbers of keys, then of values; None for what there is not."""
 
 
-NO_CODES: tuple[None, ...] = (None,) * 6
+NO_CODES: tuple[Tensor | None, ...] = (None,) * 6
 
 
 def enter(token: Token, state: State, call: Call) -> Entered:

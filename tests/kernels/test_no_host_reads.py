@@ -68,16 +68,17 @@ def test_a_step(name: str) -> None:
             if supports(token, state, call):
                 with record(H100) as launches:
                     decode_attend_triton(token, state, call)
-                assert [launch.kernel.__name__ for launch in launches][:2] == ["split_kernel", "ending_kernel"]
+                names = [launch.kernel.__name__ for launch in launches if launch.kernel.__name__ != "places_kernel"]
+                assert names[:2] == ["split_kernel", "ending_kernel"]
 
 
 MERGING = {name for name, rule in builtin().items() if rule[Merge].steps}
 CODED = {name for name, rule in builtin().items() if coded(rule)}
 
 
-def test_triton_takes_all_but_rings_merges_and_codes() -> None:
+def test_triton_takes_all_but_rings_and_merges() -> None:
     given_up = {name for name, rule in builtin().items() if not supports(*given(rule, "none", False))}
-    assert given_up == {"cascading"} | MERGING | CODED
+    assert given_up == {"cascading"} | MERGING
     assert {"merging", "cam", "d2o", "razor_attention"} <= MERGING
     assert {"turbo", "snapkv_int4", "h2o_int8"} <= CODED
 
