@@ -20,7 +20,7 @@ from kvpass.kernels.decode_attend.call import Call, Token
 from kvpass.kernels.rank.criterion import Ranking
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.ragged import Ragged
-from kvpass.kernels.slots.state import State
+from kvpass.kernels.slots.state import FIELDS, State
 from kvpass.kernels.slots.statistics import Statistics
 from kvpass.kernels.triton_shared.triton_launch import (
     Target,
@@ -53,7 +53,8 @@ def decode_attend_triton(token: Token, state: State, call: Call) -> Tensor:
     """See `kvpass.kernels.decode_attend.decode_attend`. The state tensors are contiguous."""
     if call.softmax.beside is not None:
         raise ValueError('decode_attend: the triton kernel knows no memory keys; use("reference")')
-    rule, dtype, keys, values, codes = call.rule, token.q.dtype, state.k, state.v, NO_CODES
+    rule, dtype, codes = call.rule, token.q.dtype, NO_CODES
+    keys, values, *held = state.tensors()[: len(FIELDS)]
     if coded(rule):
         token, keys, values, codes = enter(token, state, call)
     q, k, v, arrive = token
@@ -70,7 +71,7 @@ def decode_attend_triton(token: Token, state: State, call: Call) -> Tensor:
     if step.places:
         place = torch.empty_like(state.pos)
         step.places.launch((state.pos, state[WHOLE_AT], state.cursor, place), (state.slots,))
-    shared = hidden["p_mask"], bounds, at, state.pos, state.stats, state.cursor, scratch, whole
+    shared = hidden["p_mask"], bounds, at, *held, scratch, whole
     s_nb = 0 if bounds is None or bounds.shape[0] == 1 else bounds.stride(0)
     s_tb = 0 if tokens is None or tokens.shape[0] == 1 else tokens.stride(0)
     numbers = hidden["s_mb"], hidden["s_mh"], hidden["s_mt"], s_nb, 0 if at is not None else call.position
