@@ -114,15 +114,23 @@ def test_the_op_on_fake_cuda_tensors(name: str) -> None:
     assert out.shape == (2, 4, 1, 16)
 
 
-@pytest.mark.parametrize("name", ["cascading", "h2o", "ada_snapkv", *sorted(MERGING | CODED)])
-def test_torch_on_fake_tensors(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        *((name, decode_attend_device) for name in ("cascading", "h2o", "ada_snapkv", *sorted(MERGING | CODED))),
+        *((name, decode_attend_triton) for name in sorted(CODED)),
+    ],
+)
+def test_torch_on_fake_tensors(name: str, step: Callable[..., Tensor]) -> None:
+    """What torch does of a step; Triton's launches are recorded."""
+
     def run(
         q: Tensor, k: Tensor, v: Tensor, mask: None, state: list[Tensor], position: int, scale: float, rule: str,
         *, arrive: Tensor | None, **told: Any,
     ) -> Tensor:  # fmt: skip
         plan = Rule.parse(rule)
         call = Call.of_step(mask, position, Softmax(scale), plan, **told)
-        return decode_attend_device(Token(q, k, v, arrive), State.of(state, plan), call)
+        return step(Token(q, k, v, arrive), State.of(state, plan), call)
 
     assert faked(name, "cpu", run).shape == (2, 4, 1, 16)
 
