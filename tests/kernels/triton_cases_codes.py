@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from interpreted import INTERPRETED, SCALE, SINKS, decode_attend_reference, decode_attend_triton
+from kvpass.kernels import choose
 from kvpass.kernels.attention.softmax import Softmax
 from kvpass.kernels.codecs.registry import CODECS
 from kvpass.kernels.codecs.storage import WHOLE_AT, Storage
@@ -25,6 +26,9 @@ from kvpass.kernels.slots.cursor import SEEN as TOKENS_SEEN
 from kvpass.kernels.slots.state import State
 from kvpass.kernels.testing import TOLERANCES, assert_close, qkv
 from models.states import arriving, builtin, held, same, state_under
+from oracle.ops import Site
+from test_coded_slots import INT4, Chat, exactly
+from test_coded_slots import STORES as HELD
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
 
@@ -98,12 +102,16 @@ def test_store(store: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["full", "snapkv", "roco", "streaming_llm", "ada_snapkv", "nacl", "tova", "criticalkv"]
+    "name",
+    [
+        *("full", "roco", "ada_snapkv", "tova"),
+        *(pytest.param(name, marks=pytest.mark.wide) for name in ("snapkv", "streaming_llm", "nacl", "criticalkv")),
+    ],
 )
 def test_policy(name: str) -> None:
     """Every way to score, and heads of unequal lengths."""
     rule = builtin()[name].replace(**STORES["int4 turned"])
-    run(rule, "bias" if name in ("roco", "ada_snapkv") else "window at", 3)
+    run(rule, "bias" if name in ("roco", "ada_snapkv") else "window at")
 
 
 @pytest.mark.parametrize("store", ["int8", "int2 turned, no copies", "fp8"])
@@ -154,6 +162,23 @@ def test_rows_that_begin_with_steps(residual: int) -> None:
         rows = slice(0, 2 if position >= 2 else 1)  # what padding gets means nothing
         assert_close(x[rows], y[rows], what=f"out at step {position}")
         assert torch.equal(got[WHOLE_AT], want[WHOLE_AT])
+
+
+class InTriton(Site):
+    """A layer whose steps run in Triton, its other calls as on this device."""
+
+    def one(self, *args: Any) -> Tensor:
+        with choose.use("triton"):
+            return super().one(*args)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the simulation's tensors are the CPU's")
+@pytest.mark.parametrize("policy", ["h2o", pytest.param("ada_snapkv", marks=pytest.mark.wide)])
+def test_against_a_simulation(policy: str) -> None:
+    """A padded prompt, steps, a second turn, a step: as a simulation that holds every token says, in float64."""
+    chat = Chat(policy, 16 if policy == "h2o" else 40, INT4 if policy == "h2o" else HELD["fp8"], site=InTriton)
+    chat.converse([(44, 3), (3, 1)], [44, 31])
+    exactly(chat)
 
 
 def test_a_wrong_number_shows() -> None:
