@@ -48,7 +48,7 @@ def decode_attend_device(token: Token, state: State, call: Call) -> Tensor:
     at = call.at
     now = torch.full((1, 1, 1), call.position, dtype=torch.int32, device=cursor.device)
     now = now if at is None else at.view(1, 1, 1).int()
-    arrived = _arrived(call, now)
+    arrived = arrived_rows(call, now)
     _check(call, now, state, slots)
     live, free = cursor[..., LIVE, None], cursor[..., FREE, None]
     offset = slots.offset
@@ -69,7 +69,7 @@ def decode_attend_device(token: Token, state: State, call: Call) -> Tensor:
     return out
 
 
-def _arrived(call: Call, now: Tensor) -> Tensor:
+def arrived_rows(call: Call, now: Tensor) -> Tensor:
     """Whether each row's own token is shown to its query in some head: bool [1 or B, 1, 1]."""
     if call.mask is not None:
         wide = call.mask.shape[-1] > 1

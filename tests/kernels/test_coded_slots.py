@@ -304,13 +304,25 @@ def test_a_device_that_reads_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         decode_attend_device(token, state_under(rule, SEEN), call)
 
 
-def test_cuda_runs_what_knows_codes() -> None:
-    """Triton's kernels know no codes, and say so."""
+def cuda_runs(rule: Rule, dim: int = 16) -> Callable[..., Any]:
+    given = Token(*qkv(2, 4, 2, 1, dim, keys=1)), state_under(rule, SEEN, dim), Call(None, SEEN, Softmax(0.3), rule)
+    return choose.kernel("decode_attend", torch.device("cuda"), *given)
+
+
+def test_cuda_runs_what_knows_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's kernels, but for rings, fits, codecs that they were not told of, groups that spread too wide."""
     pytest.importorskip("triton", reason="triton is not installed")
-    for rule, held in RULES.values():
-        plan = stored(rule, held)
-        given = Token(*qkv(2, 4, 2, 1, 16, keys=1)), state_under(plan, SEEN), Call(None, SEEN, Softmax(0.3), plan)
-        assert choose.kernel("decode_attend", torch.device("cuda"), *given) is decode_attend_device
+    from kvpass.kernels.decode_attend import triton, triton_stored
+
+    for name, (rule, held) in RULES.items():
+        plain = name != "cascading" and (held.fit_k, held.fit_v) == ("none", "none")
+        expected = triton.decode_attend_triton if plain else decode_attend_device
+        assert cuda_runs(stored(rule, held)) is expected, name
+    odd = stored(builtin()["full"], Held("int4", "int4", True, 5, 8, 3))
+    assert cuda_runs(odd, 80) is triton.decode_attend_triton
+    assert cuda_runs(odd, 256) is decode_attend_device
+    monkeypatch.delitem(triton_stored.READ, "int4")
+    assert cuda_runs(stored(builtin()["full"], INT4)) is decode_attend_device
 
 
 def first_steps(device: bool, held: Held) -> list[Tensor]:
