@@ -3,6 +3,7 @@
 A token's code is made when it comes and never again; while it is among the newest, attention reads the copy instead.
 Tokens are counted as everywhere, each row its own, without padding: number n has place n if it is one of the first
 `whole_sinks`, and the others take turns. `whole_at` says which position a place holds, so slots may move as they like.
+Copies of tokens chosen by score are in `kvpass.kernels.codecs.chosen`.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def keep_whole(k: Tensor, v: Tensor, pos: Tensor, valid: Tensor, seen: Tensor, s
     pos: int32 [S]; valid: bool [B, S], which are tokens; seen: int [B, 1], tokens of each row before these.
     """
     storage = rule[Storage]
-    if not storage.whole or not coded(rule):
+    if not storage.numbered or not coded(rule):
         return
     number = _numbers(seen + valid.sum(-1, keepdim=True) - 1, storage)
     fresh = (number >= seen) & (number >= 0)
@@ -59,7 +60,7 @@ def keep_whole(k: Tensor, v: Tensor, pos: Tensor, valid: Tensor, seen: Tensor, s
 
 def _numbers(last: Tensor, storage: Storage) -> Tensor:
     """Which of a row's tokens each place is for, int64 [B, W], -1: none. last: int [B, 1], the number of the newest."""
-    place = torch.arange(storage.whole, device=last.device)
+    place = torch.arange(storage.numbered, device=last.device)
     first = torch.where(place <= last, place, -1)
     if not storage.residual:
         return first

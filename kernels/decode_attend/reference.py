@@ -14,10 +14,11 @@ from kvpass.kernels.attention.observation import Observation, emitted
 from kvpass.kernels.attention.softmax import Softmax
 from kvpass.kernels.codecs.entries import encoded
 from kvpass.kernels.codecs.storage import coded
-from kvpass.kernels.codecs.whole import keep_whole
 from kvpass.kernels.decode_attend.attend_only import attend_only, seen_slots
 from kvpass.kernels.decode_attend.call import Call, Token
-from kvpass.kernels.decode_attend.slot_entries import Copies, copies_of, mixed, products
+from kvpass.kernels.decode_attend.copies import Copies, copies_of
+from kvpass.kernels.decode_attend.demote import demote, hold_whole
+from kvpass.kernels.decode_attend.slot_entries import mixed, products
 from kvpass.kernels.decode_attend.step import HeadRange, StepFacts, step_facts
 from kvpass.kernels.decode_attend.victim import evict_one, used_positions
 from kvpass.kernels.rule import Rule
@@ -53,6 +54,8 @@ def decode_attend_reference(token: Token, state: State, call: Call) -> Tensor:
     out, beside = _mix(probs, state, copies, facts, call), call.softmax.beside
     out = out if beside is None else beside.added(out, probs.sum(-1, keepdim=True))
     out = out.to(token.q.dtype).view(*token.q.shape[:3], out.shape[2])
+    if plan.demotes:
+        demote(state, facts, plan)
     evict_one(state, facts, plan)
     return out
 
@@ -111,7 +114,7 @@ def _append(token: Token, state: State, facts: StepFacts, plan: Rule) -> None:
         brought |= encoded(token.k, token.v, plan)
         pos = torch.full((1,), facts.position, dtype=torch.int32, device=token.k.device)
         valid = torch.ones(len(token.k), 1, dtype=torch.bool, device=token.k.device)
-        keep_whole(token.k, token.v, pos, valid, state.cursor[:, :1, SEEN], state, plan)
+        hold_whole(token, pos, valid, state, plan)
     for field, tensor in state.per_slot():
         if not tensor.numel():
             continue
