@@ -31,8 +31,8 @@ class Storage(Record):
         rotated: whether coded halves are rotated by Hadamard matrices.
         residual: newest tokens that are held whole too.
         whole_sinks: first tokens of each row that are.
-        by_score: instead of those, the tokens that the rule's budget has room for (`kvpass.kernels.codecs.chosen`): what
-            it would evict is demoted to its codes, and stays.
+        by_score: instead of those, the tokens that the rule's budget has room for (`kvpass.kernels.codecs.chosen`):
+            what it would evict is demoted to its codes, and stays.
     """
 
     k_as: str = DENSE
