@@ -20,6 +20,7 @@ from transformers import DynamicCache
 
 import kvpass
 from kvpass.api.holdings import stores
+from kvpass.errors import PolicyError
 
 HEAD_DIM = 16
 INT4 = Held("int4", "int4", True, 8)
@@ -180,6 +181,6 @@ def test_inductor_and_static_caches_change_nothing() -> None:
 
 def test_codes_alone_are_more_than_asked() -> None:
     compiled = kvpass.compile(gentle(), spec("h2o"), "20% bytes", inner="eager")
-    with pytest.raises(kvpass.PolicyError, match="the codes of all tokens hold more than 20% bytes") as error:
+    with pytest.raises(PolicyError, match="the codes of all tokens hold more than 20% bytes") as error:
         compiled.generate(tiny.tokens(1, 30), max_new_tokens=2, **GREEDY)
     assert "ask for more than" in str(error.value)
