@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from kvpass.kernels.codecs.storage import WHOLE_AT, Storage, coded
-from kvpass.kernels.codecs.whole import listed
-from kvpass.kernels.decode_attend.step import HeadRange
+from kvpass.kernels.codecs.whole import counted, listed
+from kvpass.kernels.decode_attend.step import HeadRange, StepFacts
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.lookup import slots_at
 from kvpass.kernels.slots.state import State
@@ -25,16 +25,21 @@ class Copies(ABC):
     @abstractmethod
     def take(self, weights: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Weights float32 [heads, G, n] of slots as those of codes, 0 where there is a copy, and of copies [heads, G,
-        width]; and which copies there are, bool [heads, width]: None if the others hold zeros.
+        width]; and which copies there are, bool [heads, width], None if all are or the others hold zeros: what has gone
+        may be infinite, and 0 times that is no number.
         """
 
 
-def copies_of(state: State, heads: HeadRange, rule: Rule) -> Copies | None:
+def copies_of(state: State, heads: HeadRange, facts: StepFacts, rule: Rule) -> Copies | None:
     """Of some heads' used slots; None where nothing is held whole beside codes."""
     if not coded(rule) or not rule[Storage].whole:
         return None
     at, pos = state[WHOLE_AT].flatten(0, 1)[heads.first : heads.last], heads.cells(state.pos)
-    return Placed.of(at, pos) if rule[Storage].by_score else Listed(*listed(at, pos, rule))
+    if rule[Storage].by_score:
+        return Placed.of(at, pos)
+    if isinstance(facts.first, int) and not facts.parted:
+        return Listed(*counted(pos, facts.first, facts.position, rule))
+    return Listed(*listed(at, pos, rule))
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,8 @@ class Listed(Copies):
         own[self.head, :, self.place] = weights[self.head, :, self.slot]
         weights = weights.clone()
         weights[self.head, :, self.slot] = 0.0
+        if len(self.place) == own.shape[0] * width:
+            return weights, own, None
         there = own.new_zeros(len(own), width, dtype=torch.bool)
         there[self.head, self.place] = True
         return weights, own, there

@@ -127,7 +127,9 @@ def test_a_copy_goes_its_own_way() -> None:
 def test_generate_and_its_report() -> None:
     """mikv as it is: a fifth of the current length is whole, and what is held is what the report says."""
     ids, mask = tiny.left_padded([70, 45])
-    out = kvpass.compile(gentle(), "mikv", inner="eager").generate(ids, attention_mask=mask, max_new_tokens=20, **GREEDY)
+    out = kvpass.compile(gentle(), "mikv", inner="eager").generate(
+        ids, attention_mask=mask, max_new_tokens=20, **GREEDY
+    )
     held, report = stores(cache_of(out)), kvpass.report(cache_of(out)).to_dict()
     assert report["budget"] == 0.2
     for store, row in zip(held, report["sites"], strict=True):

@@ -95,7 +95,9 @@ def test_a_share_of_the_bytes(entry: Entry, share: float) -> None:
     """Counted tensor by tensor, within 3 %: the codes of all tokens, and as many whole copies as are left."""
     rule = rule_of(policy(evicted=INT2, min_slots=1).with_budget(f"{100 * share:g}% bytes"), entry=entry)
     tokens = 8000
-    state = empty_state(rule, tokens, torch.empty(0, dtype=entry.dtype), {"B": 2, "Hkv": 3, "D": entry.d, "Dv": entry.v})
+    state = empty_state(
+        rule, tokens, torch.empty(0, dtype=entry.dtype), {"B": 2, "Hkv": 3, "D": entry.d, "Dv": entry.v}
+    )
     held = sum(t.nbytes for t in state.tensors())
     dense = 2 * 3 * tokens * (entry.d + entry.v) * entry.dtype.itemsize
     assert abs(held / dense - share) <= 0.03 * share
