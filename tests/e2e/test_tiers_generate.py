@@ -186,3 +186,26 @@ def test_codes_alone_are_more_than_asked() -> None:
     with pytest.raises(PolicyError, match="the codes of all tokens hold more than 20% bytes") as error:
         compiled.generate(tiny.tokens(1, 30), max_new_tokens=2, **GREEDY)
     assert "ask for more than" in str(error.value)
+
+
+@pytest.mark.usefixtures("one_trace")
+def test_tokens_that_the_caller_drops_or_keeps() -> None:
+    """What is dropped leaves its slot, whole or not; what must stay is whole for good."""
+    compiled = kvpass.compile(gentle(), spec("h2o", protect={"tokens": True}), 10, inner="eager")
+    cache = DynamicCache(config=gentle().config)
+    drop, keep = torch.zeros(2, 40, dtype=torch.bool), torch.zeros(2, 40, dtype=torch.bool)
+    drop[:, 12:17], keep[0, 5], keep[1, 20:23] = True, True, True
+    with torch.no_grad():
+        with kvpass.marked(drop=drop, keep=keep):
+            compiled(tiny.tokens(2, 40), **with_cache(compiled, cache), use_cache=True)
+        for length in (1, 1, 1, 6, 1, 1):
+            out = compiled(tiny.tokens(2, length), **with_cache(compiled, cache), use_cache=True)
+    assert bool(out.logits.isfinite().all())
+    there = [n for n in range(51) if not 12 <= n < 17]
+    for store, view in zip(stores(cache), kvpass.inspect(cache).layers, strict=True):
+        assert view.positions.tolist() == [[there, there]] * 2
+        for b, kept in enumerate(([5], [20, 21, 22])):
+            for at in store.state[WHOLE_AT][b]:
+                assert int((at >= 0).sum()) == 10
+                assert set(kept) <= set(at.tolist())
+                assert set(at[at >= 0].tolist()) <= set(there)

@@ -71,6 +71,7 @@ class Chat:
             q = self.grid(batch, HEADS, count, 16)
             k, v = (self.grid(batch, KV, count, 16) for _ in "kv")
             k = k * (1 + torch.arange(16) % 4)  # channels of different sizes
+            q, k, v = (x.to(self.dtype).float() for x in (q, k, v))
             old = self.past[index] if len(self.past) > index else (k[:, :, :0], v[:, :, :0])
             joined = torch.cat([old[0], k], 2), torch.cat([old[1], v], 2)
             self.past[index : index + 1] = [joined]
