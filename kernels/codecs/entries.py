@@ -69,7 +69,7 @@ def entries_of(state: State, half: str, rule: Rule) -> Tensor:
         raise ValueError("entries_of: heads of a ragged state lie one behind the other; even it out first")
     parts = [state[name] for name in rule[Storage].code_fields(half)]
     x = turned(decoded(parts, half, held.shape[3], rule), half, rule)
-    if rule[Storage].whole:
+    if rule[Storage].copies:
         place, there = places(state, state[WHOLE_AT][:, :, None], rule)
         index = place[..., None].expand(*place.shape, x.shape[-1])
         x = torch.where(there[..., None], held.float().gather(-2, index), x)

@@ -52,14 +52,14 @@ class Storage(Record):
         return self.by_score
 
     @property
-    def numbered(self) -> int:
+    def whole(self) -> int:
         """Tokens of each head that have whole copies by their number among the row's, W."""
         return self.residual + self.whole_sinks
 
     @property
-    def whole(self) -> bool:
+    def copies(self) -> bool:
         """Whether some tokens have whole copies."""
-        return self.by_score or self.numbered > 0
+        return self.by_score or self.whole > 0
 
     def codec(self, half: str) -> Codec | None:
         """That of keys (`k`) or values (`v`); None if they are dense."""
@@ -89,7 +89,7 @@ class Storage(Record):
         """Sizes of the dims of its fields; widths: D and V, and W where copies are chosen by score: else as many as
         slots.
         """
-        found: dict[str, Any] = {"W": widths.get("W", widths["C"]) if self.by_score else self.numbered}
+        found: dict[str, Any] = {"W": widths.get("W", widths["C"]) if self.by_score else self.whole}
         for half, width in zip(HALVES, (widths["D"], widths["V"]), strict=True):
             codec = self.codec(half)
             if codec is not None:

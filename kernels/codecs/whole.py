@@ -71,7 +71,7 @@ def keep_whole(k: Tensor, v: Tensor, pos: Tensor, valid: Tensor, seen: Tensor, s
     pos: int32 [S]; valid: bool [B, S], which are tokens; seen: int [B, 1], tokens of each row before these.
     """
     storage = rule[Storage]
-    if not storage.numbered or not coded(rule):
+    if not storage.whole or not coded(rule):
         return
     number = _numbers(seen + valid.sum(-1, keepdim=True) - 1, storage)
     fresh = (number >= seen) & (number >= 0)
@@ -86,7 +86,7 @@ def keep_whole(k: Tensor, v: Tensor, pos: Tensor, valid: Tensor, seen: Tensor, s
 
 def _numbers(last: Tensor, storage: Storage) -> Tensor:
     """Which of a row's tokens each place is for, int64 [B, W], -1: none. last: int [B, 1], the number of the newest."""
-    place = torch.arange(storage.numbered, device=last.device)
+    place = torch.arange(storage.whole, device=last.device)
     first = torch.where(place <= last, place, -1)
     if not storage.residual:
         return first

@@ -32,7 +32,7 @@ class Copies(ABC):
 
 def copies_of(state: State, heads: HeadRange, facts: StepFacts, rule: Rule) -> Copies | None:
     """Of some heads' used slots; None where nothing is held whole beside codes."""
-    if not coded(rule) or not rule[Storage].whole:
+    if not coded(rule) or not rule[Storage].copies:
         return None
     at, pos = state[WHOLE_AT].flatten(0, 1)[heads.first : heads.last], heads.cells(state.pos)
     if rule[Storage].by_score:

@@ -60,7 +60,7 @@ def read_all(state: State, half: str, slots: Slots, rule: Rule) -> Tensor:
     if half not in coded(rule):
         return held.float()
     x = decoded([state[name] for name in rule[Storage].code_fields(half)], half, held.shape[3], rule)
-    if not rule[Storage].whole:
+    if not rule[Storage].copies:
         return x
     place, there = places(state, slots.owned(state[WHOLE_AT]), rule)
     return torch.where(there[..., None], slots.picked(turned(held.float(), half, rule), place), x)

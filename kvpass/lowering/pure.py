@@ -7,62 +7,74 @@ compilers that have no kernel. Importing this module registers the op once per p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.state import FIELDS, State
 from kvpass.ops import NAMESPACE, decode_attend
 
-STATE = slice(4, 4 + len(FIELDS))
-"""Places of the state among the arguments: one by one, because other compilers take no lists."""
-
-SCHEMA = (
-    f"(Tensor q, Tensor k_new, Tensor v_new, Tensor? mask, {', '.join(f'Tensor {field.name}' for field in FIELDS)}, "
-    "SymInt position, float scale, str rule, Tensor? sinks=None, float softcap=0.0, "
-    "Tensor? memory_k=None, Tensor? memory_v=None) "
-    f"-> (Tensor{', Tensor' * len(FIELDS)})"
-)
+FIRST = 4
+"""Place of the state's first tensor among the arguments: they are handed over one by one, because other compilers take
+no lists.
+"""
 
 
-MEMORY = STATE.stop + 5
-"""Place of the memory's keys, behind the numbers and the sinks."""
+def step_op(count: int) -> Any:
+    """The op of states of `count` tensors: `kvpass::decode_step`, or `kvpass::decode_step_7` and so on where slots have
+    more fields than usual (codes). Each is registered once per process.
+    """
+    name = "decode_step" if count == len(FIELDS) else f"decode_step_{count}"
+    if count not in _LIBRARIES and not hasattr(torch.ops.kvpass, name):
+        _LIBRARIES[count] = _registered(name, count)
+    return getattr(torch.ops.kvpass, name).default
 
 
-def _body(*args: Any) -> tuple[Tensor, ...]:
-    state, memory = [t.clone() for t in args[STATE]], dict(zip(("memory_k", "memory_v"), args[MEMORY:], strict=False))
-    return (decode_attend(*args[: STATE.start], state, *args[STATE.stop : MEMORY], **memory), *state)
+_LIBRARIES: dict[int, torch.library.Library] = {}
+"""Kept, or the ops would go with them."""
 
 
-def _fake(q: Tensor, k_new: Tensor, v_new: Tensor, mask: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    held = State(rest[: len(FIELDS)])
-    for field, tensor in zip(FIELDS, held.tensors(), strict=True):
-        if field.per_slot:
-            torch._check(tensor.shape[field.dims.index("C")] == held.k.shape[2])
-    for rows in (q, k_new, v_new):
-        torch._check(rows.shape[0] == held.k.shape[0])
-    for field, tensor in zip(FIELDS, held.tensors(), strict=True):
-        torch._check(tensor.shape[field.rows] == held.k.shape[0])
-    out = q.new_empty(q.shape[0], q.shape[1], q.shape[2], v_new.shape[3])
-    return out, *(t.new_empty(t.shape) for t in held.tensors())
+def _registered(name: str, count: int) -> torch.library.Library:
+    fields = [field.name for field in FIELDS] + [f"more_{n}" for n in range(1, count - len(FIELDS) + 1)]
+    behind = FIRST + count
 
+    def body(*args: Any) -> tuple[Tensor, ...]:
+        state, memory = [t.clone() for t in args[FIRST:behind]], dict(zip(MEMORY, args[behind + 5 :], strict=False))
+        return (decode_attend(*args[:FIRST], state, *args[behind : behind + 5], **memory), *state)
 
-def _register() -> torch.library.Library | None:
-    """Define and implement the op; None if this process already has it."""
-    if hasattr(torch.ops.kvpass, "decode_step"):
-        return None
+    def fake(q: Tensor, k_new: Tensor, v_new: Tensor, mask: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+        held = State.of(rest[:count], Rule.parse(rest[count + 2]))
+        for rows in (q, k_new, v_new):
+            torch._check(rows.shape[0] == held.k.shape[0])
+        for field, tensor in zip(held.fields, held.tensors(), strict=True):
+            torch._check(tensor.shape[field.rows] == held.k.shape[0])
+            if field.per_slot:
+                torch._check(tensor.shape[field.dims.index("C")] == held.slots)
+        out = q.new_empty(q.shape[0], q.shape[1], q.shape[2], v_new.shape[3])
+        return out, *(t.new_empty(t.shape) for t in held.tensors())
+
     library = torch.library.Library(NAMESPACE, "FRAGMENT")
-    library.define("decode_step" + SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-    library.impl("decode_step", _body, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::decode_step", _fake, lib=library)
+    library.define(name + _schema(fields), tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(name, body, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
     return library
 
 
-_library = _register()
+MEMORY = ("memory_k", "memory_v")
 
-decode_step = torch.ops.kvpass.decode_step.default
+
+def _schema(fields: Sequence[str]) -> str:
+    return (
+        f"(Tensor q, Tensor k_new, Tensor v_new, Tensor? mask, {', '.join(f'Tensor {name}' for name in fields)}, "
+        "SymInt position, float scale, str rule, Tensor? sinks=None, float softcap=0.0, "
+        f"{', '.join(f'Tensor? {name}=None' for name in MEMORY)}) -> (Tensor{', Tensor' * len(fields)})"
+    )
+
+
+decode_step = step_op(len(FIELDS))
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
@@ -71,7 +83,12 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
     run: Callable[..., list[Tensor]] = step
 
-    def flat(*args: Any, **memory: Tensor) -> tuple[Tensor, ...]:
-        return tuple(run(*args[: STATE.start], args[STATE], *args[STATE.stop :], **memory))
+    def of(count: int) -> Callable[..., tuple[Tensor, ...]]:
+        behind = FIRST + count
 
-    return {decode_step: flat}
+        def flat(*args: Any, **memory: Tensor) -> tuple[Tensor, ...]:
+            return tuple(run(*args[:FIRST], args[FIRST:behind], *args[behind:], **memory))
+
+        return flat
+
+    return {step_op(count): of(count) for count in {len(FIELDS), *_LIBRARIES}}
