@@ -80,7 +80,7 @@ def test_triton_takes_all_but_rings_and_merges() -> None:
     given_up = {name for name, rule in builtin().items() if not supports(*given(rule, "none", False))}
     assert given_up == {"cascading"} | MERGING
     assert {"merging", "cam", "d2o", "razor_attention"} <= MERGING
-    assert {"turbo", "snapkv_int4", "h2o_int8"} <= CODED
+    assert {"turbo", "snapkv_int4", "h2o_int8", "mikv"} <= CODED
 
 
 def test_what_cuda_runs_instead() -> None:
