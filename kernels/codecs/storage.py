@@ -34,6 +34,8 @@ class Storage(Record):
         rotated: whether coded halves are rotated by Hadamard matrices.
         residual: newest tokens that are held whole too.
         whole_sinks: first tokens of each row that are.
+        by_score: instead of those, the tokens that the rule's budget has room for (`kvpass.kernels.codecs.chosen`):
+            what it would evict is demoted to its codes, and stays.
         k_fit, v_fit: how vectors are changed before they are coded (`kvpass.kernels.codecs.fits`).
         kept_num, kept_den: share of a key's channels that is coded, where `k_fit` picks `channels`.
         atoms: of a dictionary, where a fit makes one.
@@ -45,6 +47,7 @@ class Storage(Record):
     rotated: bool = False
     residual: int = 0
     whole_sinks: int = 0
+    by_score: bool = False
     k_fit: str = NONE
     v_fit: str = NONE
     kept_num: int = 1
@@ -58,9 +61,18 @@ class Storage(Record):
         one_of(self, "v_fit", NONE, "range", "atoms")
 
     @property
+    def demotes(self) -> bool:
+        return self.by_score
+
+    @property
     def whole(self) -> int:
-        """Tokens of each head that have whole copies, W."""
+        """Tokens of each head that have whole copies by their number among the row's, W."""
         return self.residual + self.whole_sinks
+
+    @property
+    def copies(self) -> bool:
+        """Whether some tokens have whole copies."""
+        return self.by_score or self.whole > 0
 
     def codec(self, half: str) -> Codec | None:
         """That of keys (`k`) or values (`v`); None if they are dense."""
@@ -91,8 +103,11 @@ class Storage(Record):
         return tuple(found)
 
     def sizes(self, widths: dict[str, Any]) -> dict[str, Any]:
-        """Sizes of the dims of its fields; widths: D and V."""
-        found: dict[str, Any] = {"W": self.whole, "A": self.atoms}
+        """Sizes of the dims of its fields; widths: D and V, and W where copies are chosen by score: else as many as
+        slots.
+        """
+        found: dict[str, Any] = {"W": widths.get("W", widths["C"]) if self.by_score else self.whole}
+        found["A"] = self.atoms
         for half, width in zip(HALVES, (widths["D"], widths["V"]), strict=True):
             codec = self.codec(half)
             if codec is not None:

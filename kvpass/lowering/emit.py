@@ -9,7 +9,7 @@ from torch import fx
 
 from kvpass.graph.calls import example
 from kvpass.graph.shapes import shape_of
-from kvpass.kernels.codecs.storage import Storage, coded, fit_fields
+from kvpass.kernels.codecs.storage import WHOLE_AT, Storage, coded, fit_fields
 from kvpass.kernels.slots.ragged import Ragged
 from kvpass.kernels.slots.state import fields_of
 from kvpass.lowering.emit_heads import from_slots, regrouped, to_slots
@@ -69,7 +69,8 @@ class Emitter:
             read = (*read, k, keys["v"], rows, *self._read_beside(), *self._rotation())
         before = self.state["cursor"], position, self.rule
         read = _without_defaults(read, ("", *(None,) * len(read[1:])))
-        scored = write.op("score_slots", emitted, past, pos, valid, *before, *read)
+        whole = {"whole": self.state[WHOLE_AT]} if past and self.planned.rule.demotes else {}
+        scored = write.op("score_slots", emitted, past, pos, valid, *before, *read, **whole)
         score, keys["stats"], cursor = write.parts(scored, 3)
         names = self._per_slot()
         room = write.method("size", score if self.planned.rule[Ragged].ragged else self.state[names[0]], 2)
@@ -78,7 +79,9 @@ class Emitter:
         write.op("compact_slots", [keys[name] for name in names], chosen, cursor, state, self.rule)
         if self.planned.merges:
             write.op("merge_slots", k, keys["v"], score, keys["stats"], chosen, state, self.rule)
-        if coded(self.planned.rule):
+        if self.planned.rule.demotes:
+            write.op("choose_whole", k, keys["v"], pos, score, state, self.rule)
+        elif coded(self.planned.rule):
             write.op("keep_whole", self.new_k, self.new_v, valid, position, state, self.rule)
         return self._outputs(out)
 

@@ -36,7 +36,7 @@ class Row:
             `w*T` (the last w queries' attention again), `T*T` (all attention again).
         bytes: of position and statistics, for each slot of each KV head, beside K and V.
         bits: of each number of a key and of a value, scales counted, at a head dimension of `EXAMPLE_WIDTH`; `-`: held
-            as the model has them.
+            as the model has them; `2.5 + whole`: beside the tokens that the budget has room for, which are whole too.
         notes: where it differs from what it is taken from.
     """
 
@@ -77,7 +77,8 @@ def _bits(rule: Rule) -> str:
     both = zip(codecs, widths, strict=True)
     held = [c.bytes(width, storage.scale_group) * 8 / EXAMPLE_WIDTH if c else None for c, width in both]
     words = ["-" if one is None else f"{one:g}" for one in held]
-    return words[0] if words[0] == words[1] else ", ".join(words)
+    said = words[0] if words[0] == words[1] else ", ".join(words)
+    return f"{said} + whole" if rule.demotes else said
 
 
 def _attended(rule: Rule) -> bool:
@@ -160,6 +161,7 @@ def emission(policy: Spec) -> list[str]:
         f"a one-token call does with its row: {rule[Observation].decode}",
         f"each slot keeps: {kept}, {4 + sum(record.slot_bytes for record in rule)} bytes beside K and V",
         *([f"keys and values are held in {_bits(rule)} bits a number"] if coded(rule) else []),
+        *(["all tokens stay: the budget is of those that are held whole as well"] if rule.demotes else []),
         f"rule at budget {policy.budget if own else EXAMPLE_BUDGET}: {rule.encode()}",
         *(f"rule of layers {key}: {example_rule(other).encode()}" for key, other in variants(policy).items()),
     ]

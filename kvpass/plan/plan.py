@@ -64,7 +64,7 @@ class SitePlan:
         if self.merges and self.site.phase is not Phase.DECODE:
             ops += ["merge_slots"]
         if coded(self.rule) and self.site.phase is not Phase.DECODE:
-            ops += ["keep_whole"]
+            ops += ["choose_whole" if self.rule.demotes else "keep_whole"]
             if fit_fields(self.rule):
                 behind = ops.index("prefill_attend") + 1
                 ops[behind:behind] = ["fit_slots", "encode_fitted"]
@@ -244,7 +244,7 @@ def _unmet(planned: SitePlan) -> Iterator[tuple[bool, str, str]]:
     yield shared and kept_apart, f"{asked}, but this attention {what}", fix
     fix = "set evicted: drop for these layers"
     yield shared and bool(rule[Merge].merge_into), f"merges what it evicts, but this attention {what}", fix
-    fix = "leave `store` out for these layers, or use store: dense"
+    fix = "leave `store` and `evicted` out for these layers, or use store: dense and evicted: drop"
     yield site.core.latent is not None and bool(coded(rule)), "stores codes, but this attention keeps latents", fix
     asked = "weighs values by the output projection, which was not found behind the attention"
     fix = "set weight.by: l1, which needs no projection; gates and norms in between cannot be read through"

@@ -18,7 +18,8 @@ MOST_ATOMS = 16_384
 
 def fits(p: Spec) -> Iterator[tuple[bool, str, str]]:
     """Whether a rule is broken, the field, and the fix."""
-    held, codecs = p.store, {"k": p.store.k, "v": p.store.v}
+    held, to = p.store, p.evicted.to
+    codecs = {"k": held.k, "v": held.v} if to is None else {"k": to.k, "v": to.v}
     yield not 0 < held.channels <= 1, "store.channels", "give a share above 0, at most 1, e.g. 0.6"
     yield not 1 <= held.atoms <= MOST_ATOMS, "store.atoms", f"give a number from 1 to {MOST_ATOMS}, e.g. 256"
     if {*codecs.values()} == {DENSE}:  # a layer that is taken out by `store: dense`: nothing is fitted

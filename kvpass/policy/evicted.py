@@ -44,14 +44,30 @@ class Merge:
 
 
 @dataclass(frozen=True)
+class To:
+    """The codes that tokens are demoted to. `to: int2` is `{k: int2, v: int2}`.
+
+    Attributes:
+        k, v: of keys and of values, as in `store`; `dense`: that half is never demoted.
+    """
+
+    k: str = "dense"
+    v: str = "dense"
+
+    __pydantic_config__ = _STRICT
+
+
+@dataclass(frozen=True)
 class Evicted:
     """What becomes of slots that go. `evicted: drop` is nothing, `evicted: merge` is `{merge: {}}`.
 
     Attributes:
         merge: into slots that stay.
+        to: they stay themselves, demoted to codes; the budget is then of tokens that are whole.
     """
 
     merge: Merge | None = None
+    to: To | None = None
 
     __pydantic_config__ = _STRICT
 

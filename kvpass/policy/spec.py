@@ -147,7 +147,7 @@ class Store:
             `fp8_e4m3`, `fp8_e5m2`; `float16`; `ternary`, three levels; `mixed_2_1`, two bits for one half of the
             channels, one for the other; `csr8`, `csr4`, so many atoms of a dictionary. Scales are float16.
         rotate: `hadamard`: rotated by Hadamard matrices first, which spreads outliers over a head, or `none`.
-        group: neighbouring entries of a head that share a scale.
+        group: neighbouring entries of a head that share a scale: a number, or a share of a key (0.5: half).
         residual: the newest so many tokens are held whole as well, and read whole.
         sinks: so are each row's first ones.
         fit_k, fit_v: what the first call makes of each head's vectors before they are coded, from then on: `none`;
@@ -162,7 +162,7 @@ class Store:
     k: str = "dense"
     v: str = "dense"
     rotate: Literal["none", "hadamard"] = "hadamard"
-    group: int = 64
+    group: int | float = 64
     residual: int = 32
     sinks: int = 4
     fit_k: Literal["none", "balance", "range", "channels", "spread", "atoms"] = "none"

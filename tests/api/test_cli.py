@@ -21,7 +21,7 @@ from kvpass.kernels.rank.scorers.seen import READS
 from kvpass.api.cli import main
 from kvpass.plan.listing import catalogue, example_rule
 from kvpass.policy import evicted, spec
-from kvpass.policy.evicted import Evicted, Merge
+from kvpass.policy.evicted import Evicted, Merge, To
 from kvpass.policy.layers import of_layer
 from kvpass.policy.load import PRESETS, names
 from kvpass.policy.policy import Policy
@@ -226,6 +226,8 @@ def test_examples_of_the_reference_load(tmp_path: Path):
     assert Policy.load(tmp_path / "merging.yaml").evicted == Evicted(
         Merge(halves="both", weight="cosine", threshold=0.7)
     )
+    (tmp_path / "tiers.yaml").write_text(blocks[4])
+    assert Policy.load(tmp_path / "tiers.yaml").evicted == Evicted(to=To("int2", "int2"))
     for name in ("q_filters", "kvp", "gate", "surrogate"):
         (row,) = [line for line in text.splitlines() if line.startswith(f"| `{name}` |")]
         assert all(part in " ".join((scorers()[name].run.__doc__ or "").split()) for part in row.split(" | ")[1:-1])
@@ -293,7 +295,9 @@ def test_every_file_fits_the_schema(path):
         {"name": "x", "store": ["int4"]},
         {"name": "x", "store": {"k": "int9"}},
         {"name": "x", "store": {"keys": "int4"}},
-        {"name": "x", "store": {"group": 6.5}},
+        {"name": "x", "store": {"group": "6"}},
+        {"name": "x", "evicted": {"to": "itn2"}},
+        {"name": "x", "evicted": {"to": {"keys": "int2"}}},
         {"name": "x", "budget": "much"},
         {"name": "x", "unit": "words"},
     ],

@@ -291,13 +291,13 @@ def test_the_device_does_what_the_reference_does(name: str, kind: str) -> None:
 def test_a_device_that_reads_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     from kvpass.kernels.decode_attend import device
 
-    whole = device.keep_whole
+    whole = device.hold_whole
 
-    def read(k: Tensor, *args: Any) -> None:
-        assert bool((k == k).all())
-        whole(k, *args)
+    def read(token: Token, *args: Any) -> None:
+        assert bool((token.k == token.k).all())
+        whole(token, *args)
 
-    monkeypatch.setattr(device, "keep_whole", read)
+    monkeypatch.setattr(device, "hold_whole", read)
     rule = stored(*RULES["full"])
     token, call = Token(*qkv(2, 4, 2, 1, 16, keys=1)), Call.of_step(None, SEEN, Softmax(0.3), rule)
     with pytest.raises(HostRead), unread():

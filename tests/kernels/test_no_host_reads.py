@@ -75,13 +75,15 @@ def test_a_step(name: str) -> None:
 MERGING = {name for name, rule in builtin().items() if rule[Merge].steps}
 CODED = {name for name, rule in builtin().items() if coded(rule)}
 FITTED = {name for name, rule in builtin().items() if fit_fields(rule)}
+DEMOTING = {name for name, rule in builtin().items() if rule.demotes}
 
 
-def test_triton_takes_all_but_rings_merges_and_fits() -> None:
+def test_triton_takes_all_but_rings_merges_fits_and_demotion() -> None:
     given_up = {name for name, rule in builtin().items() if not supports(*given(rule, "none", False))}
-    assert given_up == {"cascading"} | MERGING | FITTED
+    assert given_up == {"cascading"} | MERGING | FITTED | DEMOTING
     assert {"merging", "cam", "d2o", "razor_attention"} <= MERGING
-    assert {"turbo", "snapkv_int4", "h2o_int8"} <= CODED - FITTED
+    assert {"turbo", "snapkv_int4", "h2o_int8"} <= CODED - FITTED - DEMOTING
+    assert "mikv" in DEMOTING
     assert {"kivi", "think", "vidkv", "csr"} <= FITTED
 
 
@@ -120,7 +122,7 @@ def test_the_op_on_fake_cuda_tensors(name: str) -> None:
     ("name", "step"),
     [
         *((name, decode_attend_device) for name in ("cascading", "h2o", "ada_snapkv", *sorted(MERGING | CODED))),
-        *((name, decode_attend_triton) for name in sorted(CODED - FITTED)),
+        *((name, decode_attend_triton) for name in sorted(CODED - FITTED - DEMOTING)),
     ],
 )
 def test_torch_on_fake_tensors(name: str, step: Callable[..., Tensor]) -> None:

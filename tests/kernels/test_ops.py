@@ -38,6 +38,13 @@ def fitted(first):
 FITTED_PARTS = ("k", ("codes", "scale", "low")), ("v", ("codes", "scale"))
 
 
+TIERS = H2O.replace(k_as="int4", v_as="int2", scale_group=7, by_score=True)
+
+
+def tiers():
+    return state_under(TIERS, 30)
+
+
 def state():
     return random_state(LIVE, 12, 16, H2O, seen=30).tensors()
 
@@ -63,6 +70,7 @@ def calls():
     row = torch.ones(2, 1, 1, 31, dtype=torch.bool)
     real = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]], dtype=torch.bool)
     sinks = torch.tensor([0.5, -1.0, 2.0, 0.0])
+    beside = "", *[None] * 10, tiers().whole_at
     return {
         "prefill_attend": (q, k, v, None, None, 0.25, "causal", TEXT),
         "prefill_attend masked": (q, k, v, None, mask, 0.25, "", TEXT),
@@ -77,6 +85,10 @@ def calls():
         "encode_fitted extend": (k, v, *fitted(False)),
         "decode_attend fitted": (*one, row, state_under(FITTED, 30).tensors(), 30, 0.25, FITTED.encode()),
         "keep_whole": (k, v, torch.ones(2, k.shape[2], dtype=torch.bool), 30, coded_state(), CODES),
+        "choose_whole": (k, v, pos, stats[0], tiers().tensors(), TIERS.encode()),
+        "choose_whole first": (k, v, None, stats[0], tiers().tensors(), TIERS.encode()),
+        "score_slots tiers": (stats, stats.clone(), pos, alive, cursor, 0, TIERS.encode(), *beside),
+        "decode_attend tiers": (*one, row, tiers().tensors(), 30, 0.25, TIERS.encode()),
         "join_slots codes": (coded_state(), k, v, 30, CODES),
         "decode_attend codes": (*one, row, coded_state(), 30, 0.25, CODES),
         "token_bounds": (real, 2, 4),
