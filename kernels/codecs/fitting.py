@@ -26,7 +26,7 @@ def balance(q: Tensor, x: Tensor, valid: Tensor) -> dict[str, Tensor]:
     hidden = ~valid[:, None, :, None]
     keys = x.abs().masked_fill(hidden, 0.0).amax(2)
     queries = _grouped(q, x).abs().masked_fill(hidden[:, None], 0.0).amax((2, 3))
-    return {"unit": _unit((keys / queries).sqrt())}
+    return {"unit": _unit((keys.double() / queries.double()).sqrt().float())}  # torch's own in float32 is off by a bit
 
 
 def extent(x: Tensor, valid: Tensor) -> dict[str, Tensor]:

@@ -42,7 +42,7 @@ class Chat:
     ) -> None:
         turn = "hadamard" if held.rotate else "none"
         spec = {"name": "mine", "extends": policy, "evicted": {"to": {"k": held.k, "v": held.v}}, "min_slots": floor,
-                "store": {"rotate": turn, "group": held.group}}  # fmt: skip
+                "store": {"rotate": turn, "group": held.group, "fit_k": held.fit_k, "fit_v": held.fit_v}}  # fmt: skip
         planned = Policy.load(spec).with_budget(budget)
         self.dtype = dtype
         self.g = torch.Generator().manual_seed(3)
@@ -254,11 +254,22 @@ def test_demotion_is_for_good() -> None:
     assert torch.equal(chat.sites[0].state["k_codes"][:, :, :30], codes)
 
 
+@pytest.mark.parametrize(
+    "held",
+    [Held("int4", "int4", False, 8, fit_k="balance"), Held("int2", "ternary", False, 8, fit_k="range", fit_v="range")],
+)
+def test_codes_that_are_fitted(held: Held) -> None:
+    """MiKV's balancer, and ranges: of codes alone, whole tokens are as they are."""
+    chat = Chat("h2o", 0.3, held)
+    chat.converse([(40, 12), (7, 4)], [40, 27])
+    assert chat.demoted > 100
+
+
 @pytest.mark.parametrize("name", ["int2", "int3", "int4"])
 def test_mikv_in_plain_loops(name: str) -> None:
-    """The preset, one head of 8: groups of 4, a fifth of the current length."""
+    """The preset without its balancer, one head of 8: groups of 4, a fifth of the current length."""
     g, share = torch.Generator().manual_seed(1), 0.2
-    spec = {"name": "mine", "extends": "mikv", "evicted": {"to": name}, "store": {"group": 4}}
+    spec = {"name": "mine", "extends": "mikv", "evicted": {"to": name}, "store": {"group": 4, "fit_k": "none"}}
     site = Site(rule_of(Policy.load(spec).with_budget(None)), torch.empty(0), (8, 8))
     plain = PlainMiKV(share, name, 4)
     tokens = 0
@@ -274,9 +285,9 @@ def test_mikv_in_plain_loops(name: str) -> None:
 
 
 def test_mikv_says_what_the_paper_says() -> None:
-    """Two groups a head, a share of the current length, RTN between the lowest and the highest entry."""
+    """Two groups a head, a share of the current length, the balancer, RTN between the lowest and the highest entry."""
     rule = rule_of(Policy.load("mikv").with_budget(None))
-    assert rule[Storage] == Storage("int2", "int2", 32, by_score=True)
+    assert rule[Storage] == Storage("int2", "int2", 32, by_score=True, k_fit="balance")
     assert [within(rule, seen) for seen in (1, 9, 10, 99, 1000)] == [1, 1, 2, 19, 200]
     codes = encoded([0.5, 4.0, 1.0, 2.5], "int2", 4)
     assert codes["codes"] == [0, 3, 0, 2]

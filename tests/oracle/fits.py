@@ -53,7 +53,7 @@ def fit_of(kind: str, queries: list[list[Vector]], vectors: list[Vector], share:
         most = [max(abs(x[c]) for x in vectors) for c in range(width)]
         asked = [max(abs(x[c]) for head in queries for x in head) for c in range(width)]
         pairs = zip(most, asked, strict=True)
-        return Fit(width, units=[f32(math.sqrt(f32(k / q))) if k > 0 and q > 0 else 1.0 for k, q in pairs])
+        return Fit(width, units=[f32(math.sqrt(k / q)) if k > 0 and q > 0 else 1.0 for k, q in pairs])
     if kind == "range":
         return extent(vectors, Fit(width))
     if kind == "channels":
