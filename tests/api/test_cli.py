@@ -202,7 +202,7 @@ def test_the_reference_has_what_scorers_may_read():
 def test_examples_of_the_reference_load(tmp_path: Path):
     text = (DOCS / "policy-files.md").read_text()
     blocks = [block for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if "name:" in block]
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     blocks = blocks[1:]  # the first shows an error
     (tmp_path / "differing.yaml").write_text(blocks[1])
     differing = Policy.load(tmp_path / "differing.yaml").with_budget(0.2)
@@ -226,7 +226,7 @@ def test_examples_of_the_reference_load(tmp_path: Path):
     assert Policy.load(tmp_path / "merging.yaml").evicted == Evicted(
         Merge(halves="both", weight="cosine", threshold=0.7)
     )
-    (tmp_path / "tiers.yaml").write_text(blocks[4])
+    (tmp_path / "tiers.yaml").write_text(blocks[5])
     assert Policy.load(tmp_path / "tiers.yaml").evicted == Evicted(to=To("int2", "int2"))
     for name in ("q_filters", "kvp", "gate", "surrogate"):
         (row,) = [line for line in text.splitlines() if line.startswith(f"| `{name}` |")]
