@@ -17,6 +17,7 @@ from kvpass.kernels.attention.observation import Observation
 from kvpass.kernels.attention.softmax import Softmax
 from kvpass.kernels.budget import Budget, budget
 from kvpass.kernels.decode_attend.call import Call, Token
+from kvpass.kernels.exits.refit import Refit
 from kvpass.kernels.rank.criterion import INF, UNTOUCHABLE, Ranking, Scope
 from kvpass.kernels.rank.layer import Layer
 from kvpass.kernels.rank.places import Protected
@@ -24,6 +25,7 @@ from kvpass.kernels.rank.ranking import deviations, reach_of, recent_of, slot_sc
 from kvpass.kernels.rank.scored import Scoring
 from kvpass.kernels.rank.smooth import Pool
 from kvpass.kernels.rule import Rule
+from kvpass.kernels.slots.bias import BIAS, biased
 from kvpass.kernels.slots.cursor import FIRST, FREE, LIVE, SEEN
 from kvpass.kernels.slots.state import State
 from kvpass.kernels.slots.statistics import Statistics
@@ -32,9 +34,9 @@ from torch import Tensor
 
 def supports(rule: Rule) -> bool:
     """Whether a rule can be said in this form: attention's sums, squares and counts, heads and layers alike, and an
-    eviction in each step.
+    eviction in each step. What calls of several tokens fit (`Refit`) a step only reads.
     """
-    known = rule.only(Statistics, Observation, Pool, Ranking, Protected, Scope, Budget, Layer, Scoring)
+    known = rule.only(Statistics, Observation, Pool, Ranking, Protected, Scope, Budget, Layer, Scoring, Refit)
     return known and set(rule[Statistics].stats) <= {"sum", "sumsq", "count"} and rule.of_steps is rule
 
 
@@ -69,6 +71,9 @@ def decode_step(
     arrived = _arrived(mask, position, q)
     held = _appended(before, Token(q, k_new, v_new), position, arrived)
     shown, bias = _shown(mask, held.pos)
+    if biased(plan):
+        own = held[BIAS][:, :, None]
+        bias = own if bias is None else bias + own
     probs = _probabilities(q, held.k, shown, bias, call.softmax)
     values = torch.where((held.pos >= 0)[..., None], held.v.float(), 0.0)  # 0 times an undefined value may be NaN
     out = probs @ values
@@ -89,8 +94,10 @@ def _free_slot(state: State) -> Tensor:
 
 
 def _appended(state: State, token: Token, position: int, arrived: Tensor) -> State:
-    """The state with the token in its slots, and 0 for its statistics."""
+    """The state with the token in its slots, and 0 for its statistics and its bias."""
     here = _free_slot(state) & arrived
+    if any(field.name == BIAS for field in state.fields):
+        state = state.replaced(bias=torch.where(here, 0.0, state[BIAS]))
     return state.replaced(
         k=torch.where(here[..., None], token.k, state.k),
         v=torch.where(here[..., None], token.v, state.v),

@@ -42,7 +42,10 @@ def json_schema() -> Schema:
     for half in ("k", "v"):
         whole["$defs"]["Store"]["properties"][half]["enum"] = [*held, None]
     fields["store"] = {**fields["store"], "anyOf": [{"$ref": "#/$defs/Store"}, {"enum": held}]}
-    fields["evicted"] = {**fields["evicted"], "anyOf": [{"$ref": "#/$defs/Evicted"}, {"enum": ["drop", "merge"]}]}
+    fields["evicted"] = {
+        **fields["evicted"],
+        "anyOf": [{"$ref": "#/$defs/Evicted"}, {"enum": ["drop", "merge", "refit"]}],
+    }
     for short in ("store", "evicted"):
         fields[short].pop("$ref", None)
     rest = {key: _or_null(value) for key, value in fields.items() if key != "name"}
