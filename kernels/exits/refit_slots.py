@@ -1,5 +1,5 @@
-"""refit_slots: slots that stay are fitted to stand for what a call of several tokens evicts (`kvpass.kernels.exits.refit`).
-Pure torch on every device.
+"""refit_slots: slots that stay are fitted to stand for what a call of several tokens evicts, as
+`kvpass.kernels.exits.refit` does it. Pure torch on every device.
 
 After `compact_slots`, head by head, so that one head's rows of attention are held at once. Protected slots keep their
 values and have no say: the span between them is fitted by itself, its mass and its output, and then goes with any other

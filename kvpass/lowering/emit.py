@@ -78,9 +78,9 @@ class Emitter:
         if self.planned.merges:
             write.op("merge_slots", k, keys["v"], score, keys["stats"], chosen, state, self.rule)
         if self.planned.refits:
-            shown = self.q, k, keys["v"], pos, seen.mask, valid, core.scale, seen.words
+            told = self.q, k, keys["v"], pos, seen.mask, valid, core.scale, seen.words
             extras = _without_defaults((core.softcap, seen.tokens, position), (0.0, None, 0))
-            write.op("refit_slots", *shown, score, chosen, state, self.rule, *extras, **own)
+            write.op("refit_slots", *told, score, chosen, state, self.rule, *extras, **own)
         if coded(self.planned.rule):
             write.op("keep_whole", self.new_k, self.new_v, valid, position, state, self.rule)
         return self._outputs(out)

@@ -77,8 +77,9 @@ class _Form:
         """The same in plain torch."""
         from kvpass.kernels.decode_attend.functional import decode_step as step
 
+        run: Callable[..., list[Tensor]] = step
         before, held, behind = self.parted(args)
-        return tuple(step(*before, held, *behind, **memory))
+        return tuple(run(*before, held, *behind, **memory))
 
     def register(self) -> torch.library.Library | None:
         """Define and implement the op; None if this process already has it."""

@@ -171,14 +171,9 @@ def _budget(policy: Spec, entry: Entry) -> tuple[Record, ...]:
         return (Budget(int(policy.budget or 0)),)
     if policy.unit == "tokens":
         return (Budget(0, *_share(policy.budget), policy.min_slots),)
-    holding = [
-        Statistics(tuple(_kept(policy))),
-        Ragged(_ragged(policy)),
-        _merge(policy),
-        _refit(policy),
-        _storage(policy),
-    ]
-    return in_bytes(fraction(policy.budget), policy.min_slots, Rule(*holding), entry)
+    exits = _merge(policy), _refit(policy)
+    holding = Rule(Statistics(tuple(_kept(policy))), Ragged(_ragged(policy)), *exits, _storage(policy))
+    return in_bytes(fraction(policy.budget), policy.min_slots, holding, entry)
 
 
 def _ragged(policy: Spec) -> bool:

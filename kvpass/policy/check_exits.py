@@ -34,11 +34,8 @@ def _words(merge: Merge) -> Iterator[tuple[bool, str, str]]:
     yield run and merge.threshold <= -1, "evicted.merge.threshold", "say when neighbours are alike, e.g. 0.75"
     fix = "one slot that goes in a step is no run: set evicted.merge.at: calls"
     yield run and merge.at != "calls", "evicted.merge.at", fix
-    yield (
-        merge.bias == "count" and not one,
-        "evicted.merge.bias",
-        "only one_slot counts: set into: one_slot, or bias: none",
-    )
+    fix = "only one_slot counts what is in it: set into: one_slot, or bias: none"
+    yield merge.bias == "count" and not one, "evicted.merge.bias", fix
     plain = Merge("one_slot", merge.halves, "even", count=merge.count, sigma=merge.sigma, bias=merge.bias) == merge
     fix = "one_slot holds the mean of all that went: set weight: even, and leave mean, gate, threshold and at out"
     yield one and not plain, "evicted.merge.into", fix
@@ -71,11 +68,8 @@ def _fits(p: Spec, refit: Refit) -> Iterator[tuple[bool, str, str]]:
     """Of a fit, and with what else the policy says."""
     yield refit.queries < 1, "evicted.refit.queries", "give a number of queries, 1 or more, e.g. 256"
     low, high = refit.bias
-    yield (
-        not -MOST_BIAS <= low <= 0 <= high <= MOST_BIAS,
-        "evicted.refit.bias",
-        "give bounds around 0, e.g. [-3.0, 3.0]",
-    )
+    around = -MOST_BIAS <= low <= 0 <= high <= MOST_BIAS
+    yield not around, "evicted.refit.bias", "give bounds around 0, e.g. [-3.0, 3.0]"
     yield not 0 <= refit.iters <= 1000, "evicted.refit.iters", "give a number of steps from 0 to 1000"
     yield not 0 <= refit.ridge < float("inf"), "evicted.refit.ridge", "give a number >= 0, e.g. 1.0e-3"
     shared = p.allocate.layers in ("flat", "preference") or p.allocate.heads == "threshold"

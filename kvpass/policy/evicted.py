@@ -28,8 +28,8 @@ class Merge:
         count: slots of `next`.
         sigma: of `gaussian`.
         at: calls that merge: `always`, `steps` of one token, or `calls` of several. The others drop.
-        bias: of `one_slot`, added to its logit: `none`, so that it weighs as one token, or `count`, the logarithm of how
-            many tokens it stands for, so that it weighs as all of them.
+        bias: of `one_slot`, added to its logit: `none`, so that it weighs as one token, or `count`, the logarithm of
+            how many tokens it stands for, so that it weighs as all of them.
     """
 
     into: Literal["nearest_key", "nearest_position", "next", "run", "one_slot"] = "nearest_key"
@@ -48,9 +48,9 @@ class Merge:
 
 @dataclass(frozen=True)
 class Refit:
-    """Slots that stay are fitted to stand for those that go, at the end of calls of several tokens (Attention Matching).
-    Each gets a bias to its logit, by which the unprotected slots of a head have the mass of all that were there, and
-    then a value, by which they give the same output: both by least squares over reference queries.
+    """Slots that stay are fitted to stand for those that go, at the end of calls of several tokens (Attention
+    Matching). Each gets a bias to its logit, by which the unprotected slots of a head have the mass of all that were
+    there, and then a value, by which they give the same output: both by least squares over reference queries.
 
     Attributes:
         queries: the reference: the last so many queries of the call, those of all query heads of the group.

@@ -42,10 +42,8 @@ def json_schema() -> Schema:
     for half in ("k", "v"):
         whole["$defs"]["Store"]["properties"][half]["enum"] = [*held, None]
     fields["store"] = {**fields["store"], "anyOf": [{"$ref": "#/$defs/Store"}, {"enum": held}]}
-    fields["evicted"] = {
-        **fields["evicted"],
-        "anyOf": [{"$ref": "#/$defs/Evicted"}, {"enum": ["drop", "merge", "refit"]}],
-    }
+    exits = {"enum": ["drop", "merge", "refit"]}
+    fields["evicted"] = {**fields["evicted"], "anyOf": [{"$ref": "#/$defs/Evicted"}, exits]}
     for short in ("store", "evicted"):
         fields[short].pop("$ref", None)
     rest = {key: _or_null(value) for key, value in fields.items() if key != "name"}
