@@ -23,6 +23,7 @@ from kvpass.kernels.exits.record import Merge
 from kvpass.kernels.rank.scored import Scoring, arrivals
 from kvpass.kernels.rank.weights import Weight
 from kvpass.kernels.rule import Rule
+from kvpass.kernels.slots.bias import biased
 from kvpass.kernels.slots.state import State
 from kvpass.kernels.slots.statistics import Statistics
 from kvpass.kernels.testing import qkv
@@ -73,11 +74,13 @@ def test_a_step(name: str) -> None:
 
 MERGING = {name for name, rule in builtin().items() if rule[Merge].steps}
 CODED = {name for name, rule in builtin().items() if coded(rule)}
+BIASED = {name for name, rule in builtin().items() if biased(rule)}
 
 
-def test_triton_takes_all_but_rings_merges_and_codes() -> None:
+def test_triton_takes_all_but_rings_merges_codes_and_biases() -> None:
     given_up = {name for name, rule in builtin().items() if not supports(*given(rule, "none", False))}
-    assert given_up == {"cascading"} | MERGING | CODED
+    assert given_up == {"cascading"} | MERGING | CODED | BIASED
+    assert "am_fast" in BIASED
     assert {"merging", "cam", "d2o", "razor_attention"} <= MERGING
     assert {"turbo", "snapkv_int4", "h2o_int8"} <= CODED
 
