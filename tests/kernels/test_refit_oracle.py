@@ -1,5 +1,5 @@
-"""Attention Matching through the ops, after every call, against `oracle.refit`: which tokens stay, what their biases and
-values become, and what attention gives of them. Padded batches, grouped heads, a prompt, steps, and two turns more.
+"""Attention Matching through the ops, after every call, against `oracle.refit`: which tokens stay, what their biases
+and values become, and what attention gives of them. Padded batches, grouped heads, a prompt, steps, two turns more.
 """
 
 from __future__ import annotations
