@@ -9,15 +9,17 @@ slots in one softmax.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from kvpass.kernels.attention.softmax import Softmax
 from kvpass.kernels.attention.visibility import Sees, Shown
 from kvpass.kernels.exits.refit import Refit, refitted
+from kvpass.kernels.rank.lone import lone
 from kvpass.kernels.rank.window_rows import last_valid, logits_of, picked
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.bias import BIAS
-from kvpass.kernels.slots.cursor import LIVE
+from kvpass.kernels.slots.cursor import LIVE, SEEN
 from kvpass.kernels.slots.ragged import starts
 from kvpass.kernels.slots.state import State
 from torch import Tensor
@@ -49,41 +51,64 @@ def refit_slots(
     under the rule.
     """
     plan = Rule.parse(rule)
-    held, refit = State.of(state, plan), plan[Refit]
-    index, there = last_valid(valid, refit.refit_queries)
+    held = State.of(state, plan)
+    index, there = last_valid(valid, plan[Refit].refit_queries)
     shown = Shown(Sees.parse(sees), q.shape[2], position, tokens, None, mask, bias)
-    queries, group = picked(q, index), q.shape[1] // k.shape[1]
-    first, live = starts(held.cursor, held.slots).tolist(), held.cursor[..., LIVE].tolist()
-    for b in range(len(k)):
-        row = shown.of_rows(slice(b, b + 1))
+    queries, softmax = picked(q, index), Softmax(scale, None, softcap)
+    before = held.cursor.clone()
+    before[..., SEEN] -= valid.sum(-1, keepdim=True)
+    stepped = lone(valid, before, plan)[:, 0]
+    for b in (~stepped).nonzero().flatten().tolist():
+        watched = Watched(queries[b : b + 1], index[b : b + 1], there[b], shown.of_rows(slice(b, b + 1)), softmax)
         for h in range(k.shape[1]):
-            span = (score[b, h] > -torch.inf) & (score[b, h] < torch.inf)
-            kept = idx[b, h, : live[b][h]].long()
-            slots = span[kept].nonzero().flatten()
-            if not len(slots) or len(slots) == int(span.sum()):
-                continue
-            one, own = (slice(b, b + 1), slice(h, h + 1)), slice(h * group, (h + 1) * group)
-            rows = logits_of(
-                queries[one[0], own],
-                index[one[0]],
-                k[one],
-                None if pos is None else pos[one],
-                _of_head(row, h, group),
-                Softmax(scale, None, softcap),
-            )[0, 0][:, there[b]]
-            among = span.nonzero().flatten()
-            chosen = torch.searchsorted(among, kept[slots])
-            places = first[b][h] + slots
-            biases, values = held[BIAS].view(-1), held.v.view(-1, held.v.shape[3])
-            found = refitted(rows[..., among].flatten(0, 1), v[b, h, among], chosen, biases[places], refit)
-            if found is not None:
-                biases[places] = found[0]
-                values[places] = found[1].to(values.dtype)
+            _refit(watched, (k[b : b + 1], v[b, h], pos), score[b, h], idx[b, h], held, (b, h), plan[Refit])
 
 
-def _of_head(shown: Shown, head: int, group: int) -> Shown:
-    """What one KV head's queries see."""
-    mask, bias = shown.mask, shown.bias
-    if mask is not None and mask.shape[1] > 1:
-        mask = mask[:, head * group : (head + 1) * group]
-    return shown._replace(mask=mask, bias=None if bias is None else bias[:, head : head + 1])
+class Watched(NamedTuple):
+    """The reference queries of one sequence."""
+
+    q: Tensor
+    """[1, Hq, w, D]"""
+    index: Tensor
+    """int64 [1, w], their places in the call."""
+    there: Tensor
+    """bool [w], which of them exist."""
+    shown: Shown
+    softmax: Softmax
+
+    def logits(self, head: int, k: Tensor, pos: Tensor | None) -> Tensor:
+        """With the keys of one KV head, of k [1, Hkv, L, D] at pos [1, Hkv, L]: float32 [n, L], -inf where hidden."""
+        group, one = self.q.shape[1] // k.shape[1], slice(head, head + 1)
+        own = slice(head * group, (head + 1) * group)
+        mask, bias = self.shown.mask, self.shown.bias
+        mask = mask if mask is None or mask.shape[1] == 1 else mask[:, own]
+        shown = self.shown._replace(mask=mask, bias=None if bias is None else bias[:, one])
+        pos = pos if pos is None else pos[:, one]
+        rows = logits_of(self.q[:, own], self.index, k[:, one], pos, shown, self.softmax)
+        return rows[0, 0][:, self.there].flatten(0, 1)
+
+
+def _refit(
+    watched: Watched,
+    keys: tuple[Tensor, Tensor, Tensor | None],
+    score: Tensor,
+    idx: Tensor,
+    state: State,
+    at: tuple[int, int],
+    refit: Refit,
+) -> None:
+    """One head. keys: k [1, Hkv, L, D] of its row, v [L, Dv] of the head, and pos [B, Hkv, L]."""
+    (b, h), (k, v, pos) = at, keys
+    span = (score > -torch.inf) & (score < torch.inf)
+    kept = idx[: int(state.cursor[b, h, LIVE])].long()
+    slots = span[kept].nonzero().flatten()
+    if not len(slots) or len(slots) == int(span.sum()):
+        return
+    among = span.nonzero().flatten()
+    logits = watched.logits(h, k, None if pos is None else pos[b : b + 1])[:, among]
+    places = starts(state.cursor, state.slots)[b, h] + slots
+    biases, values = state[BIAS].view(-1), state.v.view(-1, state.v.shape[3])
+    found = refitted(logits, v[among], torch.searchsorted(among, kept[slots]), biases[places], refit)
+    if found is not None:
+        biases[places] = found[0]
+        values[places] = found[1].to(values.dtype)

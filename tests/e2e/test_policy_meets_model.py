@@ -41,6 +41,7 @@ CASES = {
     "no projection": ("criticalkv", lambda: plain.make(GatedDecoder), "output projection, which was not found", "l1"),
     "latents": ("ada_snapkv", latents, "budgets of their own, but this attention keeps latents", "h2o or snapkv"),
     "latents merge": ("merging", latents, "merges what it evicts, but this attention keeps latents", "evicted: drop"),
+    "latents fit": ("am_fast", latents, "fits slots to what it evicts, but this attention keeps", "evicted: drop"),
     "latents' keys": ("knorm", latents, "reads keys, but this attention keeps latents", "h2o or snapkv"),
     "a pyramid of one": ("pyramidkv", ONE, "over layers, but this graph holds one", "layers: uniform"),
     "one layer to share": ("layer_defensivekv", ONE, "over layers, but this graph holds one", "layers: uniform"),

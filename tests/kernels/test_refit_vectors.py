@@ -1,4 +1,4 @@
-"""Attention Matching by hand: the vector of shared/policies-2.md S2, and matrices that least squares alone cannot take."""
+"""Attention Matching by hand: the vector of shared/policies-2.md S2, and what least squares alone cannot take."""
 
 from __future__ import annotations
 
