@@ -9,10 +9,11 @@ Sums are float64.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from kvpass.kernels.rule import Record
+from kvpass.kernels.rule import Record, Rule
 from kvpass.kernels.slots.bias import BIAS_FIELD
 from kvpass.kernels.slots.state import Field
 from torch import Tensor
@@ -47,6 +48,11 @@ class Refit(Record):
     refit_iters: int = 2
     refit_ridge: float = 0.0
     refit_values: bool = True
+
+    def work(self, rule: Rule) -> Iterator[str]:
+        if self.refit_queries:
+            yield f"{self.refit_queries}*T"
+            yield "n*n*n fits"
 
     @property
     def slot_bytes(self) -> int:
