@@ -106,7 +106,7 @@ def faked(name: str, device: str, run: Callable[..., Tensor]) -> Tensor:
         return run(q, k, v, None, state, 0, 0.3, builtin()[name].encode(), **told)
 
 
-@pytest.mark.parametrize("name", [name for name in builtin() if name not in {"cascading", *MERGING, *CODED}])
+@pytest.mark.parametrize("name", [name for name in builtin() if name not in {"cascading", *MERGING, *CODED, *BIASED}])
 def test_the_op_on_fake_cuda_tensors(name: str) -> None:
     """The op as it is called, with the implementation that CUDA gets. (Torch without CUDA cannot index fake tensors of
     CUDA, which Triton's path does not.)
@@ -116,7 +116,7 @@ def test_the_op_on_fake_cuda_tensors(name: str) -> None:
     assert out.shape == (2, 4, 1, 16)
 
 
-@pytest.mark.parametrize("name", ["cascading", "h2o", "ada_snapkv", *sorted(MERGING | CODED)])
+@pytest.mark.parametrize("name", ["cascading", "h2o", "ada_snapkv", *sorted(MERGING | CODED | BIASED)])
 def test_torch_on_fake_tensors(name: str) -> None:
     def run(
         q: Tensor, k: Tensor, v: Tensor, mask: None, state: list[Tensor], position: int, scale: float, rule: str,
