@@ -39,10 +39,13 @@ def mixed(weights: Tensor, codes: Tensor, bits: int, scale: Tensor, low: Tensor,
     groups, lows = groups_of(width, group), weights @ low.float()
     scaled = (weights[..., None, :] * scale.float().mT.unsqueeze(-3)).flatten(-3, -2)
     parts = planes(codes, bits, width)
-    whole = scaled.new_zeros(*scaled.shape[:-1], entries(parts))
-    for x, first, factor in parts:
-        whole[..., first : first + x.shape[-1]].add_(scaled @ x, alpha=factor)
-    whole = whole[..., :width]
+    if len(parts) == 1:
+        whole = scaled @ parts[0].codes
+    else:
+        whole = scaled.new_zeros(*scaled.shape[:-1], entries(parts))
+        for x, first, factor in parts:
+            whole[..., first : first + x.shape[-1]].add_(scaled @ x, alpha=factor)
+        whole = whole[..., :width]
     if groups == 1:
         return whole + lows
     mine = _members(width, group, weights.device)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from kvpass.kernels.codecs.hadamard import rotated
-from kvpass.kernels.codecs.storage import WHOLE_AT, Storage, coded
+from kvpass.kernels.codecs.storage import HALVES, WHOLE_AT, Storage, coded
 from kvpass.kernels.codecs.whole import found
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.ragged import is_ragged
@@ -23,12 +23,25 @@ def turned(x: Tensor, half: str, rule: Rule) -> Tensor:
 
 def encoded(k: Tensor, v: Tensor, rule: Rule) -> dict[str, Tensor]:
     """The code fields of keys [.., D] and values [.., Dv], by name."""
-    storage, found = rule[Storage], dict[str, Tensor]()
+    storage = rule[Storage]
+    if (
+        storage.k_as == storage.v_as and k.shape == v.shape and coded(rule)
+    ):  # half as many calls: a step is made of them
+        parts = _parts(torch.stack([k, v]), "k", rule)
+        return {
+            name: part[at]
+            for at, half in enumerate(HALVES)
+            for name, part in zip(storage.code_fields(half), parts, strict=True)
+        }
+    found = dict[str, Tensor]()
     for half in coded(rule):
-        x = turned((k if half == "k" else v).float(), half, rule)
-        parts = storage.codec_of(half).encode(x, storage.scale_group)
-        found |= dict(zip(storage.code_fields(half), parts, strict=True))
+        found |= dict(zip(storage.code_fields(half), _parts(k if half == "k" else v, half, rule), strict=True))
     return found
+
+
+def _parts(x: Tensor, half: str, rule: Rule) -> tuple[Tensor, ...]:
+    storage = rule[Storage]
+    return storage.codec_of(half).encode(turned(x.float(), half, rule), storage.scale_group)
 
 
 def decoded(parts: Sequence[Tensor], half: str, width: int, rule: Rule) -> Tensor:

@@ -50,8 +50,11 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """uint8 [.., width], each below 2**bits, bits up to 8 -> uint8 [.., bytes]. In each run of n bytes byte j holds the
     codes j, j + n, .. from its lowest bits on, so that unpacking reads and writes neighbours.
     """
-    packed = [_packed((codes >> run.shift) & (2**run.bits - 1), run) for run in runs(bits)]
-    return packed[0] if len(packed) == 1 else torch.cat(packed, -1)
+    parts = runs(bits)
+    if len(parts) == 1:
+        return _packed(codes, parts[0])
+    packed = [_packed((codes >> run.shift) & (2**run.bits - 1), run) for run in parts]
+    return torch.cat(packed, -1)
 
 
 def _packed(part: Tensor, run: Run) -> Tensor:

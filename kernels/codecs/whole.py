@@ -38,6 +38,32 @@ def listed(at: Tensor, pos: Tensor, rule: Rule) -> tuple[Tensor, Tensor, Tensor]
     return row[there], slot[there], place[there]
 
 
+def counted(pos: Tensor, first: int, newest: int, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
+    """`listed` of rows without padding between their tokens, which stand at first .. newest: places follow from
+    positions.
+    """
+    sinks, residual = rule[Storage].whole_sinks, rule[Storage].residual
+    here = pos > newest - residual
+    if sinks:
+        here |= pos < first + sinks
+    row, slot = here.nonzero(as_tuple=True)
+    number = pos[row, slot].long() - first
+    place = number % residual + sinks if residual else number
+    return row, slot, torch.where(number < sinks, number, place) if sinks else place
+
+
+def keep_newest(k: Tensor, v: Tensor, position: int, number: int, state: State, rule: Rule) -> None:
+    """`keep_whole` of one token [B, Hkv, 1, ..], the same number of all rows."""
+    storage = rule[Storage]
+    late = number >= storage.whole_sinks
+    if late and not storage.residual:
+        return
+    place = storage.whole_sinks + number % storage.residual if late else number
+    state[WHOLE_AT][..., place] = position
+    for half in coded(rule):
+        state[half][:, :, place] = (k if half == "k" else v)[:, :, 0]
+
+
 def keep_whole(k: Tensor, v: Tensor, pos: Tensor, valid: Tensor, seen: Tensor, state: State, rule: Rule) -> None:
     """Copy those of the new tokens k [B, Hkv, S, D], v [B, Hkv, S, Dv] that are to be held whole, in place.
 

@@ -14,7 +14,7 @@ from kvpass.kernels.attention.observation import Observation, emitted
 from kvpass.kernels.attention.softmax import Softmax
 from kvpass.kernels.codecs.entries import encoded
 from kvpass.kernels.codecs.storage import coded
-from kvpass.kernels.codecs.whole import keep_whole
+from kvpass.kernels.codecs.whole import keep_newest, keep_whole
 from kvpass.kernels.decode_attend.attend_only import attend_only, seen_slots
 from kvpass.kernels.decode_attend.call import Call, Token
 from kvpass.kernels.decode_attend.slot_entries import Copies, copies_of, mixed, products
@@ -47,7 +47,7 @@ def decode_attend_reference(token: Token, state: State, call: Call) -> Tensor:
         return _with_padding(token, state, call, arrived)
     facts = step_facts(cells, state, position, plan)
     _append(token, state, facts, plan)
-    copies = [copies_of(state, heads, plan) for heads in facts.ranges]
+    copies = [copies_of(state, heads, facts, plan) for heads in facts.ranges]
     probs, seen = _probabilities(token.q, state, copies, hides, facts, call)
     if emitted(plan) and plan[Observation].decode != "none":
         _observe(state.stats, probs, seen, facts, plan)
@@ -110,9 +110,7 @@ def _append(token: Token, state: State, facts: StepFacts, plan: Rule) -> None:
     brought: dict[str, Any] = {"k": token.k, "v": token.v, "pos": facts.position, "stats": arrive}
     if coded(plan):
         brought |= encoded(token.k, token.v, plan)
-        pos = torch.full((1,), facts.position, dtype=torch.int32, device=token.k.device)
-        valid = torch.ones(len(token.k), 1, dtype=torch.bool, device=token.k.device)
-        keep_whole(token.k, token.v, pos, valid, state.cursor[:, :1, SEEN], state, plan)
+        _keep_whole(token, state, facts, plan)
     for field, tensor in state.per_slot():
         if not tensor.numel():
             continue
@@ -123,6 +121,15 @@ def _append(token: Token, state: State, facts: StepFacts, plan: Rule) -> None:
             target.index_copy_(at, facts.rows, flat(field, value.contiguous()))
         elif isinstance(value, (int, float)):
             target.index_fill_(at, facts.rows, value)
+
+
+def _keep_whole(token: Token, state: State, facts: StepFacts, plan: Rule) -> None:
+    if isinstance(facts.number, int):
+        keep_newest(token.k, token.v, facts.position, facts.number, state, plan)
+        return
+    pos = torch.full((1,), facts.position, dtype=torch.int32, device=token.k.device)
+    valid = torch.ones(len(token.k), 1, dtype=torch.bool, device=token.k.device)
+    keep_whole(token.k, token.v, pos, valid, state.cursor[:, :1, SEEN], state, plan)
 
 
 def _probabilities(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from kvpass.kernels.codecs.entries import decoded, turned
 from kvpass.kernels.codecs.storage import WHOLE_AT, Storage, coded
-from kvpass.kernels.codecs.whole import found, listed
-from kvpass.kernels.decode_attend.step import HeadRange
+from kvpass.kernels.codecs.whole import counted, found, listed
+from kvpass.kernels.decode_attend.step import HeadRange, StepFacts
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.reductions import Slots
 from kvpass.kernels.slots.state import State
@@ -16,10 +16,12 @@ Copies = tuple[Tensor, Tensor, Tensor]
 """Heads and slots that have a whole copy, and its place: int64 [copies] each."""
 
 
-def copies_of(state: State, heads: HeadRange, rule: Rule) -> Copies | None:
+def copies_of(state: State, heads: HeadRange, facts: StepFacts, rule: Rule) -> Copies | None:
     """Of some heads' used slots; None where nothing is held whole beside codes."""
     if not coded(rule) or not rule[Storage].whole:
         return None
+    if isinstance(facts.first, int) and not facts.parted:
+        return counted(heads.cells(state.pos), facts.first, facts.position, rule)
     return listed(_of(state[WHOLE_AT], heads), heads.cells(state.pos), rule)
 
 
@@ -54,11 +56,17 @@ def mixed(weights: Tensor, state: State, heads: HeadRange, copies: Copies | None
         own[row, :, place] = weights[row, :, slot]
         weights = weights.clone()
         weights[row, :, slot] = 0.0
-        there = own.new_zeros(len(own), storage.whole, dtype=torch.bool)
-        there[row, place] = True  # other places hold anything
     out = storage.codec_of("v").mixed(weights, parts, held.shape[3], storage.scale_group)
     out = turned(out, "v", rule)
-    return out if own is None else out + torch.bmm(own, _of(held, heads).float().masked_fill(~there[..., None], 0.0))
+    if own is None or copies is None:
+        return out
+    values = _of(held, heads).float()
+    if len(copies[0]) < own.shape[0] * own.shape[2]:  # what has gone may be infinite, and 0 times that is no number
+        row, _, place = copies
+        there = own.new_zeros(len(own), storage.whole, dtype=torch.bool)
+        there[row, place] = True
+        values = values.masked_fill(~there[..., None], 0.0)
+    return torch.baddbmm(out, own, values)
 
 
 def _of(x: Tensor, heads: HeadRange) -> Tensor:
