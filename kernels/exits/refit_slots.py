@@ -69,7 +69,7 @@ class Watched(NamedTuple):
 
     q: Tensor
     """[1, Hq, w, D]"""
-    index: Tensor
+    places: Tensor
     """int64 [1, w], their places in the call."""
     there: Tensor
     """bool [w], which of them exist."""
@@ -84,7 +84,7 @@ class Watched(NamedTuple):
         mask = mask if mask is None or mask.shape[1] == 1 else mask[:, own]
         shown = self.shown._replace(mask=mask, bias=None if bias is None else bias[:, one])
         pos = pos if pos is None else pos[:, one]
-        rows = logits_of(self.q[:, own], self.index, k[:, one], pos, shown, self.softmax)
+        rows = logits_of(self.q[:, own], self.places, k[:, one], pos, shown, self.softmax)
         return rows[0, 0][:, self.there].flatten(0, 1)
 
 

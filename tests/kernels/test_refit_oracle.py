@@ -32,7 +32,7 @@ class Talk:
 
     def __init__(self, said: dict[str, Any], budget: int, refit: dict[str, Any]) -> None:
         spec = {"name": "mine", "extends": "am_fast", **SMALL, **said}
-        spec["evicted"] = {"refit": {"queries": WINDOW, **refit}}
+        spec["evicted"] = {"refit": {"queries": WINDOW, "ridge": 0.0, **refit}}
         rule = rule_of(Policy.load(spec).with_budget(budget), 0, 1)
         self.ranked = rule[Refit].refit_queries == WINDOW and "score" not in said
         self.site, self.rows = Site(rule, torch.randn(24, HEADS * DIM)), len(TURNS[0][0])

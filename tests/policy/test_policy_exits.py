@@ -105,7 +105,7 @@ def test_combinations_that_cannot_work(policy: dict[str, Any], fix: str) -> None
 def test_fits() -> None:
     assert rule(extends="h2o", evicted="refit") == rule(extends="h2o", evicted={"refit": {}})
     own = rule(extends="am_fast", evicted={"refit": {"bias": [-1, 2], "values": False}})[Refit]
-    assert own == Refit(256, -1.0, 2.0, 2, 0.0, False)
+    assert own == Refit(256, -1.0, 2.0, 2, 0.1, False)
     assert rule(extends="am_fast", evicted={"refit": None}) == rule(extends="am_fast", evicted="drop")
     encoded = rule(extends="am_fast", evicted={"refit": {"bias": [-1, 2], "ridge": 1e-4}})
     assert Rule.parse(encoded.encode()) == encoded
