@@ -171,3 +171,16 @@ def test_a_prompt_has_none() -> None:
     q, k, v = qkv(1, HEADS, KV, 4, DIM)
     with pytest.raises(ValueError, match="bias must be float32"):
         prefill_attend(q, k, v, None, None, SCALE, "causal", SUMS.encode(), bias=torch.zeros(1, KV, 4))
+
+
+def test_half_precision() -> None:
+    """A later call in bfloat16 says what it says in float32, within its rounding."""
+    state = state_under(SUMS, SEEN)
+    given = join_slots(state.tensors(), *qkv(2, HEADS, KV, 5, DIM)[1:], SEEN, SUMS.encode())
+    (keys, values, pos, _, bias), q = given, qkv(2, HEADS, KV, 5, DIM)[0]
+    outs = []
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors = (x.to(dtype) for x in (q, keys, values))
+        outs.append(prefill_attend(*tensors, pos, None, SCALE, "causal", SUMS.encode(), position=SEEN, bias=bias)[0])
+    assert outs[1].dtype == torch.bfloat16
+    torch.testing.assert_close(outs[1].float(), outs[0], rtol=0.03, atol=0.03)
