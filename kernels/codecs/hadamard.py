@@ -23,19 +23,19 @@ def rotated(x: Tensor) -> Tensor:
     if size < 2:
         return x
     blocks: Tensor = x.unflatten(-1, (-1, size))
-    return (blocks @ _matrix(size, x.device)).flatten(-2)
+    return (blocks @ _matrix(size, x)).flatten(-2)
 
 
-def _matrix(size: int, device: torch.device) -> Tensor:
-    """float32 [size, size]; kept, unless it has no contents (fake tensors)."""
-    key = size, device
-    found = _MADE.get(key)
+def _matrix(size: int, like: Tensor) -> Tensor:
+    """float32 [size, size] on the device of `like`; kept, but for tracers: theirs is part of the graph."""
+    key, real = (size, like.device), type(like) is Tensor
+    found = _MADE.get(key) if real else None
     if found is None:
         with torch.inference_mode(False):
-            found = torch.ones(1, 1, device=device)
+            found = torch.ones(1, 1, device=like.device)
             while len(found) < size:
                 found = torch.cat([torch.cat([found, found], 1), torch.cat([found, -found], 1)])
             found = found / size**0.5
-        if type(found) is Tensor:
+        if real and type(found) is Tensor:
             _MADE[key] = found
     return found

@@ -1,7 +1,10 @@
-"""Codes of a few bits, several in a byte: in runs of 8, 4, 2 and 1 bits; 3 bits are a run of 2 and one of 1."""
+"""Codes of a few bits, several in a byte: in runs of 8, 4, 2 and 1 bits; 3 bits are a run of 2 and one of 1. Nothing is
+written in place: exported programs take these functions apart.
+"""
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -62,9 +65,9 @@ def _packed(part: Tensor, run: Run) -> Tensor:
         return part
     size, each = run.size(part.shape[-1]), 8 // run.bits
     planes = torch.nn.functional.pad(part, (0, size * each - part.shape[-1])).unflatten(-1, (each, size))
-    out: Tensor = planes[..., 0, :].clone()
+    out: Tensor = planes[..., 0, :]
     for at in range(1, each):
-        out |= planes[..., at, :] << (at * run.bits)
+        out = out | (planes[..., at, :] << (at * run.bits))
     return out
 
 
@@ -84,13 +87,12 @@ def planes(held: Tensor, bits: int, width: int) -> list[Plane]:
 
 def unpack(held: Tensor, bits: int, width: int) -> Tensor:
     """Inverse of `pack`, as float32 [.., width]."""
-    found = planes(held, bits, width)
-    if len(found) == 1:
-        return found[0].codes
-    out = held.new_zeros(*held.shape[:-1], entries(found), dtype=torch.float32)
-    for codes, first, factor in found:
-        out[..., first : first + codes.shape[-1]].add_(codes, alpha=factor)
-    return out[..., :width]
+    whole: Tensor | None = None
+    for factor, run in groupby(planes(held, bits, width), lambda plane: plane.factor):
+        part = torch.cat([plane.codes for plane in run], -1)[..., :width]
+        whole = part * factor if whole is None else torch.add(whole, part, alpha=factor)
+    assert whole is not None
+    return whole
 
 
 def entries(found: list[Plane]) -> int:

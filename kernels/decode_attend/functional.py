@@ -16,7 +16,10 @@ from kvpass.kernels.attention.memory import softmax_of
 from kvpass.kernels.attention.observation import Observation
 from kvpass.kernels.attention.softmax import Softmax
 from kvpass.kernels.budget import Budget, budget
+from kvpass.kernels.codecs.entries import turned
+from kvpass.kernels.codecs.storage import Storage
 from kvpass.kernels.decode_attend.call import Call, Token
+from kvpass.kernels.decode_attend.functional_codes import brought, copied, read
 from kvpass.kernels.exits.refit import Refit
 from kvpass.kernels.rank.criterion import INF, UNTOUCHABLE, Ranking, Scope
 from kvpass.kernels.rank.layer import Layer
@@ -33,10 +36,11 @@ from torch import Tensor
 
 
 def supports(rule: Rule) -> bool:
-    """Whether a rule can be said in this form: attention's sums, squares and counts, heads and layers alike, and an
-    eviction in each step. What calls of several tokens fit (`Refit`) a step only reads.
+    """Whether a rule can be said in this form: attention's sums, squares and counts, heads and layers alike, an
+    eviction in each step, and keys and values as they are or coded. What calls of several tokens fit (`Refit`) a
+    step only reads.
     """
-    known = rule.only(Statistics, Observation, Pool, Ranking, Protected, Scope, Budget, Layer, Scoring, Refit)
+    known = rule.only(Statistics, Observation, Pool, Ranking, Protected, Scope, Budget, Layer, Scoring, Storage, Refit)
     return known and set(rule[Statistics].stats) <= {"sum", "sumsq", "count"} and rule.of_steps is rule
 
 
@@ -69,16 +73,18 @@ def decode_step(
     softmax = softmax_of("decode_step", q, scale, sinks, softcap, memory_k, memory_v)
     call = Call(mask, position, softmax, plan)
     arrived = _arrived(mask, position, q)
-    held = _appended(before, Token(q, k_new, v_new), position, arrived)
+    held = _appended(before, Token(q, k_new, v_new), position, arrived, plan)
     shown, bias = _shown(mask, held.pos)
     if biased(plan):
         own = held[BIAS][:, :, None]
         bias = own if bias is None else bias + own
-    probs = _probabilities(q, held.k, shown, bias, call.softmax)
-    values = torch.where((held.pos >= 0)[..., None], held.v.float(), 0.0)  # 0 times an undefined value may be NaN
-    out = probs @ values
+    probs = _probabilities(turned(q.float(), "k", plan), read(held, "k", plan), shown, bias, call.softmax)
+    values = torch.where(
+        (held.pos >= 0)[..., None], read(held, "v", plan), 0.0
+    )  # 0 times an undefined value may be NaN
+    out = turned(probs @ values, "v", plan)
     out = out if softmax.beside is None else softmax.beside.added(out, probs.sum(-1, keepdim=True))
-    out = out.to(q.dtype).reshape(*q.shape[:3], held.v.shape[3])
+    out = out.to(q.dtype).reshape(*q.shape[:3], v_new.shape[3])
     held = held.replaced(stats=_observed(held.stats, probs, shown.any(2) & arrived, arrived, plan))
     return [out, *_evicted(held, _now(position, q), arrived, plan).tensors()]
 
@@ -93,17 +99,13 @@ def _free_slot(state: State) -> Tensor:
     return slot == _column(state.cursor, FREE)
 
 
-def _appended(state: State, token: Token, position: int, arrived: Tensor) -> State:
+def _appended(state: State, token: Token, position: int, arrived: Tensor, plan: Rule) -> State:
     """The state with the token in its slots, and 0 for its statistics and its bias."""
-    here = _free_slot(state) & arrived
-    if any(field.name == BIAS for field in state.fields):
-        state = state.replaced(bias=torch.where(here, 0.0, state[BIAS]))
-    return state.replaced(
-        k=torch.where(here[..., None], token.k, state.k),
-        v=torch.where(here[..., None], token.v, state.v),
-        pos=torch.where(here, _now(position, token.q), state.pos),
-        stats=torch.where(here, 0.0, state.stats),
-    )
+    here, now = _free_slot(state) & arrived, _now(position, token.q)
+    new = {name: torch.where(here[..., None], x, state[name]) for name, x in brought(token, plan).items()}
+    own = {"pos": torch.where(here, now, state.pos), "stats": torch.where(here, 0.0, state.stats)}
+    own |= {BIAS: torch.where(here, 0.0, state[BIAS])} if biased(plan) else {}
+    return state.replaced(**new, **own, **copied(token, state, now, arrived, plan))
 
 
 def _column(cursor: Tensor, at: int) -> Tensor:
@@ -137,10 +139,10 @@ def _shown(mask: Tensor | None, pos: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _probabilities(q: Tensor, k: Tensor, shown: Tensor, bias: Tensor | None, softmax: Softmax) -> Tensor:
-    """float32 [B, Hkv, G, C], 0 where a slot is hidden or empty, all 0 in rows that see nothing."""
+    """float32 [B, Hkv, G, C], 0 where a slot is hidden or empty, all 0 in rows that see nothing. q and k: float32."""
     (batch, heads), softcap = k.shape[:2], softmax.softcap
-    queries = (q.float() * softmax.scale).reshape(batch, heads, q.shape[1] // heads, q.shape[3])
-    logits = queries @ k.float().transpose(-1, -2)
+    queries = (q * softmax.scale).reshape(batch, heads, q.shape[1] // heads, q.shape[3])
+    logits = queries @ k.transpose(-1, -2)
     if softcap:
         logits = torch.tanh(logits / softcap) * softcap
     if bias is not None:

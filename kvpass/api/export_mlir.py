@@ -151,10 +151,9 @@ def _operators(ir: Any, module: Any) -> list[Any]:
 
 def _operands(op: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Operands of an operator by name: those that change from call to call, and the constants' attributes."""
-    from kvpass.lowering.pure import step_named
+    from kvpass.lowering.pure import step_op
 
-    called = str(op.attributes["name"]).strip('"').rpartition(".")[2]
-    names = [argument.name for argument in step_named(called)._schema.arguments]
+    names = [argument.name for argument in step_op(len(op.results) - 1)._schema.arguments]
     changing, fixed = {}, {}
     for name, operand in zip(names, op.operands, strict=True):
         kind = str(operand.type)

@@ -19,7 +19,7 @@ from kvpass.graph.calls import argument, call_name, example, operand
 from kvpass.graph.dataflow import flat_outputs
 from kvpass.graph.shapes import normal_dim, same, shape_of
 from kvpass.lowering.lower import Lowered
-from kvpass.lowering.pure import BEFORE, step_of
+from kvpass.lowering.pure import FIRST, step_op
 from kvpass.ops import decode_attend
 from kvpass.runtime.binding import Binding
 
@@ -165,8 +165,8 @@ def _without_mutation(graph: fx.Graph) -> dict[Any, fx.Node]:
     after: dict[Any, fx.Node] = {}
     for node in graph.find_nodes(op="call_function", target=decode_attend):
         with graph.inserting_before(node):
-            before, state, behind = node.args[:BEFORE], node.args[BEFORE], node.args[BEFORE + 1 :]
-            step = graph.call_function(step_of(len(state)), (*before, *state, *behind), node.kwargs)
+            before, state, behind = node.args[:FIRST], node.args[FIRST], node.args[FIRST + 1 :]
+            step = graph.call_function(step_op(len(state)), (*before, *state, *behind), node.kwargs)
             parts = [graph.call_function(operator.getitem, (step, at)) for at in range(len(state) + 1)]
         for made in (step, *parts):
             made.meta = {key: value for key, value in node.meta.items() if key != "example_value"}

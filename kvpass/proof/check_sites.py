@@ -22,6 +22,7 @@ from kvpass.errors import VerificationError
 from kvpass.graph.extract import functions_of
 from kvpass.kernels.attention.masks import visible
 from kvpass.kernels.attention.visibility import Sees, Shown
+from kvpass.kernels.codecs.storage import coded
 from kvpass.kernels.decode_attend.functional import supports
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.moves import even
@@ -162,7 +163,7 @@ class _Check:
     def __init__(self, original: fx.GraphModule, planned: SitePlan, args: Sequence[Any]) -> None:
         self.site: Site = planned.site
         self.held, growing = planned.rule, planned.rule.growing
-        self.rule = growing if supports(growing) else Rule()
+        self.rule = growing if supports(growing) and not coded(growing) else Rule()
         self.dense = Isolated(original, planned.site, args)
 
     def run(self, call: _Call, values: dict[str, Any]) -> None:

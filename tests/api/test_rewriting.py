@@ -93,13 +93,13 @@ def test_first_state_and_step(step: Any) -> None:
 
 
 def test_slots_with_biases(step: Any) -> None:
-    """What a prompt's fit left is read: `decode_step_biased`, and the same in plain torch; with 0 nothing differs."""
+    """What a prompt's fit left is read: `decode_step_6`, and the same in plain torch; with 0 nothing differs."""
     ids = plain.tokens(2, 6)
     plain_ones = kvpass.rewrite(step, "h2o", 8)
     rewritten = kvpass.rewrite(step, {"name": "mine", "extends": "h2o", "evicted": "refit"}, 8)
     names = [f"kvpass_{at}_{name}" for at in (0, 1) for name in ("k", "v", "pos", "stats", "cursor", "bias")]
     assert list(rewritten.inputs) == ["ids", "tokens", *names]
-    assert "decode_step_biased" in str(rewritten.graph_module.graph)
+    assert "decode_step_6" in str(rewritten.graph_module.graph)
     state, other = rewritten.empty_state(40), plain_ones.empty_state(40)
     for at in range(5):
         (logits,), state = rewritten.step(ids[:, at : at + 1], tokens=at, state=state)
@@ -141,6 +141,37 @@ def test_decomposed_programs(step: Any, decompositions: Any) -> None:
         (want,), state = direct.step(ids, tokens=t, state=state)
         torch.testing.assert_close(ours, want)
         assert torch.equal(after[2], state[2])
+
+
+def coded(held: dict[str, Any]) -> dict[str, Any]:
+    return {"name": "mine", "extends": "h2o", "store": {"k": "int8", "v": "int4", "rotate": "hadamard", **held}}
+
+
+def test_coded_slots(step: Any) -> None:
+    """Where each token has a whole copy, codes change nothing; else they change little, the same in both forms."""
+    whole, few, dense = (
+        kvpass.rewrite(step, policy, 8)
+        for policy in (coded({"residual": 40, "sinks": 0}), coded({"residual": 2, "sinks": 1}), "h2o")
+    )
+    assert [name for name in few.inputs if name.startswith("kvpass_0")][5:] == [
+        f"kvpass_0_{name}" for name in ("whole_at", "k_codes", "k_scale", "k_low", "v_codes", "v_scale", "v_low")
+    ]
+    with any_size():
+        inline = few.program.run_decompositions(decompositions())
+    assert not [n for n in inline.graph.nodes if "kvpass" in str(n.target) and n.op == "call_function"]
+    states = [one.empty_state(14) for one in (whole, few, dense)]
+    changed = 0.0
+    for t in range(14):
+        ids = plain.tokens(2, 1, seed=t)
+        said = inline.module()(ids, t, *states[1])
+        logits = []
+        for at, one in enumerate((whole, few, dense)):
+            (out,), states[at] = one.step(ids, tokens=t, state=states[at])
+            logits.append(out)
+        torch.testing.assert_close(logits[0], logits[2])
+        torch.testing.assert_close(said[0], logits[1])
+        changed = max(changed, float((logits[1] - logits[2]).abs().max()))
+    assert 1e-4 < changed < 0.5
 
 
 class Flash(plain.TupleBlock):
@@ -210,6 +241,14 @@ def test_a_fixed_past_is_refused() -> None:
     program = export(Step(plain.make(plain.Decoder)), 8, past=None)
     with pytest.raises(DeclinedError, match="fixed length of 5"):
         kvpass.rewrite(program, "h2o", 8)
+
+
+@pytest.mark.parametrize("ops", ["inline", "custom"])
+def test_mlir_of_coded_slots(step: Any, ops: str, tmp_path: Any) -> None:
+    pytest.importorskip("torch_mlir.ir")
+    text = kvpass.export_mlir(kvpass.rewrite(step, coded({"residual": 2}), 8), tmp_path / "step.mlir", ops=ops)
+    assert ("torch.kvpass.decode_step_12" in text) == (ops == "custom")
+    assert "ui8" in text
 
 
 @pytest.mark.parametrize("ops", ["inline", "custom"])

@@ -7,6 +7,7 @@ from kvpass.kernels.decode_attend import decode_attend
 from kvpass.kernels.decode_attend.functional import decode_step
 from kvpass.kernels.rank.criterion import Ranking
 from kvpass.kernels.rule import Rule
+from kvpass.kernels.slots.state import State
 from kvpass.kernels.testing import assert_close, bits, empty_state, qkv, random_state
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -110,6 +111,39 @@ def test_half_precision(dtype):
     state = random_state(torch.full((2, 2), 9), 14, 16, rule, seen=18, dtype=dtype)
     q, k, v = qkv(2, 4, 2, 1, 16, dtype=dtype)
     step_both(state, q, k, v, None, 18, rule)
+
+
+HELD = {
+    "int8": {"k_as": "int8", "v_as": "int8", "residual": 5, "whole_sinks": 2},
+    "int4 rotated": {"k_as": "int4", "v_as": "int4", "rotated": True, "scale_group": 8, "residual": 6},
+    "int3 and dense": {"k_as": "int3"},
+    "fp8 beside int2": {"k_as": "fp8_e4m3", "v_as": "int2", "whole_sinks": 3},
+}
+
+
+@pytest.mark.parametrize("kind", ["none", "bool", "bias"])
+@pytest.mark.parametrize("held", list(HELD))
+def test_coded_slots(held, kind):
+    """Keys and values are small multiples of 1/32, so that their rotation is exact and no code hangs on a rounding."""
+    rule = RULES["h2o"].replace(**HELD[held])
+    (q, k, v), mask = qkv(2, 4, 2, STEPS, 16, seed=2), hidden(kind, 4)
+    k, v = ((x * 32).round() / 32 for x in (k, v))
+    state = State.empty(rule, k, B=2, H=2, C=kept(rule, STEPS) + 2, D=16, V=16)
+    for t in range(STEPS):
+        now = slice(t, t + 1)
+        before, seen = state.clone(), mask if mask is None else mask[..., : t + 1]
+        args = (q[:, :, now], k[:, :, now], v[:, :, now], seen)
+        out, *new = decode_step(*args, state.tensors(), t, SCALE, rule.encode())
+        assert all(torch.equal(bits(a), bits(b)) for a, b in zip(state.tensors(), before.tensors(), strict=True))
+        assert_close(out, decode_attend(*args, state.tensors(), t, SCALE, rule.encode()), what=f"out at {t}")
+        after, used = State(new, state.fields), state.used()
+        for field, tensor in state.per_slot():
+            if field.name != "stats":
+                assert torch.equal(after[field.name][used], tensor[used]), (field.name, t)
+        assert_close(after.stats[:, used], state.stats[:, used], stats=True, what="stats")
+        for name in ("cursor", *(field.name for field in state.fields if "W" in field.dims)):
+            assert torch.equal(after[name], state[name]), (name, t)
+    assert (state.cursor[..., 0] < STEPS).all()
 
 
 def test_one_column_mask_hides_or_shows_everything():
