@@ -55,7 +55,7 @@ class Apart(Record):
 
 def budget(rule: Rule, seen: Any) -> Any:
     """Slots that each KV head may hold after `seen` valid tokens, int or int64 tensor as they are; where heads have
-    budgets of their own, on average over them.
+    budgets of their own, on average over them. Of a rule that demotes: tokens that it may hold whole.
     """
     resizing = rule.derived.get(budget)
     if resizing is None:
@@ -68,6 +68,11 @@ def budget(rule: Rule, seen: Any) -> Any:
 
 def kept(rule: Rule, seen: int) -> int:
     """Slots in use after `seen` valid tokens."""
+    return seen if rule.demotes else within(rule, seen)
+
+
+def within(rule: Rule, seen: int) -> int:
+    """Tokens that the budget keeps of `seen` valid ones: in slots, or whole if the others are demoted."""
     return min(seen, int(budget(rule, seen)))
 
 

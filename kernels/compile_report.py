@@ -20,6 +20,7 @@ import torch
 import triton  # type: ignore[import-untyped]  # no types in it
 from kvpass.kernels.attention.softmax import Softmax
 from kvpass.kernels.attention.visibility import Sees, Shown, token_bounds
+from kvpass.kernels.codecs.storage import coded
 from kvpass.kernels.decode_attend.call import Call, Token
 from kvpass.kernels.slots.state import State
 from kvpass.kernels.slots.statistics import Statistics
@@ -51,6 +52,11 @@ _ROCO = Rule(
 )  # fmt: skip
 _SNAPKV = Rule(stats=("sum", "count"), queries=32, carry=False, decode="add", score="mean", recent=32, num=1, den=5)
 _TOVA = Rule(stats=("sum",), queries=1, carry=False, decode="replace", score="sum", heads="all", num=1, den=5)
+_INT4 = _H2O.replace(k_as="int4", v_as="int4", rotated=True, residual=128, whole_sinks=4)
+_INT8 = _ROCO.replace(k_as="int8", v_as="int8", residual=32)
+_FP8 = _SNAPKV.replace(k_as="fp8_e4m3", v_as="fp8_e5m2", rotated=True)
+_INT2 = _H2O.replace(k_as="int2", v_as="int2", rotated=True, scale_group=32, residual=128, whole_sinks=4)
+_TWO = _H2O.replace(k_as="int3", v_as="int8_symmetric", scale_group=24)
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,14 @@ CASES = (
     Case("fp32 d256 bool h2o", torch.float32, 256, 4, "bool", False, _H2O),
     Case("bf16 d64 bool sinks h2o", torch.bfloat16, 64, 8, "bool", False, _H2O, sinks=True),
     Case("bf16 d256 bool softcap snapkv", torch.bfloat16, 256, 2, "bool", False, _SNAPKV, softcap=50.0),
+    Case("bf16 d128 int4 turned copies h2o", torch.bfloat16, 128, 4, "causal", False, _INT4),
+    Case("fp16 d128 int8 copies roco", torch.float16, 128, 8, "causal", False, _INT8),
+    Case("bf16 d128 fp8 turned bool snapkv", torch.bfloat16, 128, 4, "bool", False, _FP8),
+    Case("bf16 d64 mha int2 turned copies h2o", torch.bfloat16, 64, 1, "causal", False, _INT2),
+    Case("fp32 d128 int4 turned copies h2o", torch.float32, 128, 4, "causal", False, _INT4),
+    Case("bf16 d80 int3 and int8 in groups of 24 h2o", torch.bfloat16, 80, 4, "causal", False, _TWO),
 )
+"""Of rules whose slots hold codes the step alone: the other kernels meet numbers."""
 
 
 @dataclass(frozen=True)
@@ -114,11 +127,12 @@ def launches(case: Case, on: Target) -> list[Launch]:
     one = slice(0, 1)
     softmax = Softmax(0.125, torch.zeros(heads * case.group, dtype=case.dtype) if case.sinks else None, case.softcap)
     with record(on) as listed, use_provider("triton"):
-        prefill_attend_triton(q, k, v, pos, _shown(case, queries, length), softmax, case.rule)
-        idx = select_slots_triton(torch.zeros(1, heads, length), state.cursor, slots)
-        compact_slots_triton((k, v, pos, stats), idx, state.cursor.clone(), state)
+        if not coded(case.rule):
+            prefill_attend_triton(q, k, v, pos, _shown(case, queries, length), softmax, case.rule)
+            idx = select_slots_triton(torch.zeros(1, heads, length), state.cursor, slots)
+            compact_slots_triton((k, v, pos, stats), idx, state.cursor.clone(), state)
         token = Token(q[:, :, one], k[:, :, one], v[:, :, one])
-        call = Call(_mask(case, 1, length), length, softmax, case.rule)
+        call = Call(_mask(case, 1, length + 1), length, softmax, case.rule)
         decode_attend_triton(token, state, call)
     return listed
 

@@ -55,6 +55,11 @@ class Record:
         """Whether slots go because of it."""
         return False
 
+    @property
+    def demotes(self) -> bool:
+        """Whether what goes stays in its slot, in fewer bits."""
+        return False
+
     def growing(self) -> Record:
         """What is left of it in calls that evict nothing."""
         return self
@@ -169,6 +174,16 @@ class Rule:
     def evicts(self) -> bool:
         """False when the budget is everything: nothing is scored, nothing is dropped."""
         return any(one.evicts for one in self)
+
+    @cached_property
+    def demotes(self) -> bool:
+        """Whether the budget is of tokens that are held whole: the others stay too, in fewer bits."""
+        return any(one.demotes for one in self)
+
+    @cached_property
+    def drops(self) -> bool:
+        """Whether what is above the budget leaves its slot."""
+        return self.evicts and not self.demotes
 
     @cached_property
     def growing(self) -> Rule:

@@ -80,11 +80,12 @@ def empty_state(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> State:
-    """A state with no token in it; k, v and statistics are poisoned with NaN."""
+    """A state with no token in it; statistics, and k and v of slots, are poisoned with NaN."""
     like = torch.empty(0, dtype=dtype, device=device)
     state = State.empty(rule, like, B=batch, H=kv_heads, C=slots, D=dim, V=value_dim or dim)
-    for poisoned in (state.k, state.v, state.stats):
-        poisoned.fill_(float("nan"))
+    for field, tensor in state.per_slot():
+        if field.name in ("k", "v", "stats"):
+            tensor.fill_(float("nan"))
     return state
 
 

@@ -24,7 +24,7 @@ SCHEMAS = {
     "score_slots": "(Tensor stats, Tensor? past_stats, Tensor? pos, Tensor valid, Tensor cursor, SymInt position, "
     "str rule, str sees='', Tensor? mask=None, Tensor? bounds=None, "
     "Tensor? k=None, Tensor? v=None, Tensor? rows=None, Tensor? wo=None, "
-    "Tensor? hidden=None, Tensor? marks=None, Tensor? queries=None, Tensor? turns=None) "
+    "Tensor? hidden=None, Tensor? marks=None, Tensor? queries=None, Tensor? turns=None, Tensor? whole=None) "
     "-> (Tensor, Tensor, Tensor)",
     "select_slots": "(Tensor score, Tensor cursor, SymInt capacity) -> Tensor",
     "compact_slots": "(Tensor?[] keys, Tensor idx, Tensor cursor_new, Tensor(a!)[] state, str rule) -> ()",
@@ -44,6 +44,7 @@ SCHEMAS = {
     "Tensor? memory_k=None, Tensor? memory_v=None, Tensor? bias=None) -> Tensor",
     "encode_slots": "(Tensor k, Tensor v, str rule) -> Tensor[]",
     "keep_whole": "(Tensor k, Tensor v, Tensor valid, SymInt position, Tensor(a!)[] state, str rule) -> ()",
+    "choose_whole": "(Tensor k, Tensor v, Tensor? pos, Tensor score, Tensor(a!)[] state, str rule) -> ()",
     "arrivals": "(Tensor k_new, Tensor v_new, Tensor cursor, SymInt position, str rule, Tensor? wo=None, "
     "Tensor? hidden=None, Tensor? marks=None) -> Tensor",
 }
@@ -205,6 +206,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "refit_slots": _fake_changes_state,
     "encode_slots": _fake_encode_slots,
     "keep_whole": _fake_changes_state,
+    "choose_whole": _fake_changes_state,
     "decode_attend": _fake_decode_attend,
     "token_bounds": _fake_token_bounds,
     "mask_spans": _fake_mask_spans,

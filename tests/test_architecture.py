@@ -60,6 +60,7 @@ ARROWS = {
     "kernels.choose": {"kernels"},  # imports the implementation that it chose
     "kernels.slots": {"kernels.rule"},
     "kernels.codecs": {"kernels.rule", "kernels.slots"},
+    "kernels.choose_whole": {"kernels.select_slots", "kernels.codecs", "kernels.slots", "kernels.rank", *RULES},
     "kernels.join_slots": {"kernels.rule", "kernels.slots", "kernels.codecs"},
     "kernels.attention": {"kernels.rule", "kernels.slots"},
     "kernels.rank": {"kernels.slots", "kernels.attention", *RULES},

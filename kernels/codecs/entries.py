@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from kvpass.kernels.codecs.chosen import found_in
 from kvpass.kernels.codecs.hadamard import rotated
 from kvpass.kernels.codecs.storage import HALVES, WHOLE_AT, Storage, coded
 from kvpass.kernels.codecs.whole import found
@@ -50,6 +51,13 @@ def decoded(parts: Sequence[Tensor], half: str, width: int, rule: Rule) -> Tenso
     return storage.codec_of(half).decode(parts, width, storage.scale_group)
 
 
+def places(state: State, at: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+    """The place of each slot's whole copy, int64 [B, Hkv, C], and whether it has one. at: what the places hold, of each
+    slot's head, int32 [B, Hkv, 1 or C, W].
+    """
+    return found_in(state) if rule[Storage].by_score else found(at, state.pos)
+
+
 def entries_of(state: State, half: str, rule: Rule) -> Tensor:
     """Keys (`k`) or values (`v`) [B, Hkv, C, width] of a state that is not ragged, in the model's dtype: a copy where
     they are coded. What empty slots hold is undefined.
@@ -61,8 +69,8 @@ def entries_of(state: State, half: str, rule: Rule) -> Tensor:
         raise ValueError("entries_of: heads of a ragged state lie one behind the other; even it out first")
     parts = [state[name] for name in rule[Storage].code_fields(half)]
     x = turned(decoded(parts, half, held.shape[3], rule), half, rule)
-    if rule[Storage].whole:
-        place, there = found(state[WHOLE_AT][:, :, None], state.pos)
+    if rule[Storage].copies:
+        place, there = places(state, state[WHOLE_AT][:, :, None], rule)
         index = place[..., None].expand(*place.shape, x.shape[-1])
         x = torch.where(there[..., None], held.float().gather(-2, index), x)
     return x.to(held.dtype)

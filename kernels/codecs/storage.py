@@ -31,6 +31,8 @@ class Storage(Record):
         rotated: whether coded halves are rotated by Hadamard matrices.
         residual: newest tokens that are held whole too.
         whole_sinks: first tokens of each row that are.
+        by_score: instead of those, the tokens that the rule's budget has room for (`kvpass.kernels.codecs.chosen`):
+            what it would evict is demoted to its codes, and stays.
     """
 
     k_as: str = DENSE
@@ -39,15 +41,25 @@ class Storage(Record):
     rotated: bool = False
     residual: int = 0
     whole_sinks: int = 0
+    by_score: bool = False
 
     def check(self) -> None:
         one_of(self, "k_as", DENSE, *CODECS)
         one_of(self, "v_as", DENSE, *CODECS)
 
     @property
+    def demotes(self) -> bool:
+        return self.by_score
+
+    @property
     def whole(self) -> int:
-        """Tokens of each head that have whole copies, W."""
+        """Tokens of each head that have whole copies by their number among the row's, W."""
         return self.residual + self.whole_sinks
+
+    @property
+    def copies(self) -> bool:
+        """Whether some tokens have whole copies."""
+        return self.by_score or self.whole > 0
 
     def codec(self, half: str) -> Codec | None:
         """That of keys (`k`) or values (`v`); None if they are dense."""
@@ -74,8 +86,10 @@ class Storage(Record):
         return tuple(found)
 
     def sizes(self, widths: dict[str, Any]) -> dict[str, Any]:
-        """Sizes of the dims of its fields; widths: D and V."""
-        found: dict[str, Any] = {"W": self.whole}
+        """Sizes of the dims of its fields; widths: D and V, and W where copies are chosen by score: else as many as
+        slots.
+        """
+        found: dict[str, Any] = {"W": widths.get("W", widths["C"]) if self.by_score else self.whole}
         for half, width in zip(HALVES, (widths["D"], widths["V"]), strict=True):
             codec = self.codec(half)
             if codec is not None:

@@ -3,6 +3,7 @@
 A token's code is made when it comes and never again; while it is among the newest, attention reads the copy instead.
 Tokens are counted as everywhere, each row its own, without padding: number n has place n if it is one of the first
 `whole_sinks`, and the others take turns. `whole_at` says which position a place holds, so slots may move as they like.
+Copies of tokens chosen by score are in `kvpass.kernels.codecs.chosen`.
 """
 
 from __future__ import annotations

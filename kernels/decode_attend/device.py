@@ -15,8 +15,8 @@ from kvpass.kernels.attention.softmax import Softmax
 from kvpass.kernels.attention.visibility import BEFORE, COUNT, END
 from kvpass.kernels.codecs.entries import encoded, turned
 from kvpass.kernels.codecs.storage import coded
-from kvpass.kernels.codecs.whole import keep_whole
 from kvpass.kernels.decode_attend.call import Call, Token, lowest
+from kvpass.kernels.decode_attend.demote import demote_unread, hold_whole
 from kvpass.kernels.decode_attend.device_victim import evict
 from kvpass.kernels.decode_attend.slot_entries import read_all
 from kvpass.kernels.rule import Rule
@@ -49,7 +49,7 @@ def decode_attend_device(token: Token, state: State, call: Call) -> Tensor:
     at = call.at
     now = torch.full((1, 1, 1), call.position, dtype=torch.int32, device=cursor.device)
     now = now if at is None else at.view(1, 1, 1).int()
-    arrived = _arrived(call, now)
+    arrived = arrived_rows(call, now)
     _check(call, now, state, slots)
     live, free = cursor[..., LIVE, None], cursor[..., FREE, None]
     offset = slots.offset
@@ -69,11 +69,13 @@ def decode_attend_device(token: Token, state: State, call: Call) -> Tensor:
     out = out.to(token.q.dtype).reshape(*token.q.shape[:3], values.shape[3])
     if emitted(plan) and plan[Observation].decode != "none":
         _observe(state, probs, shown.any(2) & used, here, plan)
+    if plan.demotes:
+        demote_unread(state, now, arrived, plan)
     evict(state, slots, used, now, arrived, plan)
     return out
 
 
-def _arrived(call: Call, now: Tensor) -> Tensor:
+def arrived_rows(call: Call, now: Tensor) -> Tensor:
     """Whether each row's own token is shown to its query in some head: bool [1 or B, 1, 1]."""
     if call.mask is not None:
         wide = call.mask.shape[-1] > 1
@@ -117,7 +119,7 @@ def _append(token: Token, state: State, here: Here, plan: Rule) -> None:
     if coded(plan):
         brought |= encoded(token.k, token.v, plan)
         valid = here.arrived[:, :, 0].expand(len(token.k), 1)
-        keep_whole(token.k, token.v, here.now.flatten(), valid, cursor[:, :1, SEEN], state, plan)
+        hold_whole(token, here.now.flatten(), valid, state, plan)
     places = (slots.first + cursor[..., FREE]).flatten()
     valid = here.arrived.expand(*cursor.shape[:2], 1).reshape(-1)
     for field, tensor in state.per_slot():

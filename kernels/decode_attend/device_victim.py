@@ -30,13 +30,13 @@ def evict(state: State, slots: Slots, used: Tensor, now: Tensor, arrived: Tensor
     held, number, first = held + 1, seen.clone(), torch.where(first < 0, now, first)
     free, goes = held, torch.zeros_like(held, dtype=torch.bool)
     rings = plan[Rings].rings > 0
-    if plan.evicts or rings:
+    if plan.drops or rings:
         size = budget(plan, number + 1)
         size = size + cursor[..., EXTRA, None] if slots.ragged else size
         if rings:
             gone, goes = _driven_out(state, number, size, arrived, plan)
         else:
-            gone, least = _victim(state, slots, used, (now, number, first, size), plan)
+            gone, least = victim_of(state, slots, used, (now, number, first, size), plan)
             goes = (held > size) | (least < plan[ShareOut].cut)
         gone = gone & slots.of(goes & arrived)
         if plan[Merge].steps:
@@ -61,7 +61,7 @@ def _driven_out(state: State, number: Tensor, size: Tensor, arrived: Tensor, pla
     return torch.arange(rings.shape[-1], device=rings.device) == victim, evicts
 
 
-def _victim(
+def victim_of(
     state: State, slots: Slots, used: Tensor, step: tuple[Tensor, Tensor, Tensor, Tensor], plan: Rule
 ) -> tuple[Tensor, Tensor]:
     """The slot that each head would give up, bool [B, Hkv, C], and its score [B, Hkv, 1]. Lowest unprotected score,

@@ -37,11 +37,12 @@ from torch import Tensor
 
 def supports(rule: Rule) -> bool:
     """Whether a rule can be said in this form: attention's sums, squares and counts, heads and layers alike, an
-    eviction in each step, and keys and values as they are or coded. What calls of several tokens fit (`Refit`) a
-    step only reads.
+    eviction in each step that drops its slot, and keys and values as they are or coded. What calls of several tokens
+    fit (`Refit`) a step only reads.
     """
     known = rule.only(Statistics, Observation, Pool, Ranking, Protected, Scope, Budget, Layer, Scoring, Storage, Refit)
-    return known and set(rule[Statistics].stats) <= {"sum", "sumsq", "count"} and rule.of_steps is rule
+    steady = rule.of_steps is rule and not rule.demotes
+    return known and set(rule[Statistics].stats) <= {"sum", "sumsq", "count"} and steady
 
 
 def decode_step(

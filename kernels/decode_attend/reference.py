@@ -14,10 +14,12 @@ from kvpass.kernels.attention.observation import Observation, emitted
 from kvpass.kernels.attention.softmax import Softmax
 from kvpass.kernels.codecs.entries import encoded
 from kvpass.kernels.codecs.storage import coded
-from kvpass.kernels.codecs.whole import keep_newest, keep_whole
+from kvpass.kernels.codecs.whole import keep_newest
 from kvpass.kernels.decode_attend.attend_only import attend_only, seen_slots
 from kvpass.kernels.decode_attend.call import Call, Token
-from kvpass.kernels.decode_attend.slot_entries import Copies, copies_of, mixed, products
+from kvpass.kernels.decode_attend.copies import Copies, copies_of
+from kvpass.kernels.decode_attend.demote import demote, hold_whole
+from kvpass.kernels.decode_attend.slot_entries import mixed, products
 from kvpass.kernels.decode_attend.step import HeadRange, StepFacts, step_facts
 from kvpass.kernels.decode_attend.victim import evict_one, used_positions
 from kvpass.kernels.rule import Rule
@@ -54,6 +56,8 @@ def decode_attend_reference(token: Token, state: State, call: Call) -> Tensor:
     out, beside = _mix(probs, state, copies, facts, call), call.softmax.beside
     out = out if beside is None else beside.added(out, probs.sum(-1, keepdim=True))
     out = out.to(token.q.dtype).view(*token.q.shape[:3], out.shape[2])
+    if plan.demotes:
+        demote(state, facts, plan)
     evict_one(state, facts, plan)
     return out
 
@@ -124,12 +128,12 @@ def _append(token: Token, state: State, facts: StepFacts, plan: Rule) -> None:
 
 
 def _keep_whole(token: Token, state: State, facts: StepFacts, plan: Rule) -> None:
-    if isinstance(facts.number, int):
+    if isinstance(facts.number, int) and not plan.demotes:
         keep_newest(token.k, token.v, facts.position, facts.number, state, plan)
         return
     pos = torch.full((1,), facts.position, dtype=torch.int32, device=token.k.device)
     valid = torch.ones(len(token.k), 1, dtype=torch.bool, device=token.k.device)
-    keep_whole(token.k, token.v, pos, valid, state.cursor[:, :1, SEEN], state, plan)
+    hold_whole(token, pos, valid, state, plan)
 
 
 def _probabilities(

@@ -46,7 +46,7 @@ class StepFacts(NamedTuple):
     ranges: list[HeadRange]
     """Heads of the flattened [B * Hkv], each once, in order."""
     size: int | Tensor
-    """Budget."""
+    """Budget, of slots or of tokens held whole."""
     first: int | Tensor
     evicts: bool | Tensor
     """Whether a slot must go."""
@@ -74,14 +74,15 @@ def step_facts(cells: list[list[int]], state: State, position: int, plan: Rule) 
         size = budget(plan, seen + 1)
         ranges = [HeadRange(0, len(cells), live + 1)]
         parted = position - first != seen
-        return StepFacts(live + 1, ranges, size, first, live + 1 > size, False, position, rows, seen, parted)
+        evicts = live + 1 > size and not plan.demotes
+        return StepFacts(live + 1, ranges, size, first, evicts, False, position, rows, seen, parted)
 
     def shaped(values: Sequence[int]) -> Tensor:
         return torch.tensor(values, device=cursor.device).view(*cursor.shape[:2], 1)
 
     used = [c[LIVE] + 1 for c in cells]
     sizes = [budget(plan, c[SEEN] + 1) + (c[EXTRA] if ragged else 0) for c in cells]
-    over = [u > s for u, s in zip(used, sizes, strict=True)]
+    over = [u > s and not plan.demotes for u, s in zip(used, sizes, strict=True)]
     evicts = over[0] if all(o == over[0] for o in over) else shaped(over)
     firsts = [c[FIRST] if c[FIRST] >= 0 else position for c in cells]
     ranges = _head_ranges(used, places, ragged)

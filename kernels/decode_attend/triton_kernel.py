@@ -1,7 +1,8 @@
 """Device code of decode_attend, first kernel: append the token, attend over splits of the slots.
 
 The new token never passes through memory within a launch: split 0 takes it from its own registers and writes it to slot
-FREE, which no program of that launch reads.
+FREE, which no program of that launch reads. Its codes, where slots hold such, are in that slot already, and p_knew and
+p_vnew are what attention reads of it.
 """
 
 # mypy: ignore-errors
@@ -10,6 +11,7 @@ import triton
 import triton.language as tl
 from kvpass.kernels.triton_shared.triton_common import LOG2E, capped, masked, rows, softmax_step
 
+from .triton_codes import spread, tile
 from .triton_row import now, partials, shown, sight, slot_zero
 
 
@@ -50,12 +52,14 @@ def begin(p_stats, p_arrive, i_r, place, plane, N: tl.constexpr, ARRIVE: tl.cons
 @triton.jit(do_not_specialize=["position", "C", "splits", "s_mb", "s_mh", "s_mt", "s_nb", "s_tb"])
 def split_kernel(
     p_q, p_knew, p_vnew, p_arrive, p_mask, p_tokens, p_bounds, p_at, p_k, p_v, p_pos, p_stats, p_cursor, p_scratch,
-    p_whole, s_qb, s_qh, s_kb, s_kh, s_vb, s_vh, s_mb, s_mh, s_mt, s_nb, s_tb, mask_heads, scale, position, C, HKV,
-    splits,
+    p_whole, p_place, p_kcodes, p_kscale, p_klow, p_vcodes, p_vscale, p_vlow, s_qb, s_qh, s_kb, s_kh, s_vb, s_vh, s_mb,
+    s_mh, s_mt, s_nb, s_tb, mask_heads, scale, position, C, HKV, splits,
     G: tl.constexpr, GP: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
     BDV: tl.constexpr, BN: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
     LOGITS: tl.constexpr, COUNTED: tl.constexpr, ARRIVE: tl.constexpr, AT: tl.constexpr, WINDOW: tl.constexpr,
     CHUNK: tl.constexpr, TOKENS: tl.constexpr, MASK: tl.constexpr, HIDDEN: tl.constexpr, SOFTCAP: tl.constexpr,
+    COPIES: tl.constexpr, K_AS: tl.constexpr, K_BITS: tl.constexpr, K_GROUP: tl.constexpr, K_EACH: tl.constexpr,
+    V_AS: tl.constexpr, V_BITS: tl.constexpr, V_GROUP: tl.constexpr, V_EACH: tl.constexpr,
 ):  # fmt: skip
     """Append the token; per split: maximum, sum [B, Hkv, G, splits], raw output [B, Hkv, G, splits, Dv]; logits
     [G, rows * C]; COUNTED: how many slots some query of the group sees.
@@ -80,12 +84,16 @@ def split_kernel(
     p_pos += zero
     o_g, o_t, o_d, o_v = tl.arange(0, GP), tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BDV)
     m_g, m_d, m_v = o_g < G, o_d < D, o_v < DV
+    if K_GROUP < K_EACH:
+        o_d, m_d = spread(o_d, D, K_GROUP, K_EACH)
+    if V_GROUP < V_EACH:
+        o_v, m_v = spread(o_v, DV, V_GROUP, V_EACH)
     p_qg = p_q + i_b * s_qb + (i_h * G + o_g)[:, None] * s_qh + o_d[None, :]
     b_q = tl.load(p_qg, mask=m_g[:, None] & m_d[None, :], other=0.0)  # [GP, BD]
     o_mask = i_b * s_mb + (i_h * G + o_g).to(tl.int64) * s_mh
     p_logits += o_g * plane + zero  # [GP]
-    p_k += zero * D
-    p_v += zero * DV
+    p_k += zero * D if K_AS == "dense" else i_r * (COPIES * D)
+    p_v += zero * DV if V_AS == "dense" else i_r * (COPIES * DV)
 
     mine = tl.where(i_s == 0, arrived, 0)  # this program appends the token
     m_new = tl.where(m_g, mine, 0) > 0
@@ -100,8 +108,10 @@ def split_kernel(
     if i_s == 0:
         tl.store(p_whole + i_r, 0)
     if mine > 0:
-        tl.store(p_k + free.to(tl.int64) * D + o_d, b_knew, mask=m_d)
-        tl.store(p_v + free.to(tl.int64) * DV + o_v, b_vnew, mask=m_v)
+        if K_AS == "dense":
+            tl.store(p_k + free.to(tl.int64) * D + o_d, b_knew, mask=m_d)
+        if V_AS == "dense":
+            tl.store(p_v + free.to(tl.int64) * DV + o_v, b_vnew, mask=m_v)
         tl.store(p_pos + free, position)
         begin(p_stats, p_arrive, i_r, zero + free, plane, N, ARRIVE)
         if LOGITS:
@@ -111,10 +121,14 @@ def split_kernel(
     for i_n in range(first, last, BN):
         o_n = i_n + o_t
         m_n = (o_n < last) & (o_n != free)
-        p_kn = p_k + tl.cast(i_n, tl.int64) * D + (o_t[:, None] * D + o_d[None, :])
-        b_k = tl.load(p_kn, mask=m_n[:, None] & m_d[None, :], other=0.0)  # [BN, BD]
-        p_vn = p_v + tl.cast(i_n, tl.int64) * DV + (o_t[:, None] * DV + o_v[None, :])
-        b_v = tl.load(p_vn, mask=m_n[:, None] & m_v[None, :], other=0.0)  # [BN, BDV]
+        b_k = tile(
+            p_k, p_kcodes, p_kscale, p_klow, p_place, zero, i_n, o_t, m_n, o_d, m_d,
+            D, BD, K_AS, K_BITS, K_GROUP, K_EACH, COPIES,
+        )  # fmt: skip
+        b_v = tile(
+            p_v, p_vcodes, p_vscale, p_vlow, p_place, zero, i_n, o_t, m_n, o_v, m_v,
+            DV, BDV, V_AS, V_BITS, V_GROUP, V_EACH, COPIES,
+        )  # fmt: skip
         b_s = capped(products(b_q, b_k, GP == 1, PRECISION) * (scale * LOG2E), SOFTCAP)  # [GP, BN]
         o_seen = o_mask[:, None]
         if MASK:

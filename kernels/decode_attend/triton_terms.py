@@ -6,6 +6,7 @@ from typing import Any
 
 from kvpass.kernels.attention.observation import Observation, emitted
 from kvpass.kernels.budget import Budget
+from kvpass.kernels.codecs.storage import Storage
 from kvpass.kernels.exits.record import Merge
 from kvpass.kernels.rank.criterion import INF, SCORED, Ranking, Scope
 from kvpass.kernels.rank.layer import Layer
@@ -17,12 +18,14 @@ from kvpass.kernels.rank.share_out import ShareOut
 from kvpass.kernels.rank.weights import WEIGHT, Weight
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.ragged import Ragged, columns
-from kvpass.kernels.slots.state import FIELDS, fields_of
+from kvpass.kernels.slots.state import fields_of
 from kvpass.kernels.slots.statistics import Statistics, stat
+
+from .triton_stored import readable
 
 RECORDS = {
     *("Statistics", "Observation", "Ranking", "Scoring", "Weight", "Scope", "Protected", "Budget", "Layer", "Pyramid"),
-    *("Ragged", "ShareOut", "Marks", "Timing"),
+    *("Ragged", "ShareOut", "Marks", "Timing", "Storage"),
     *("Pool", "Granule", "Sample", "Heads", "Fair", "Reindex"),  # these are about calls of several tokens, or after one
 }
 """Names of the records that a step reads here, or that no step reads."""
@@ -31,15 +34,16 @@ _SCORES = {"position": 0, "sum": 1, "mean": 2, "important": 3, "last": 4, SCORED
 
 
 def understood(rule: Rule) -> bool:
-    """Whether the kernels take steps under a rule: all but rings, slots that are merged, fields of a state that not all
-    have, and records that nobody named here.
+    """Whether the kernels take steps under a rule: all but rings, slots that are merged, codes that nobody named
+    (`readable`), other fields of a state that not all have, and records that nobody named here.
     """
     found: bool | None = rule.derived.get(understood)
     if found is None:
         named = {type(one).__name__ for one in rule if one is not rule[Merge]} <= RECORDS
         named = named and not rule[Merge].steps
         alike = not (rule[Ragged].ragged and rule[Ranking].together)
-        found = rule.derived[understood] = named and alike and fields_of(rule) == FIELDS
+        known = readable(rule[Storage]) and fields_of(rule) == fields_of(Rule(rule[Storage]))
+        found = rule.derived[understood] = named and alike and known
     return found
 
 

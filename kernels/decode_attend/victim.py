@@ -34,7 +34,7 @@ def evict_one(state: State, step: StepFacts, plan: Rule) -> None:
         cursor[..., : FREE + 1] = cursor[..., LIVE, None] + 1
         return
     used = used_positions(state, step)
-    victim, lowest = _victim(used, _used_statistics(state, step), step, plan)
+    victim, lowest = victim_of(used, _used_statistics(state, step), step, plan)
     flat, places = state.pos.view(-1), (starts(cursor, state.slots)[..., None] + victim).view(-1)
     evicts = step.evicts if plan[ShareOut].cut == -INF else (lowest < plan[ShareOut].cut) | step.evicts
     if plan[Merge].steps:
@@ -85,8 +85,9 @@ def _used_statistics(state: State, step: StepFacts) -> Tensor:
     return padded(state.stats, state.cursor, step.slots, 0.0) if ragged else state.stats[..., : step.slots]
 
 
-def _victim(pos: Tensor, stats: Tensor, step: StepFacts, plan: Rule) -> tuple[Tensor, Tensor]:
+def victim_of(pos: Tensor, stats: Tensor, step: StepFacts, plan: Rule) -> tuple[Tensor, Tensor]:
     """The slot each head gives up, int64 [B, Hkv, 1], and its score. Lowest unprotected score, ties evict the newer.
+    pos: int32 [B, Hkv, n], -1 where a slot is empty; stats: float32 [N, B, Hkv, n].
 
     torch's where and masked_fill are slow on CPU, so protection is arithmetic: `guard` is 0 for slots that may go, at
     least 3e38 for the others (empties, at position -1, among them).
@@ -151,7 +152,7 @@ def _ends(pos: Tensor, sinks: int, recent: Tensor) -> tuple[Tensor, Tensor]:
 def _scope(stats: Tensor, pos: Tensor, guard: Tensor, reach: int | Tensor, step: StepFacts, plan: Rule) -> Tensor:
     """Slots that the scope keeps out of reach: bool, the shape of pos."""
     deviation = _guarded(preference(stats, pos, plan, step.number), guard, plan)
-    if len(step.ranges) > 1:
+    if len(step.ranges) > 1 or plan.demotes:
         deviation = deviation.masked_fill(pos < 0, -INF)
     beyond = untouchable(deviation, pos, reach)
     return beyond & (reach > 0)

@@ -20,6 +20,9 @@ INF = float("inf")
 UNTOUCHABLE = 3.0e38
 """Score of a slot that the scope keeps out of reach: above every real score, below a protected slot's +inf."""
 
+DEMOTED = -UNTOUCHABLE
+"""Score of a slot whose token is held in fewer bits, and for good: below every real score, above none."""
+
 
 @dataclass(frozen=True)
 class Ranking(Record):

@@ -102,6 +102,8 @@ class Beside(NamedTuple):
     """[B, Hq, S, D], before their rotation."""
     turns: Tensor | None = None
     """[2, 1 or B, S, D], cosines and sines of that rotation."""
+    whole: Tensor | None = None
+    """int32 [B, Hkv, W], positions of the past tokens that are not demoted, -1 none, for rules that demote."""
 
 
 def scorer_scores(

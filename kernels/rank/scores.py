@@ -13,7 +13,7 @@ from kvpass.kernels.attention.observation import Observation, emission, emitted
 from kvpass.kernels.attention.visibility import Sees, shown_before
 from kvpass.kernels.budget import budget
 from kvpass.kernels.rank.allocate import with_preference
-from kvpass.kernels.rank.criterion import INF, SCORED
+from kvpass.kernels.rank.criterion import DEMOTED, INF, SCORED
 from kvpass.kernels.rank.lone import as_in_steps, lone, stepped
 from kvpass.kernels.rank.marks import DROP, MARK, marks_of_keys
 from kvpass.kernels.rank.places import NUMBER, PLACE, key_places, new_places, side_by_side
@@ -26,6 +26,7 @@ from kvpass.kernels.rank.smooth import Pool, pooled
 from kvpass.kernels.rank.weights import WEIGHT, Weight, value_weights
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.cursor import EXTRA, FIRST, FREE, LIVE, SEEN, SHIFT
+from kvpass.kernels.slots.lookup import places_of
 from kvpass.kernels.slots.ragged import Ragged, columns
 from kvpass.kernels.slots.statistics import Statistics, keeps, stat
 from torch import Tensor
@@ -53,8 +54,9 @@ def score_slots(
     [B, Hkv, 4 or 6] before the call. position: of the call's first token. sees, mask, bounds: of the attention, checked
     if there is a past. given, named: of `Beside`, for rules with a scorer, a value weight or marks that reads them.
 
-    Returns (score float32 [B, Hkv, L]: +inf protected, 3e38 untouchable, -inf no candidate; the statistics to keep
-    [N, B, Hkv, L]; the new cursor). Raises ValueError if stats do not fit the rule, MaskError as `check_shown`.
+    Returns (score float32 [B, Hkv, L]: +inf protected, 3e38 untouchable, -3e38 demoted before, -inf no candidate; the
+    statistics to keep [N, B, Hkv, L]; the new cursor). Raises ValueError if stats do not fit the rule, MaskError as
+    `check_shown`.
     """
     plan, beside = Rule.parse(rule).of_call(position), Beside(*given, **named)
     if stats.dim() != 4 or stats.shape[0] != len(emitted(plan)):
@@ -106,6 +108,10 @@ def score_slots(
         return torch.where(candidate, INF, -INF), total, after
     if plan[Rings].rings:
         return _in_rings(total, past_stats, where, candidate, valid.shape[1], (cursor, after), plan)
+    if beside.whole is not None and pos is not None:
+        whole = _whole(beside.whole, pos, valid)
+        score = ranked(total, where, candidate & whole, end, after, plan)
+        return torch.where(candidate & ~whole, DEMOTED, score), total, after
     if not plan[Ragged].ragged:
         return ranked(total, where, candidate, end, after, plan), total, after
     extra = torch.where(single, cursor[..., EXTRA], 0)
@@ -171,6 +177,12 @@ def _attention_statistics(stats: Tensor, past: Tensor | None, rule: Rule) -> Ten
     return total
 
 
+def _whole(at: Tensor, pos: Tensor, valid: Tensor) -> Tensor:
+    """Keys that may be held whole: past slots that are, and the call's tokens. Bool [B, Hkv, L]."""
+    _, there = places_of(at, pos[..., : pos.shape[-1] - valid.shape[1]])
+    return torch.nn.functional.pad(there, (0, valid.shape[1]), value=True)
+
+
 def _candidates(pos: Tensor | None, valid: Tensor, batch: int, heads: int, length: int) -> Tensor:
     """Keys that may stay: used past slots and valid new tokens. Bool [B, Hkv, L]."""
     new = valid[:, None, :].expand(batch, heads, valid.shape[1])
@@ -186,7 +198,8 @@ def _advanced(cursor: Tensor, valid: Tensor, candidate: Tensor, position: int, r
     first = torch.where(valid.any(-1), arrived, -1)[:, None]
     first = torch.where(cursor[..., FIRST] >= 0, cursor[..., FIRST], first)
     live = candidate.sum(-1)
-    live = live if rule[ShareOut].share else torch.minimum(budget(rule, seen), live)
+    stays = bool(rule[ShareOut].share) or rule.demotes
+    live = live if stays else torch.minimum(budget(rule, seen), live)
     values, width = {LIVE: live, FREE: live, SEEN: seen, FIRST: first}, columns(rule)
     if rule[Ragged].ragged:
         values |= {EXTRA: torch.zeros_like(live), SHIFT: torch.zeros_like(live)}

@@ -35,6 +35,21 @@ def _resized(state: State, slots: int) -> State:
     return out
 
 
+def with_places(state: State, places: int) -> State:
+    """A copy with so many places for each head beside the slots (W); those that are in use are among the first ones."""
+
+    def resized(field: Field, tensor: Tensor) -> Tensor:
+        if "W" not in field.dims:
+            return tensor
+        axis = field.dims.index("W")
+        new = field.new({**dict(zip(field.dims, tensor.shape, strict=True)), "W": places}, tensor)
+        common = min(places, tensor.shape[axis])
+        new.narrow(axis, 0, common).copy_(tensor.narrow(axis, 0, common))
+        return new
+
+    return state.mapped(resized)
+
+
 def with_spare(state: State, spare: int) -> tuple[State, int]:
     """The state with room for `spare` more tokens, or a few less, behind those that each head holds, and for how many.
     A copy.

@@ -27,7 +27,8 @@ class Field:
     Attributes:
         name: unique in a state.
         dims: a letter each: B rows, H KV heads, C slots, D and V entries of a key and of a value, N statistics, X
-            columns of the cursor. B, H and C, where they are, stand side by side in this order.
+            columns of the cursor, W places beside the slots. B, H and C, where they are, stand side by side in this
+            order.
         dtype: None for that of the keys.
         fill: what a slot, or a head, holds before something is written; None: anything. A sequence: along the last dim.
         codes: whether it holds codes of keys or values, or their scales.
@@ -89,7 +90,7 @@ def fields_of(rule: Rule) -> tuple[Field, ...]:
 
 
 def sizes_of(rule: Rule, sizes: Mapping[str, Any]) -> dict[str, Any]:
-    """The size of each dim of a rule's fields by its letter; sizes: B, H, C, D and V."""
+    """The size of each dim of a rule's fields by its letter; sizes: B, H, C, D and V; W where it grows."""
     found = {**sizes, "N": len(rule[Statistics].stats), "X": columns(rule)}
     return found | {letter: size for record in rule for letter, size in record.sizes(found).items()}
 
@@ -157,6 +158,12 @@ class State:
     def slots(self) -> int:
         """Capacity C: slots allocated per KV head."""
         return self.pos.shape[2]
+
+    @property
+    def places(self) -> int:
+        """W: places per KV head beside the slots, 0 without such fields."""
+        shaped = (self[field.name].shape[field.dims.index("W")] for field in self.fields if "W" in field.dims)
+        return next(shaped, 0)
 
     def used(self) -> Tensor:
         """Slots in use, bool [B, Hkv, C]: 0 .. LIVE without FREE. Not of a ragged state."""

@@ -13,7 +13,7 @@ from kvpass.api.holdings import Holdings, Part, holdings, stores
 from kvpass.api.report_text import report_text
 from kvpass.errors import CacheError
 from kvpass.kernels.budget import Apart, Budget
-from kvpass.kernels.codecs.storage import coded
+from kvpass.kernels.codecs.storage import WHOLE_AT, coded
 from kvpass.kernels.slots.cursor import SEEN
 from kvpass.kernels.slots.moves import even
 from kvpass.runtime.recordings import StepCounts
@@ -42,7 +42,8 @@ class Report:
             declined: sites that stay dense, and why.
             why: why less was evicted than the budget says, in words; "" if it was not.
             proof: `calls` made on this cache; keys `evicted` (summed over layers, rows and KV heads) of those `seen`;
-            `freed` bytes; `outside`: how often slots were changed after a call, outside the compiled graph.
+            where some are, also those `demoted`, held as codes alone; `freed` bytes; `outside`: how often slots were
+            changed after a call, outside the compiled graph.
             steps: under `mode="reduce-overhead"`, `captures` of CUDA graphs, `replays` of them, `eager` steps beside
             those, and `why` the last of these was; of the graph with the most, where a model has several.
             providers: on a CUDA device, who computed the attention of prompts, by kinds of calls in words: of all
@@ -145,6 +146,11 @@ def _site_row(store: SlotStore) -> dict[str, Any]:
     }
 
 
+def _demoted(store: SlotStore) -> int:
+    """Keys that are held as codes alone, summed over rows and KV heads."""
+    return int(store.live().sum() - (store.state[WHOLE_AT] >= 0).sum()) if store.rule.demotes else 0
+
+
 def _bits(stores: Sequence[SlotStore]) -> float | None:
     """Bits of all that slots hold, for each number that they stand for."""
     held = sum(store.bytes + store.overhead_bytes for store in stores)
@@ -164,10 +170,11 @@ def _dense_rows(parts: Sequence[Part]) -> list[dict[str, Any]]:
 
 
 def _proof(stores: Sequence[SlotStore], freed: int) -> dict[str, int]:
-    evicted = sum(store.evicted() for store in stores)
+    evicted, demoted = (sum(count(store) for store in stores) for count in (SlotStore.evicted, _demoted))
     return {
         "calls": max((store.calls for store in stores), default=0),
         "evicted": evicted,
+        **({"demoted": demoted} if demoted else {}),
         "seen": evicted + sum(int(store.live().sum()) for store in stores),
         "freed": max(0, freed),
         "outside": sum(store.outside for store in stores),
@@ -184,12 +191,13 @@ def _why(stores: Sequence[SlotStore]) -> str:
         if (rule[Budget].floor + rule[Apart].apart) * rule[Budget].den > seen * rule[Budget].num
     }
     if floors:
+        what = "tokens whole" if all(rule.demotes for rule, _ in shares) else "slots"
         slots = " or ".join(map(str, sorted(floors)))
         return (
-            f"more than the budget: however few tokens there are, each KV head keeps {slots} slots (min_slots), "
+            f"more than the budget: however few tokens there are, each KV head keeps {slots} {what} (min_slots), "
             "and up to 2.5 % are free to grow into"
         )
-    if any(store.evicted() for store in stores) or not stores:
+    if any(store.evicted() or _demoted(store) for store in stores) or not stores:
         return ""
     if not any(rule.evicts for rule, _ in rules):
         return "this policy keeps everything"

@@ -41,7 +41,8 @@ def _headline(d: dict[str, Any]) -> list[str]:
 
 
 def _proof(p: dict[str, int]) -> str:
-    gone = f"{p['evicted']} of {p['seen']} keys evicted, {size(p['freed'])} freed"
+    demoted = f", {p['demoted']} demoted" if "demoted" in p else ""
+    gone = f"{p['evicted']} of {p['seen']} keys evicted{demoted}, {size(p['freed'])} freed"
     return f"proof: {_times(p['calls'], 'call')}, {gone}, {_times(p['outside'], 'step')} outside the graph"
 
 

@@ -177,7 +177,7 @@ def _check_rules(planned: Plan) -> None:
         raise PolicyError(
             f"kvpass.rewrite cannot express policy {planned.policy.name!r}: it takes sums, squares and counts of "
             "attention, the same budget for all heads and layers, evicts in each step, and holds what the model has, "
-            "or codes",
+            "or codes; what goes is dropped",
             where=f"{wide[0].site.name}, {wide[0].site.source}",
             hint="choose streaming_llm, h2o, tova, snapkv or roco, or use kvpass.compile",
         )

@@ -9,7 +9,7 @@ from torch import fx
 
 from kvpass.graph.calls import example
 from kvpass.graph.shapes import shape_of
-from kvpass.kernels.codecs.storage import Storage, coded
+from kvpass.kernels.codecs.storage import WHOLE_AT, Storage, coded
 from kvpass.kernels.slots.bias import BIAS
 from kvpass.kernels.slots.ragged import Ragged
 from kvpass.kernels.slots.state import fields_of
@@ -68,7 +68,8 @@ class Emitter:
             read = (*read, k, keys["v"], rows, *self._read_beside(), *self._rotation())
         before = self.state["cursor"], position, self.rule
         read = _without_defaults(read, ("", *(None,) * len(read[1:])))
-        scored = write.op("score_slots", emitted, past, pos, valid, *before, *read)
+        whole = {"whole": self.state[WHOLE_AT]} if past and self.planned.rule.demotes else {}
+        scored = write.op("score_slots", emitted, past, pos, valid, *before, *read, **whole)
         score, keys["stats"], cursor = write.parts(scored, 3)
         names = self._per_slot()
         room = write.method("size", score if self.planned.rule[Ragged].ragged else self.state[names[0]], 2)
@@ -81,7 +82,9 @@ class Emitter:
             told = self.q, k, keys["v"], pos, seen.mask, valid, core.scale, seen.words
             extras = _without_defaults((core.softcap, seen.tokens, position), (0.0, None, 0))
             write.op("refit_slots", *told, score, chosen, state, self.rule, *extras, **own)
-        if coded(self.planned.rule):
+        if self.planned.rule.demotes:
+            write.op("choose_whole", k, keys["v"], pos, score, state, self.rule)
+        elif coded(self.planned.rule):
             write.op("keep_whole", self.new_k, self.new_v, valid, position, state, self.rule)
         return self._outputs(out)
 

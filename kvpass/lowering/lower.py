@@ -164,6 +164,8 @@ class _Lowering:
             with fake_q.fake_mode:
                 c = free_size(fake_q.fake_mode.shape_env, "kvpass_capacity")
                 held: dict[str, Any] = {letter: site.dims[own] for letter, own in sizes.items()}
+                if planned.rule.demotes:
+                    held["W"] = free_size(fake_q.fake_mode.shape_env, "kvpass_whole")
                 self.states[key] = State.empty(planned.rule, fake_q, C=c, **held)
         return self.states[key]
 

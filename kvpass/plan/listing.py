@@ -37,7 +37,7 @@ class Row:
             `w*T` (the last w queries' attention again), `T*T` (all attention again).
         bytes: of position, statistics and bias, for each slot of each KV head, beside K and V.
         bits: of each number of a key and of a value, scales counted, at a head dimension of `EXAMPLE_WIDTH`; `-`: held
-            as the model has them.
+            as the model has them; `2.5 + whole`: beside the tokens that the budget has room for, which are whole too.
         notes: where it differs from what it is taken from.
     """
 
@@ -76,7 +76,8 @@ def _bits(rule: Rule) -> str:
     codecs = [storage.codec(half) for half in ("k", "v")]
     held = [c.bytes(EXAMPLE_WIDTH, storage.scale_group) * 8 / EXAMPLE_WIDTH if c else None for c in codecs]
     words = ["-" if one is None else f"{one:g}" for one in held]
-    return words[0] if words[0] == words[1] else ", ".join(words)
+    said = words[0] if words[0] == words[1] else ", ".join(words)
+    return f"{said} + whole" if rule.demotes else said
 
 
 def _attended(rule: Rule) -> bool:
@@ -159,6 +160,7 @@ def emission(policy: Spec) -> list[str]:
         f"a one-token call does with its row: {rule[Observation].decode}",
         f"each slot keeps: {kept}, {4 + sum(record.slot_bytes for record in rule)} bytes beside K and V",
         *([f"keys and values are held in {_bits(rule)} bits a number"] if coded(rule) else []),
+        *(["all tokens stay: the budget is of those that are held whole as well"] if rule.demotes else []),
         f"rule at budget {policy.budget if own else EXAMPLE_BUDGET}: {rule.encode()}",
         *(f"rule of layers {key}: {example_rule(other).encode()}" for key, other in variants(policy).items()),
     ]

@@ -67,7 +67,7 @@ class SitePlan:
         if self.refits and self.site.phase is not Phase.DECODE:
             ops += ["refit_slots"]
         if coded(self.rule) and self.site.phase is not Phase.DECODE:
-            ops += ["keep_whole"]
+            ops += ["choose_whole" if self.rule.demotes else "keep_whole"]
             if self.site.phase is Phase.PREFILL:
                 ops.insert(0, "encode_slots")
         return ("arrivals", *ops) if self.arrives and self.site.phase is Phase.DECODE else tuple(ops)
@@ -250,7 +250,7 @@ def _unmet(planned: SitePlan) -> Iterator[tuple[bool, str, str]]:
     fix = "set evicted: drop for these layers"
     yield shared and bool(rule[Merge].merge_into), f"merges what it evicts, but this attention {what}", fix
     yield shared and planned.refits, f"fits slots to what it evicts, but this attention {what}", fix
-    fix = "leave `store` out for these layers, or use store: dense"
+    fix = "leave `store` and `evicted` out for these layers, or use store: dense and evicted: drop"
     yield site.core.latent is not None and bool(coded(rule)), "stores codes, but this attention keeps latents", fix
     asked = "weighs values by the output projection, which was not found behind the attention"
     fix = "set weight.by: l1, which needs no projection; gates and norms in between cannot be read through"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 from urllib.parse import quote
 
+from kvpass.errors import PolicyError
 from kvpass.kernels.after_call.reindex import Reindex
 from kvpass.kernels.attention.observation import Observation
 from kvpass.kernels.budget import Budget
@@ -28,7 +30,7 @@ from kvpass.kernels.rule import Record, Rule
 from kvpass.kernels.slots.ragged import Ragged
 from kvpass.kernels.slots.statistics import Statistics
 from kvpass.kernels.timing import Timing
-from kvpass.plan.byte_budget import EXAMPLE, Entry, in_bytes
+from kvpass.plan.byte_budget import EXAMPLE, Entry, in_bytes, least_share
 from kvpass.policy.check import fraction
 from kvpass.policy.layers import of_layer
 from kvpass.policy.spec import Spec
@@ -42,7 +44,9 @@ def rule_of(policy: Spec, layer: int = 0, layers: int = 1, entry: Entry = EXAMPL
     holds, for budgets in bytes.
     """
     policy = of_layer(policy, layer, layers)
-    return Rule(_storage(policy)) if policy.keeps_all else Rule(*_records(policy, layer, layers, entry))
+    if policy.keeps_all:
+        return Rule(_stored(policy, policy.store.k, policy.store.v, entry))
+    return Rule(*_records(policy, layer, layers, entry))
 
 
 def _records(policy: Spec, layer: int, layers: int, entry: Entry) -> Iterator[Record]:
@@ -75,7 +79,7 @@ def _records(policy: Spec, layer: int, layers: int, entry: Entry) -> Iterator[Re
     yield Fair(policy.fair)
     yield _merge(policy)
     yield _refit(policy)
-    yield _storage(policy)
+    yield _storage(policy, entry)
 
 
 def _kept(policy: Spec) -> Iterator[str]:
@@ -172,8 +176,14 @@ def _budget(policy: Spec, entry: Entry) -> tuple[Record, ...]:
     if policy.unit == "tokens":
         return (Budget(0, *_share(policy.budget), policy.min_slots),)
     exits = _merge(policy), _refit(policy)
-    holding = Rule(Statistics(tuple(_kept(policy))), Ragged(_ragged(policy)), *exits, _storage(policy))
-    return in_bytes(fraction(policy.budget), policy.min_slots, holding, entry)
+    holding = Rule(Statistics(tuple(_kept(policy))), Ragged(_ragged(policy)), *exits, _storage(policy, entry))
+    found = in_bytes(fraction(policy.budget), policy.min_slots, holding, entry)
+    if found is None:
+        raise PolicyError(
+            f"policy {policy.name!r}: the codes of all tokens hold more than {policy.asked}",
+            hint=f"ask for more than {100 * least_share(holding, entry):.3g}%, or demote to fewer bits, larger groups",
+        )
+    return found
 
 
 def _ragged(policy: Spec) -> bool:
@@ -181,9 +191,17 @@ def _ragged(policy: Spec) -> bool:
     return policy.allocate.heads != "uniform" or policy.allocate.layers in SHARES
 
 
-def _storage(policy: Spec) -> Storage:
+def _storage(policy: Spec, entry: Entry) -> Storage:
+    to = policy.evicted.to
+    if to is None:
+        return _stored(policy, policy.store.k, policy.store.v, entry)
+    return replace(_stored(policy, to.k, to.v, entry), residual=0, whole_sinks=0, by_score=True)
+
+
+def _stored(policy: Spec, k: str, v: str, entry: Entry) -> Storage:
     held = policy.store
-    storage = Storage(held.k, held.v, held.group, held.rotate == "hadamard", held.residual, held.sinks)
+    group = held.group if isinstance(held.group, int) else max(1, int(held.group * entry.d))
+    storage = Storage(k, v, group, held.rotate == "hadamard", held.residual, held.sinks)
     return storage if storage.coded else Storage()
 
 

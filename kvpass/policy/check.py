@@ -14,6 +14,7 @@ from kvpass.kernels.attention.observation import STATISTICS
 from kvpass.kernels.codecs.registry import CODECS, DENSE
 from kvpass.kernels.rank.criterion import SCORES
 from kvpass.kernels.rank.scorers.registry import Scorer, scorers
+from kvpass.policy.check_demoting import demoting
 from kvpass.policy.check_exits import exits
 from kvpass.policy.limits import MOST, check_options, no_number, oversized
 from kvpass.policy.spec import Spec
@@ -37,6 +38,7 @@ def check_policy(p: Spec, where: str) -> None:
         _when(p),
         _store(p),
         exits(p),
+        demoting(p),
     ):
         for broken, field, fix in rules:
             if broken:
@@ -202,7 +204,8 @@ def _store(p: Spec) -> Iterator[Broken]:
         near = difflib.get_close_matches(said, known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""
         yield said not in known, f"store.{half}", f"{hint}known: {', '.join(known)}"
-    yield held.group < 1, "store.group", "give a number of entries, e.g. 64"
+    share, fix = isinstance(held.group, float), "give a number of entries, e.g. 64, or a share of a key, e.g. 0.5"
+    yield not 0 < held.group <= 1 if share else held.group < 1, "store.group", fix
     yield held.residual < 0, "store.residual", "give a number of tokens, 0 or more"
     yield held.sinks < 0, "store.sinks", "give a number of tokens, 0 or more"
     fix = "keys that are held as codes cannot be turned to new positions: set positions: kept, or store.k: dense"

@@ -18,6 +18,8 @@ def exits(p: Spec) -> Iterator[tuple[bool, str, str]]:
     merge, refit = p.evicted.merge, p.evicted.refit
     both = "what is merged already cannot be stood for once more: set evicted.merge: null, or evicted.refit: null"
     yield merge is not None and refit is not None, "evicted", both
+    fix = "what is demoted stays, and nothing need stand for it: leave evicted.to or evicted.refit out"
+    yield refit is not None and p.evicted.to is not None, "evicted", fix
     if merge is not None:
         yield from _words(merge)
         yield from _others(p, merge)

@@ -71,6 +71,20 @@ class Refit:
 
 
 @dataclass(frozen=True)
+class To:
+    """The codes that tokens are demoted to. `to: int2` is `{k: int2, v: int2}`.
+
+    Attributes:
+        k, v: of keys and of values, as in `store`; `dense`: that half is never demoted.
+    """
+
+    k: str = "dense"
+    v: str = "dense"
+
+    __pydantic_config__ = _STRICT
+
+
+@dataclass(frozen=True)
 class Evicted:
     """What becomes of slots that go. `evicted: drop` is nothing, `evicted: merge` is `{merge: {}}`, `evicted: refit` is
     `{refit: {}}`.
@@ -78,10 +92,12 @@ class Evicted:
     Attributes:
         merge: into slots that stay.
         refit: slots that stay are fitted to stand for them.
+        to: they stay themselves, demoted to codes; the budget is then of tokens that are whole.
     """
 
     merge: Merge | None = None
     refit: Refit | None = None
+    to: To | None = None
 
     __pydantic_config__ = _STRICT
 

@@ -40,8 +40,11 @@ def json_schema() -> Schema:
     fields["budget"] = {**fields["budget"], "anyOf": [*fields["budget"]["anyOf"], {"type": "string", "pattern": "%"}]}
     held = [DENSE, *CODECS]
     for half in ("k", "v"):
-        whole["$defs"]["Store"]["properties"][half]["enum"] = [*held, None]
+        for part in ("Store", "To"):
+            whole["$defs"][part]["properties"][half]["enum"] = [*held, None]
     fields["store"] = {**fields["store"], "anyOf": [{"$ref": "#/$defs/Store"}, {"enum": held}]}
+    to = whole["$defs"]["Evicted"]["properties"]["to"]
+    to["anyOf"] = [*to["anyOf"], {"enum": [*CODECS]}]
     exits = {"enum": ["drop", "merge", "refit"]}
     fields["evicted"] = {**fields["evicted"], "anyOf": [{"$ref": "#/$defs/Evicted"}, exits]}
     for short in ("store", "evicted"):

@@ -1,5 +1,5 @@
-"""Short ways to write what a policy file says: `store: int4`, `evicted: merge`, `budget: 20% bytes`; and policies that
-are only a store.
+"""Short ways to write what a policy file says: `store: int4`, `evicted: merge`, `to: int2`, `budget: 20% bytes`; and
+policies that are only a store.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ def written_out(data: dict[str, Any]) -> dict[str, Any]:
         data["store"] = dict.fromkeys(("k", "v"), data["store"])
     if data.get("evicted") in ("drop", "merge", "refit"):
         data["evicted"] = {} if data["evicted"] == "drop" else {data["evicted"]: {}}
+    if isinstance(data.get("evicted"), dict) and isinstance(data["evicted"].get("to"), str):
+        data["evicted"] = {**data["evicted"], "to": dict.fromkeys(("k", "v"), data["evicted"]["to"])}
     said = share(data.get("budget"))
     if said is not None:
         data["budget"], unit = said

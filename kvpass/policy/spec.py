@@ -146,7 +146,7 @@ class Store:
             between the lowest and the highest entry of a group; `int8_symmetric`, `int4_symmetric`, around 0;
             `fp8_e4m3`, `fp8_e5m2`. Scales are float16.
         rotate: `hadamard`: rotated by Hadamard matrices first, which spreads outliers over a head, or `none`.
-        group: neighbouring entries of a head that share a scale.
+        group: neighbouring entries of a head that share a scale: a number, or a share of a key (0.5: half).
         residual: the newest so many tokens are held whole as well, and read whole.
         sinks: so are each row's first ones.
     """
@@ -154,7 +154,7 @@ class Store:
     k: str = "dense"
     v: str = "dense"
     rotate: Literal["none", "hadamard"] = "hadamard"
-    group: int = 64
+    group: int | float = 64
     residual: int = 32
     sinks: int = 4
 

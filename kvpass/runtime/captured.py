@@ -106,7 +106,7 @@ class Captured:
         fixed = [given[place].data_ptr() for place in self.fixed]
         state = [given[place].data_ptr() for place in self.states]
         key = self.name, width_of(at), *(given[place] for place in self.feeds.sizes), *fixed, *state
-        key = *key, *(store.slots for store in call.stores)
+        key = *key, *(size for store in call.stores for size in (store.slots, store.state.places))
         if key not in self.recordings.kept and self._look(given):
             return self._key(call, at, given)
         return key

@@ -11,11 +11,11 @@ from weakref import WeakValueDictionary, ref
 import torch
 
 from kvpass.errors import CacheError
-from kvpass.kernels.budget import kept
+from kvpass.kernels.budget import kept, within
 from kvpass.kernels.rank.share_out import ShareOut
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.cursor import LIVE, SEEN
-from kvpass.kernels.slots.moves import evened, with_slots, with_spare
+from kvpass.kernels.slots.moves import evened, with_places, with_slots, with_spare
 from kvpass.kernels.slots.state import State
 from kvpass.runtime.identity import Origin
 from kvpass.runtime.recordings import StepCounts
@@ -153,6 +153,9 @@ class SlotStore:
             rule = self.rule.of_steps if step else self.rule.of_call(self.tokens)
             self.used = kept(rule, tokens) if rule is self.rule else self.used + new
             self.state = with_room(self.state, self.used, self._spare(self.used))
+            if rule.demotes:
+                whole = within(rule, tokens)
+                self.state = with_room_beside(self.state, whole, self._spare(whole))
             return
         with torch.inference_mode(False):
             if new > 1:
@@ -245,8 +248,11 @@ def empty_state(rule: Rule, tokens: int, like: torch.Tensor, sizes: Mapping[str,
     """State with no live slot and room for `tokens` tokens, on the device and with the dtype of `like`; sizes: B, Hkv,
     D and Dv of the site.
     """
-    c = capacity(rule, tokens)
-    return State.empty(rule, like, B=sizes["B"], H=sizes["Hkv"], C=c, D=sizes["D"], V=sizes["Dv"])
+    held = {letter: sizes[own] for letter, own in (("B", "B"), ("H", "Hkv"), ("D", "D"), ("V", "Dv"))}
+    if rule.demotes:
+        whole = within(rule, tokens)
+        held["W"] = whole + spare_slots(whole)
+    return State.empty(rule, like, C=capacity(rule, tokens), **held)
 
 
 def with_room(state: State, kept: int, spare: int | None = None) -> State:
@@ -255,6 +261,14 @@ def with_room(state: State, kept: int, spare: int | None = None) -> State:
         return state
     with torch.inference_mode(False):
         return with_slots(state, kept + (spare_slots(kept) if spare is None else spare))
+
+
+def with_room_beside(state: State, whole: int, spare: int | None = None) -> State:
+    """The same of places beside the slots, of which `whole` are in use."""
+    if state.places > whole:
+        return state
+    with torch.inference_mode(False):
+        return with_places(state, whole + (spare_slots(whole) if spare is None else spare))
 
 
 def _in_place(state: State, other: State) -> State:

@@ -21,7 +21,7 @@ from kvpass.kernels.rank.scorers.seen import READS
 from kvpass.api.cli import main
 from kvpass.plan.listing import catalogue, example_rule
 from kvpass.policy import evicted, spec
-from kvpass.policy.evicted import Evicted, Merge
+from kvpass.policy.evicted import Evicted, Merge, To
 from kvpass.policy.layers import of_layer
 from kvpass.policy.load import PRESETS, names
 from kvpass.policy.policy import Policy
@@ -205,7 +205,7 @@ def test_the_reference_has_what_scorers_may_read():
 def test_examples_of_the_reference_load(tmp_path: Path):
     text = (DOCS / "policy-files.md").read_text()
     blocks = [block for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if "name:" in block]
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     blocks = blocks[1:]  # the first shows an error
     (tmp_path / "differing.yaml").write_text(blocks[1])
     differing = Policy.load(tmp_path / "differing.yaml").with_budget(0.2)
@@ -227,6 +227,8 @@ def test_examples_of_the_reference_load(tmp_path: Path):
     assert Policy.load(tmp_path / "merging.yaml").evicted == Evicted(
         Merge(halves="both", weight="cosine", threshold=0.7)
     )
+    (tmp_path / "tiers.yaml").write_text(blocks[4])
+    assert Policy.load(tmp_path / "tiers.yaml").evicted == Evicted(to=To("int2", "int2"))
     for name in ("q_filters", "kvp", "gate", "surrogate"):
         (row,) = [line for line in text.splitlines() if line.startswith(f"| `{name}` |")]
         assert all(part in " ".join((scorers()[name].run.__doc__ or "").split()) for part in row.split(" | ")[1:-1])
@@ -294,7 +296,9 @@ def test_every_file_fits_the_schema(path):
         {"name": "x", "store": ["int4"]},
         {"name": "x", "store": {"k": "int9"}},
         {"name": "x", "store": {"keys": "int4"}},
-        {"name": "x", "store": {"group": 6.5}},
+        {"name": "x", "store": {"group": "6"}},
+        {"name": "x", "evicted": {"to": "itn2"}},
+        {"name": "x", "evicted": {"to": {"keys": "int2"}}},
         {"name": "x", "budget": "much"},
         {"name": "x", "unit": "words"},
     ],

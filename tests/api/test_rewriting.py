@@ -60,6 +60,11 @@ class Sweep(seam.Step):
         self.calls += 1
 
 
+def test_what_goes_must_be_dropped(step: Any) -> None:
+    with pytest.raises(PolicyError, match="what goes is dropped"):
+        kvpass.rewrite(step, {"name": "mine", "extends": "h2o", "evicted": {"to": "int2"}}, 8)
+
+
 def test_steps_around_a_call(step: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A program stands alone: it can check its calls, but nothing happens between them."""
     check = Sweep(seam.Moment.CHECK)

@@ -13,6 +13,7 @@ FOLDER = Path(interpreted.__file__).parent
 FEW = {
     "prefill": ["test_prefill_shapes[True-single]", "test_select[random-37]", "test_compact[streaming-pos]"],
     "decode": ["test_decode_groups[h2o-1]"],
+    "codes": ["test_sinks_and_softcap"],
 }
 """In the interpreter one of a kind: test_triton_interpreter.py runs them all."""
 

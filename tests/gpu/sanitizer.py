@@ -20,6 +20,7 @@ CASES = {
         *("test_compact[streaming-pos]", "test_compact[h2o-no pos]", "test_compact[roco-pos]"),
     ),
     "decode": ("test_pipeline[h2o-left]", "test_pipeline[snapkv-none]", "test_pipeline[roco-left]"),
+    "codes": ("test_store[int3-pads]", "test_store[fp8-pads]", "test_widths[24-40-7]"),
 }
 SUMMARY = {"memcheck": r"ERROR SUMMARY: (\d+) error", "racecheck": r"RACECHECK SUMMARY: (\d+) hazard"}
 REFUSED, TIMED_OUT = "Device not supported", 124

@@ -272,26 +272,37 @@ def test_the_device_does_what_the_reference_does(name: str, kind: str) -> None:
 def test_a_device_that_reads_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     from kvpass.kernels.decode_attend import device
 
-    whole = device.keep_whole
+    whole = device.hold_whole
 
-    def read(k: Tensor, *args: Any) -> None:
-        assert bool((k == k).all())
-        whole(k, *args)
+    def read(token: Token, *args: Any) -> None:
+        assert bool((token.k == token.k).all())
+        whole(token, *args)
 
-    monkeypatch.setattr(device, "keep_whole", read)
+    monkeypatch.setattr(device, "hold_whole", read)
     rule = stored(*RULES["full"])
     token, call = Token(*qkv(2, 4, 2, 1, 16, keys=1)), Call.of_step(None, SEEN, Softmax(0.3), rule)
     with pytest.raises(HostRead), unread():
         decode_attend_device(token, state_under(rule, SEEN), call)
 
 
-def test_cuda_runs_what_knows_codes() -> None:
-    """Triton's kernels know no codes, and say so."""
+def cuda_runs(rule: Rule, dim: int = 16) -> Callable[..., Any]:
+    given = Token(*qkv(2, 4, 2, 1, dim, keys=1)), state_under(rule, SEEN, dim), Call(None, SEEN, Softmax(0.3), rule)
+    return choose.kernel("decode_attend", torch.device("cuda"), *given)
+
+
+def test_cuda_runs_what_knows_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's kernels, but for rings, codecs that nobody told them of, and groups that spread too wide a tile."""
     pytest.importorskip("triton", reason="triton is not installed")
-    for rule, held in RULES.values():
-        plan = stored(rule, held)
-        given = Token(*qkv(2, 4, 2, 1, 16, keys=1)), state_under(plan, SEEN), Call(None, SEEN, Softmax(0.3), plan)
-        assert choose.kernel("decode_attend", torch.device("cuda"), *given) is decode_attend_device
+    from kvpass.kernels.decode_attend import triton, triton_stored
+
+    for name, (rule, held) in RULES.items():
+        expected = decode_attend_device if name == "cascading" else triton.decode_attend_triton
+        assert cuda_runs(stored(rule, held)) is expected, name
+    odd = stored(builtin()["full"], Held("int4", "int4", True, 5, 8, 3))
+    assert cuda_runs(odd, 80) is triton.decode_attend_triton
+    assert cuda_runs(odd, 256) is decode_attend_device
+    monkeypatch.delitem(triton_stored.READ, "int4")
+    assert cuda_runs(stored(builtin()["full"], INT4)) is decode_attend_device
 
 
 def first_steps(device: bool, held: Held) -> list[Tensor]:

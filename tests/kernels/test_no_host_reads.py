@@ -69,7 +69,8 @@ def test_a_step(name: str) -> None:
             if supports(token, state, call):
                 with record(H100) as launches:
                     decode_attend_triton(token, state, call)
-                assert [launch.kernel.__name__ for launch in launches][:2] == ["split_kernel", "ending_kernel"]
+                names = [launch.kernel.__name__ for launch in launches if launch.kernel.__name__ != "places_kernel"]
+                assert names[:2] == ["split_kernel", "ending_kernel"]
 
 
 MERGING = {name for name, rule in builtin().items() if rule[Merge].steps}
@@ -77,12 +78,12 @@ CODED = {name for name, rule in builtin().items() if coded(rule)}
 BIASED = {name for name, rule in builtin().items() if biased(rule)}
 
 
-def test_triton_takes_all_but_rings_merges_codes_and_biases() -> None:
+def test_triton_takes_all_but_rings_merges_and_biases() -> None:
     given_up = {name for name, rule in builtin().items() if not supports(*given(rule, "none", False))}
-    assert given_up == {"cascading"} | MERGING | CODED | BIASED
+    assert given_up == {"cascading"} | MERGING | BIASED
     assert "am_fast" in BIASED
     assert {"merging", "cam", "d2o", "razor_attention"} <= MERGING
-    assert {"turbo", "snapkv_int4", "h2o_int8"} <= CODED
+    assert {"turbo", "snapkv_int4", "h2o_int8", "mikv"} <= CODED
 
 
 def test_what_cuda_runs_instead() -> None:
@@ -116,15 +117,26 @@ def test_the_op_on_fake_cuda_tensors(name: str) -> None:
     assert out.shape == (2, 4, 1, 16)
 
 
-@pytest.mark.parametrize("name", ["cascading", "h2o", "ada_snapkv", *sorted(MERGING | CODED | BIASED)])
-def test_torch_on_fake_tensors(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        *(
+            (name, decode_attend_device)
+            for name in ("cascading", "h2o", "ada_snapkv", *sorted(MERGING | CODED | BIASED))
+        ),
+        *((name, decode_attend_triton) for name in sorted(CODED)),
+    ],
+)
+def test_torch_on_fake_tensors(name: str, step: Callable[..., Tensor]) -> None:
+    """What torch does of a step; Triton's launches are recorded."""
+
     def run(
         q: Tensor, k: Tensor, v: Tensor, mask: None, state: list[Tensor], position: int, scale: float, rule: str,
         *, arrive: Tensor | None, **told: Any,
     ) -> Tensor:  # fmt: skip
         plan = Rule.parse(rule)
         call = Call.of_step(mask, position, Softmax(scale), plan, **told)
-        return decode_attend_device(Token(q, k, v, arrive), State.of(state, plan), call)
+        return step(Token(q, k, v, arrive), State.of(state, plan), call)
 
     assert faked(name, "cpu", run).shape == (2, 4, 1, 16)
 

@@ -25,6 +25,13 @@ def coded_state():
     return state_under(CODED, 30).tensors()
 
 
+TIERS = H2O.replace(k_as="int4", v_as="int2", scale_group=7, by_score=True)
+
+
+def tiers():
+    return state_under(TIERS, 30)
+
+
 def state():
     return random_state(LIVE, 12, 16, H2O, seen=30).tensors()
 
@@ -59,6 +66,7 @@ def calls():
     real = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]], dtype=torch.bool)
     sinks = torch.tensor([0.5, -1.0, 2.0, 0.0])
     given = (q, k, v, pos, mask, 0.25, "")
+    beside = "", *[None] * 10, tiers().whole_at
     return {
         "prefill_attend": (q, k, v, None, None, 0.25, "causal", TEXT),
         "prefill_attend masked": (q, k, v, None, mask, 0.25, "", TEXT),
@@ -69,6 +77,10 @@ def calls():
         "encode_slots": (k, v, CODES),
         "encode_slots half": (k, v.bfloat16(), Rule(v_as="int2").encode()),
         "keep_whole": (k, v, torch.ones(2, k.shape[2], dtype=torch.bool), 30, coded_state(), CODES),
+        "choose_whole": (k, v, pos, stats[0], tiers().tensors(), TIERS.encode()),
+        "choose_whole first": (k, v, None, stats[0], tiers().tensors(), TIERS.encode()),
+        "score_slots tiers": (stats, stats.clone(), pos, alive, cursor, 0, TIERS.encode(), *beside),
+        "decode_attend tiers": (*one, row, tiers().tensors(), 30, 0.25, TIERS.encode()),
         "join_slots codes": (coded_state(), k, v, 30, CODES),
         "decode_attend codes": (*one, row, coded_state(), 30, 0.25, CODES),
         "token_bounds": (real, 2, 4),

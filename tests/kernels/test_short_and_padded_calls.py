@@ -42,7 +42,8 @@ def _without_files() -> list[str]:
     reads = {name: find_scorer(p.score).options if p.score in scorers() else {} for name, p in policies.items()}
     evicting = {n: p for n, p in policies.items() if not p.keeps_all and p.allocate.heads != "table"}
     # those that hold codes: test_rows_alone.py
-    return [n for n, p in evicting.items() if "file" not in reads[n] and p.store.k == p.store.v == "dense"]
+    dense = {n for n, p in evicting.items() if p.store.k == p.store.v == "dense" and p.evicted.to is None}
+    return [n for n in evicting if "file" not in reads[n] and n in dense]
 
 
 POLICIES = _without_files()

@@ -19,6 +19,8 @@ GROUPS = [
     ("decode", "test_pipeline or ragged"),
     ("decode", "test_policy or test_words or left_padding"),
     ("decode", "test_decode and not ragged"),
+    ("codes", "test_store or test_widths"),
+    ("codes", "not test_store and not test_widths"),
 ]
 
 
@@ -29,7 +31,7 @@ def test_interpreter(file: str, chosen: str) -> None:
 
 
 @pytest.mark.wide
-@pytest.mark.parametrize("file", ["prefill", "decode"])
+@pytest.mark.parametrize("file", ["prefill", "decode", "codes"])
 def test_all_cases(file: str) -> None:
     """Those of `make wide` too; each sum and product of integers is compared with int64's."""
     run(file, "test_", "-m", "", KVPASS_SANITIZE_OVERFLOW="1")

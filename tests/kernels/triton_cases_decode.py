@@ -317,14 +317,15 @@ def test_plain_left_padding_reads_no_tokens() -> None:
     assert torch.equal(*outs)
 
 
-def test_one_graph_for_all_steps() -> None:
+@pytest.mark.parametrize("words", [{}, {"k_as": "int4", "v_as": "int4", "rotated": True, "residual": 8}], ids=str)
+def test_one_graph_for_all_steps(words: dict[str, Any]) -> None:
     """What a CUDA graph holds is replayed at other positions, with tokens that come: on a GPU captured for real, and
     nothing may wait for the device; in the interpreter called again, with a host that says nothing new.
     """
-    rule, start = builtin()["h2o"], 160
+    rule, start = builtin()["h2o"].replace(**words), 160
     got = state_under(rule, start)
     want = got.clone()
-    there = State([t.to(DEVICE) for t in got.tensors()])
+    there = got.mapped(lambda _, x: x.to(DEVICE))
     at, tokens = torch.tensor([start], dtype=torch.int32), torch.ones(2, start + 9, dtype=torch.bool)
     tokens[1, 100:110] = False
     fixed = [x.to(DEVICE) for x in (*qkv(2, 4, 2, 1, 16, keys=1), at, tokens)]

@@ -84,9 +84,11 @@ def state_under(
     live = torch.full((batch, heads), size)
     if ragged:
         live = live + torch.tensor([[5, -4], [-7, 6]])[:batch, :heads]
-    elif rule.evicts and "all" not in rule.encode():
+    elif rule.drops and "all" not in rule.encode():
         live = live - torch.tensor([[0, 3], [0, 1]])[:batch, :heads]
     live = live.clamp(min(size, rule[Protected].sinks + int(recent_of(rule, size)) + 1), seen)
+    if rule.demotes:  # all tokens, but for a few that the caller dropped in the second row
+        live = seen - torch.tensor([[0, 0], [3, 3]])[:batch, :heads]
     slots = -(-int((live + 6).sum()) // live.numel()) if ragged else int(live.max()) + 6
     state = empty_state(batch, heads, slots, dim, rule, value_dim=wide)
     state.cursor[..., 0], state.cursor[..., 2], state.cursor[..., 3] = live, seen, 0
@@ -103,6 +105,8 @@ def state_under(
             n = int(live[b, h])
             order = _protected_first(middle, n, rule)
             free = min(int(alike), n)
+            if rule.demotes:
+                order, free = middle[:n].sort().values, n
             at = int(first[b, h]) + torch.tensor([s for s in range(n + 1) if s != free])
             state.cursor[b, h, 1] = free
             for field, tensor in state.per_slot():
@@ -129,11 +133,28 @@ def _encode(state: State, rule: Rule, seen: int, g: torch.Generator) -> None:
         parts = storage.codec_of(half).encode(entries, storage.scale_group)
         for name, part in zip(storage.code_fields(half), parts, strict=True):
             state[name].copy_(part)
+    if rule.demotes:
+        _hold_whole(state, rule, seen, g)
+        return
     for position in range(seen if coded(rule) else 0):
         if position < storage.whole_sinks:
             state[WHOLE_AT][..., position] = position
         if storage.residual:
             state[WHOLE_AT][..., storage.whole_sinks + position % storage.residual] = position
+
+
+def _hold_whole(state: State, rule: Rule, seen: int, g: torch.Generator) -> None:
+    """Copies of as many tokens as the budget says, protected ones first, in any places; all others hold zeros."""
+    whole = int(budget(rule, seen))
+    for one, pos in zip(state[WHOLE_AT].flatten(0, 1), state.pos.flatten(0, 1), strict=True):
+        held = pos[pos >= 0]
+        recent = int(recent_of(rule, whole)) + 4
+        middle = held[rule[Protected].sinks : -recent]
+        middle = middle[torch.randperm(len(middle), generator=g)]
+        order = torch.cat([held[: rule[Protected].sinks], held[-recent:], middle])[:whole]
+        one[torch.randperm(whole + 1, generator=g)[: len(order)]] = order
+    for half in coded(rule):
+        state[half].masked_fill_((state[WHOLE_AT] < 0)[..., None], 0.0)
 
 
 def _protected_first(middle: Tensor, held: int, rule: Rule) -> Tensor:

@@ -64,13 +64,17 @@ class CodedSimulator(Simulator):
         self.valid = self.valid or [[] for _ in q]
         for row, valid in zip(self.valid, own.tolist(), strict=True):
             row[tokens - new :] = valid
-        whole = torch.tensor([self.held.whole(row, new) for row in self.valid])[:, None, :, None]
+        whole = self.whole(index, k.shape[1], new)[..., None]
         read = [torch.where(whole, x.double(), self.coded(index, half, x)) for half, x in (("k", k), ("v", v))]
         before = self.judged.get(index, k[:, :, :0].double())
         one = tokens > new == 1
         self.judged[index] = torch.cat([before, k[:, :, -1:].double()], 2) if one else read[0]
         self.values = v
         return super().attend(index, q.double(), *read, mask, scale).to(q.dtype)
+
+    def whole(self, index: int, heads: int, new: int) -> Tensor:
+        """Which columns are read whole in a call of `new` tokens: bool [B, 1 or heads, T]."""
+        return torch.tensor([self.held.whole(row, new) for row in self.valid])[:, None]
 
     def look(self, index: int, b: int, h: int, *seen: Tensor) -> None:
         """A value's weight is given when it comes, by what the model made; a key is judged when it comes, and again in

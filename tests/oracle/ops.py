@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from kvpass.kernels.after_call.layers import shared_out
 from kvpass.kernels.after_call.reindex import Reindex, reindex
-from kvpass.kernels.budget import kept
+from kvpass.kernels.budget import kept, within
+from kvpass.kernels.choose_whole import choose_whole
 from kvpass.kernels.codecs.ops import encode_slots, keep_whole
-from kvpass.kernels.codecs.storage import Storage, coded
+from kvpass.kernels.codecs.storage import WHOLE_AT, Storage, coded
 from kvpass.kernels.compact_slots import compact_slots
 from kvpass.kernels.decode_attend import decode_attend
 from kvpass.kernels.exits.merge_slots import merge_slots
@@ -34,7 +35,7 @@ from oracle.simulator import Simulator
 
 from kvpass.plan.rule import rule_of
 from kvpass.policy.policy import Policy as RealPolicy
-from kvpass.runtime.store import empty_state, with_room
+from kvpass.runtime.store import empty_state, with_room, with_room_beside
 
 DIM = 16
 
@@ -52,7 +53,7 @@ class Site:
 
     def one(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, position: int) -> torch.Tensor:
         if not self.rule[ShareOut].share:
-            self.state = with_room(self.state, kept(self.rule, position + 1))
+            self.grow(position + 1)
         elif self.spare < 1:
             self.state, self.spare = with_spare(self.state, 3)
         self.spare -= 1
@@ -74,7 +75,7 @@ class Site:
         elif self.rule[ShareOut].share:
             self.state = evened(self.state, q.shape[2])
         else:
-            self.state = with_room(self.state, kept(self.rule, tokens))
+            self.grow(tokens)
         names = [field.name for field, _ in self.state.per_slot()]
         all_names = list(dict.fromkeys(["k", "v", *names]))
         keys: dict[str, Any] = {**dict.fromkeys(all_names), "k": k, "v": v}
@@ -91,6 +92,8 @@ class Site:
             reads = {"rows", "logits"} & set(self.rule[Scoring].reads)
             rows = window_rows(q, k, pos, mask, valid, scale, "", rule, **told) if reads else None
             beside = {"k": k, "v": v, "rows": rows, "wo": self.projection}
+        if self.rule.demotes and not first:
+            beside["whole"] = self.state[WHOLE_AT]
         shown = mask if pos is not None else None
         before = self.state.cursor, position, rule
         score, keys["stats"], cursor = score_slots(stats, past, pos, valid, *before, mask=shown, **beside)
@@ -101,7 +104,9 @@ class Site:
         if self.rule[Refit].refit_queries:
             seen = q, k, v, pos, mask, valid, scale, ""
             refit_slots(*seen, score, chosen, self.state.tensors(), rule, **told)
-        if codes:
+        if self.rule.demotes:
+            choose_whole(k, v, pos, score, self.state.tensors(), rule)
+        elif codes:
             keep_whole(*own, valid, position, self.state.tensors(), rule)
         return out
 
@@ -111,8 +116,15 @@ class Site:
             if field.fill is None:
                 tensor.fill_(float("nan") if tensor.is_floating_point() else 255)
 
+    def grow(self, tokens: int) -> None:
+        """Room for so many tokens."""
+        self.state = with_room(self.state, kept(self.rule, tokens))
+        if self.rule.demotes:
+            self.state = with_room_beside(self.state, within(self.rule, tokens))
+
     def positions(self) -> torch.Tensor:
-        return even(self.state).pos
+        """What the budget keeps, in slots or whole."""
+        return self.state[WHOLE_AT] if self.rule.demotes else even(self.state).pos
 
 
 def after_call(sites: list[Site], shares: bool, angles: Any) -> None:

@@ -71,6 +71,7 @@ def test_one_slot_is_one_more_sink() -> None:
         ({"refit": {"ridge": -1.0}}, "evicted.refit.ridge", ">= 0"),
         ({"refit": {"beta": 1}}, "evicted.refit.beta", "valid here: queries, bias"),
         ({"merge": {}, "refit": {}}, "evicted", "evicted.merge: null"),
+        ({"to": "int2", "refit": {}}, "evicted", "leave evicted.to or evicted.refit out"),
         ({"merge": {"gate": "moving", "threshold": 0.2}}, "evicted.merge.threshold", "leave threshold out"),
     ],
 )
