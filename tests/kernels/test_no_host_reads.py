@@ -76,12 +76,14 @@ def test_a_step(name: str) -> None:
 MERGING = {name for name, rule in builtin().items() if rule[Merge].steps}
 CODED = {name for name, rule in builtin().items() if coded(rule)}
 BIASED = {name for name, rule in builtin().items() if biased(rule)}
+DEMOTING = {name for name, rule in builtin().items() if rule.demotes}
 
 
-def test_triton_takes_all_but_rings_merges_and_biases() -> None:
+def test_triton_takes_all_but_rings_merges_biases_and_tiers() -> None:
     given_up = {name for name, rule in builtin().items() if not supports(*given(rule, "none", False))}
-    assert given_up == {"cascading"} | MERGING | BIASED
+    assert given_up == {"cascading"} | MERGING | BIASED | DEMOTING
     assert "am_fast" in BIASED
+    assert "mikv" in DEMOTING
     assert {"merging", "cam", "d2o", "razor_attention"} <= MERGING
     assert {"turbo", "snapkv_int4", "h2o_int8", "mikv"} <= CODED
 
@@ -124,7 +126,7 @@ def test_the_op_on_fake_cuda_tensors(name: str) -> None:
             (name, decode_attend_device)
             for name in ("cascading", "h2o", "ada_snapkv", *sorted(MERGING | CODED | BIASED))
         ),
-        *((name, decode_attend_triton) for name in sorted(CODED)),
+        *((name, decode_attend_triton) for name in sorted(CODED - DEMOTING)),
     ],
 )
 def test_torch_on_fake_tensors(name: str, step: Callable[..., Tensor]) -> None:
