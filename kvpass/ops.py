@@ -19,7 +19,7 @@ NAMESPACE = "kvpass"
 SCHEMAS = {
     "prefill_attend": "(Tensor q, Tensor k, Tensor v, Tensor? pos, Tensor? mask, float scale, str sees, str rule, "
     "Tensor? sinks=None, float softcap=0.0, Tensor? tokens=None, Tensor? bounds=None, SymInt position=0, "
-    "Tensor? memory_k=None, Tensor? memory_v=None) -> (Tensor, Tensor, Tensor)",
+    "Tensor? memory_k=None, Tensor? memory_v=None, Tensor? bias=None) -> (Tensor, Tensor, Tensor)",
     "join_slots": "(Tensor[] state, Tensor k_new, Tensor v_new, SymInt position, str rule) -> Tensor[]",
     "score_slots": "(Tensor stats, Tensor? past_stats, Tensor? pos, Tensor valid, Tensor cursor, SymInt position, "
     "str rule, str sees='', Tensor? mask=None, Tensor? bounds=None, "
@@ -29,6 +29,9 @@ SCHEMAS = {
     "select_slots": "(Tensor score, Tensor cursor, SymInt capacity) -> Tensor",
     "compact_slots": "(Tensor?[] keys, Tensor idx, Tensor cursor_new, Tensor(a!)[] state, str rule) -> ()",
     "merge_slots": "(Tensor k, Tensor v, Tensor score, Tensor stats, Tensor idx, Tensor(a!)[] state, str rule) -> ()",
+    "refit_slots": "(Tensor q, Tensor k, Tensor v, Tensor? pos, Tensor? mask, Tensor valid, float scale, str sees, "
+    "Tensor score, Tensor idx, Tensor(a!)[] state, str rule, float softcap=0.0, Tensor? tokens=None, "
+    "SymInt position=0, Tensor? bias=None) -> ()",
     "decode_attend": "(Tensor q, Tensor k_new, Tensor v_new, Tensor? mask, Tensor(a!)[] state, SymInt position, "
     "float scale, str rule, Tensor? sinks=None, float softcap=0.0, int latent=0, Tensor? arrive=None, str sees='', "
     "Tensor? tokens=None, Tensor? bounds=None, Tensor? at=None, Tensor? memory_k=None, Tensor? memory_v=None) "
@@ -38,7 +41,7 @@ SCHEMAS = {
     "written": "(Tensor mask, SymInt end, Tensor? at=None, bool check=True) -> Tensor",
     "window_rows": "(Tensor q, Tensor k, Tensor? pos, Tensor? mask, Tensor valid, float scale, str sees, str rule, "
     "Tensor? sinks=None, float softcap=0.0, Tensor? tokens=None, SymInt position=0, "
-    "Tensor? memory_k=None, Tensor? memory_v=None) -> Tensor",
+    "Tensor? memory_k=None, Tensor? memory_v=None, Tensor? bias=None) -> Tensor",
     "encode_slots": "(Tensor k, Tensor v, str rule) -> Tensor[]",
     "fit_slots": "(Tensor q, Tensor k, Tensor v, Tensor valid, Tensor cursor, Tensor(a!)[] fits, str rule) -> ()",
     "encode_fitted": "(Tensor k, Tensor v, Tensor[] fits, Tensor[] past, str rule) -> Tensor[]",
@@ -53,6 +56,7 @@ HOMES = {
     "mask_spans": "attention.visibility",
     "written": "attention.masks",
     "merge_slots": "exits.merge_slots",
+    "refit_slots": "exits.refit_slots",
     "encode_slots": "codecs.ops",
     "fit_slots": "codecs.ops",
     "encode_fitted": "codecs.ops",
@@ -207,6 +211,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "select_slots": _fake_select_slots,
     "compact_slots": _fake_changes_state,
     "merge_slots": _fake_changes_state,
+    "refit_slots": _fake_changes_state,
     "encode_slots": _fake_encode_slots,
     "fit_slots": _fake_changes_state,
     "encode_fitted": _fake_encode_fitted,

@@ -64,7 +64,7 @@ ARROWS = {
     "kernels.join_slots": {"kernels.rule", "kernels.slots", "kernels.codecs"},
     "kernels.attention": {"kernels.rule", "kernels.slots"},
     "kernels.rank": {"kernels.slots", "kernels.attention", *RULES},
-    "kernels.exits": {"kernels.rule", "kernels.slots", "kernels.rank"},
+    "kernels.exits": {"kernels.rule", "kernels.slots", "kernels.attention", "kernels.rank"},
     "kernels.triton_shared": {"kernels.attention"},
     "kernels.select_slots": {"kernels.rule", "kernels.choose", "kernels.slots", "kernels.triton_shared"},
     "kernels.compact_slots": {"kernels.rule", "kernels.choose", "kernels.slots", "kernels.triton_shared"},

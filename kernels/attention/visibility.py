@@ -147,11 +147,14 @@ class Shown(NamedTuple):
     """Of `token_bounds`; without tokens those of `mask_spans`: a prompt's, which are all neighbours."""
     mask: Tensor | None = None
     """Hides more, or adds: 4-d, broadcastable to [B, Hq, S, T]."""
+    bias: Tensor | None = None
+    """float32 [B, Hkv, L], added to the logits of each key."""
 
     def of_rows(self, batch: slice) -> Shown:
         """That of some sequences."""
-        cut = [x if x is None or x.shape[0] == 1 else x[batch] for x in (self.tokens, self.bounds, self.mask)]
-        return self._replace(tokens=cut[0], bounds=cut[1], mask=cut[2])
+        given = self.tokens, self.bounds, self.mask, self.bias
+        cut = [x if x is None or x.shape[0] == 1 else x[batch] for x in given]
+        return self._replace(tokens=cut[0], bounds=cut[1], mask=cut[2], bias=cut[3])
 
     def arrived(self, batch: int, device: torch.device) -> Tensor:
         """Which of the call's own tokens are valid, bool [B, S]: some query of the call, in some head, may see it."""

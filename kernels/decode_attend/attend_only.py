@@ -6,6 +6,7 @@ import torch
 from kvpass.kernels.attention.masks import additive, at_positions, by_kv_head, visible
 from kvpass.kernels.codecs.entries import entries_of
 from kvpass.kernels.decode_attend.call import Call
+from kvpass.kernels.slots.bias import BIAS, biased
 from kvpass.kernels.slots.moves import even
 from kvpass.kernels.slots.state import State
 from torch import Tensor
@@ -23,6 +24,7 @@ def attend_only(q: Tensor, state: State, call: Call) -> Tensor:
     keys, values = (x.float().masked_fill(~used[..., None], 0.0) for x in (keys, call.values(state)))
     logits = softmax.capped((q.float() * softmax.factor).reshape(len(q), heads, -1, q.shape[3]) @ keys.mT)
     logits = logits if added is None else logits + added
+    logits = logits + state[BIAS][:, :, None] if biased(call.rule) else logits
     probs = softmax.probabilities(logits.masked_fill(~shown, float("-inf")))
     probs = probs.masked_fill(~shown.any(-1, keepdim=True), 0.0)
     out = probs @ values

@@ -20,6 +20,7 @@ from kvpass.kernels.decode_attend.demote import demote_unread, hold_whole
 from kvpass.kernels.decode_attend.device_victim import evict
 from kvpass.kernels.decode_attend.slot_entries import read_all
 from kvpass.kernels.rule import Rule
+from kvpass.kernels.slots.bias import BIAS, biased
 from kvpass.kernels.slots.cursor import FREE, LIVE, SEEN
 from kvpass.kernels.slots.reductions import Slots
 from kvpass.kernels.slots.state import State, flat
@@ -56,6 +57,9 @@ def decode_attend_device(token: Token, state: State, call: Call) -> Tensor:
     here = Here(slots, now, arrived, used)
     _append(token, state, here, plan)
     shown, added = _shown(call, state.pos, here)
+    if biased(plan):
+        own = state[BIAS][:, :, None]
+        added = own if added is None else added + own
     queries = as_read(token.q.float(), "k", plan)
     probs = _probabilities(queries, read_all(state, "k", slots, plan), shown, added, slots, call.softmax)
     values = state.k[..., : call.latent].float() if call.latent else read_all(state, "v", slots, plan)

@@ -20,6 +20,7 @@ from kvpass.kernels.codecs.entries import as_read
 from kvpass.kernels.codecs.storage import Storage
 from kvpass.kernels.decode_attend.call import Call, Token
 from kvpass.kernels.decode_attend.functional_codes import brought, copied, read
+from kvpass.kernels.exits.refit import Refit
 from kvpass.kernels.rank.criterion import INF, UNTOUCHABLE, Ranking, Scope
 from kvpass.kernels.rank.layer import Layer
 from kvpass.kernels.rank.places import Protected
@@ -27,6 +28,7 @@ from kvpass.kernels.rank.ranking import deviations, reach_of, recent_of, slot_sc
 from kvpass.kernels.rank.scored import Scoring
 from kvpass.kernels.rank.smooth import Pool
 from kvpass.kernels.rule import Rule
+from kvpass.kernels.slots.bias import BIAS, biased
 from kvpass.kernels.slots.cursor import FIRST, FREE, LIVE, SEEN
 from kvpass.kernels.slots.state import State
 from kvpass.kernels.slots.statistics import Statistics
@@ -35,9 +37,10 @@ from torch import Tensor
 
 def supports(rule: Rule) -> bool:
     """Whether a rule can be said in this form: attention's sums, squares and counts, heads and layers alike, an
-    eviction in each step that drops its slot, and keys and values as they are or coded.
+    eviction in each step that drops its slot, and keys and values as they are or coded. What calls of several tokens
+    fit (`Refit`) a step only reads.
     """
-    known = rule.only(Statistics, Observation, Pool, Ranking, Protected, Scope, Budget, Layer, Scoring, Storage)
+    known = rule.only(Statistics, Observation, Pool, Ranking, Protected, Scope, Budget, Layer, Scoring, Storage, Refit)
     steady = rule.of_steps is rule and not rule.demotes
     return known and set(rule[Statistics].stats) <= {"sum", "sumsq", "count"} and steady
 
@@ -73,6 +76,9 @@ def decode_step(
     arrived = _arrived(mask, position, q)
     held = _appended(before, Token(q, k_new, v_new), position, arrived, plan)
     shown, bias = _shown(mask, held.pos)
+    if biased(plan):
+        own = held[BIAS][:, :, None]
+        bias = own if bias is None else bias + own
     probs = _probabilities(as_read(q.float(), "k", plan), read(held, "k", plan), shown, bias, call.softmax)
     values = torch.where(
         (held.pos >= 0)[..., None], read(held, "v", plan), 0.0
@@ -95,10 +101,11 @@ def _free_slot(state: State) -> Tensor:
 
 
 def _appended(state: State, token: Token, position: int, arrived: Tensor, plan: Rule) -> State:
-    """The state with the token in its slots, and 0 for its statistics."""
+    """The state with the token in its slots, and 0 for its statistics and its bias."""
     here, now = _free_slot(state) & arrived, _now(position, token.q)
     new = {name: torch.where(here[..., None], x, state[name]) for name, x in brought(token, state, plan).items()}
     own = {"pos": torch.where(here, now, state.pos), "stats": torch.where(here, 0.0, state.stats)}
+    own |= {BIAS: torch.where(here, 0.0, state[BIAS])} if biased(plan) else {}
     return state.replaced(**new, **own, **copied(token, state, now, arrived, plan))
 
 

@@ -23,6 +23,7 @@ from kvpass.kernels.decode_attend.slot_entries import mixed, products
 from kvpass.kernels.decode_attend.step import HeadRange, StepFacts, step_facts
 from kvpass.kernels.decode_attend.victim import evict_one, used_positions
 from kvpass.kernels.rule import Rule
+from kvpass.kernels.slots.bias import biased, used_biases
 from kvpass.kernels.slots.cursor import FIRST, SEEN
 from kvpass.kernels.slots.moves import put_row, row_of
 from kvpass.kernels.slots.ragged import columns
@@ -150,6 +151,8 @@ def _probabilities(
         for heads, own in zip(step.ranges, copies, strict=True):
             part = products(queries[heads.first : heads.last], softmax.factor, state, heads, own, rule)
             logits[heads.first : heads.last, :, : heads.slots] = softmax.capped(part)
+    if biased(rule):
+        logits = logits + used_biases(state, step.slots).flatten(0, 1)[:, None]
     if not hides:
         return softmax.probabilities(logits), None
     return _masked_softmax(logits, call, used_positions(state, step), softmax)

@@ -14,6 +14,7 @@ from kvpass.kernels.exits.leaving import Couples, Leaving, places_of
 from kvpass.kernels.exits.record import BAR, MERGED, NEAREST_KEY, NEAREST_POSITION, NEXT, ONE_SLOT, RUN, Merge
 from kvpass.kernels.exits.weights import weights
 from kvpass.kernels.rule import Rule
+from kvpass.kernels.slots.bias import BIAS
 from kvpass.kernels.slots.cursor import LIVE
 from kvpass.kernels.slots.ragged import starts
 from kvpass.kernels.slots.state import State, flat
@@ -116,3 +117,5 @@ def _added(couples: Couples, first: int, state: State, at: tuple[int, int], rule
         there.copy_(torch.where((count > 0)[:, None], (total / divisor[:, None]).to(there.dtype), there))
     if merge.merge_into == ONE_SLOT:
         state[MERGED][at] += len(couples.source)
+    if merge.counts:
+        state[BIAS].view(-1)[first + couples.target[0]] = state[MERGED][at].log1p()

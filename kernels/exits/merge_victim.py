@@ -11,6 +11,7 @@ from kvpass.kernels.exits.record import BAR, MERGED, NEAREST_KEY, NEAREST_POSITI
 from kvpass.kernels.exits.victim import Targets, Victims
 from kvpass.kernels.exits.weights import weights
 from kvpass.kernels.rule import Rule
+from kvpass.kernels.slots.bias import BIAS
 from kvpass.kernels.slots.reductions import Slots
 from kvpass.kernels.slots.state import State
 from kvpass.kernels.slots.statistics import stat
@@ -72,3 +73,6 @@ def _added(targets: Targets, weight: Tensor, rule: Rule) -> None:
         state[half].view(-1, after.shape[3]).index_copy_(0, victims.flat_places(targets.at), after.flatten(0, 2))
     if merge.merge_into == ONE_SLOT:
         state[MERGED].add_(targets.there.sum(-1))
+    if merge.counts:
+        after = torch.where(targets.there, state[MERGED][..., None].log1p(), victims.cells(state[BIAS], targets.at))
+        state[BIAS].view(-1).index_copy_(0, victims.flat_places(targets.at), after.flatten())

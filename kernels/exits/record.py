@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from kvpass.kernels.rule import Record, Rule, one_of
+from kvpass.kernels.slots.bias import BIAS_FIELD
 from kvpass.kernels.slots.state import Field
 
 NEAREST_KEY, NEAREST_POSITION, NEXT, RUN, ONE_SLOT = "nearest_key", "nearest_position", "next", "run", "one_slot"
@@ -16,6 +17,7 @@ WEIGHTS = ("even", "cosine", "cosine_norm", "gaussian")
 MEANS = ("weights", "count", "none")
 GATES = ("none", "moving", "chance")
 MOMENTS = ("always", "steps", "calls")
+BIASES = ("none", "count")
 
 BAR = "merge_bar"
 """Field of a `moving` gate: what a cosine must reach, of each head."""
@@ -41,6 +43,8 @@ class Merge(Record):
         merge_count: targets of `next`.
         merge_sigma: of `gaussian`.
         merge_at: the calls in which: `always`, `steps` or `calls` of several tokens.
+        merge_bias: of `BIASES`: the logarithm of the `count` of tokens that `one_slot` stands for, its own too, is
+            added to its logit.
     """
 
     merge_into: str = ""
@@ -52,6 +56,7 @@ class Merge(Record):
     merge_count: int = 1
     merge_sigma: float = 1.0
     merge_at: str = "always"
+    merge_bias: str = "none"
 
     def check(self) -> None:
         for word, known in (
@@ -61,12 +66,22 @@ class Merge(Record):
             ("merge_mean", MEANS),
             ("merge_gate", GATES),
             ("merge_at", MOMENTS),
+            ("merge_bias", BIASES),
         ):
             one_of(self, word, *known)
 
     def work(self, rule: Rule) -> Iterator[str]:
         if self.calls and self.merge_into == NEAREST_KEY:
             yield "n*T cosines"
+
+    @property
+    def slot_bytes(self) -> int:
+        return 4 if self.counts else 0
+
+    @property
+    def counts(self) -> bool:
+        """Whether the one slot weighs as much as the tokens in it."""
+        return self.merge_bias == "count"
 
     @property
     def calls(self) -> bool:
@@ -88,4 +103,6 @@ class Merge(Record):
         found = [Field(BAR, "BH", torch.float32, NO_BAR)] if self.merge_gate == "moving" else []
         if self.merge_into == ONE_SLOT:
             found.append(Field(MERGED, "BH", torch.float32, 0.0))
+        if self.counts:
+            found.append(BIAS_FIELD)
         return tuple(found)

@@ -31,6 +31,7 @@ def prefill_attend(
     position: int = 0,
     memory_k: Tensor | None = None,
     memory_v: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attend, and observe the rows of probabilities that the rule asks for.
 
@@ -42,21 +43,25 @@ def prefill_attend(
     once for all layers (None: found here). softcap: above 0, logits become
     softcap * tanh(logit / softcap) before the mask is added. sinks: any float dtype [Hq], one more logit per query head
     in the softmax's denominator, neither capped nor masked. memory_k, memory_v [1 or B, Hm, M, ..], Hm = Hkv or Hq:
-    keys and values of no token that all queries see, whatever the mask. A query that sees no key gets the mean of v, as
-    softmax gives it, if that is a float mask's doing, or the words say so; else zeros. With a memory it gets that.
+    keys and values of no token that all queries see, whatever the mask. bias: float32 [B, Hkv, L], added to the logits
+    of each key (`kvpass.kernels.slots.bias`), with pos; on CUDA such a call is the reference's. A query that sees no
+    key gets the mean of v, as softmax gives it, if that is a float mask's doing, or the words say so; else zeros. With
+    a memory it gets that.
 
     Returns (out [B, Hq, S, Dv] = softmax(q k^T scale + mask) v, in memory [B, S, Hq, Dv]: models transpose and view
     it so; statistics of this call (`emitted(rule)`), float32 [M, B, Hkv, L]; valid bool [B, S]). Raises ValueError on
     shapes or dtypes that do not fit.
     """
     _check(q, k, v, pos, mask)
+    if bias is not None and (pos is None or bias.shape != pos.shape or bias.dtype != torch.float32):
+        raise ValueError(f"prefill_attend: bias must be float32 {list(k.shape[:3])} beside pos, got {list(bias.shape)}")
     softmax = softmax_of("prefill_attend", q, scale, sinks, softcap, memory_k, memory_v)
-    shown = Shown(Sees.parse(sees).within(q.shape[2], position), q.shape[2], position, tokens, bounds, mask)
+    shown = Shown(Sees.parse(sees).within(q.shape[2], position), q.shape[2], position, tokens, bounds, mask, bias)
     if mask is not None and mask.device.type == "cpu":
         shown = said_in_words(shown, pos is None)
     elif tokens is not None and bounds is None:
         shown = shown._replace(bounds=token_bounds(tokens, position, q.shape[2]))
-    run = kernel("prefill_attend", q.device, q, rule)
+    run = kernel("prefill_attend", q.device, q, rule, bias)
     out, stats, valid = run(q, k, v, pos, shown, softmax, Rule.parse(rule))
     alone = sinks is None and softmax.beside is None
     if pos is None and alone and (shown.mask is not None or run is prefill_attend_reference):

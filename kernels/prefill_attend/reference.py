@@ -128,8 +128,14 @@ def _blocks(batch: slice, cols: tuple[int, int], queries: int) -> Iterator[Piece
 
 def _bias(piece: Piece, k: Tensor, pos: Tensor | None, shown: Shown) -> Tensor:
     """What to add to the logits of a piece: float32 [1|B, 1|Hkv, 1|G, rows, cols], -inf = hidden."""
-    heads, (top, bottom) = k.shape[1], piece.rows
     shown = shown.of_rows(piece.batch)
+    found = _masked(piece, k, pos, shown)
+    return found if shown.bias is None else found + shown.bias[:, :, None, None]
+
+
+def _masked(piece: Piece, k: Tensor, pos: Tensor | None, shown: Shown) -> Tensor:
+    """The same without biases of slots; shown: to the sequences of the piece."""
+    heads, (top, bottom) = k.shape[1], piece.rows
     where = torch.arange(k.shape[2], device=k.device)[None, None] if pos is None else pos[piece.batch]
     seen = shown.keys(where, top, bottom)[:, :, None]
     mask = shown.mask

@@ -20,9 +20,9 @@ from .triton_call import call_of, shared
 from .triton_statistics import statistics_kernel
 
 
-def supports(q: Tensor, rule: str) -> bool:
-    """Attention's sums, squares and counts, of heads that fit into shared memory."""
-    return q.shape[3] <= WIDEST and set(emitted(Rule.parse(rule))) <= {"sum", "sumsq", "count"}
+def supports(q: Tensor, rule: str, bias: Tensor | None = None) -> bool:
+    """Attention's sums, squares and counts, of heads that fit into shared memory, without biases of slots."""
+    return bias is None and q.shape[3] <= WIDEST and set(emitted(Rule.parse(rule))) <= {"sum", "sumsq", "count"}
 
 
 def prefill_attend_triton(

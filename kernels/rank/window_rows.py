@@ -6,6 +6,7 @@ import torch
 from kvpass.kernels.attention.masks import additive, at_positions, by_kv_head, visible
 from kvpass.kernels.attention.memory import softmax_of
 from kvpass.kernels.attention.observation import Observation
+from kvpass.kernels.attention.softmax import Softmax
 from kvpass.kernels.attention.visibility import Sees, Shown
 from kvpass.kernels.rank.scored import Scoring
 from kvpass.kernels.rule import Rule
@@ -29,28 +30,20 @@ def window_rows(
     position: int = 0,
     memory_k: Tensor | None = None,
     memory_v: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Attention of the last `queries` valid queries of a call over all keys: a matrix of w x L per query head.
 
-    Arguments as for prefill_attend; valid: bool [B, S], from there. Returns float32 [B, Hkv, G, w, L]: probabilities, 0
-    where hidden; or, for a rule that reads `logits`, masked and scaled logits, -inf where hidden. A row whose sequence
-    has fewer valid queries in the call is all hidden; such rows come first.
+    Arguments as for prefill_attend, bias too; valid: bool [B, S], from there. Returns float32 [B, Hkv, G, w, L]:
+    probabilities, 0 where hidden; or, for a rule that reads `logits`, masked and scaled logits, -inf where hidden. A
+    row whose sequence has fewer valid queries in the call is all hidden; such rows come first.
     """
     plan = Rule.parse(rule)
-    index, there = _last_valid(valid, plan[Observation].queries)
-    heads, group = k.shape[1], q.shape[1] // k.shape[1]
-    queries = q.gather(2, index[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
+    index, there = last_valid(valid, plan[Observation].queries)
+    queries = picked(q, index)
     softmax = softmax_of("window_rows", queries, scale, sinks, softcap, memory_k, memory_v)
-    rows = queries.float().unflatten(1, (heads, group))
-    logits = softmax.capped((rows * softmax.factor) @ k.float().mT[:, :, None])
-    where = torch.arange(k.shape[2], device=q.device)[None, None] if pos is None else pos
-    seen = Shown(Sees.parse(sees), q.shape[2], position, tokens).at(where, index)
-    shown = seen[:, :, None] & there[:, None, None, :, None]
-    if mask is not None:
-        here = _looked_up(mask, index, pos, heads, k.shape[2])
-        shown = shown & visible(here)
-        logits = logits if mask.dtype == torch.bool else logits + additive(here, torch.float32)
-    logits = logits.masked_fill(~shown, -INF)
+    shown = Shown(Sees.parse(sees), q.shape[2], position, tokens, None, mask, bias)
+    logits = logits_of(queries, index, k, pos, shown, softmax).masked_fill(~there[:, None, None, :, None], -INF)
     if "logits" in plan[Scoring].reads:
         return logits
     flat = logits.permute(3, 0, 1, 2, 4)  # heads side by side, as the sinks are
@@ -60,7 +53,31 @@ def window_rows(
     return softmax.probabilities(flat).nan_to_num(0.0).permute(1, 2, 3, 0, 4).contiguous()
 
 
-def _last_valid(valid: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def picked(q: Tensor, index: Tensor) -> Tensor:
+    """Queries `index`, int64 [B, w], of q [B, Hq, S, D]: [B, Hq, w, D]."""
+    return q.gather(2, index[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
+
+
+def logits_of(queries: Tensor, index: Tensor, k: Tensor, pos: Tensor | None, shown: Shown, softmax: Softmax) -> Tensor:
+    """Masked and scaled logits of some queries of a call, -inf where hidden: float32 [B, Hkv, G, w, L].
+
+    queries [B, Hq, w, D], of places `index`, int64 [B, w], in the call; k, pos: as of `window_rows`.
+    """
+    heads, group = k.shape[1], queries.shape[1] // k.shape[1]
+    rows = queries.float().unflatten(1, (heads, group))
+    logits = softmax.capped((rows * softmax.factor) @ k.float().mT[:, :, None])
+    where = torch.arange(k.shape[2], device=k.device)[None, None] if pos is None else pos
+    seen, mask = shown.at(where, index)[:, :, None], shown.mask
+    if mask is not None:
+        here = _looked_up(mask, index, pos, heads, k.shape[2])
+        seen = seen & visible(here)
+        logits = logits if mask.dtype == torch.bool else logits + additive(here, torch.float32)
+    if shown.bias is not None:
+        logits = logits + shown.bias[:, :, None, None]
+    return logits.masked_fill(~seen, -INF)
+
+
+def last_valid(valid: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Indices of the last `count` valid queries, int64 [B, w], ascending, and which of them exist, bool [B, w]."""
     count = min(count, valid.shape[1])
     order = valid.int().sort(dim=-1, stable=True).indices[:, valid.shape[1] - count :]

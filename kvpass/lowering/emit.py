@@ -10,6 +10,7 @@ from torch import fx
 from kvpass.graph.calls import example
 from kvpass.graph.shapes import shape_of
 from kvpass.kernels.codecs.storage import WHOLE_AT, Storage, coded, fit_fields
+from kvpass.kernels.slots.bias import BIAS
 from kvpass.kernels.slots.ragged import Ragged
 from kvpass.kernels.slots.state import fields_of
 from kvpass.lowering.emit_heads import from_slots, regrouped, to_slots
@@ -55,17 +56,17 @@ class Emitter:
         keys, past = self._keys()
         k, pos = keys["k"], keys["pos"]
         values = keys["v"] if core.latent is None else write.method("narrow", k, -1, 0, core.latent.rank)
-        seen, position = self.seen, self.position
+        seen, position, own = self.seen, self.position, self._biases(keys)
         args = (self.q, k, values, pos, seen.mask, core.scale, seen.words, self.rule)
         extras = _without_defaults((*self.extras, seen.tokens, seen.bounds, position), (None, 0.0, None, None, 0))
-        out, emitted, valid = write.parts(write.op("prefill_attend", *args, *extras, **self.memory), 3)
+        out, emitted, valid = write.parts(write.op("prefill_attend", *args, *extras, **self.memory, **own), 3)
         if fit_fields(self.planned.rule):
             keys |= self._fitted(keys if past else {}, valid)
         read: tuple[Any, ...] = (seen.words, seen.mask, seen.bounds) if past else ("", None, None)
         if self.planned.arrives:
             shown = self.q, k, pos, seen.mask, valid, core.scale, seen.words, self.rule
             extras = _without_defaults((*self.extras, seen.tokens, position), (None, 0.0, None, 0))
-            rows = write.op("window_rows", *shown, *extras, **self.memory) if self.planned.windowed else None
+            rows = write.op("window_rows", *shown, *extras, **self.memory, **own) if self.planned.windowed else None
             read = (*read, k, keys["v"], rows, *self._read_beside(), *self._rotation())
         before = self.state["cursor"], position, self.rule
         read = _without_defaults(read, ("", *(None,) * len(read[1:])))
@@ -79,6 +80,10 @@ class Emitter:
         write.op("compact_slots", [keys[name] for name in names], chosen, cursor, state, self.rule)
         if self.planned.merges:
             write.op("merge_slots", k, keys["v"], score, keys["stats"], chosen, state, self.rule)
+        if self.planned.refits:
+            told = self.q, k, keys["v"], pos, seen.mask, valid, core.scale, seen.words
+            extras = _without_defaults((core.softcap, seen.tokens, position), (0.0, None, 0))
+            write.op("refit_slots", *told, score, chosen, state, self.rule, *extras, **own)
         if self.planned.rule.demotes:
             write.op("choose_whole", k, keys["v"], pos, score, state, self.rule)
         elif coded(self.planned.rule):
@@ -100,6 +105,11 @@ class Emitter:
         joined = self.write.op("join_slots", state, self.new_k, self.new_v, self.position, self.rule)
         keys: dict[str, fx.Node | None] = dict(zip(names, self.write.parts(joined, len(names)), strict=True))
         return keys, keys["stats"]
+
+    def _biases(self, keys: dict[str, fx.Node | None]) -> dict[str, fx.Node]:
+        """The keys' biases, where slots have some and there are slots."""
+        found = keys.get(BIAS)
+        return {} if found is None else {"bias": found}
 
     def _codes(self) -> dict[str, fx.Node]:
         """The codes of this call's keys and values, where slots hold those; not of fitted ones."""

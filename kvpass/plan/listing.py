@@ -15,6 +15,7 @@ from kvpass.kernels.rank.scorers.registry import Scorer
 from kvpass.kernels.rank.scorers.seen import NOT_FROM_GRAPH
 from kvpass.kernels.rank.weights import Weight
 from kvpass.kernels.rule import Rule
+from kvpass.kernels.slots.bias import BIAS, biased
 from kvpass.kernels.slots.statistics import Statistics
 from kvpass.plan.rule import rule_of
 from kvpass.policy.load import load, names, variants
@@ -34,7 +35,7 @@ class Row:
         reads: what ranks its slots, in words.
         extra: work of a prefill of T tokens beside attention's own: `none`, `T` (each key, value or hidden state once),
             `w*T` (the last w queries' attention again), `T*T` (all attention again).
-        bytes: of position and statistics, for each slot of each KV head, beside K and V.
+        bytes: of position, statistics and bias, for each slot of each KV head, beside K and V.
         bits: of each number of a key and of a value, scales counted, at a head dimension of `EXAMPLE_WIDTH`; `-`: held
             as the model has them; `2.5 + whole`: beside the tokens that the budget has room for, which are whole too.
         notes: where it differs from what it is taken from.
@@ -155,7 +156,7 @@ def emission(policy: Spec) -> list[str]:
         rule[Observation].queries, f"the last {rule[Observation].queries} queries"
     )
     computed = f"{', '.join(emitted(rule))}, of {whose}" if emitted(rule) and rule[Observation].queries else "nothing"
-    kept = " + ".join(["position", *rule[Statistics].stats])
+    kept = " + ".join(["position", *rule[Statistics].stats, *([BIAS] if biased(rule) else [])])
     return [
         f"a multi-token call emits: {computed}",
         f"a one-token call does with its row: {rule[Observation].decode}",

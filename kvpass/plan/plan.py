@@ -22,6 +22,7 @@ from kvpass.graph.rope import Rotation, rotation, unrounded
 from kvpass.kernels.after_call.reindex import Reindex
 from kvpass.kernels.codecs.storage import coded, fit_fields
 from kvpass.kernels.exits.record import Merge
+from kvpass.kernels.exits.refit import Refit
 from kvpass.kernels.rank.layer import Layer
 from kvpass.kernels.rank.pyramid import Pyramid
 from kvpass.kernels.rank.scored import Scoring
@@ -63,6 +64,8 @@ class SitePlan:
             ops.insert(ops.index("score_slots"), "window_rows")
         if self.merges and self.site.phase is not Phase.DECODE:
             ops += ["merge_slots"]
+        if self.refits and self.site.phase is not Phase.DECODE:
+            ops += ["refit_slots"]
         if coded(self.rule) and self.site.phase is not Phase.DECODE:
             ops += ["choose_whole" if self.rule.demotes else "keep_whole"]
             if fit_fields(self.rule):
@@ -124,6 +127,11 @@ class SitePlan:
     def merges(self) -> bool:
         """Whether calls of several tokens merge what they evict, inside the graph."""
         return self.rule[Merge].calls and not self.rule[ShareOut].share
+
+    @property
+    def refits(self) -> bool:
+        """Whether calls of several tokens fit what stays."""
+        return self.rule[Refit].refit_queries > 0
 
     @property
     def arrives(self) -> bool:
@@ -244,6 +252,7 @@ def _unmet(planned: SitePlan) -> Iterator[tuple[bool, str, str]]:
     yield shared and kept_apart, f"{asked}, but this attention {what}", fix
     fix = "set evicted: drop for these layers"
     yield shared and bool(rule[Merge].merge_into), f"merges what it evicts, but this attention {what}", fix
+    yield shared and planned.refits, f"fits slots to what it evicts, but this attention {what}", fix
     fix = "leave `store` and `evicted` out for these layers, or use store: dense and evicted: drop"
     yield site.core.latent is not None and bool(coded(rule)), "stores codes, but this attention keeps latents", fix
     asked = "weighs values by the output projection, which was not found behind the attention"

@@ -13,6 +13,7 @@ from kvpass.kernels.attention.observation import Observation
 from kvpass.kernels.budget import Budget
 from kvpass.kernels.codecs.storage import Storage
 from kvpass.kernels.exits.record import NEAREST_POSITION, Merge
+from kvpass.kernels.exits.refit import Refit
 from kvpass.kernels.rank.allocate import Heads
 from kvpass.kernels.rank.criterion import INF, SCORED, SCORES, Ranking, Scope
 from kvpass.kernels.rank.layer import Layer
@@ -77,6 +78,7 @@ def _records(policy: Spec, layer: int, layers: int, entry: Entry) -> Iterator[Re
     yield Reindex(policy.positions == "reindexed")
     yield Fair(policy.fair)
     yield _merge(policy)
+    yield _refit(policy)
     yield _storage(policy, entry)
 
 
@@ -132,7 +134,13 @@ def _merge(policy: Spec) -> Merge:
         said.count if said.into == "next" else 1,
         said.sigma if said.weight == "gaussian" else 1.0,
         said.at,
+        said.bias,
     )
+
+
+def _refit(policy: Spec) -> Refit:
+    said = policy.evicted.refit
+    return Refit() if said is None else Refit(said.queries, *said.bias, said.iters, said.ridge, said.values)
 
 
 def _numbered(policy: Spec) -> bool:
@@ -167,7 +175,8 @@ def _budget(policy: Spec, entry: Entry) -> tuple[Record, ...]:
         return (Budget(int(policy.budget or 0)),)
     if policy.unit == "tokens":
         return (Budget(0, *_share(policy.budget), policy.min_slots),)
-    holding = Rule(Statistics(tuple(_kept(policy))), Ragged(_ragged(policy)), _storage(policy, entry))
+    exits = _merge(policy), _refit(policy)
+    holding = Rule(Statistics(tuple(_kept(policy))), Ragged(_ragged(policy)), *exits, _storage(policy, entry))
     found = in_bytes(fraction(policy.budget), policy.min_slots, holding, entry)
     if found is None:
         raise PolicyError(

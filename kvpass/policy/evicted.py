@@ -28,6 +28,8 @@ class Merge:
         count: slots of `next`.
         sigma: of `gaussian`.
         at: calls that merge: `always`, `steps` of one token, or `calls` of several. The others drop.
+        bias: of `one_slot`, added to its logit: `none`, so that it weighs as one token, or `count`, the logarithm of
+            how many tokens it stands for, so that it weighs as all of them.
     """
 
     into: Literal["nearest_key", "nearest_position", "next", "run", "one_slot"] = "nearest_key"
@@ -39,6 +41,31 @@ class Merge:
     count: int = 16
     sigma: float = 5.0
     at: Literal["always", "steps", "calls"] = "always"
+    bias: Literal["none", "count"] = "none"
+
+    __pydantic_config__ = _STRICT
+
+
+@dataclass(frozen=True)
+class Refit:
+    """Slots that stay are fitted to stand for those that go, at the end of calls of several tokens (Attention
+    Matching). Each gets a bias to its logit, by which the unprotected slots of a head have the mass of all that were
+    there, and then a value, by which they give the same output: both by least squares over reference queries.
+
+    Attributes:
+        queries: the reference: the last so many queries of the call, those of all query heads of the group.
+        bias: bounds of a slot's bias. [0, 0]: none, values alone are fitted.
+        iters: steps down the gradient after the bounds were put on.
+        ridge: what changing a value (or the factor e^bias) costs, as a share of what the mean slot weighs in the sum of
+            squares; 0: nothing, so that queries are fitted as well as can be.
+        values: whether values are fitted too.
+    """
+
+    queries: int = 256
+    bias: tuple[float, float] = (-3.0, 3.0)
+    iters: int = 2
+    ridge: float = 0.0
+    values: bool = True
 
     __pydantic_config__ = _STRICT
 
@@ -59,14 +86,17 @@ class To:
 
 @dataclass(frozen=True)
 class Evicted:
-    """What becomes of slots that go. `evicted: drop` is nothing, `evicted: merge` is `{merge: {}}`.
+    """What becomes of slots that go. `evicted: drop` is nothing, `evicted: merge` is `{merge: {}}`, `evicted: refit` is
+    `{refit: {}}`.
 
     Attributes:
         merge: into slots that stay.
+        refit: slots that stay are fitted to stand for them.
         to: they stay themselves, demoted to codes; the budget is then of tokens that are whole.
     """
 
     merge: Merge | None = None
+    refit: Refit | None = None
     to: To | None = None
 
     __pydantic_config__ = _STRICT

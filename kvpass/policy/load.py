@@ -12,7 +12,7 @@ from typing import Any
 
 from kvpass.errors import PolicyError
 from kvpass.policy.check import check_policy
-from kvpass.policy.evicted import Evicted, Merge, To
+from kvpass.policy.evicted import Evicted, Merge, Refit, To
 from kvpass.policy.layer_keys import numbers_of
 from kvpass.policy.limits import plain_number
 from kvpass.policy.shorthand import alone, written_out
@@ -30,6 +30,7 @@ _PARTS = {
     "protect": Protect,
     "evicted": Evicted,
     "evicted.merge": Merge,
+    "evicted.refit": Refit,
     "evicted.to": To,
     "store": Store,
 }

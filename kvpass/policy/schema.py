@@ -45,7 +45,8 @@ def json_schema() -> Schema:
     fields["store"] = {**fields["store"], "anyOf": [{"$ref": "#/$defs/Store"}, {"enum": held}]}
     to = whole["$defs"]["Evicted"]["properties"]["to"]
     to["anyOf"] = [*to["anyOf"], {"enum": [*CODECS]}]
-    fields["evicted"] = {**fields["evicted"], "anyOf": [{"$ref": "#/$defs/Evicted"}, {"enum": ["drop", "merge"]}]}
+    exits = {"enum": ["drop", "merge", "refit"]}
+    fields["evicted"] = {**fields["evicted"], "anyOf": [{"$ref": "#/$defs/Evicted"}, exits]}
     for short in ("store", "evicted"):
         fields[short].pop("$ref", None)
     rest = {key: _or_null(value) for key, value in fields.items() if key != "name"}

@@ -15,8 +15,8 @@ def written_out(data: dict[str, Any]) -> dict[str, Any]:
     data = dict(data)
     if isinstance(data.get("store"), str):
         data["store"] = dict.fromkeys(("k", "v"), data["store"])
-    if data.get("evicted") in ("drop", "merge"):
-        data["evicted"] = {} if data["evicted"] == "drop" else {"merge": {}}
+    if data.get("evicted") in ("drop", "merge", "refit"):
+        data["evicted"] = {} if data["evicted"] == "drop" else {data["evicted"]: {}}
     if isinstance(data.get("evicted"), dict) and isinstance(data["evicted"].get("to"), str):
         data["evicted"] = {**data["evicted"], "to": dict.fromkeys(("k", "v"), data["evicted"]["to"])}
     said = share(data.get("budget"))

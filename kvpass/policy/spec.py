@@ -184,7 +184,7 @@ class Spec:
         weight: what of a slot's value multiplies its score.
         allocate: how the budget is shared out over layers and KV heads.
         protect: tokens that are never evicted.
-        evicted: what becomes of slots that go: they are dropped, or merged.
+        evicted: what becomes of slots that go: they are dropped, merged, or stood for by those that stay.
         store: what a slot holds: numbers as the model has them, or codes of few bits.
         score: what ranks unprotected slots, higher = keep: `position` (newer), `sum`, `mean` (sum / count),
             `important` (important / count), `last` (minus the tokens since the newest such query), or the name of a

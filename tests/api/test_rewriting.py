@@ -97,6 +97,31 @@ def test_first_state_and_step(step: Any) -> None:
         assert torch.equal(now, then)
 
 
+def test_slots_with_biases(step: Any) -> None:
+    """What a prompt's fit left is read: `decode_step_6`, and the same in plain torch; with 0 nothing differs."""
+    ids = plain.tokens(2, 6)
+    plain_ones = kvpass.rewrite(step, "h2o", 8)
+    rewritten = kvpass.rewrite(step, {"name": "mine", "extends": "h2o", "evicted": "refit"}, 8)
+    names = [f"kvpass_{at}_{name}" for at in (0, 1) for name in ("k", "v", "pos", "stats", "cursor", "bias")]
+    assert list(rewritten.inputs) == ["ids", "tokens", *names]
+    assert "decode_step_6" in str(rewritten.graph_module.graph)
+    state, other = rewritten.empty_state(40), plain_ones.empty_state(40)
+    for at in range(5):
+        (logits,), state = rewritten.step(ids[:, at : at + 1], tokens=at, state=state)
+        (wanted,), other = plain_ones.step(ids[:, at : at + 1], tokens=at, state=other)
+        assert torch.equal(logits, wanted)
+    state = [2 * torch.rand_like(t) if name.endswith("bias") else t for name, t in zip(names, state, strict=True)]
+    (logits,), after = rewritten.step(ids[:, 5:6], tokens=5, state=state)
+    (wanted,), _ = plain_ones.step(ids[:, 5:6], tokens=5, state=other)
+    assert not torch.allclose(logits, wanted, atol=1e-4)
+    with any_size():
+        program = rewritten.program.run_decompositions(decompositions())
+    assert "kvpass" not in str({node.target for node in program.graph.nodes if node.op == "call_function"})
+    again = program.module()(ids[:, 5:6], 5, *state)
+    torch.testing.assert_close(again[0], logits, rtol=1e-4, atol=1e-5)
+    assert torch.equal(again[3], after[2])
+
+
 def test_a_dynamic_batch_must_be_named() -> None:
     program = export(Step(plain.make(plain.Decoder)), 8, rows=Dim.DYNAMIC)
     rewritten = kvpass.rewrite(program, "h2o", 8)

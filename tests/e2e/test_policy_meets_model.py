@@ -37,10 +37,13 @@ def latents() -> Any:
 
 
 ONE, GPT2 = (lambda: tiny.llama(layers=1)), (lambda: tiny.gpt2("sdpa"))
+FITS = {"name": "mine", "extends": "h2o", "evicted": "refit"}
+
 CASES = {
     "no projection": ("criticalkv", lambda: plain.make(GatedDecoder), "output projection, which was not found", "l1"),
     "latents": ("ada_snapkv", latents, "budgets of their own, but this attention keeps latents", "h2o or snapkv"),
     "latents merge": ("merging", latents, "merges what it evicts, but this attention keeps latents", "evicted: drop"),
+    "latents fit": (FITS, latents, "fits slots to what it evicts, but this attention keeps", "evicted: drop"),
     "latents' keys": ("knorm", latents, "reads keys, but this attention keeps latents", "h2o or snapkv"),
     "a pyramid of one": ("pyramidkv", ONE, "over layers, but this graph holds one", "layers: uniform"),
     "one layer to share": ("layer_defensivekv", ONE, "over layers, but this graph holds one", "layers: uniform"),
@@ -56,7 +59,7 @@ def test_it_is_refused(case: str) -> None:
     with pytest.raises(PolicyError) as caught, torch.no_grad():
         compiled(tiny.tokens(1, 60) % 61)
     text = " ".join(str(caught.value).split())
-    assert f"policy '{policy}'" in text
+    assert f"policy '{policy if isinstance(policy, str) else policy['name']}'" in text
     assert what in text
     assert fix in text.partition("what to do:")[2]
     assert "where: " in text

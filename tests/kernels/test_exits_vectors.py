@@ -16,6 +16,7 @@ from kvpass.kernels.exits.merge_slots import merge_slots
 from kvpass.kernels.exits.record import BAR, MERGED, NO_BAR, Merge
 from kvpass.kernels.rank.scored import Scoring
 from kvpass.kernels.rule import Rule
+from kvpass.kernels.slots.bias import BIAS
 from kvpass.kernels.slots.state import State
 from torch import Tensor
 
@@ -140,6 +141,23 @@ def test_one_slot_for_all() -> None:
     )
     close(v, [[0.0], [2.5], [9.0]])
     close(state[MERGED], [[3.0]])
+
+
+def test_one_slot_that_counts() -> None:
+    """The same slot weighs as the four tokens in it (RazorAttention's paper): ln 4 is added to its logit."""
+    rule = Rule(sinks=2, merge_into="one_slot", merge_weight="even", merge_bias="count", slots=3)
+    _, v, state = merged(
+        [[1.0]] * 6, [[0.0], [1.0], [2.0], [3.0], [4.0], [9.0]], [INF, INF, 1.0, 1.0, 1.0, INF], [0, 1, 5], rule
+    )
+    close(v, [[0.0], [2.5], [9.0]])
+    close(state[BIAS][0, 0, :3], [0.0, 1.386294, 0.0])
+    token = Token(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), torch.full((1, 1, 1, 1), 7.0))
+    for how in (decode_attend_reference, decode_attend_device):
+        held = state.clone()
+        out = how(token, held, Call.of_step(None, 6, Softmax(1.0), rule))
+        close(out.flatten(), [(0.0 + 4 * 2.5 + 9.0 + 7.0) / 7])  # as if all six were there
+        close(held[BIAS][0, 0, 1], 1.609438)  # the sixth token went into it
+        close(held.v[0, 0, 1], [(4 * 2.5 + 9.0) / 5])
 
 
 def test_sums_are_float32() -> None:

@@ -23,6 +23,7 @@ from kvpass.kernels.exits.record import Merge
 from kvpass.kernels.rank.scored import Scoring, arrivals
 from kvpass.kernels.rank.weights import Weight
 from kvpass.kernels.rule import Rule
+from kvpass.kernels.slots.bias import biased
 from kvpass.kernels.slots.state import State
 from kvpass.kernels.slots.statistics import Statistics
 from kvpass.kernels.testing import qkv
@@ -75,12 +76,14 @@ def test_a_step(name: str) -> None:
 MERGING = {name for name, rule in builtin().items() if rule[Merge].steps}
 CODED = {name for name, rule in builtin().items() if coded(rule)}
 FITTED = {name for name, rule in builtin().items() if fit_fields(rule)}
+BIASED = {name for name, rule in builtin().items() if biased(rule)}
 DEMOTING = {name for name, rule in builtin().items() if rule.demotes}
 
 
-def test_triton_takes_all_but_rings_merges_fits_and_demotion() -> None:
+def test_triton_takes_all_but_rings_merges_biases_fits_and_tiers() -> None:
     given_up = {name for name, rule in builtin().items() if not supports(*given(rule, "none", False))}
-    assert given_up == {"cascading"} | MERGING | FITTED | DEMOTING
+    assert given_up == {"cascading"} | MERGING | BIASED | DEMOTING | FITTED
+    assert "am_fast" in BIASED
     assert {"merging", "cam", "d2o", "razor_attention"} <= MERGING
     assert {"turbo", "snapkv_int4", "h2o_int8"} <= CODED - FITTED - DEMOTING
     assert "mikv" in DEMOTING
@@ -108,7 +111,7 @@ def faked(name: str, device: str, run: Callable[..., Tensor]) -> Tensor:
         return run(q, k, v, None, state, 0, 0.3, builtin()[name].encode(), **told)
 
 
-@pytest.mark.parametrize("name", [name for name in builtin() if name not in {"cascading", *MERGING, *CODED}])
+@pytest.mark.parametrize("name", [name for name in builtin() if name not in {"cascading", *MERGING, *CODED, *BIASED}])
 def test_the_op_on_fake_cuda_tensors(name: str) -> None:
     """The op as it is called, with the implementation that CUDA gets. (Torch without CUDA cannot index fake tensors of
     CUDA, which Triton's path does not.)
@@ -121,8 +124,11 @@ def test_the_op_on_fake_cuda_tensors(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "step"),
     [
-        *((name, decode_attend_device) for name in ("cascading", "h2o", "ada_snapkv", *sorted(MERGING | CODED))),
-        *((name, decode_attend_triton) for name in sorted(CODED - FITTED - DEMOTING)),
+        *(
+            (name, decode_attend_device)
+            for name in ("cascading", "h2o", "ada_snapkv", *sorted(MERGING | CODED | BIASED))
+        ),
+        *((name, decode_attend_triton) for name in sorted(CODED - DEMOTING - FITTED)),
     ],
 )
 def test_torch_on_fake_tensors(name: str, step: Callable[..., Tensor]) -> None:

@@ -56,6 +56,14 @@ def merging():
     return random_state(torch.full((2, 2), 3), 12, 16, MERGING, seen=6).tensors()
 
 
+FITTING = H2O.replace(refit_queries=4)
+ROWS = Rule(queries=3, scorer="rms", reads=("rows",)).encode()
+
+
+def fitting():
+    return random_state(torch.full((2, 2), 3), 12, 16, FITTING, seen=6).tensors()
+
+
 def calls():
     q, k, v = qkv(2, 4, 2, 6, 16)
     strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
@@ -70,6 +78,7 @@ def calls():
     row = torch.ones(2, 1, 1, 31, dtype=torch.bool)
     real = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]], dtype=torch.bool)
     sinks = torch.tensor([0.5, -1.0, 2.0, 0.0])
+    given = (q, k, v, pos, mask, 0.25, "")
     beside = "", *[None] * 10, tiers().whole_at
     return {
         "prefill_attend": (q, k, v, None, None, 0.25, "causal", TEXT),
@@ -100,6 +109,10 @@ def calls():
         "compact_slots": ([k, v, None, stats], idx, cursor, state(), TEXT),
         "compact_slots extend": ([k, v, pos, stats], idx, cursor, state(), TEXT),
         "merge_slots": (k, v, stats[0], stats, idx, merging(), MERGING.encode()),
+        "prefill_attend biases": (*given, TEXT, None, 0.0, None, None, 0, None, None, stats[0]),
+        "window_rows biases": (q, k, pos, mask, alive, 0.25, "", ROWS, None, 0.0, None, 0, None, None, stats[0]),
+        "refit_slots": (q, k, v, pos, mask, alive, 0.25, "", stats[0], idx, fitting(), FITTING.encode()),
+        "decode_attend biases": (*one, row, state_under(FITTING, 30).tensors(), 30, 0.25, FITTING.encode()),
         "decode_attend": (*one, None, state(), 30, 0.25, TEXT),
         "decode_attend masked": (*one, row, state(), 30, 0.25, TEXT),
         "decode_attend capped": (*one, row, state(), 30, 0.25, TEXT, sinks, 5.0),

@@ -12,6 +12,8 @@ from kvpass.kernels.budget import kept
 from kvpass.kernels.compact_slots import compact_slots
 from kvpass.kernels.decode_attend import decode_attend
 from kvpass.kernels.exits.merge_slots import merge_slots
+from kvpass.kernels.exits.refit import Refit
+from kvpass.kernels.exits.refit_slots import refit_slots
 from kvpass.kernels.join_slots import join_slots
 from kvpass.kernels.prefill_attend import prefill_attend
 from kvpass.kernels.rank.marks import Marks
@@ -21,6 +23,7 @@ from kvpass.kernels.rank.scores import score_slots
 from kvpass.kernels.rank.share_out import ShareOut
 from kvpass.kernels.rank.window_rows import window_rows
 from kvpass.kernels.select_slots import select_slots
+from kvpass.kernels.slots.bias import biased
 from kvpass.kernels.slots.moves import even, evened, with_spare
 from kvpass.kernels.slots.ragged import Ragged
 from kvpass.kernels.slots.statistics import Statistics
@@ -104,20 +107,22 @@ class Host:
 
     def _many(self, layer: int, rule: Any, qkv: Any, mask: torch.Tensor, position: int, own: torch.Tensor) -> None:
         (q, k, v), text, tokens = qkv, rule.encode(), position + qkv[0].shape[2]
-        pos = past = None
+        pos = past = bias = None
         if position == 0:
             state = empty_state(rule, tokens, k, {"B": len(k), "Hkv": KV, "D": DIM, "Dv": DIM})
         else:
             state = self.states[layer]
             state = evened(state, q.shape[2]) if rule[ShareOut].share else with_room(state, kept(rule, tokens))
-            k, v, pos, past = join_slots(state.tensors(), k, v, position, text)
+            k, v, pos, past, *more = join_slots(state.tensors(), k, v, position, text)
+            bias = more[0] if biased(rule) else None
         self.states[layer] = state
-        _, stats, valid = prefill_attend(q, k, v, pos, mask, DIM**-0.5, "", text, position=position)
+        told: dict[str, Any] = {"position": position, "bias": bias}
+        _, stats, valid = prefill_attend(q, k, v, pos, mask, DIM**-0.5, "", text, **told)
         beside: dict[str, Any] = {}
         if {"scored", "weight", "mark", "place"} & set(rule[Statistics].stats):
             rows = None
             if {"rows", "logits"} & set(rule[Scoring].reads):
-                rows = window_rows(q, k, pos, mask, valid, DIM**-0.5, "", text, position=position)
+                rows = window_rows(q, k, pos, mask, valid, DIM**-0.5, "", text, **told)
             beside = {"k": k, "v": v, "rows": rows, "wo": self.wo}
         if "queries" in rule[Scoring].reads:
             angle = own[..., None] * 0.7 ** torch.arange(1, DIM // 2 + 1)
@@ -129,8 +134,11 @@ class Host:
         score, stats, cursor = score_slots(stats, past, pos, valid, state.cursor, position, text, mask=shown, **beside)
         room = score.shape[2] if rule[Ragged].ragged else state.slots
         idx = select_slots(score, cursor, room)
-        compact_slots((k, v, pos, stats), idx, cursor, state.tensors(), text)
+        own = [bias] if biased(rule) else []
+        compact_slots((k, v, pos, stats, *own), idx, cursor, state.tensors(), text)
         merge_slots(k, v, score, stats, idx, state.tensors(), text)
+        if rule[Refit].refit_queries:
+            refit_slots(q, k, v, pos, mask, valid, DIM**-0.5, "", score, idx, state.tensors(), text, **told)
 
     def kept(self, row: int) -> list[list[list[int]]]:
         """Which of its own tokens a row keeps, by layer and head."""

@@ -15,6 +15,8 @@ from kvpass.kernels.codecs.storage import WHOLE_AT, Storage, coded, fit_fields
 from kvpass.kernels.compact_slots import compact_slots
 from kvpass.kernels.decode_attend import decode_attend
 from kvpass.kernels.exits.merge_slots import merge_slots
+from kvpass.kernels.exits.refit import Refit
+from kvpass.kernels.exits.refit_slots import refit_slots
 from kvpass.kernels.join_slots import join_slots
 from kvpass.kernels.prefill_attend import prefill_attend
 from kvpass.kernels.rank.scored import Scoring, arrivals
@@ -23,6 +25,7 @@ from kvpass.kernels.rank.share_out import ShareOut
 from kvpass.kernels.rank.window_rows import window_rows
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.select_slots import select_slots
+from kvpass.kernels.slots.bias import BIAS
 from kvpass.kernels.slots.moves import even, evened, with_spare
 from kvpass.kernels.slots.ragged import Ragged
 from kvpass.kernels.slots.state import State
@@ -82,7 +85,8 @@ class Site:
         if first and held and not fits:
             keys |= dict(zip(held, encode_slots(k, v, rule), strict=True))
         k, v, pos, past = (keys[name] for name in ("k", "v", "pos", "stats"))
-        out, stats, valid = prefill_attend(q, k, v, pos, mask, scale, "", rule, position=position)
+        told: dict[str, Any] = {"position": position, "bias": keys.get(BIAS)}
+        out, stats, valid = prefill_attend(q, k, v, pos, mask, scale, "", rule, **told)
         if fits:
             old = [] if first else [keys[name] for name in held]
             fit_slots(q, *own, valid, self.state.cursor, fits, rule)
@@ -90,7 +94,7 @@ class Site:
         beside: dict[str, Any] = {}
         if self.arrives:
             reads = {"rows", "logits"} & set(self.rule[Scoring].reads)
-            rows = window_rows(q, k, pos, mask, valid, scale, "", rule, position=position) if reads else None
+            rows = window_rows(q, k, pos, mask, valid, scale, "", rule, **told) if reads else None
             beside = {"k": k, "v": v, "rows": rows, "wo": self.projection}
         if self.rule.demotes and not first:
             beside["whole"] = self.state[WHOLE_AT]
@@ -101,6 +105,9 @@ class Site:
         chosen = select_slots(score, cursor, room)
         compact_slots([keys[name] for name in names], chosen, cursor, self.state.tensors(), rule)
         merge_slots(k, v, score, keys["stats"], chosen, self.state.tensors(), rule)
+        if self.rule[Refit].refit_queries:
+            seen = q, k, v, pos, mask, valid, scale, ""
+            refit_slots(*seen, score, chosen, self.state.tensors(), rule, **told)
         if self.rule.demotes:
             choose_whole(k, v, pos, score, self.state.tensors(), rule)
         elif codes:

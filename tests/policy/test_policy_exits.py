@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 from kvpass.kernels.exits.record import Merge
+from kvpass.kernels.exits.refit import Refit
 from kvpass.kernels.rank.places import Protected
+from kvpass.kernels.rule import Rule
 
 from kvpass.errors import PolicyError
 from kvpass.plan.rule import rule_of
@@ -61,6 +63,15 @@ def test_one_slot_is_one_more_sink() -> None:
         ({"merge": {"into": "run", "threshold": 0.5}}, "evicted.merge.at", "at: calls"),
         ({"merge": {"into": "one_slot"}}, "evicted.merge.into", "weight: even"),
         ({"merge": {"into": "next", "gate": "moving"}}, "evicted.merge.gate", "into: nearest_key"),
+        ({"merge": {"bias": "count"}}, "evicted.merge.bias", "into: one_slot"),
+        ({"refit": {"queries": 0}}, "evicted.refit.queries", "1 or more"),
+        ({"refit": {"bias": [0.5, 3.0]}}, "evicted.refit.bias", "around 0"),
+        ({"refit": {"bias": [-3.0]}}, "evicted.refit.bias", "add"),
+        ({"refit": {"iters": -1}}, "evicted.refit.iters", "0 to 1000"),
+        ({"refit": {"ridge": -1.0}}, "evicted.refit.ridge", ">= 0"),
+        ({"refit": {"beta": 1}}, "evicted.refit.beta", "valid here: queries, bias"),
+        ({"merge": {}, "refit": {}}, "evicted", "evicted.merge: null"),
+        ({"to": "int2", "refit": {}}, "evicted", "leave evicted.to or evicted.refit out"),
         ({"merge": {"gate": "moving", "threshold": 0.2}}, "evicted.merge.threshold", "leave threshold out"),
     ],
 )
@@ -80,6 +91,9 @@ NEXT = {"into": "next", "weight": "even", "mean": "none"}
         ({"extends": "ada_snapkv", "evicted": {"merge": {"gate": "moving"}}}, "leave allocate out"),
         ({"extends": "cascading", "evicted": "merge"}, "leave allocate.rings out"),
         ({"extends": "h2o", "evicted": "merge", "store": "int4"}, "store: dense"),
+        ({"extends": "am_fast", "store": "int4"}, "store: dense"),
+        ({"extends": "cascading", "evicted": "refit"}, "leave allocate.rings out"),
+        ({"extends": "layer_defensivekv", "evicted": "refit"}, "set allocate.heads: flat"),
         ({"extends": "streaming_llm_reindexed", "evicted": {"merge": {"halves": "both"}}}, "halves: values"),
     ],
 )
@@ -87,6 +101,21 @@ def test_combinations_that_cannot_work(policy: dict[str, Any], fix: str) -> None
     with pytest.raises(PolicyError, match="evicted") as error:
         rule(**policy)
     assert fix in str(error.value)
+
+
+def test_fits() -> None:
+    assert rule(extends="h2o", evicted="refit") == rule(extends="h2o", evicted={"refit": {}})
+    own = rule(extends="am_fast", evicted={"refit": {"bias": [-1, 2], "values": False}})[Refit]
+    assert own == Refit(256, -1.0, 2.0, 2, 0.1, False)
+    assert rule(extends="am_fast", evicted={"refit": None}) == rule(extends="am_fast", evicted="drop")
+    encoded = rule(extends="am_fast", evicted={"refit": {"bias": [-1, 2], "ridge": 1e-4}})
+    assert Rule.parse(encoded.encode()) == encoded
+    assert "refit" not in rule(extends="snapkv").encode()
+
+
+def test_keys_that_turn_cannot_be_fitted() -> None:
+    with pytest.raises(PolicyError, match="positions: kept"):
+        rule(extends="streaming_llm_reindexed", evicted="refit")
 
 
 def test_layers_may_differ() -> None:

@@ -94,6 +94,15 @@ def finch(seen: Seen) -> Tensor:
     return window_mean(rows * visible[:, :, None], seen).mean(2)
 
 
+@scorer("rms", reads=("rows",))
+def rms(seen: Seen) -> Tensor:
+    """Root mean square of a key's probabilities over all query heads of the group and the window's queries that see it
+    (arXiv 2602.16284).
+    """
+    rows = seen.observed
+    return (rows.square().sum((2, 3)) / (rows > 0).sum((2, 3)).clamp(min=1)).sqrt()
+
+
 @scorer("keyformer", reads=("logits", "layer", "places"))
 def keyformer(seen: Seen, temperature: float = 1.0) -> Tensor:
     """Sum over the window's queries of softmax((logit + Gumbel noise) / temperature), group mean (arXiv 2403.09054)."""
