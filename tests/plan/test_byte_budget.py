@@ -59,7 +59,7 @@ def test_bytes_of_a_slot(policy: str, statistics: int, columns: int, store: Any,
         ({"k": "int4", "fit_k": "channels", "channels": 0.29}, 0.29, lambda d, v: 2 * (29 * d // 100)),
         ({"k": "mixed_2_1", "v": "ternary", "fit_k": "spread", "fit_v": "range"}, 1.0, lambda d, v: 10 * d + 8 * v),
     ],
-    ids=str,
+    ids=["balance", "range", "channels", "few channels", "spread"],
 )
 def test_bytes_of_fits(fits: Any, held: float, of_head: Any, entry: Entry) -> None:
     """Beside the slots of each head; of channels only those that are kept are in a slot."""
