@@ -13,10 +13,13 @@ import argparse
 import sys
 import tempfile
 import time
+from math import prod
 from pathlib import Path
 from typing import Any
 
-from kvpass.kernels.budget import kept
+from kvpass.kernels.budget import budget, kept
+from kvpass.kernels.rule import Rule
+from kvpass.kernels.slots.state import fields_of, sizes_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
@@ -28,6 +31,7 @@ from spelling import cache_of
 from transformers.utils import logging as transformers_logging
 
 import kvpass
+from kvpass.plan.byte_budget import Entry, dense_bytes
 from kvpass.plan.rule import rule_of
 from kvpass.policy.load import names
 from kvpass.policy.policy import Policy
@@ -66,10 +70,21 @@ def with_weights(name: str, folder: Path) -> Policy:
     return Policy.load(spec)
 
 
-def allowed(policy: Policy, layers: int, tokens: int) -> float:
-    """Slots that the rule allows after so many tokens, mean of the layers, of the tokens."""
-    rules = [rule_of(policy, at, layers) for at in range(layers)]
-    return sum(kept(rule, tokens) for rule in rules) / layers / tokens
+def allowed(policy: Policy, layers: int, tokens: int, entry: Entry) -> float:
+    """Bytes of keys and values that the rules of all layers allow after so many tokens, of an unmodified cache's."""
+    rules = [rule_of(policy, at, layers, entry=entry) for at in range(layers)]
+    return sum(bytes_of_entries(rule, tokens, entry) for rule in rules) / layers / tokens / dense_bytes(entry)
+
+
+def bytes_of_entries(rule: Rule, tokens: int, entry: Entry) -> int:
+    """Of one head: keys, values, codes with their scales, whole copies and fits."""
+    copies = budget(rule, tokens) if rule.demotes else 0
+    sizes = sizes_of(rule, {"B": 1, "H": 1, "C": kept(rule, tokens), "W": copies, "D": entry.d, "V": entry.v})
+    return sum(
+        int(prod(sizes[letter] for letter in field.dims)) * (field.dtype or entry.dtype).itemsize
+        for field in fields_of(rule)
+        if field.entries
+    )
 
 
 def run(name: str, folder: Path, model: Any, ids: torch.Tensor, new: int) -> dict[str, Any]:
@@ -79,7 +94,8 @@ def run(name: str, folder: Path, model: Any, ids: torch.Tensor, new: int) -> dic
     settings: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": True, "min_new_tokens": new}
     out = compiled.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, **settings)
     report = kvpass.report(cache_of(out)).to_dict()
-    may = allowed(policy, len(report["sites"]), report["tokens"])
+    dim = model.config.hidden_size // model.config.num_attention_heads
+    may = allowed(policy, len(report["sites"]), report["tokens"], Entry(dim, dim, model.dtype))
     held = report["bytes"] / report["dense_bytes"]
     bounded = policy.allocate.heads == "threshold"
     good = held <= MORE * may and (bounded or held >= may / MORE)
@@ -94,8 +110,9 @@ def page(rows: list[dict[str, Any]], tokens: int, new: int) -> str:
         "",
         f"`generate` after prompts of {tokens} tokens of real text, {new} new tokens, batch {ROWS}, budget 20 %,",
         f"inner compiler `eager`, torch {torch.__version__}. Bytes of K and V as `kvpass.report` counts them, of the",
-        "dense cache, beside the slots that the policy's rule allows (pyramids and rings round to whole slots; up to",
-        "2.5 % are allocated ahead). Policies that read weights or tables got random ones.",
+        "dense cache, beside what the policy's rule allows: slots, in bytes of what they hold, scales included, whole",
+        "copies and what heads share (pyramids and rings round to whole slots; up to 2.5 % are allocated ahead).",
+        "Policies that read weights or tables got random ones. Where nothing is evicted the budget is no share.",
         "",
         "| policy | held | allowed | as it should |",
         "| --- | --- | --- | --- |",
