@@ -21,7 +21,7 @@ from kvpass.plan.rule import rule_of
 from kvpass.policy.load import load, names, variants
 from kvpass.policy.spec import Spec
 
-HEADINGS = ("policy", "reads", "extra at prefill", "bytes a slot", "bits", "paper")
+HEADINGS = ("policy", "reads", "extra at prefill", "bytes/slot", "bits", "paper")
 EXAMPLE_WIDTH = 64
 EXAMPLE_BUDGET = 0.2
 """Rules hold a budget; this one is shown for policies that bring none."""
@@ -37,7 +37,7 @@ class Row:
             `w*T` (the last w queries' attention again), `T*T` (all attention again).
         bytes: of position, statistics and bias, for each slot of each KV head, beside K and V.
         bits: of each number of a key and of a value, scales counted, at a head dimension of `EXAMPLE_WIDTH`; `-`: held
-            as the model has them; `2.5 + whole`: beside the tokens that the budget has room for, which are whole too.
+            as the model has them; `9.5/-`: keys and values; `2.5 + whole`: beside the tokens that the budget has room for, which are whole too.
         notes: where it differs from what it is taken from.
     """
 
@@ -77,8 +77,8 @@ def _bits(rule: Rule) -> str:
     widths = [storage.held_width(half, EXAMPLE_WIDTH) for half in ("k", "v")]
     both = zip(codecs, widths, strict=True)
     held = [c.bytes(width, storage.scale_group) * 8 / EXAMPLE_WIDTH if c else None for c, width in both]
-    words = ["-" if one is None else f"{one:g}" for one in held]
-    said = words[0] if words[0] == words[1] else ", ".join(words)
+    words = ["-" if one is None else f"{one:.3g}" for one in held]
+    said = words[0] if words[0] == words[1] else "/".join(words)
     return f"{said} + whole" if rule.demotes else said
 
 
@@ -127,7 +127,11 @@ def brief(reads: str) -> str:
 
 def as_text(rows: list[Row]) -> str:
     """The table in columns, for a terminal or a pipe: at most 100 characters wide."""
-    lines = [HEADINGS, *((row.name, brief(row.reads), *cells(row)[2:]) for row in rows)]
+    lines: list[tuple[str, ...]] = [HEADINGS]
+    for row in rows:
+        name, reads, extra, size, bits, paper = cells(row)
+        extra = extra.replace(" cosines", " cos").replace("n*n*n fits", "n^3 fits")
+        lines.append((name, brief(reads), extra, size, bits.replace(" + ", "+"), paper))
     sizes = [max(len(line[at]) for line in lines) for at in range(len(HEADINGS))]
     return "\n".join("  ".join(map(str.ljust, line, sizes)).rstrip() for line in lines)
 

@@ -44,7 +44,7 @@ def test_the_list_has_every_policy_in_columns(capsys):
     assert main(["policies"]) == 0
     heading, *lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == names()
-    for column in ("reads", "extra at prefill", "bytes a slot", "paper"):
+    for column in ("reads", "extra at prefill", "bytes/slot", "paper"):
         at = heading.index(column)
         assert all(line[at - 2 : at] == "  " and line[at] != " " for line in lines)
     costs = {row.name: (row.reads, row.extra, row.bytes) for row in catalogue()}
