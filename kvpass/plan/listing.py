@@ -37,7 +37,8 @@ class Row:
             `w*T` (the last w queries' attention again), `T*T` (all attention again).
         bytes: of position, statistics and bias, for each slot of each KV head, beside K and V.
         bits: of each number of a key and of a value, scales counted, at a head dimension of `EXAMPLE_WIDTH`; `-`: held
-            as the model has them; `9.5/-`: keys and values; `2.5 + whole`: beside the tokens that the budget has room for, which are whole too.
+            as the model has them; `9.5/-`: keys and values; `2.5 + whole`: beside the tokens that the budget has room
+            for, which are whole too.
         notes: where it differs from what it is taken from.
     """
 

@@ -89,8 +89,11 @@ CHOICES = {
     "merge_mean": ["weights", "count", "none"],
     "merge_gate": ["none", "moving", "chance"],
     "merge_at": ["always", "steps", "calls"],
+    "merge_bias": ["none", "count"],
     "k_as": ["dense", "int4"],
     "v_as": ["dense", "int8", "fp8_e4m3"],
+    "k_fit": ["none", "balance", "range", "channels", "spread", "atoms"],
+    "v_fit": ["none", "range", "atoms"],
     "score": ["position", "sum", "mean"],
 }
 
