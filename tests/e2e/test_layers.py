@@ -13,6 +13,7 @@ from oracle.drive import Conversation
 from oracle.held import Knorm
 from oracle.policies import AdaSnapKV, SnapKV, StreamingLLM
 from oracle.simulator import Simulator
+from spelling import cache_of
 
 import kvpass
 from kvpass.api.cli import main
@@ -107,5 +108,5 @@ def test_entries_that_say_the_same_may_meet() -> None:
     )
     with torch.no_grad():
         out = compiled(tiny.tokens(1, 60))
-    held = [int((view.positions >= 0).sum()) for view in kvpass.inspect(out.past_key_values).layers]
+    held = [int((view.positions >= 0).sum()) for view in kvpass.inspect(cache_of(out)).layers]
     assert held == [2 * 40] * 3
