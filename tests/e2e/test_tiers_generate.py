@@ -138,7 +138,8 @@ def test_generate_and_its_report() -> None:
         assert (state[WHOLE_AT] >= 0).sum(-1).tolist() == [[17, 17], [12, 12]]
         assert state.places <= 17 + 1
         codes = 2 * (HEAD_DIM // 4 + 2 * 2 * 2)  # keys and values: two bits an entry, two groups of a scale and a low
-        assert row["bytes"] == 4 * (state.slots * codes + state.places * 2 * HEAD_DIM * 4)
+        balancer = HEAD_DIM * 4
+        assert row["bytes"] == 4 * (state.slots * codes + state.places * 2 * HEAD_DIM * 4 + balancer)
         assert row["overhead_bytes"] == 4 * (state.slots * 8 + state.places * 4 + 16)
     assert report["proof"]["evicted"] == 0
     assert report["proof"]["demoted"] == 2 * 2 * (89 - 17 + 64 - 12)
