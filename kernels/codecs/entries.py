@@ -90,9 +90,7 @@ def entries_of(state: State, half: str, rule: Rule) -> Tensor:
         return held
     if is_ragged(state.cursor):
         raise ValueError("entries_of: heads of a ragged state lie one behind the other; even it out first")
-    parts = [state[name] for name in rule[Storage].code_fields(half)]
-    own = fit(state, half, held.shape[3], rule)
-    x = own.left(turned(decoded(parts, half, own, rule), half, rule))
+    x = as_read(all_decoded(state, half, rule), half, rule)
     if rule[Storage].copies:
         place, there = places(state, state[WHOLE_AT][:, :, None], rule)
         index = place[..., None].expand(*place.shape, x.shape[-1])

@@ -7,25 +7,19 @@ from __future__ import annotations
 import math
 
 import torch
+from kvpass.kernels.codecs.constants import constant
 from torch import Tensor
-
-_MADE: dict[tuple[int, torch.device], Tensor] = {}
 
 
 def real_fourier(size: int, like: Tensor) -> Tensor:
-    """float32 [size, size] on the device of `like`, its columns orthonormal: x @ it are the frequencies of x. Kept, but
-    for tracers: theirs is part of the graph.
-    """
-    key, real, device = (size, like.device), type(like) is Tensor, like.device
-    found = _MADE.get(key) if real else None
-    if found is None:
-        with torch.inference_mode(False):
-            place = torch.arange(size, dtype=torch.float64, device=device)[:, None]
-            cosines = torch.arange(size // 2 + 1, dtype=torch.float64, device=device)[:size]
-            sines = torch.arange(1, max((size + 1) // 2, 1), dtype=torch.float64, device=device)
-            turn = 2 * math.pi / max(size, 1) * place
-            found = torch.cat([(turn * cosines).cos(), (turn * sines).sin()], 1)
-            found = (found / found.square().sum(0).sqrt()).float()
-        if real and type(found) is Tensor:
-            _MADE[key] = found
-    return found
+    """float32 [size, size] on the device of `like`, its columns orthonormal: x @ it are the frequencies of x."""
+    return constant(_made, size, like)
+
+
+def _made(size: int, device: torch.device) -> Tensor:
+    place = torch.arange(size, dtype=torch.float64, device=device)[:, None]
+    cosines = torch.arange(size // 2 + 1, dtype=torch.float64, device=device)[:size]
+    sines = torch.arange(1, max((size + 1) // 2, 1), dtype=torch.float64, device=device)
+    turn = 2 * math.pi / max(size, 1) * place
+    found = torch.cat([(turn * cosines).cos(), (turn * sines).sin()], 1)
+    return (found / found.square().sum(0).sqrt()).float()

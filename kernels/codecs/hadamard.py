@@ -7,9 +7,8 @@ llama.cpp rotates quantised caches (PR 21038). Queries are rotated alike, so tha
 from __future__ import annotations
 
 import torch
+from kvpass.kernels.codecs.constants import constant
 from torch import Tensor
-
-_MADE: dict[tuple[int, torch.device], Tensor] = {}
 
 
 def block_of(width: int) -> int:
@@ -23,19 +22,13 @@ def rotated(x: Tensor) -> Tensor:
     if size < 2:
         return x
     blocks: Tensor = x.unflatten(-1, (-1, size))
-    return (blocks @ _matrix(size, x)).flatten(-2)
+    return (blocks @ constant(_sylvester, size, x)).flatten(-2)
 
 
-def _matrix(size: int, like: Tensor) -> Tensor:
-    """float32 [size, size] on the device of `like`; kept, but for tracers: theirs is part of the graph."""
-    key, real = (size, like.device), type(like) is Tensor
-    found = _MADE.get(key) if real else None
-    if found is None:
-        with torch.inference_mode(False):
-            found = torch.ones(1, 1, device=like.device)
-            while len(found) < size:
-                found = torch.cat([torch.cat([found, found], 1), torch.cat([found, -found], 1)])
-            found = found / size**0.5
-        if real and type(found) is Tensor:
-            _MADE[key] = found
+def _sylvester(size: int, device: torch.device) -> Tensor:
+    """float32 [size, size]"""
+    found: Tensor = torch.ones(1, 1, device=device)
+    while len(found) < size:
+        found = torch.cat([torch.cat([found, found], 1), torch.cat([found, -found], 1)])
+    found = found / size**0.5
     return found

@@ -8,6 +8,8 @@ Copies of tokens chosen by score are in `kvpass.kernels.codecs.chosen`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from kvpass.kernels.codecs.storage import WHOLE_AT, Storage, coded
 from kvpass.kernels.rule import Rule
@@ -43,23 +45,27 @@ def counted(pos: Tensor, first: int, newest: int, rule: Rule) -> tuple[Tensor, T
     """`listed` of rows without padding between their tokens, which stand at first .. newest: places follow from
     positions.
     """
-    sinks, residual = rule[Storage].whole_sinks, rule[Storage].residual
-    here = pos > newest - residual
+    storage = rule[Storage]
+    sinks, here = storage.whole_sinks, pos > newest - storage.residual
     if sinks:
         here |= pos < first + sinks
     row, slot = here.nonzero(as_tuple=True)
     number = pos[row, slot].long() - first
-    place = number % residual + sinks if residual else number
+    place = late_place(number, storage)
     return row, slot, torch.where(number < sinks, number, place) if sinks else place
+
+
+def late_place(number: Any, storage: Storage) -> Any:
+    """The place of a token that is not one of its row's first, by its number, int or int tensor; `whole`: none."""
+    return number % storage.residual + storage.whole_sinks if storage.residual else storage.whole
 
 
 def keep_newest(k: Tensor, v: Tensor, position: int, number: int, state: State, rule: Rule) -> None:
     """`keep_whole` of one token [B, Hkv, 1, ..], the same number of all rows."""
     storage = rule[Storage]
-    late = number >= storage.whole_sinks
-    if late and not storage.residual:
+    place = number if number < storage.whole_sinks else late_place(number, storage)
+    if place == storage.whole:
         return
-    place = storage.whole_sinks + number % storage.residual if late else number
     state[WHOLE_AT][..., place] = position
     for half in coded(rule):
         state[half][:, :, place] = (k if half == "k" else v)[:, :, 0]

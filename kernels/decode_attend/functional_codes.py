@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from kvpass.kernels.codecs.entries import all_decoded, as_read, encoded
 from kvpass.kernels.codecs.storage import WHOLE_AT, Storage, coded
+from kvpass.kernels.codecs.whole import late_place
 from kvpass.kernels.decode_attend.call import Token
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.cursor import SEEN
@@ -26,8 +27,7 @@ def copied(token: Token, state: State, now: Tensor, arrived: Tensor, plan: Rule)
     if not coded(plan) or not storage.whole:
         return {}
     number = state.cursor[..., SEEN : SEEN + 1]
-    late = number % storage.residual + storage.whole_sinks if storage.residual else storage.whole
-    place = torch.where(number < storage.whole_sinks, number, late)
+    place = torch.where(number < storage.whole_sinks, number, late_place(number, storage))
     here = (torch.arange(storage.whole, dtype=torch.int32, device=now.device) == place) & arrived
     found = {WHOLE_AT: torch.where(here, now, state[WHOLE_AT])}
     for half in coded(plan):

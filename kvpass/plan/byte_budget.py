@@ -60,18 +60,18 @@ def dense_bytes(entry: Entry) -> int:
 
 def bytes_of(rule: Rule, entry: Entry) -> tuple[int, int]:
     """Bytes of a slot of one head, and of what the head holds beside its slots: without copies that grow in number."""
-    held = _held(rule, entry, 0)
+    held = field_bytes(rule, entry, 1, 0)
     return sum(held[f] for f in held if f.per_slot), sum(held[f] for f in held if not f.per_slot)
 
 
 def copy_bytes(rule: Rule, entry: Entry) -> int:
     """Bytes of a whole copy of a token in one head, where they grow in number."""
-    return sum(size for field, size in _held(rule, entry, 1).items() if "W" in field.dims)
+    return sum(size for field, size in field_bytes(rule, entry, 1, 1).items() if "W" in field.dims)
 
 
-def _held(rule: Rule, entry: Entry, copies: int) -> dict[Field, int]:
-    """Bytes of each field of one head with one slot."""
-    sizes = sizes_of(rule, {"B": 1, "H": 1, "C": 1, "W": copies, "D": entry.d, "V": entry.v})
+def field_bytes(rule: Rule, entry: Entry, slots: int, copies: int) -> dict[Field, int]:
+    """Bytes of each field of one head with so many slots and, where they grow in number, whole copies."""
+    sizes = sizes_of(rule, {"B": 1, "H": 1, "C": slots, "W": copies, "D": entry.d, "V": entry.v})
 
     def held(field: Field) -> int:
         return int(prod(sizes[letter] for letter in field.dims)) * (field.dtype or entry.dtype).itemsize

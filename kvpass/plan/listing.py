@@ -118,9 +118,15 @@ def cells(row: Row) -> tuple[str, ...]:
     return row.name, row.reads, row.extra, str(row.bytes), row.bits, paper
 
 
-def brief(reads: str) -> str:
-    """What a policy reads in few characters: `attn (32, steps)` for the last 32 queries and generated tokens."""
-    short = reads.replace(" and of generated tokens", ", steps").replace("the last query", "1 queries")
+def brief(cell: str) -> str:
+    """A cell in few characters: `attn (32, steps)` for the last 32 queries and generated tokens."""
+    short = (
+        cell.replace(" + ", "+")
+        .replace(" cosines", " cos")
+        .replace("n*n*n", "n^3")
+        .replace(" and of generated tokens", ", steps")
+        .replace("the last query", "1 queries")
+    )
     short = short.replace("values, output projection", "v W_O").replace("unrotated queries", "queries")
     short = re.sub(r"of (?:the last )?(\w+) queries((?:, steps)?)", r"(\1\2)", short)
     return short.replace("attention", "attn")
@@ -128,11 +134,7 @@ def brief(reads: str) -> str:
 
 def as_text(rows: list[Row]) -> str:
     """The table in columns, for a terminal or a pipe: at most 100 characters wide."""
-    lines: list[tuple[str, ...]] = [HEADINGS]
-    for row in rows:
-        name, reads, extra, size, bits, paper = cells(row)
-        extra = extra.replace(" cosines", " cos").replace("n*n*n fits", "n^3 fits")
-        lines.append((name, brief(reads), extra, size, bits.replace(" + ", "+"), paper))
+    lines = [HEADINGS, *((row.name, *map(brief, cells(row)[1:])) for row in rows)]
     sizes = [max(len(line[at]) for line in lines) for at in range(len(HEADINGS))]
     return "\n".join("  ".join(map(str.ljust, line, sizes)).rstrip() for line in lines)
 

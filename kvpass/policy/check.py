@@ -11,12 +11,12 @@ from math import isfinite
 
 from kvpass.errors import PolicyError
 from kvpass.kernels.attention.observation import STATISTICS
-from kvpass.kernels.codecs.registry import CODECS, DENSE
+from kvpass.kernels.codecs.registry import DENSE
 from kvpass.kernels.rank.criterion import SCORES
 from kvpass.kernels.rank.scorers.registry import Scorer, scorers
 from kvpass.policy.check_demoting import demoting
 from kvpass.policy.check_exits import exits
-from kvpass.policy.check_store import fits
+from kvpass.policy.check_store import fits, named
 from kvpass.policy.limits import MOST, check_options, no_number, oversized
 from kvpass.policy.spec import Spec
 
@@ -199,12 +199,7 @@ def _when(p: Spec) -> Iterator[Broken]:
 
 def _store(p: Spec) -> Iterator[Broken]:
     held = p.store
-    known = [DENSE, *CODECS]
-    for half in ("k", "v"):
-        said = getattr(held, half)
-        near = difflib.get_close_matches(said, known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        yield said not in known, f"store.{half}", f"{hint}known: {', '.join(known)}"
+    yield from named(held, "store")
     share, fix = isinstance(held.group, float), "give a number of entries, e.g. 64, or a share of a key, e.g. 0.5"
     yield not 0 < held.group <= 1 if share else held.group < 1, "store.group", fix
     yield held.residual < 0, "store.residual", "give a number of tokens, 0 or more"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 
 from kvpass.kernels.codecs.registry import CODECS, DENSE
+from kvpass.policy.check_store import named
 from kvpass.policy.spec import Spec, Store
 
 
@@ -14,11 +14,7 @@ def demoting(p: Spec) -> Iterator[tuple[bool, str, str]]:
     to = p.evicted.to
     if to is None:
         return
-    known = [DENSE, *CODECS]
-    for half, said in (("k", to.k), ("v", to.v)):
-        near = difflib.get_close_matches(said, known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        yield said not in known, f"evicted.to.{half}", f"{hint}known: {', '.join(known)}"
+    yield from named(to, "evicted.to")
     yield to.k == to.v == DENSE, "evicted.to", f"name a codec, one of {', '.join(CODECS)}"
     fix = "what goes is merged or demoted: leave one of both out"
     yield p.evicted.merge is not None, "evicted", fix

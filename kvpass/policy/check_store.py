@@ -1,12 +1,14 @@
-"""What makes it impossible to fit what slots hold to a head."""
+"""What makes it impossible to hold slots as a policy says: codecs, and fits of heads."""
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 
 from kvpass.kernels.codecs.fits import NONE
-from kvpass.kernels.codecs.registry import DENSE
-from kvpass.policy.spec import Spec
+from kvpass.kernels.codecs.registry import CODECS, DENSE
+from kvpass.policy.evicted import To
+from kvpass.policy.spec import Spec, Store
 
 SORTED = "mixed_2_1"
 """The codec whose bits hang on the order of channels."""
@@ -14,6 +16,15 @@ SPARSE = ("csr8", "csr4")
 """Those that read a dictionary."""
 MOST_ATOMS = 16_384
 """The paper's largest; places of atoms, and of unit vectors behind them, are int16."""
+
+
+def named(halves: Store | To, field: str) -> Iterator[tuple[bool, str, str]]:
+    """Whether keys and values name a codec, in `field`."""
+    known = [DENSE, *CODECS]
+    for half, said in (("k", halves.k), ("v", halves.v)):
+        near = difflib.get_close_matches(said, known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        yield said not in known, f"{field}.{half}", f"{hint}known: {', '.join(known)}"
 
 
 def fits(p: Spec) -> Iterator[tuple[bool, str, str]]:

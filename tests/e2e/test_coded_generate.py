@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import copy
-import functools
 import gc
 import re
 from dataclasses import replace
@@ -14,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 from models import tiny
+from models.turns import GREEDY, beams
 from oracle import codes
+from oracle.chat import CLOSE, HEAD_DIM, CodedChat, gentle
 from oracle.coded import CodedSimulator, Held
 from oracle.drive import kept_positions
 from oracle.hf import Oracle
@@ -25,7 +26,6 @@ from transformers import DynamicCache
 
 import kvpass
 
-HEAD_DIM = 16
 BUDGETS: dict[str, Any] = {
     "full": 1.0,
     "h2o": 40,
@@ -34,75 +34,21 @@ BUDGETS: dict[str, Any] = {
     "streaming_llm": 40,
     "layer_defensivekv": 48,
 }
-NEAR_TIES = 0.02
-"""Largest share of choices that an oracle in float64 may have made otherwise."""
-CLOSE, FLIPPED = 2.0**-12, 2e-2
-"""Differences of logits, relative to the largest: what rounding makes of them; and where float32 and float64 see an
-entry on two sides of the middle between two codes, so that it is another number by a step of the codec: rare.
-"""
-GREEDY: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": True}
-
-
-@functools.cache
-def gentle(head_dim: int = HEAD_DIM) -> Any:
-    """A tiny model whose attention is not so sharp that the least bit of a code decides."""
-    model = tiny.llama(4, 2, head_dim)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.q_proj.weight *= 0.15 if head_dim == HEAD_DIM else 0.03
-    return model
 
 
 def spec(policy: str, store: Any, **fields: Any) -> dict[str, Any]:
     return {"name": "mine", "extends": policy, "store": store, "min_slots": 40, **fields}
 
 
-class Chat:
-    """The same tokens through a compiled model and through one whose attention is the simulation."""
-
+class Chat(CodedChat):
     def __init__(self, policy: str, held: Held, fields: dict[str, Any] | None = None, **options: Any) -> None:
         model, budget = gentle(), BUDGETS[policy]
         given = None if policy == "full" else budget
-        self.model = kvpass.compile(model, spec(policy, held.spec, **(fields or {})), given, inner="eager", **options)
-        self.oracle = Oracle(model, policy, budget, 40)
-        plain = self.oracle.simulator
-        self.simulator = CodedSimulator(policy, budget, 40, 2.0**-9, held=held)
-        self.simulator.depth, self.simulator.outward = plain.depth, plain.outward
-        vars(self.simulator.policy).update(fields or {})
-        self.oracle.simulator = self.simulator
-        self.cache, self.held = DynamicCache(config=model.config), held
-        self.mask: Tensor | None = None
-        self.gaps: list[float] = []
-
-    def call(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        new = torch.ones_like(ids) if mask is None else mask
-        self.mask = new if self.mask is None else torch.cat([self.mask, new], 1)
-        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        extra = {"attention_mask": self.mask, "position_ids": positions}
-        with torch.no_grad():
-            out = self.model(ids, **with_cache(self.model, self.cache), use_cache=True, logits_to_keep=1, **extra)
-        want = self.oracle(ids, **extra)
-        self.simulator.follow(kept_positions(self.cache))
-        gap = (out.logits[:, -1] - want).abs().max() / want.abs().max()
-        self.gaps.append(float(gap))
-        return want.argmax(-1, keepdim=True)
-
-    def decode(self, token: Tensor, steps: int) -> Tensor:
-        for _ in range(steps):
-            token = self.call(token)
-        return token
-
-    def check(self) -> None:
-        """No choice of slots is another, and hardly any logit."""
-        assert self.simulator.near_ties <= NEAR_TIES * self.simulator.compared
-        assert sum(gap > CLOSE for gap in self.gaps) <= 0.1 * len(self.gaps)
-        assert max(self.gaps) <= FLIPPED
-
-    def converse(self) -> None:
-        """A padded prompt, tokens, a second turn of unequal rows, tokens."""
-        token = self.decode(self.call(*tiny.left_padded([70, 45])), 12)
-        ids, mask = tiny.left_padded([9, 4], seed=2)
-        self.decode(self.call(torch.cat([token, ids], 1), torch.cat([torch.ones_like(token), mask], 1)), 6)
+        compiled = kvpass.compile(model, spec(policy, held.spec, **(fields or {})), given, inner="eager", **options)
+        simulator = CodedSimulator(policy, budget, 40, 2.0**-9, held=held)
+        vars(simulator.policy).update(fields or {})
+        super().__init__(compiled, Oracle(model, policy, budget, 40), simulator)
+        self.held = held
 
 
 @pytest.mark.usefixtures("one_trace")
@@ -172,15 +118,9 @@ def test_layers_hold_what_they_say() -> None:
 
 
 def test_beams_take_their_codes_along() -> None:
-    """Rows are picked anew at each step. Eight bits, and the newest whole: the model's own sequences."""
-    ids, mask = tiny.left_padded([70, 45])
-    store = {"k": "int8", "v": "int8", "residual": 6}
-    compiled = kvpass.compile(gentle(), {"store": store}, inner="eager")
-    ours, want = (
-        model.generate(ids, attention_mask=mask, max_new_tokens=10, num_beams=3, **GREEDY)
-        for model in (compiled, gentle())
-    )
-    assert torch.equal(ours.sequences, want.sequences)
+    """Eight bits, and the newest whole: the model's own sequences."""
+    compiled = kvpass.compile(gentle(), {"store": {"k": "int8", "v": "int8", "residual": 6}}, inner="eager")
+    assert torch.equal(beams(compiled, 10), beams(gentle(), 10))
 
 
 def test_inductor_changes_nothing() -> None:

@@ -9,6 +9,7 @@ import torch
 from kvpass.patterns import DEFAULT
 from models import plain, tiny
 from models.graphs import capture
+from models.turns import two_turns
 
 import kvpass
 from kvpass.lowering.lower import lower
@@ -28,32 +29,17 @@ def spec(name: str, folder: Any) -> Any:
     return {"name": "mine", "extends": name, "allocate": {"file": str(folder / "heads.pt")}}
 
 
-GREEDY: dict[str, Any] = {
-    "max_new_tokens": 12,
-    "do_sample": False,
-    "return_dict_in_generate": True,
-    "output_logits": True,
-}
-
-
 @pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("name", list(PRESETS))
 def test_generate_in_two_turns(name: str, tmp_path: Any) -> None:
     """A padded batch: answers come, the budget holds, and merging changes what the model says, not before it must."""
-    ids, mask = tiny.left_padded([70, 55])
     said = {}
     for how, policy in (("merge", spec(name, tmp_path)), ("drop", {"name": "mine", "extends": spec(name, tmp_path)})):
         if how == "drop":
             whole = policy["extends"]
             policy = {**(whole if isinstance(whole, dict) else {"name": "mine", "extends": whole}), "evicted": "drop"}
         model = kvpass.compile(tiny.one_llama(4, 2), policy, PRESETS[name], inner="eager")
-        out = model.generate(ids, attention_mask=mask, **GREEDY)
-        more = torch.cat([out.sequences, tiny.tokens(2, 9, seed=5)], 1)
-        shown = torch.cat([mask, torch.ones(2, more.shape[1] - mask.shape[1], dtype=torch.long)], 1)
-        given = {"cache": out["cache"]} if "cache" in out else {"past_key_values": out["past_key_values"]}
-        again = model.generate(more, attention_mask=shown, **given, **GREEDY)
-        said[how] = torch.stack([*out.logits, *again.logits])
-        assert again.sequences.shape[1] == more.shape[1] + 12
+        said[how], _ = two_turns(model)
     assert torch.isfinite(said["merge"]).all()
     assert torch.equal(said["merge"][0], said["drop"][0]), "the prompt's own logits come before anything goes"
     assert not torch.allclose(said["merge"], said["drop"], atol=1e-4)

@@ -11,8 +11,9 @@ import pytest
 import torch
 from kvpass.kernels.codecs.storage import fit_fields
 from models import tiny
+from models.turns import GREEDY, beams
+from oracle.chat import CodedChat, gentle
 from oracle.coded import CodedSimulator, Held
-from oracle.drive import kept_positions
 from oracle.hf import Oracle
 from spelling import cache_of, with_cache
 from torch import Tensor
@@ -22,27 +23,13 @@ import kvpass
 from kvpass.policy.policy import Policy
 from kvpass.runtime.shell import find
 
-GREEDY: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": True}
 PRESETS = {"kivi": None, "think": 48, "vidkv": None, "csr": None}
-CLOSE, FLIPPED = 2.0**-12, 2e-2
-"""Differences of logits, relative to the largest: what rounding makes of them; and where float32 and float64 see an
-entry on two sides of the middle between two codes.
-"""
 STORES = {
     "balance": Held("int8", "int8", True, 64, 8, 3, "balance"),
     "range": Held("int4", "int4", False, 8, 8, 0, "range", "range"),
     "channels": Held("float16", "dense", False, 64, 8, 0, "channels"),
     "spread": Held("mixed_2_1", "ternary", False, 8, 8, 0, "spread", "range"),
 }
-
-
-def gentle() -> Any:
-    """A tiny model whose attention is not so sharp that the least bit of a code decides."""
-    model = tiny.llama(4, 2, 16)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.q_proj.weight *= 0.15
-    return model
 
 
 def stored(policy: str, held: Any, **fields: Any) -> dict[str, Any]:
@@ -62,30 +49,12 @@ def fits_of(cache: Any) -> list[dict[str, Tensor]]:
 )
 def test_a_conversation(policy: str, store: str) -> None:
     """A padded prompt, tokens, a second turn of unequal rows, tokens: slots and logits are the simulation's."""
-    model, held, budget = gentle(), STORES[store], {"full": 1.0, "h2o": 40, "ada_snapkv": 48}[policy]
-    compiled = kvpass.compile(model, stored(policy, held), None if policy == "full" else budget, inner="eager")
-    oracle = Oracle(model, policy, budget, 40)
+    held, budget = STORES[store], {"full": 1.0, "h2o": 40, "ada_snapkv": 48}[policy]
+    compiled = kvpass.compile(gentle(), stored(policy, held), None if policy == "full" else budget, inner="eager")
     simulator = CodedSimulator(policy, budget, 40, 2.0**-9, held=held)
-    simulator.depth, simulator.outward = oracle.simulator.depth, oracle.simulator.outward
-    oracle.simulator = simulator
-    cache, gaps = DynamicCache(config=model.config), []
-    ids, mask = tiny.left_padded([60, 45])
-    later, shown = tiny.left_padded([9, 4], seed=2)
-    for step in range(16):
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        extra = {"attention_mask": mask, "position_ids": positions}
-        with torch.no_grad():
-            out = compiled(ids, **with_cache(compiled, cache), use_cache=True, logits_to_keep=1, **extra)
-        want = oracle(ids, **extra)
-        simulator.follow(kept_positions(cache))
-        gaps.append(float((out.logits[:, -1] - want).abs().max() / want.abs().max()))
-        ids, new = want.argmax(-1, keepdim=True), torch.ones(2, 1, dtype=mask.dtype)
-        if step == 10:
-            ids, new = torch.cat([ids, later], 1), torch.cat([new, shown], 1)
-        mask = torch.cat([mask, new], 1)
-    assert simulator.near_ties <= 0.02 * simulator.compared
-    assert sum(gap > CLOSE for gap in gaps) <= 0.1 * len(gaps)
-    assert max(gaps) <= FLIPPED
+    chat = CodedChat(compiled, Oracle(gentle(), policy, budget, 40), simulator)
+    chat.converse((10, 4))
+    chat.check()
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -150,14 +119,9 @@ def test_static_caches_are_fitted_too(name: str) -> None:
 
 
 def test_beams_take_their_fits_along() -> None:
-    ids, mask = tiny.left_padded([70, 45])
     store = {"k": "int8", "v": "int8", "residual": 6, "fit_k": "range", "fit_v": "range", "rotate": "none"}
     compiled = kvpass.compile(gentle(), {"store": store}, inner="eager")
-    ours, want = (
-        model.generate(ids, attention_mask=mask, max_new_tokens=8, num_beams=3, **GREEDY)
-        for model in (compiled, gentle())
-    )
-    assert torch.equal(ours.sequences, want.sequences)
+    assert torch.equal(beams(compiled, 8), beams(gentle(), 8))
 
 
 def test_inductor_changes_nothing() -> None:

@@ -11,7 +11,9 @@ from kvpass.kernels.slots.bias import BIAS
 from kvpass.patterns import DEFAULT
 from models import plain, tiny
 from models.graphs import capture
+from models.turns import GREEDY, two_turns
 from oracle.ops import Site
+from spelling import cache_of
 
 import kvpass
 from kvpass.lowering.lower import lower
@@ -41,17 +43,6 @@ POLICIES: dict[str, tuple[Any, Any, int | float]] = {
     ),
 }
 
-GREEDY: dict[str, Any] = {
-    "max_new_tokens": 12,
-    "do_sample": False,
-    "return_dict_in_generate": True,
-    "output_logits": True,
-}
-
-
-def cache_of(out: Any) -> Any:
-    return out["cache"] if "cache" in out else out["past_key_values"]
-
 
 def biases(cache: Any) -> list[torch.Tensor]:
     """Of the slots in use, layer by layer."""
@@ -63,18 +54,11 @@ def biases(cache: Any) -> list[torch.Tensor]:
 @pytest.mark.parametrize("name", list(POLICIES))
 def test_generate_in_two_turns(name: str) -> None:
     """A padded batch: answers come, some slots have biases, and they change what the model says, not before it must."""
-    ids, mask = tiny.left_padded([70, 55])
     said, held = {}, {}
     policy, other, budget = POLICIES[name]
     for how, spec in (("with", policy), ("without", other)):
         model = kvpass.compile(tiny.one_llama(4, 2), spec, budget, inner="eager")
-        out = model.generate(ids, attention_mask=mask, **GREEDY)
-        more = torch.cat([out.sequences, tiny.tokens(2, 9, seed=5)], 1)
-        shown = torch.cat([mask, torch.ones(2, more.shape[1] - mask.shape[1], dtype=torch.long)], 1)
-        given = {"cache" if "cache" in out else "past_key_values": cache_of(out)}
-        again = model.generate(more, attention_mask=shown, **given, **GREEDY)
-        said[how], held[how] = torch.stack([*out.logits, *again.logits]), cache_of(again)
-        assert again.sequences.shape[1] == more.shape[1] + 12
+        said[how], held[how] = two_turns(model)
     assert torch.isfinite(said["with"]).all()
     assert torch.equal(said["with"][0], said["without"][0]), "the prompt's own logits come before anything goes"
     assert not torch.allclose(said["with"], said["without"], atol=1e-4)
@@ -85,8 +69,9 @@ def test_a_budget_for_all_changes_nothing() -> None:
     """Where nothing goes, am_fast says what the unmodified model says."""
     ids, mask = tiny.left_padded([50, 41])
     model = tiny.one_llama(4, 2)
-    want = model.generate(ids, attention_mask=mask, **GREEDY)
-    got = kvpass.compile(model, "am_fast", 512, inner="eager").generate(ids, attention_mask=mask, **GREEDY)
+    asked = {**GREEDY, "max_new_tokens": 12, "output_logits": True}
+    want = model.generate(ids, attention_mask=mask, **asked)
+    got = kvpass.compile(model, "am_fast", 512, inner="eager").generate(ids, attention_mask=mask, **asked)
     assert torch.equal(got.sequences, want.sequences)
     torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), rtol=1e-4, atol=1e-5)
     assert not any(bool(layer.any()) for layer in biases(cache_of(got)))

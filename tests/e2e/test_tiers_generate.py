@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from typing import Any
 
 import pytest
@@ -11,35 +10,19 @@ import torch
 from kvpass.kernels.budget import within
 from kvpass.kernels.codecs.storage import WHOLE_AT
 from models import tiny
+from models.turns import GREEDY, beams
+from oracle.chat import HEAD_DIM, CodedChat, gentle
 from oracle.coded import Held
 from oracle.hf import Oracle
 from oracle.tiers import TieredSimulator
 from spelling import cache_of, with_cache
-from torch import Tensor
 from transformers import DynamicCache
 
 import kvpass
 from kvpass.api.holdings import stores
 from kvpass.errors import PolicyError
 
-HEAD_DIM = 16
 INT4 = Held("int4", "int4", True, 8)
-CLOSE, FLIPPED = 2.0**-12, 2e-2
-"""Differences of logits, relative to the largest: what rounding makes of them; and where float32 and float64 see an
-entry on two sides of the middle between two codes: rare. As in test_coded_generate.py.
-"""
-NEAR_TIES = 0.02
-GREEDY: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": True}
-
-
-@functools.cache
-def gentle() -> Any:
-    """A tiny model whose attention is not so sharp that the least bit of a code decides."""
-    model = tiny.llama(4, 2, HEAD_DIM)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.q_proj.weight *= 0.15
-    return model
 
 
 def spec(policy: str, held: Held = INT4, **fields: Any) -> dict[str, Any]:
@@ -48,29 +31,15 @@ def spec(policy: str, held: Held = INT4, **fields: Any) -> dict[str, Any]:
     return {"name": "mine", "extends": policy, "store": store, "evicted": {"to": to}, "min_slots": 8, **fields}
 
 
-class Chat:
-    """The same tokens through a compiled model and through one whose attention is the simulation."""
-
+class Chat(CodedChat):
     def __init__(self, policy: str, budget: float | int, **options: Any) -> None:
-        model = gentle()
-        self.model = kvpass.compile(model, spec(policy), budget, inner="eager", **options)
-        self.oracle = Oracle(model, policy, budget, 8)
-        plain = self.oracle.simulator
-        self.simulator = TieredSimulator(policy, budget, 8, 2.0**-9, held=INT4)
-        self.simulator.depth, self.simulator.outward = plain.depth, plain.outward
-        self.oracle.simulator = self.simulator
-        self.cache = DynamicCache(config=model.config)
-        self.mask: Tensor | None = None
-        self.gaps: list[float] = []
+        compiled = kvpass.compile(gentle(), spec(policy), budget, inner="eager", **options)
+        simulator = TieredSimulator(policy, budget, 8, 2.0**-9, held=INT4)
+        super().__init__(compiled, Oracle(gentle(), policy, budget, 8), simulator)
 
-    def call(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        new = torch.ones_like(ids) if mask is None else mask
-        self.mask = new if self.mask is None else torch.cat([self.mask, new], 1)
-        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        extra = {"attention_mask": self.mask, "position_ids": positions}
-        with torch.no_grad():
-            out = self.model(ids, **with_cache(self.model, self.cache), use_cache=True, logits_to_keep=1, **extra)
-        want = self.oracle(ids, **extra)
+    def follow(self) -> None:
+        """It is told which tokens are whole; all of them stay."""
+        assert self.mask is not None
         held = stores(self.cache)
         self.simulator.follow([store.state[WHOLE_AT] for store in held])
         for store, view in zip(held, kvpass.inspect(self.cache).layers, strict=True):
@@ -79,25 +48,6 @@ class Chat:
                 for h in range(2):
                     assert view.positions[b, h][view.positions[b, h] >= 0].tolist() == tokens
                     assert int((store.state[WHOLE_AT][b, h] >= 0).sum()) == within(store.rule, len(tokens))
-        gap = (out.logits[:, -1] - want).abs().max() / want.abs().max()
-        self.gaps.append(float(gap))
-        return want.argmax(-1, keepdim=True)
-
-    def decode(self, token: Tensor, steps: int) -> Tensor:
-        for _ in range(steps):
-            token = self.call(token)
-        return token
-
-    def check(self) -> None:
-        assert self.simulator.near_ties <= NEAR_TIES * self.simulator.compared
-        assert sum(gap > CLOSE for gap in self.gaps) <= 0.1 * len(self.gaps)
-        assert max(self.gaps) <= FLIPPED
-
-    def converse(self) -> None:
-        """A padded prompt, tokens, a second turn of unequal rows, tokens."""
-        token = self.decode(self.call(*tiny.left_padded([70, 45])), 12)
-        ids, mask = tiny.left_padded([9, 4], seed=2)
-        self.decode(self.call(torch.cat([token, ids], 1), torch.cat([torch.ones_like(token), mask], 1)), 6)
 
 
 @pytest.mark.usefixtures("one_trace")
@@ -157,14 +107,9 @@ def test_a_share_of_the_bytes() -> None:
 
 
 def test_beams_take_their_copies_along() -> None:
-    """Rows are picked anew at each step. Eight bits for a few: the model's own sequences."""
-    ids, mask = tiny.left_padded([70, 45])
+    """Eight bits for a few: the model's own sequences."""
     compiled = kvpass.compile(gentle(), spec("h2o", Held("int8", "int8", True, 16)), 0.5, inner="eager")
-    ours, want = (
-        model.generate(ids, attention_mask=mask, max_new_tokens=8, num_beams=3, **GREEDY)
-        for model in (compiled, gentle())
-    )
-    assert torch.equal(ours.sequences, want.sequences)
+    assert torch.equal(beams(compiled, 8), beams(gentle(), 8))
 
 
 def test_inductor_and_static_caches_change_nothing() -> None:

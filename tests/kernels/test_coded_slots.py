@@ -16,7 +16,8 @@ from kvpass.kernels.decode_attend.reference import decode_attend_reference
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.state import State
 from kvpass.kernels.testing import TOLERANCES, assert_close, qkv
-from models.states import arriving, builtin, same, state_under
+from models.both_forms import KINDS, steps_in_both_forms
+from models.states import builtin, state_under
 from models.unread import HostRead, unread
 from oracle.coded import CodedSimulator, Held
 from oracle.ops import Site, after_call
@@ -258,34 +259,11 @@ def stored(rule: Rule, held: Held) -> Rule:
     return rule.replace(k_as=held.k, v_as=held.v, k_fit=held.fit_k, v_fit=held.fit_v, **words)
 
 
-@pytest.mark.parametrize("kind", ["none", "tokens", "pads", "bias"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", RULES)
 def test_the_device_does_what_the_reference_does(name: str, kind: str) -> None:
     """Outputs, positions, codes and whole copies, where nothing may be read back."""
-    rule = stored(*RULES[name])
-    got = state_under(rule, SEEN)
-    want = got.clone()
-    for step in range(4):
-        position = SEEN + step
-        token = Token(*qkv(2, 4, 2, 1, 16, keys=1, seed=step), arriving(rule, position))
-        told: dict[str, Any] = {}
-        tokens = torch.ones(2, position + 1, dtype=torch.bool)
-        tokens[1, 100:130] = False
-        if kind == "pads":
-            tokens[0, SEEN + 1 :: 2] = False
-        if kind != "none":
-            told["tokens"] = tokens
-        if kind == "bias":
-            noise = torch.randn(2, 4, 1, position + 1, generator=torch.Generator().manual_seed(step))
-            told = {"mask": noise.masked_fill(~tokens[:, None, None], torch.finfo(torch.float32).min)}
-        mask, before = told.pop("mask", None), got.clone()
-        call = Call.of_step(mask, position, Softmax(0.3), rule, **told)
-        there = Call.of_step(mask, 0, Softmax(0.3), rule, **told, at=torch.tensor([position], dtype=torch.int32))
-        with unread():
-            x = decode_attend_device(token, got, there)
-        y = decode_attend_reference(token, want, call)
-        assert_close(x, y, what=f"out at step {step}")
-        same(got, want, before, step)
+    assert len([*steps_in_both_forms(stored(*RULES[name]), kind)]) == 4
 
 
 def test_a_device_that_reads_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

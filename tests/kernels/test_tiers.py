@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from kvpass.kernels.attention.softmax import Softmax
 from kvpass.kernels.budget import within
 from kvpass.kernels.codecs.entries import entries_of
 from kvpass.kernels.codecs.storage import WHOLE_AT, Storage
-from kvpass.kernels.decode_attend.call import Call, Token
-from kvpass.kernels.decode_attend.device import decode_attend_device
-from kvpass.kernels.decode_attend.reference import decode_attend_reference
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.lookup import places_of, rising, slots_at
 from kvpass.kernels.slots.state import State
-from kvpass.kernels.testing import TOLERANCES, assert_close, qkv
-from models.states import arriving, builtin, same, state_under
-from models.unread import unread
+from kvpass.kernels.testing import TOLERANCES
+from models.both_forms import KINDS, steps_in_both_forms
+from models.states import builtin
 from oracle.coded import Held
 from oracle.codes import decoded, encoded
 from oracle.ops import Site
@@ -171,37 +165,13 @@ def test_every_way_to_hold(store: str) -> None:
     Chat("h2o", 9, STORES[store]).converse([(30, 12), (5, 4)])
 
 
-SEEN = 240
-
-
-@pytest.mark.parametrize("kind", ["none", "tokens", "pads", "bias"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["h2o", "tova", "roco", "snapkv", "streaming_llm", "criticalkv", "whitelist"])
 def test_the_device_does_what_the_reference_does(name: str, kind: str) -> None:
     """Outputs, whole copies, statistics and codes, where nothing may be read back; the caller dropped tokens before."""
     rule = builtin()[name].replace(k_as="int4", v_as="int2", scale_group=8, rotated=True, by_score=True)
-    got = state_under(rule, SEEN)
-    want = got.clone()
-    for step in range(4):
-        position = SEEN + step
-        token = Token(*qkv(2, 4, 2, 1, 16, keys=1, seed=step), arriving(rule, position))
-        tokens = torch.ones(2, position + 1, dtype=torch.bool)
-        tokens[1, 100:130] = False
-        tokens[0, SEEN + 1 :: 2] &= kind != "pads"
-        told: dict[str, Any] = {} if kind == "none" else {"tokens": tokens}
-        mask = None
-        if kind == "bias":
-            noise = torch.randn(2, 4, 1, position + 1, generator=torch.Generator().manual_seed(step))
-            mask, told = noise.masked_fill(~tokens[:, None, None], torch.finfo(torch.float32).min), {}
-        before = got.clone()
-        call = Call.of_step(mask, position, Softmax(0.3), rule, **told)
-        there = Call.of_step(mask, 0, Softmax(0.3), rule, **told, at=torch.tensor([position], dtype=torch.int32))
-        with unread():
-            x = decode_attend_device(token, got, there)
-        y = decode_attend_reference(token, want, call)
-        assert_close(x, y, what=f"out at step {step}")
-        same(got, want, before, step)
-        if kind == "none":
-            assert not torch.equal(before[WHOLE_AT], want[WHOLE_AT])
+    for before, after in steps_in_both_forms(rule, kind):
+        assert kind != "none" or not torch.equal(before[WHOLE_AT], after[WHOLE_AT])
 
 
 def test_a_cache_that_begins_small() -> None:

@@ -13,13 +13,11 @@ import argparse
 import sys
 import tempfile
 import time
-from math import prod
 from pathlib import Path
 from typing import Any
 
-from kvpass.kernels.budget import budget, kept
+from kvpass.kernels.budget import kept, within
 from kvpass.kernels.rule import Rule
-from kvpass.kernels.slots.state import fields_of, sizes_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
@@ -31,7 +29,7 @@ from spelling import cache_of
 from transformers.utils import logging as transformers_logging
 
 import kvpass
-from kvpass.plan.byte_budget import Entry, dense_bytes
+from kvpass.plan.byte_budget import Entry, dense_bytes, field_bytes
 from kvpass.plan.rule import rule_of
 from kvpass.policy.load import names
 from kvpass.policy.policy import Policy
@@ -78,13 +76,8 @@ def allowed(policy: Policy, layers: int, tokens: int, entry: Entry) -> float:
 
 def bytes_of_entries(rule: Rule, tokens: int, entry: Entry) -> int:
     """Of one head: keys, values, codes with their scales, whole copies and fits."""
-    copies = budget(rule, tokens) if rule.demotes else 0
-    sizes = sizes_of(rule, {"B": 1, "H": 1, "C": kept(rule, tokens), "W": copies, "D": entry.d, "V": entry.v})
-    return sum(
-        int(prod(sizes[letter] for letter in field.dims)) * (field.dtype or entry.dtype).itemsize
-        for field in fields_of(rule)
-        if field.entries
-    )
+    copies = within(rule, tokens) if rule.demotes else 0
+    return sum(size for field, size in field_bytes(rule, entry, kept(rule, tokens), copies).items() if field.entries)
 
 
 def run(name: str, folder: Path, model: Any, ids: torch.Tensor, new: int) -> dict[str, Any]:
