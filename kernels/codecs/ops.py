@@ -22,7 +22,7 @@ def encode_slots(k: Tensor, v: Tensor, rule: str) -> list[Tensor]:
     """Code fields of keys [B, Hkv, L, D] and values [B, Hkv, L, Dv], in the order of the state's fields: each
     [B, Hkv, L, size]. Of rules without a fit.
     """
-    return [*encoded(k, v, {}, Rule.parse(rule)).values()]
+    return [part.clone() for part in encoded(k, v, {}, Rule.parse(rule)).values()]  # outputs of an op share no memory
 
 
 def fit_slots(
