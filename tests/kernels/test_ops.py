@@ -10,6 +10,7 @@ from kvpass.kernels.testing import assert_close, causal_mask, qkv, random_state
 from models.states import state_under
 from torch._dynamo.testing import CompileCounter
 from torch._inductor.utils import run_and_get_code
+from torch.utils._pytree import tree_leaves
 
 import kvpass.ops
 
@@ -20,6 +21,7 @@ LIVE = torch.tensor([[9, 9], [9, 9]])
 
 CODED = H2O.replace(k_as="int4", v_as="fp8_e4m3", rotated=True, scale_group=7, residual=4, whole_sinks=2)
 CODES = CODED.encode()
+ALIKE = Rule(k_as="int4", v_as="int4").encode()
 FITTED = H2O.replace(k_as="mixed_2_1", v_as="ternary", k_fit="spread", v_fit="range", scale_group=7, residual=4)
 
 
@@ -89,6 +91,7 @@ def calls():
         "prefill_attend words": (q, k, v, None, None, 0.25, "causal", TEXT, None, 0.0, real, None, 0),
         "encode_slots": (k, v, CODES),
         "encode_slots half": (k, v.bfloat16(), Rule(v_as="int2").encode()),
+        "encode_slots alike": (k, v, ALIKE),
         "fit_slots": (q, k, v, real, torch.zeros_like(cursor), fitted(True)[0], FITTED.encode()),
         "encode_fitted": (k, v, *fitted(True)),
         "encode_fitted extend": (k, v, *fitted(False)),
@@ -125,6 +128,18 @@ def test_opcheck(name):
     op = getattr(torch.ops.kvpass, name.split()[0]).default
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(op, calls()[name], test_utils=tests)
+
+
+@pytest.mark.parametrize("name", list(calls()))
+def test_outputs_share_no_memory(name):
+    """Neither with each other nor with what was given: else Inductor may write over one while another is read."""
+    given = calls()[name]
+    found = getattr(torch.ops.kvpass, name.split()[0]).default(*given)
+    made = [x for x in tree_leaves(found) if isinstance(x, torch.Tensor) and x.numel()]
+    places = [x.untyped_storage().data_ptr() for x in made]
+    assert len(set(places)) == len(places)
+    inputs = [x.untyped_storage().data_ptr() for x in tree_leaves(given) if isinstance(x, torch.Tensor)]
+    assert not set(places) & set(inputs)
 
 
 def test_fakes_put_no_guard_on_capacity():
