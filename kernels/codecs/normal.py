@@ -1,9 +1,9 @@
 """Codes by the levels of a normal distribution, times what gives a group its norm back: TurboQuant as vLLM has it
 (quantization/turboquant, with norm correction; arXiv 2504.19874).
 
-Entries of a rotated vector are nearly normal, so the levels of least square error are known beforehand and a group needs
-one scale and no lowest number. Levels alone would lose some of its norm: the scale is the norm divided by that of the
-levels that were chosen.
+Entries of a rotated vector are nearly normal, so the levels of least square error are known beforehand and a group
+needs one scale and no lowest number. Levels alone would lose some of its norm: the scale is the norm divided by that
+of the levels that were chosen.
 """
 
 from __future__ import annotations

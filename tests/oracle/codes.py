@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import struct
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -170,7 +171,7 @@ def normal(part: list[float], name: str) -> tuple[list[int | None], float]:
         return [None] * len(part), math.nan
     table, norm = levels(name), math.sqrt(math.fsum(one * one for one in part))
     unit = [one / (norm or 1.0) * math.sqrt(len(part)) for one in part]
-    codes = [sum((low + high) / 2 <= one for low, high in zip(table, table[1:])) for one in unit]
+    codes = [sum((low + high) / 2 <= one for low, high in pairwise(table)) for one in unit]
     return codes, to_half(f32(norm / math.sqrt(math.fsum(table[code] ** 2 for code in codes))))
 
 
