@@ -1,4 +1,4 @@
-"""Slots held in two ways, both exact: as if they were held in one. What a model in float16 caches, float16 codes hold."""
+"""Slots held in two ways, both exact, are as if held in one. What a model in float16 caches, float16 codes hold."""
 
 from __future__ import annotations
 
