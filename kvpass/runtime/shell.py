@@ -177,7 +177,7 @@ def unwrap(past: tuple[torch.Tensor, ...], layouts: tuple[Layout, ...], where: s
             raise StaleCacheError(
                 f"the cache is {list(past[half].shape)}, but its state is of {sizes_of(store, half, layout)}",
                 where=where,
-                hint="sequences cannot be picked out of a compressed cache; run each batch from its own prompt",
+                hint="pick whole sequences, keys[rows] and values[rows], or with kvpass.Cache(cache).select(rows)",
             )
     return store
 
@@ -242,8 +242,8 @@ def _foreign(key: torch.Tensor, where: str) -> Exception:
         return ShellDataError(
             "the cached keys are NaN: data was read out of a compressed cache (reordered, indexed, joined or moved)",
             where=where,
-            hint="pass the cache object as it was returned; copy it with copy.deepcopy. "
-            "Beam search and batch reordering are not supported",
+            hint="pass the cache object as it was returned; copy it with copy.deepcopy, pick rows with "
+            "kvpass.Cache(cache).select(rows)",
         )
     return ForeignCacheError(
         "the cache holds keys and values that kvpass did not make",
