@@ -38,9 +38,9 @@ class Cache(Wrapped):
     """
 
     def __init__(self, host: Any) -> None:
-        if isinstance(host, Wrapped):
-            host = host.host
-        host = cache_of(host)
+        given, host = host, cache_of(host)
+        if host is not given and isinstance(host, list) and len(host) == 1:  # (logits, cache)
+            host = host[0]
         if host is None or isinstance(host, torch.nn.Module):
             raise CacheError(
                 f"a {type(host).__name__} is no cache",
