@@ -11,14 +11,15 @@ from collections.abc import Sequence
 
 import torch
 from kvpass.kernels.slots.cursor import EXTRA, FIRST, SHIFT
-from kvpass.kernels.slots.moves import evened, rows_of, used_slots, with_places, with_slots, with_spare
+from kvpass.kernels.slots.moves import evened, rows_of, with_places, with_slots, with_spare
+from kvpass.kernels.slots.ragged import used_slots
 from kvpass.kernels.slots.state import Field, State
 from torch import Tensor
 
 
 def rows_laid_out(state: State, rows: Tensor, spare: int) -> tuple[State, int]:
-    """The sequences `rows` (int64 [n]) of a state whose slots layers shared out, with room for `spare` more tokens or a few less, and for how
-    many.
+    """The sequences `rows` (int64 [n], with repeats) of a state whose slots layers shared out, with room for `spare`
+    more tokens or a few less, and for how many.
     """
     return with_spare(rows_of(_evened(state), rows), max(spare, 1))
 

@@ -24,7 +24,7 @@ class Cache(Wrapped):
     """The cache of a kvpass-compiled model, whatever its host keeps it in.
 
     Nothing is copied: the wrapper and its host are the same cache, and a compiled model takes either
-    (`model(ids, past_key_values=kvpass.Cache(out))`).
+    (`model(ids, cache=kvpass.Cache(out))`).
 
     Args:
         host: an HF Cache, a tuple of pairs, a list, a dict, or a model's output that has a cache. One that is still
@@ -117,9 +117,9 @@ class Cache(Wrapped):
         return (torch.arange(self.tokens, device=padding.device) >= padding[:, None]).long()
 
     def fork(self) -> Cache:
-        """Another cache that goes on from here by itself. Copy on write: both share the slots of a layer until a call on
-        one of them is about to change them; then that layer is copied. What the host keeps beside compressed layers is
-        copied at once.
+        """Another cache that goes on from here by itself. Copy on write: both share the slots of a layer until a call
+        on one of them is about to change them; then that layer is copied. What the host keeps beside compressed layers
+        is copied at once.
 
         Raises:
             CacheError: several layers lie in one buffer of the host's.
@@ -133,8 +133,8 @@ class Cache(Wrapped):
             rows: numbers, in any order and with repeats: a list or int tensor [n]; or flags, bool [rows].
 
         Raises:
-            CacheError: the cache is empty, no row is asked for, or one that it has not; or something of the host's whose
-                sequences are not known lies beside the compressed layers.
+            CacheError: the cache is empty, no row is asked for, or one that it has not; or something of the host's lies
+                beside the compressed layers, whose sequences are not known.
         """
         self._some()
         at = numbers_of(rows, self.rows)
@@ -151,8 +151,8 @@ class Cache(Wrapped):
 
     @staticmethod
     def merge(caches: Sequence[Any]) -> Cache:
-        """A cache of all sequences of several ones, in order, which stay as they are: requests join a batch. Costs a copy
-        of all slots.
+        """A cache of all sequences of several ones, in order, which stay as they are: requests join a batch. Costs a
+        copy of all slots.
 
         Its length is that of the longest: shorter rows are as if they had been padded on the left, so masks of later
         calls need `padding` zeros in front of each row's own, and position ids must count a row's own tokens, as

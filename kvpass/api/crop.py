@@ -35,8 +35,8 @@ def crop(host: Any, n: int) -> None:
         )
     for store in found:
         require_whole(store)
-    done = 0
-    for store in sorted(found, key=lambda one: not one.rule.evicts):  # whatever refuses comes first
+    in_order = sorted(found, key=lambda one: not one.rule.evicts)  # whatever refuses comes first
+    for done, store in enumerate(in_order):
         if not take_back(store.owned(), store.tokens - n):
             for other in found if done else []:
                 other.spoiled = True
@@ -45,7 +45,6 @@ def crop(host: Any, n: int) -> None:
                 where=store.name,
                 hint="keep cache.fork() from before; or compile with policy='full'",
             )
-        done += 1
     if own is not None:
         own(-n)
         return

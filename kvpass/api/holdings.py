@@ -74,7 +74,8 @@ class Holdings:
     @property
     def bytes(self) -> int:
         """Of all keys, values and states, each memory once."""
-        return sum(one.bytes for one in (*self.states, *self.buffers, *self.dense))
+        own, others = self.states, (*self.buffers, *self.dense)
+        return sum(store.bytes for store in own) + sum(part.bytes for part in others)
 
 
 def stores(cache: Any) -> list[SlotStore]:

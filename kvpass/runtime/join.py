@@ -18,7 +18,7 @@ from kvpass.runtime.store import SlotStore
 
 
 def joined(stores: Sequence[SlotStore]) -> SlotStore:
-    """A store of all rows of one layer's stores, in order. Rows of shorter ones are as if they had had padding in front.
+    """A store of all rows of one layer's stores, in order. Rows of shorter ones are as if padding stood before them.
 
     Where evictions wait for more tokens (`Timing.every`), and not for the same number of them, all are done first: the
     steps of a batch are counted together.
@@ -33,7 +33,7 @@ def joined(stores: Sequence[SlotStore]) -> SlotStore:
         require_same(store.origin, longest.origin, longest.name)
         if _made(store) != _made(longest):
             raise CacheError(
-                "these caches are of different layers, sizes, dtypes or devices, or some are preallocated and others not",
+                "these caches are of different layers, sizes, dtypes or devices, or only some are preallocated",
                 where=f"{longest.name} and {store.name}",
                 hint="merge caches that one compiled model made in the same way",
             )

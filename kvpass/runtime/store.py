@@ -28,7 +28,7 @@ _BY_STORAGE: WeakValueDictionary[int, SlotStore] = WeakValueDictionary()
 
 
 class Pick(NamedTuple):
-    """Rows of a store, int64 [n], what they became, and the half, of keys 0 and values 1, that is still to be picked."""
+    """Rows of a store, int64 [n], what they became, and the half (0 keys, 1 values) that is still to be picked."""
 
     rows: torch.Tensor
     store: SlotStore

@@ -205,7 +205,8 @@ def _picked(shell: torch.Tensor, rows: torch.Tensor, view: torch.Tensor | None =
     from kvpass.runtime.shell import find, half_of, make
 
     store, half = find(shell), half_of(shell)
-    assert store is not None and half is not None
+    assert store is not None
+    assert half is not None
     axis, result = store.layouts[half].token_axis, make(selected(store, rows, half), half)
     tokens = (shell if view is None else view).shape[axis]
     if tokens != result.shape[axis]:

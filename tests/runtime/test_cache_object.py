@@ -15,6 +15,7 @@ from transformers import DynamicCache, StaticCache
 
 import kvpass
 from kvpass.errors import CacheError, StaleCacheError
+from kvpass.runtime.shell import find
 
 pytestmark = pytest.mark.usefixtures("one_trace")
 
@@ -117,17 +118,16 @@ def test_forks_hold_their_slots_once(kind: str) -> None:
 
 
 def test_a_fork_of_2000_tokens_into_8() -> None:
-    """The last one that is left needs no copy: its slots are where they were."""
-    model = kvpass.compile(tiny.one_llama(), "h2o", 0.2, inner="eager")
+    """Of all forks, the last one that is left needs no copy: its slots are where they were."""
+    model = kvpass.compile(tiny.one_llama(), "h2o", 400, inner="eager")
     cache = begun(model, 2000, steps=0)
     forks = [cache.fork() for _ in range(8)]
     slots = cache.bytes
     assert kvpass.Cache.held(forks) == slots < 0.22 * kvpass.report(cache).to_dict()["dense_bytes"]
     del cache, forks[1:]
-    before = [layer.keys.untyped_storage()._cdata for layer in forks[0].host.layers]
+    state = find(forks[0].host.layers[0].keys).state
     fed(model, forks[0], tiny.tokens(1, 1))
-    assert forks[0].bytes <= 1.03 * slots
-    assert len(before) == 2
+    assert find(forks[0].host.layers[0].keys).state is state
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -251,7 +251,6 @@ def test_what_is_refused() -> None:
     for caches in ([], [cache, DynamicCache(config=tiny.one_llama().config)]):
         with pytest.raises(CacheError):
             kvpass.Cache.merge(caches)
-    fed(model, cache, tiny.tokens(2, 1))
     hidden = torch.cat([torch.ones(2, 61), torch.tensor([[1, 1], [1, 0]])], 1).long()
     fed(model, cache, tiny.tokens(2, 2), hidden)
     with pytest.raises(CacheError, match="row 1"):
