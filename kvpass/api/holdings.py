@@ -13,6 +13,7 @@ from kvpass.runtime.identity import Origin
 from kvpass.runtime.left import FEWEST_AXES, left_by
 from kvpass.runtime.shell import attached, find, is_shell
 from kvpass.runtime.store import SlotStore
+from kvpass.runtime.wrapped import Wrapped
 
 NO_CACHES = {*vars(torch.nn.Module()), "kvpass", "_compiled_call_impl"}
 """Attributes of a module that hold weights, hooks, and the records of compiled graphs."""
@@ -65,19 +66,30 @@ class Holdings:
     dense: list[Part] = field(default_factory=list)
     left: Origin | None = None
 
+    @property
+    def states(self) -> list[SlotStore]:
+        """One store for each state: forks share theirs until one of them changes it."""
+        return list({id(store.state): store for store in self.stores}.values())
+
+    @property
+    def bytes(self) -> int:
+        """Of all keys, values and states, each memory once."""
+        own, others = self.states, (*self.buffers, *self.dense)
+        return sum(store.bytes for store in own) + sum(part.bytes for part in others)
+
 
 def stores(cache: Any) -> list[SlotStore]:
     """Every store that rides in a cache object: HF caches, nested tuples, lists and dicts, or modules with cache
     attributes.
     """
-    return _stores(list(_tensors(cache)))
+    return _stores(list(tensors_in(cache)))
 
 
 def holdings(cache: Any) -> Holdings:
     """Everything that a cache object holds. Of a module only what looks like the stores' keys and values counts, or
     lies beside them in one object: its other buffers are no cache.
     """
-    parts = list(_tensors(cache))
+    parts = list(tensors_in(cache))
     found = Holdings(_stores(parts))
     with_shells = {part.group for part in parts if find(part.tensor) is not None}
     known: set[int] = _weights(cache)
@@ -137,10 +149,10 @@ def _is_like(shape: tuple[int, ...], store: SlotStore, half: int) -> bool:
     return batch * heads > 1 or any(length in middle for length in lengths)
 
 
-def _tensors(cache: Any) -> Iterator[Part]:
+def tensors_in(cache: Any) -> Iterator[Part]:
     """Tensors in an object, nearest first; modules in modules are one step, however deep they lie."""
     seen: set[int] = set()
-    level: list[tuple[str, str, Any]] = [("", "", _cache_of(cache))]
+    level: list[tuple[str, str, Any]] = [("", "", cache_of(cache))]
     for _ in range(DEEPEST + 1):
         below: list[tuple[str, str, Any]] = []
         for path, group, value in level:
@@ -158,13 +170,15 @@ def _tensors(cache: Any) -> Iterator[Part]:
         level = below
 
 
-def _cache_of(value: Any) -> Any:
-    """The cache of a model's output."""
+def cache_of(value: Any) -> Any:
+    """The cache of a model's output, or of a wrapper; another value itself."""
+    if isinstance(value, Wrapped):
+        return value.host
     if isinstance(value, Mapping):
         return next((value[name] for name in CACHE_FIELDS if value.get(name) is not None), value)
     if not isinstance(value, tuple) or any(find(one) is not None for one in value):
         return value
-    inner = [one for one in value if not isinstance(one, torch.Tensor) and next(_tensors(one), None) is not None]
+    inner = [one for one in value if not isinstance(one, torch.Tensor) and next(tensors_in(one), None) is not None]
     return inner if len(inner) < len(value) and inner else value  # (logits, cache)
 
 
