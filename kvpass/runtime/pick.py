@@ -1,10 +1,11 @@
-"""Sequences picked out of a compressed cache, as beam search does; tokens taken back where none can be evicted."""
+"""Sequences picked out of a compressed cache, as beam search does; tokens taken back, where that can be exact."""
 
 from __future__ import annotations
 
 import torch
 
 from kvpass.errors import CacheError
+from kvpass.kernels.codecs.storage import Storage
 from kvpass.kernels.slots.cursor import FREE, LIVE, SEEN
 from kvpass.kernels.slots.moves import rows_of
 from kvpass.kernels.slots.ragged import is_ragged
@@ -44,10 +45,12 @@ def selected(store: SlotStore, rows: torch.Tensor, half: int) -> SlotStore:
 
 
 def take_back(store: SlotStore, length: int) -> bool:
-    """Shorten a cache to its first `length` tokens, in place; False if its rule may evict: what a token displaced, or
-    scored, cannot be undone.
+    """Shorten a cache to its first `length` tokens, in place; False if that would not be exact: if the others were not
+    tentative, and may have displaced or scored something.
     """
-    if store.rule.evicts or is_ragged(store.state.cursor):
+    if store.journal is not None and store.journal.take_back(store, length):
+        return True
+    if store.rule.evicts or is_ragged(store.state.cursor) or _displaced_copies(store):
         return False
     pos, cursor = store.state.pos, store.state.cursor
     with torch.inference_mode(False), torch.no_grad():
@@ -58,3 +61,19 @@ def take_back(store: SlotStore, length: int) -> bool:
             cursor[..., column] -= removed
     store.tokens = length
     return True
+
+
+def _displaced_copies(store: SlotStore) -> bool:
+    """Whether tokens may have taken the places of older ones that were held whole beside their codes."""
+    storage = store.rule[Storage]
+    return storage.residual > 0 and int(store.state.cursor[..., SEEN].max()) > storage.whole
+
+
+def still_tentative(store: SlotStore) -> str:
+    """What can be taken back of a cache, for an error that says that something cannot."""
+    if store.journal is None or not store.journal.entries:
+        return "evicted tokens cannot come back: only those that come inside of `with kvpass.tentative(depth=..)` can"
+    return (
+        f"only its last {len(store.journal.entries)} tokens are tentative and can be taken back: "
+        "open kvpass.tentative with a larger depth"
+    )

@@ -16,7 +16,7 @@ import torch
 
 from kvpass.errors import ForeignCacheError, ShellDataError, StaleCacheError
 from kvpass.runtime.memory import Stands, overlapping, stand, standing_of, stands
-from kvpass.runtime.pick import take_back
+from kvpass.runtime.pick import still_tentative, take_back
 from kvpass.runtime.store import SlotStore, same_storage, sharing_storage, version
 from kvpass.terms import Layout
 
@@ -138,11 +138,11 @@ def of_buffer(
         raise _swapped(where)
     store: SlotStore = found[0][0]
     _check_left_alone(store, buffers, where)
-    if store.tokens != position:
+    if store.tokens != position and not (position < store.tokens and take_back(store, position)):
         raise StaleCacheError(
             f"new tokens are written at {position}, but the cache has seen {store.tokens}",
             where=where,
-            hint="evicted tokens cannot come back: go on where the last call ended, or begin again at 0",
+            hint=f"go on where the last call ended, or begin again at 0; {still_tentative(store)}",
         )
     return store
 
@@ -162,16 +162,19 @@ def unwrap(past: tuple[torch.Tensor, ...], layouts: tuple[Layout, ...], where: s
     if store is None or find(past[-1]) is not store:
         raise _foreign(key if store is None else past[-1], where)
     if not all(same_storage(t, base) for t, base in zip(past, store.bases, strict=False)):
-        raise _swapped(where)
+        swapped = any(same_storage(t, base) for t in past for base in store.bases)
+        raise _swapped(where) if swapped else _taken_back(where)
     _check_left_alone(store, past, where)
     length = key.shape[layouts[0].token_axis]
-    if length != store.tokens and not (length < store.tokens and take_back(store, length)):
-        hint = "evicted tokens cannot come back: crop before compiling, or keep a copy.deepcopy(cache) from before"
-        if length > store.tokens or hasattr(key, _SHELL):
-            hint = "continue from the newest cache, or branch with copy.deepcopy(cache) before generating"
-        raise StaleCacheError(
-            f"the cache is {length} tokens long, but its state has seen {store.tokens}", where=where, hint=hint
-        )
+    if length != store.tokens:
+        if length > store.tokens or not take_back(store, length):
+            hint = f"{still_tentative(store)}; or keep a copy.deepcopy(cache) from before"
+            if length > store.tokens or hasattr(key, _SHELL):
+                hint = "continue from the newest cache, or branch with copy.deepcopy(cache) before generating"
+            raise StaleCacheError(
+                f"the cache is {length} tokens long, but its state has seen {store.tokens}", where=where, hint=hint
+            )
+        store.renew()
     for half, layout in enumerate(layouts):
         if tuple(past[half].shape) != tuple(_sizes(store, half, layout)):
             raise StaleCacheError(
@@ -214,6 +217,14 @@ def _check_left_alone(store: SlotStore, tensors: Sequence[torch.Tensor], where: 
                 hint="clear a cache by beginning again at position 0; keep it with copy.deepcopy(cache); "
                 "keys from elsewhere cannot be loaded into it",
             )
+
+
+def _taken_back(where: str) -> StaleCacheError:
+    return StaleCacheError(
+        "the cache ends with tokens that were taken back: a shorter one was continued since",
+        where=where,
+        hint="continue from the newest cache, or branch with copy.deepcopy(cache) before generating",
+    )
 
 
 def _swapped(where: str) -> StaleCacheError:

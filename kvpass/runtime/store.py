@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary, ref
 
 import torch
@@ -20,6 +20,9 @@ from kvpass.kernels.slots.state import State
 from kvpass.runtime.identity import Origin
 from kvpass.runtime.recordings import StepCounts
 from kvpass.terms import Layout
+
+if TYPE_CHECKING:
+    from kvpass.runtime.journal import Journal
 
 LEAST_ROOM = 32
 """Slots by which a state grows at least where steps are recorded: one recording for so many kept tokens."""
@@ -55,6 +58,7 @@ class SlotStore:
         picked: rows that were last picked out of this store, what they became, and for which of K and V.
         steps: what became of them under `mode="reduce-overhead"`; counted on the first site of each graph.
         recorded: steps are replayed, so that the state's addresses change as seldom as may be.
+        journal: its last tokens, while they are tentative.
     """
 
     name: str
@@ -81,6 +85,7 @@ class SlotStore:
     picked: tuple[torch.Tensor, SlotStore, set[int]] | None = None
     steps: StepCounts = field(default_factory=StepCounts)
     recorded: bool = False
+    journal: Journal | None = None
 
     def __post_init__(self) -> None:
         k, v = self.state.k, self.state.v
@@ -93,6 +98,7 @@ class SlotStore:
         """A store that was unpickled is found by its own storages."""
         self.__dict__.update(fields)
         self.versions, self.shown, self.held = [None, None], [None, None], [None, None]
+        self.journal = None
         self._register()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SlotStore:
@@ -108,7 +114,17 @@ class SlotStore:
             # an inference tensor's copy is one too if the shell was copied before: a view of its storage is not
             fields["bases"] = tuple(b.new_empty(0).set_(b.untyped_storage(), 0, b.shape, (1,)) for b in bases)
         other.__setstate__(fields)
+        if self.journal is not None:
+            other.journal = self.journal.of_copy(self.state, other.state)
         return other
+
+    def renew(self) -> None:
+        """Forget the shells of tokens that were taken back: one as long as later ones would be taken for theirs."""
+        with torch.inference_mode(False):
+            for base in self.bases:
+                _BY_STORAGE.pop(_storage_key(base), None)
+            self.bases = (self.bases[0].clone(), self.bases[1].clone())
+        self._register()
 
     def base_of(self, half: int, elements: int) -> torch.Tensor:
         """The memory under the shell of K or V, of so many NaN."""
