@@ -49,6 +49,8 @@ def one_by_one(block: Block, module: Any, run: Callable[..., Any], args: Any, kw
     Raises:
         CacheError: an argument or an output of a call of several tokens cannot be parted.
     """
+    if block.owner is not None:  # as `generate` gives it without drafts: the same graphs
+        kwargs = {**kwargs, "return_dict": True}
     asked = _asked(module, args, kwargs)
     if asked is None:
         with entered(of_one_token(block, 1)):
@@ -135,7 +137,7 @@ def _part(name: str, value: Any, begin: int, end: int, asked: Asked) -> Any:
     if name == "attention_mask":
         return _mask(value, begin, end, asked)
     if name in _ALONG and isinstance(value, torch.Tensor):
-        return value.narrow(_ALONG[name], begin, end - begin)
+        return _alone(value.narrow(_ALONG[name], begin, end - begin))
     return value
 
 
@@ -147,9 +149,14 @@ def _mask(mask: Any, begin: int, end: int, asked: Asked) -> Any:
         return mask
     later = asked.tokens - end
     if mask.dim() == 2:
-        return mask[:, : mask.shape[1] - later]
+        return _alone(mask[:, : mask.shape[1] - later])
     columns = mask.shape[3] - later if mask.shape[3] == asked.past + asked.tokens else mask.shape[3]
-    return mask[:, :, begin:end, :columns]
+    return _alone(mask[:, :, begin:end, :columns])
+
+
+def _alone(part: torch.Tensor) -> torch.Tensor:
+    """As `generate` gives it: Dynamo would compile a graph for each stride and offset of a view."""
+    return part.clone(memory_format=torch.contiguous_format)
 
 
 def _joined(outs: list[Any], logits: int) -> Any:
