@@ -30,11 +30,15 @@ _ASKED = ("output_attentions",)
 
 
 class Asked(NamedTuple):
-    """A call of several tokens: its arguments by name, how many tokens, and how many are in the cache before them."""
+    """A call of several tokens."""
 
     given: dict[str, Any]
+    """Its arguments by name."""
     tokens: int
     past: int
+    """Tokens in the cache before them."""
+    room: int
+    """Tokens that a preallocated cache is for, each of which has a column in a 4-dimensional mask; 0: it grows."""
 
 
 def one_by_one(block: Block, module: Any, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -76,7 +80,9 @@ def _asked(module: Any, args: Any, kwargs: Any) -> Asked | None:
     tokens = next((given[name] for name in _TOKENS if isinstance(given.get(name), torch.Tensor)), None)
     if tokens is None or tokens.dim() < 2 or not set(CACHES) & {*names, *given}:
         return None
-    return Asked(given, tokens.shape[1], _length(next((given[n] for n in CACHES if given.get(n) is not None), None)))
+    cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
+    room = max(0, int(cache.get_max_length())) if getattr(cache, "is_compileable", False) else 0
+    return Asked(given, tokens.shape[1], _length(cache), room)
 
 
 def _length(cache: Any) -> int:
@@ -106,6 +112,9 @@ def _check(asked: Asked, settled: int, module: Any) -> None:
         known = name in (*_ALONG, *CACHES, *_ENCODED, "attention_mask")
         if isinstance(value, torch.Tensor) and not known and not settled:
             raise _unparted(name, "give the tokens one by one")
+    if 0 < asked.room < asked.past + asked.tokens:
+        what = f"{asked.past} tokens and {asked.tokens} tentative ones do not fit into a cache for {asked.room}"
+        raise CacheError(what, where="kvpass.tentative", hint="draft less, or let the cache grow (a DynamicCache)")
     keep = asked.given.get("logits_to_keep", 0)
     if isinstance(keep, torch.Tensor):
         raise _unparted("logits_to_keep as a tensor", "give a number")
@@ -150,8 +159,7 @@ def _mask(mask: Any, begin: int, end: int, asked: Asked) -> Any:
     later = asked.tokens - end
     if mask.dim() == 2:
         return _alone(mask[:, : mask.shape[1] - later])
-    columns = mask.shape[3] - later if mask.shape[3] == asked.past + asked.tokens else mask.shape[3]
-    return _alone(mask[:, :, begin:end, :columns])
+    return _alone(mask[:, :, begin:end, : mask.shape[3] - (0 if asked.room else later)])
 
 
 def _alone(part: torch.Tensor) -> torch.Tensor:

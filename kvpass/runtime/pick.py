@@ -49,6 +49,7 @@ def take_back(store: SlotStore, length: int) -> bool:
     tentative, and may have displaced or scored something.
     """
     if store.journal is not None and store.journal.take_back(store, length):
+        store.shortened = True
         return True
     if store.rule.evicts or is_ragged(store.state.cursor) or _displaced_copies(store):
         return False
@@ -59,7 +60,7 @@ def take_back(store: SlotStore, length: int) -> bool:
         removed = gone.sum(-1, dtype=cursor.dtype)
         for column in (LIVE, FREE, SEEN):
             cursor[..., column] -= removed
-    store.tokens = length
+    store.tokens, store.shortened = length, True
     return True
 
 

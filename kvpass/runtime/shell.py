@@ -174,6 +174,7 @@ def unwrap(past: tuple[torch.Tensor, ...], layouts: tuple[Layout, ...], where: s
             raise StaleCacheError(
                 f"the cache is {length} tokens long, but its state has seen {store.tokens}", where=where, hint=hint
             )
+    if store.shortened:
         store.renew()
     for half, layout in enumerate(layouts):
         if tuple(past[half].shape) != tuple(_sizes(store, half, layout)):
@@ -183,6 +184,17 @@ def unwrap(past: tuple[torch.Tensor, ...], layouts: tuple[Layout, ...], where: s
                 hint="sequences cannot be picked out of a compressed cache; run each batch from its own prompt",
             )
     return store
+
+
+def follow(tensor: torch.Tensor) -> None:
+    """Let a store follow a shell that its host has cropped since the last call, as the next call would."""
+    half = None if hasattr(tensor, _SHELL) else half_of(tensor)
+    store = sharing_storage(tensor) if half is not None else None
+    if store is None or half is None or store.length is not None or tensor.dim() != len(store.layouts[half].axes):
+        return
+    length = tensor.shape[store.layouts[half].token_axis]
+    if length < store.tokens:
+        take_back(store, length)
 
 
 def _newest(store: SlotStore, past: tuple[torch.Tensor, ...]) -> bool:

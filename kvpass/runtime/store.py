@@ -59,6 +59,7 @@ class SlotStore:
         steps: what became of them under `mode="reduce-overhead"`; counted on the first site of each graph.
         recorded: steps are replayed, so that the state's addresses change as seldom as may be.
         journal: its last tokens, while they are tentative.
+        shortened: tokens were taken back since the last call.
     """
 
     name: str
@@ -86,6 +87,7 @@ class SlotStore:
     steps: StepCounts = field(default_factory=StepCounts)
     recorded: bool = False
     journal: Journal | None = None
+    shortened: bool = False
 
     def __post_init__(self) -> None:
         k, v = self.state.k, self.state.v
@@ -125,6 +127,7 @@ class SlotStore:
                 _BY_STORAGE.pop(_storage_key(base), None)
             self.bases = (self.bases[0].clone(), self.bases[1].clone())
         self._register()
+        self.shortened = False
 
     def base_of(self, half: int, elements: int) -> torch.Tensor:
         """The memory under the shell of K or V, of so many NaN."""
