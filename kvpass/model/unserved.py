@@ -67,6 +67,9 @@ def _undrafted(asked: Asked) -> Iterator[tuple[str, str]]:
         yield "drafting over a cache of earlier turns", "transformers gives the model their tokens once more"
     if asked.given.get("inputs_embeds") is not None:
         yield "inputs_embeds with drafted tokens", "transformers gives the model no drafts beside them"
+    static = "static" in str(asked("cache_implementation")) and not asked("max_cache_len")
+    if static and asked("prompt_lookup_num_tokens"):
+        yield "prompt lookup over a preallocated cache", "transformers drafts beyond its end: say max_cache_len"
     if getattr(asked.config, "is_encoder_decoder", False):
         yield "drafted tokens of an encoder-decoder model", "its calls are not taken apart yet"
     if asked("output_attentions"):

@@ -9,6 +9,7 @@ from kvpass.kernels.codecs.storage import Storage
 from kvpass.kernels.slots.cursor import FREE, LIVE, SEEN
 from kvpass.kernels.slots.moves import rows_of
 from kvpass.kernels.slots.ragged import is_ragged
+from kvpass.runtime.branches import Cuts
 from kvpass.runtime.store import SlotStore
 
 
@@ -49,7 +50,7 @@ def take_back(store: SlotStore, length: int) -> bool:
     tentative, and may have displaced or scored something.
     """
     if store.journal is not None and store.journal.take_back(store, length):
-        store.shortened = True
+        store.cuts = (store.cuts or Cuts()).after(length)
         return True
     if store.rule.evicts or is_ragged(store.state.cursor) or _displaced_copies(store):
         return False
@@ -60,7 +61,7 @@ def take_back(store: SlotStore, length: int) -> bool:
         removed = gone.sum(-1, dtype=cursor.dtype)
         for column in (LIVE, FREE, SEEN):
             cursor[..., column] -= removed
-    store.tokens, store.shortened = length, True
+    store.tokens, store.cuts = length, (store.cuts or Cuts()).after(length)
     return True
 
 

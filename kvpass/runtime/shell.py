@@ -15,13 +15,11 @@ from weakref import ref
 import torch
 
 from kvpass.errors import ForeignCacheError, ShellDataError, StaleCacheError
+from kvpass.runtime.branches import MADE, SHELL
 from kvpass.runtime.memory import Stands, overlapping, stand, standing_of, stands
 from kvpass.runtime.pick import still_tentative, take_back
 from kvpass.runtime.store import SlotStore, same_storage, sharing_storage, version
 from kvpass.terms import Layout
-
-_SHELL = "_kvpass_shell"
-"""Store and half (0 keys, 1 values) that a shell stands for."""
 
 
 def make(store: SlotStore, half: int) -> torch.Tensor:
@@ -33,7 +31,9 @@ def make(store: SlotStore, half: int) -> torch.Tensor:
         shell = store.base_of(half, sum(sizes) - len(sizes) + 1).as_strided(sizes, [1] * len(sizes))
     if store.length is None:  # it changes from step to step: unmarked, Dynamo compiles a step of this one length first
         torch._dynamo.maybe_mark_dynamic(shell, store.layouts[half].token_axis)
-    setattr(shell, _SHELL, (store, half))
+    setattr(shell, SHELL, (store, half))
+    if store.cuts is not None:
+        setattr(shell, MADE, store.cuts.count)
     store.versions[half] = version(shell)
     store.shown[half] = ref(shell), store.tokens
     return shell
@@ -43,7 +43,7 @@ def find(tensor: Any) -> SlotStore | None:
     """The store of a shell, of a view of one, or of a buffer; None for any other tensor."""
     if not isinstance(tensor, torch.Tensor):
         return None
-    shell = getattr(tensor, _SHELL, None)
+    shell = getattr(tensor, SHELL, None)
     if shell is not None:
         found: SlotStore = shell[0]
         return found
@@ -61,7 +61,7 @@ def half_of(shell: torch.Tensor) -> int | None:
 def attach(tensor: torch.Tensor, path: tuple[int, ...], store: SlotStore, half: int) -> None:
     """Let a buffer, or one of several stacked in it, stand for a store's keys (half 0) or values (half 1)."""
     if same_storage(tensor, store.bases[half]):  # a shell, that stands for it already: its memory is the store's own
-        setattr(tensor, _SHELL, (store, half))
+        setattr(tensor, SHELL, (store, half))
     else:
         forget(tensor)
         stand(tensor, path, store, half)
@@ -71,7 +71,7 @@ def attach(tensor: torch.Tensor, path: tuple[int, ...], store: SlotStore, half: 
 
 def attached(tensor: torch.Tensor) -> list[SlotStore]:
     """The stores that a shell or a buffer, or parts of it, stand for."""
-    shell = getattr(tensor, _SHELL, None)
+    shell = getattr(tensor, SHELL, None)
     return [shell[0]] if shell is not None else [store for store, _ in overlapping(tensor)]
 
 
@@ -88,12 +88,12 @@ def written(store: SlotStore, half: int) -> torch.Tensor | None:
 
 def forget(tensor: torch.Tensor) -> None:
     """Of a shell that becomes a tensor of its host's again."""
-    vars(tensor).pop(_SHELL, None)
+    vars(tensor).pop(SHELL, None)
 
 
 def is_shell(tensor: torch.Tensor) -> bool:
     """A shell of a store, or a view of one: its memory is the store's own."""
-    return hasattr(tensor, _SHELL) or sharing_storage(tensor) is not None
+    return hasattr(tensor, SHELL) or sharing_storage(tensor) is not None
 
 
 def is_data(tensor: torch.Tensor, path: tuple[int, ...] = ()) -> bool:
@@ -109,7 +109,7 @@ def _read_of_shell(key: torch.Tensor) -> bool:
 
 def _stands_for(tensor: torch.Tensor, path: tuple[int, ...]) -> Stands | None:
     """What a buffer, or one of several stacked in it, stands for, if the last call was given the same memory."""
-    shell: Stands | None = getattr(tensor, _SHELL, None) or stands(tensor, path)
+    shell: Stands | None = getattr(tensor, SHELL, None) or stands(tensor, path)
     store = sharing_storage(tensor) if shell is None and not path else None
     if store is None or store.length is None:
         return shell
@@ -162,20 +162,18 @@ def unwrap(past: tuple[torch.Tensor, ...], layouts: tuple[Layout, ...], where: s
     if store is None or find(past[-1]) is not store:
         raise _foreign(key if store is None else past[-1], where)
     if not all(same_storage(t, base) for t, base in zip(past, store.bases, strict=False)):
-        swapped = any(same_storage(t, base) for t in past for base in store.bases)
-        raise _swapped(where) if swapped else _taken_back(where)
+        raise _swapped(where)
     _check_left_alone(store, past, where)
     length = key.shape[layouts[0].token_axis]
-    if length != store.tokens:
-        if length > store.tokens or not take_back(store, length):
-            hint = f"{still_tentative(store)}; or keep a copy.deepcopy(cache) from before"
-            if length > store.tokens or hasattr(key, _SHELL):
-                hint = "continue from the newest cache, or branch with copy.deepcopy(cache) before generating"
-            raise StaleCacheError(
-                f"the cache is {length} tokens long, but its state has seen {store.tokens}", where=where, hint=hint
-            )
-    if store.shortened:
-        store.renew()
+    if store.cuts is not None and not all(store.cuts.spare(t, length) for t in past):
+        raise _taken_back(where)
+    if length != store.tokens and not (length < store.tokens and take_back(store, length)):
+        hint = f"{still_tentative(store)}; or keep a copy.deepcopy(cache) from before"
+        if length > store.tokens or hasattr(key, SHELL):
+            hint = "continue from the newest cache, or branch with copy.deepcopy(cache) before generating"
+        raise StaleCacheError(
+            f"the cache is {length} tokens long, but its state has seen {store.tokens}", where=where, hint=hint
+        )
     for half, layout in enumerate(layouts):
         if tuple(past[half].shape) != tuple(_sizes(store, half, layout)):
             raise StaleCacheError(
@@ -188,12 +186,12 @@ def unwrap(past: tuple[torch.Tensor, ...], layouts: tuple[Layout, ...], where: s
 
 def follow(tensor: torch.Tensor) -> None:
     """Let a store follow a shell that its host has cropped since the last call, as the next call would."""
-    half = None if hasattr(tensor, _SHELL) else half_of(tensor)
+    half = None if hasattr(tensor, SHELL) else half_of(tensor)
     store = sharing_storage(tensor) if half is not None else None
     if store is None or half is None or store.length is not None or tensor.dim() != len(store.layouts[half].axes):
         return
     length = tensor.shape[store.layouts[half].token_axis]
-    if length < store.tokens:
+    if length < store.tokens and (store.cuts is None or store.cuts.spare(tensor, length)):
         take_back(store, length)
 
 
@@ -233,7 +231,7 @@ def _check_left_alone(store: SlotStore, tensors: Sequence[torch.Tensor], where: 
 
 def _taken_back(where: str) -> StaleCacheError:
     return StaleCacheError(
-        "the cache ends with tokens that were taken back: a shorter one was continued since",
+        "the cache ends with tokens that were taken back: a shorter one has been continued",
         where=where,
         hint="continue from the newest cache, or branch with copy.deepcopy(cache) before generating",
     )

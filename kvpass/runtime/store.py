@@ -22,6 +22,7 @@ from kvpass.runtime.recordings import StepCounts
 from kvpass.terms import Layout
 
 if TYPE_CHECKING:
+    from kvpass.runtime.branches import Cuts
     from kvpass.runtime.journal import Journal
 
 LEAST_ROOM = 32
@@ -59,7 +60,7 @@ class SlotStore:
         steps: what became of them under `mode="reduce-overhead"`; counted on the first site of each graph.
         recorded: steps are replayed, so that the state's addresses change as seldom as may be.
         journal: its last tokens, while they are tentative.
-        shortened: tokens were taken back since the last call.
+        cuts: when tokens were taken back; None: never.
     """
 
     name: str
@@ -87,7 +88,7 @@ class SlotStore:
     steps: StepCounts = field(default_factory=StepCounts)
     recorded: bool = False
     journal: Journal | None = None
-    shortened: bool = False
+    cuts: Cuts | None = None
 
     def __post_init__(self) -> None:
         k, v = self.state.k, self.state.v
@@ -119,15 +120,6 @@ class SlotStore:
         if self.journal is not None:
             other.journal = self.journal.of_copy(self.state, other.state)
         return other
-
-    def renew(self) -> None:
-        """Forget the shells of tokens that were taken back: one as long as later ones would be taken for theirs."""
-        with torch.inference_mode(False):
-            for base in self.bases:
-                _BY_STORAGE.pop(_storage_key(base), None)
-            self.bases = (self.bases[0].clone(), self.bases[1].clone())
-        self._register()
-        self.shortened = False
 
     def base_of(self, half: int, elements: int) -> torch.Tensor:
         """The memory under the shell of K or V, of so many NaN."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from kvpass.errors import CacheError, ShellDataError
+from kvpass.runtime.branches import OF
 from kvpass.runtime.store import unpicklable
 
 _ANSWERED = frozenset({
@@ -43,10 +44,6 @@ _REPLIES = {
     "zero_": "begin with a new cache: this one grows by joining, zeros would stay in it as keys",
     "cat": "it was handed to a model that kvpass did not compile, or joined by hand; give it to the model that made it",
 }
-
-
-_OF = "_kvpass_of"
-"""The shell that a view was taken of, whose store lives as long as it does."""
 
 
 class Shell(torch.Tensor):
@@ -109,7 +106,7 @@ def _plainly(func: Any, args: Any, kwargs: Any, shells: list[torch.Tensor], view
                 raise _refusal(func.__name__, shells[0])
             veil(tensors)
             for tensor in tensors:
-                setattr(tensor, _OF, shells[0])
+                setattr(tensor, OF, shells[0])
     return result
 
 
@@ -138,7 +135,7 @@ def _emptied(shell: torch.Tensor) -> torch.Tensor:
     if store is None or store.length is None:
         raise _refusal("zero_", shell)
     unveil([shell])
-    vars(shell).pop(_OF, None)
+    vars(shell).pop(OF, None)
     forget(shell)
     with torch.inference_mode(False):
         shell.data = torch.zeros(shell.shape, dtype=shell.dtype, device=shell.device)
