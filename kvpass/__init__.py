@@ -26,6 +26,7 @@ _HOMES = {
     "report": "api.report",
     "rewrite": "api.rewrite",
     "scorer": "kernels.rank.scorers.registry",
+    "tentative": "runtime.drafts",
 }
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "report",
     "rewrite",
     "scorer",
+    "tentative",
 ]
 
 if TYPE_CHECKING:
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
     from kvpass.kernels.rank.scorers.seen import Seen
     from kvpass.pipeline.entry import backend
     from kvpass.policy.policy import Policy
+    from kvpass.runtime.drafts import tentative
     from kvpass.runtime.marks import marked
 
 

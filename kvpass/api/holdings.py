@@ -11,7 +11,7 @@ import torch
 from kvpass.runtime.attributes import DEEPEST, attributes
 from kvpass.runtime.identity import Origin
 from kvpass.runtime.left import FEWEST_AXES, left_by
-from kvpass.runtime.shell import attached, find, is_shell
+from kvpass.runtime.shell import attached, find, follow, is_shell
 from kvpass.runtime.store import SlotStore
 from kvpass.runtime.wrapped import Wrapped
 
@@ -113,6 +113,7 @@ def holdings(cache: Any) -> Holdings:
 def _stores(parts: list[Part]) -> list[SlotStore]:
     found: dict[int, SlotStore] = {}
     for part in parts:
+        follow(part.tensor)
         for store in (find(part.tensor), *attached(part.tensor)):
             if store is not None:
                 found.setdefault(id(store), store)

@@ -13,9 +13,11 @@ import torch
 from kvpass.errors import CacheError, NothingRewritten
 from kvpass.model.dynamo import isolated, limits
 from kvpass.model.facade import Facade, facade_of
+from kvpass.model.one_by_one import one_by_one
 from kvpass.pipeline.compose import Backend
 from kvpass.runtime.active import current
 from kvpass.runtime.breaks import told
+from kvpass.runtime.drafts import opened_for
 from kvpass.runtime.host_state import HostState
 from kvpass.runtime.store import SlotStore
 from kvpass.runtime.watch import Call, Found, tensors
@@ -73,6 +75,9 @@ class Compilation:
         outer = current()
         if outer is not None and outer.owner is self:
             return self.compiled(*function, *args, **kwargs)
+        block = opened_for(self)
+        if block is not None:
+            return one_by_one(block, module, lambda *a, **k: self.run(module, function, a, k), args, kwargs)
         call = Call(self, module is self.model, self._hosted)
         result, error, first = None, None, self.state.first is not None
         with self.state.swapped():

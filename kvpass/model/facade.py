@@ -193,12 +193,15 @@ def _door(facade: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
 
 def _checked(facade: Any, generate: Callable[..., Any]) -> Callable[..., Any]:
     """`generate`, which refuses at once what compressed caches cannot do yet."""
+    from kvpass.model.speculative import drafts_of
     from kvpass.model.unserved import refuse_unserved
 
     @functools.wraps(generate)
     def call(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = opened(args, kwargs)
-        refuse_unserved(_get(facade, "_kvpass_compilation").backend.policy, facade, kwargs)
-        return generate(*args, **kwargs)
+        compilation = _get(facade, "_kvpass_compilation")
+        refuse_unserved(compilation.backend.policy, facade, kwargs)
+        with drafts_of(compilation, facade, args, kwargs):
+            return generate(*args, **kwargs)
 
     return call

@@ -6,17 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from kvpass.errors import CacheError
+from kvpass.model.asked import Asked
+from kvpass.model.speculative import SPECULATIVE, crops_by_itself, goes_on
 from kvpass.policy.spec import Spec
 
-_ONE_BY_ONE = "generate token by token, or compile with policy='full'"
+_ONE_BY_ONE = "generate without drafts, or compile with policy='full'"
 _DYNAMIC = "leave cache_implementation out (a cache that grows), or say 'static'"
-
-_SPECULATIVE = {
-    "assistant_model": "assisted decoding",
-    "prompt_lookup_num_tokens": "prompt lookup decoding",
-    "assistant_early_exit": "self-speculative decoding",
-    "is_assistant": "being the assistant of another model",
-}
 
 _STORES = {
     "paged": ("continuous batching keeps keys and values of all requests in one pool", _DYNAMIC),
@@ -29,32 +24,18 @@ def refuse_unserved(policy: Spec, model: Any, given: dict[str, Any]) -> None:
     """Refuse a `generate` call that would fail, or run dense, after the whole prompt.
 
     Args:
-        given: the call's keyword arguments; what they leave out is taken from a generation config.
+        given: the call's keyword arguments.
 
     Raises:
         CacheError: naming the feature.
     """
-    for feature, why, fix in _unserved(policy, _Asked(model, given)):
+    for feature, why, fix in _unserved(policy, Asked(model, given)):
         raise CacheError(f"{feature} does not work on a compressed cache: {why}", where="generate()", hint=fix)
 
 
-class _Asked:
-    """One call's settings, by name."""
-
-    def __init__(self, model: Any, given: dict[str, Any]) -> None:
-        self.given = given
-        self.configs = [c for c in (given.get("generation_config"), getattr(model, "generation_config", None)) if c]
-
-    def __call__(self, name: str) -> Any:
-        if name in self.given:
-            return self.given[name]
-        return next((value for c in self.configs if (value := getattr(c, name, None)) is not None), None)
-
-
-def _unserved(policy: Spec, asked: _Asked) -> Iterator[tuple[str, str, str]]:
-    for name, feature in _SPECULATIVE.items():
-        if asked(name) and not policy.keeps_all:
-            yield feature, "it takes tokens back, and they may have displaced others", _ONE_BY_ONE
+def _unserved(policy: Spec, asked: Asked) -> Iterator[tuple[str, str, str]]:
+    for what, why in () if crops_by_itself(policy) else _undrafted(asked):
+        yield what, why, _ONE_BY_ONE
     if asked("dola_layers") is not None:
         yield "DoLa decoding", "it reads hidden layers of an uncompiled pass", "generate greedily"
     store = asked("cache_implementation")
@@ -66,3 +47,24 @@ def _unserved(policy: Spec, asked: _Asked) -> Iterator[tuple[str, str, str]]:
         for word in ("Quantized", "Paged"):
             if any(word in kind for kind in kinds):
                 yield f"a {type(asked.given[name]).__name__}", _STORES[word.lower()][0], _DYNAMIC
+
+
+def _undrafted(asked: Asked) -> Iterator[tuple[str, str]]:
+    """Ways of drafting whose calls cannot be taken apart into steps."""
+    if asked("use_mtp"):
+        yield "multi-token prediction (use_mtp)", "its layers have a cache of their own, which reads the model's"
+    if type(asked.given.get("assistant_model")).__name__.startswith(("Gemma4Assistant", "Gemma4UnifiedAssistant")):
+        yield "an assistant that has no cache of its own", "it reads the model's keys as data"
+    if not any(asked(name) for name in SPECULATIVE):
+        return
+    if goes_on(asked.given) and not asked("is_assistant"):
+        yield "drafting over a cache of earlier turns", "transformers gives the model their tokens once more"
+    if asked.given.get("inputs_embeds") is not None:
+        yield "inputs_embeds with drafted tokens", "transformers gives the model no drafts beside them"
+    static = "static" in str(asked("cache_implementation")) and not asked("max_cache_len")
+    if static and asked("prompt_lookup_num_tokens"):
+        yield "prompt lookup over a preallocated cache", "transformers drafts beyond its end: say max_cache_len"
+    if getattr(asked.config, "is_encoder_decoder", False):
+        yield "drafted tokens of an encoder-decoder model", "its calls are not taken apart yet"
+    if asked("output_attentions"):
+        yield "output_attentions with drafted tokens", "the steps that they are tried in do not keep attention"

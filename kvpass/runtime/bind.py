@@ -14,6 +14,7 @@ from kvpass.kernels.errors import DataError, ScorerError, TableError
 from kvpass.runtime.active import current
 from kvpass.runtime.binding import Binding
 from kvpass.runtime.captured import Captured
+from kvpass.runtime.drafts import drafting
 from kvpass.runtime.identity import Origin, Weights
 from kvpass.runtime.shell import refuse
 from kvpass.runtime.step import CallFacts, Moment, PlannedStep, SharedInput
@@ -87,14 +88,18 @@ class Bound:
         """
         positions = written_at(self.bindings, call.args)
         origin = self._origin_of(call.args)
-        recorded, pairs = self.captured is not None, zip(self.bindings, positions, strict=True)
-        stores = tuple(b.open(call.args, origin, at, recorded) for b, at in pairs)
+        recorded, drafts = self.captured is not None, drafting()
+        pairs = zip(self.bindings, positions, strict=True)
+        stores = tuple(b.open(call.args, origin, at, recorded, drafts) for b, at in pairs)
         if len({id(store) for store in stores}) < len(stores):
             raise StaleCacheError(
                 "several layers were given the same cache",
                 where=self.where,
                 hint="give each layer what it returned itself, or a copy.deepcopy of it",
             )
+        if drafts is None and stores[0].journal is not None:  # what it goes on from stays
+            for store in stores:
+                store.journal = None
         return replace(call, stores=stores, positions=tuple(positions))
 
     def _origin_of(self, args: Sequence[Any]) -> Origin:

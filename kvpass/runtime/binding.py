@@ -12,6 +12,7 @@ from kvpass.errors import CacheError, StaleCacheError
 from kvpass.kernels.budget import kept
 from kvpass.kernels.rule import Rule
 from kvpass.runtime.angles import Angles
+from kvpass.runtime.drafts import Block
 from kvpass.runtime.identity import Origin, require_same
 from kvpass.runtime.shell import attach, make, of_buffer, unwrap
 from kvpass.runtime.store import SlotStore, empty_state
@@ -57,14 +58,22 @@ class Binding:
     renews: bool = False
     ends: tuple[tuple[Size, bool], ...] = ()
 
-    def open(self, args: Sequence[Any], origin: Origin, position: int = 0, recorded: bool = False) -> SlotStore:
+    def open(
+        self,
+        args: Sequence[Any],
+        origin: Origin,
+        position: int = 0,
+        recorded: bool = False,
+        drafts: Block | None = None,
+    ) -> SlotStore:
         """The store of this site for a call, with room for the call's tokens, of which the first is at `position`.
 
         recorded: the call's graph is replayed where addresses are what they were.
+        drafts: what the call's tokens are tentative in, if they go on from a cache.
         """
         new = self.sizes["S"](args)
         if "L" in self.sizes:
-            return self._of_buffer(args, origin, position, new, recorded)
+            return self._of_buffer(args, origin, position, new, recorded, drafts)
         if self.past is None:
             return self._fresh(args, origin, new)
         key, value = (args[at] for at in self.past)
@@ -77,10 +86,14 @@ class Binding:
         if origin.declined:
             store.origin = origin
         store.recorded = recorded
+        if drafts is not None:
+            drafts.note(store, new)
         store.make_room(new, self.phase is Phase.DECODE)
         return store
 
-    def _of_buffer(self, args: Sequence[Any], origin: Origin, position: int, new: int, recorded: bool) -> SlotStore:
+    def _of_buffer(
+        self, args: Sequence[Any], origin: Origin, position: int, new: int, recorded: bool, drafts: Block | None
+    ) -> SlotStore:
         self._check_read(args, position + new)
         if position == 0:
             store = self._fresh(args, origin, new)
@@ -101,6 +114,8 @@ class Binding:
                 hint="run each batch from its own prompt",
             )
         store.recorded = recorded
+        if drafts is not None:
+            drafts.note(store, new)
         store.make_room(new, self.phase is Phase.DECODE)
         return store
 

@@ -1,15 +1,17 @@
-"""Sequences picked out of a compressed cache, as beam search does; tokens taken back where none can be evicted."""
+"""Sequences picked out of a compressed cache, as beam search does; tokens taken back, where that can be exact."""
 
 from __future__ import annotations
 
 import torch
 
 from kvpass.errors import StaleCacheError
+from kvpass.kernels.codecs.storage import Storage
 from kvpass.kernels.rank.share_out import ShareOut
 from kvpass.kernels.slots.cursor import FREE, LIVE, SEEN
 from kvpass.kernels.slots.moves import rows_of
 from kvpass.kernels.slots.ragged import is_ragged
 from kvpass.kernels.slots.rows import rows_laid_out
+from kvpass.runtime.branches import Cuts
 from kvpass.runtime.store import Pick, SlotStore
 
 MOST = 256
@@ -65,10 +67,13 @@ def require_whole(store: SlotStore) -> None:
 
 
 def take_back(store: SlotStore, length: int) -> bool:
-    """Shorten a cache to its first `length` tokens, in place; False if its rule may evict: what a token displaced, or
-    scored, cannot be undone.
+    """Shorten a cache to its first `length` tokens, in place; False if that would not be exact: if the others were not
+    tentative, and may have displaced or scored something.
     """
-    if store.rule.evicts or is_ragged(store.state.cursor):
+    if store.journal is not None and store.journal.take_back(store, length):
+        store.cuts = (store.cuts or Cuts()).after(length)
+        return True
+    if store.rule.evicts or is_ragged(store.state.cursor) or _displaced_copies(store):
         return False
     pos, cursor = store.state.pos, store.state.cursor
     with torch.inference_mode(False), torch.no_grad():
@@ -77,5 +82,21 @@ def take_back(store: SlotStore, length: int) -> bool:
         removed = gone.sum(-1, dtype=cursor.dtype)
         for column in (LIVE, FREE, SEEN):
             cursor[..., column] -= removed
-    store.tokens = length
+    store.tokens, store.cuts = length, (store.cuts or Cuts()).after(length)
     return True
+
+
+def _displaced_copies(store: SlotStore) -> bool:
+    """Whether tokens may have taken the places of older ones that were held whole beside their codes."""
+    storage = store.rule[Storage]
+    return storage.residual > 0 and int(store.state.cursor[..., SEEN].max()) > storage.whole
+
+
+def still_tentative(store: SlotStore) -> str:
+    """What can be taken back of a cache, for an error that says that something cannot."""
+    if store.journal is None or not store.journal.entries:
+        return "evicted tokens cannot come back: only those that come inside of `with kvpass.tentative(depth=..)` can"
+    return (
+        f"only its last {len(store.journal.entries)} tokens are tentative and can be taken back: "
+        "open kvpass.tentative with a larger depth"
+    )

@@ -15,13 +15,11 @@ from weakref import ref
 import torch
 
 from kvpass.errors import ForeignCacheError, ShellDataError, StaleCacheError
+from kvpass.runtime.branches import MADE, SHELL
 from kvpass.runtime.memory import Stands, overlapping, stand, standing_of, stands
-from kvpass.runtime.pick import take_back
+from kvpass.runtime.pick import still_tentative, take_back
 from kvpass.runtime.store import SlotStore, same_storage, sharing_storage, version
 from kvpass.terms import Layout
-
-_SHELL = "_kvpass_shell"
-"""Store and half (0 keys, 1 values) that a shell stands for."""
 
 
 def make(store: SlotStore, half: int) -> torch.Tensor:
@@ -33,7 +31,9 @@ def make(store: SlotStore, half: int) -> torch.Tensor:
         shell = store.base_of(half, sum(sizes) - len(sizes) + 1).as_strided(sizes, [1] * len(sizes))
     if store.length is None:  # it changes from step to step: unmarked, Dynamo compiles a step of this one length first
         torch._dynamo.maybe_mark_dynamic(shell, store.layouts[half].token_axis)
-    setattr(shell, _SHELL, (store, half))
+    setattr(shell, SHELL, (store, half))
+    if store.cuts is not None:
+        setattr(shell, MADE, store.cuts.count)
     store.versions[half] = version(shell)
     store.shown[half] = ref(shell), store.tokens
     return shell
@@ -43,7 +43,7 @@ def find(tensor: Any) -> SlotStore | None:
     """The store of a shell, of a view of one, or of a buffer; None for any other tensor."""
     if not isinstance(tensor, torch.Tensor):
         return None
-    shell = getattr(tensor, _SHELL, None)
+    shell = getattr(tensor, SHELL, None)
     if shell is not None:
         found: SlotStore = shell[0]
         return found
@@ -61,7 +61,7 @@ def half_of(shell: torch.Tensor) -> int | None:
 def attach(tensor: torch.Tensor, path: tuple[int, ...], store: SlotStore, half: int) -> None:
     """Let a buffer, or one of several stacked in it, stand for a store's keys (half 0) or values (half 1)."""
     if same_storage(tensor, store.bases[half]):  # a shell, that stands for it already: its memory is the store's own
-        setattr(tensor, _SHELL, (store, half))
+        setattr(tensor, SHELL, (store, half))
     else:
         forget(tensor)
         stand(tensor, path, store, half)
@@ -71,7 +71,7 @@ def attach(tensor: torch.Tensor, path: tuple[int, ...], store: SlotStore, half: 
 
 def attached(tensor: torch.Tensor) -> list[SlotStore]:
     """The stores that a shell or a buffer, or parts of it, stand for."""
-    shell = getattr(tensor, _SHELL, None)
+    shell = getattr(tensor, SHELL, None)
     return [shell[0]] if shell is not None else [store for store, _ in overlapping(tensor)]
 
 
@@ -88,12 +88,12 @@ def written(store: SlotStore, half: int) -> torch.Tensor | None:
 
 def forget(tensor: torch.Tensor) -> None:
     """Of a shell that becomes a tensor of its host's again."""
-    vars(tensor).pop(_SHELL, None)
+    vars(tensor).pop(SHELL, None)
 
 
 def is_shell(tensor: torch.Tensor) -> bool:
     """A shell of a store, or a view of one: its memory is the store's own."""
-    return hasattr(tensor, _SHELL) or sharing_storage(tensor) is not None
+    return hasattr(tensor, SHELL) or sharing_storage(tensor) is not None
 
 
 def is_data(tensor: torch.Tensor, path: tuple[int, ...] = ()) -> bool:
@@ -109,7 +109,7 @@ def _read_of_shell(key: torch.Tensor) -> bool:
 
 def _stands_for(tensor: torch.Tensor, path: tuple[int, ...]) -> Stands | None:
     """What a buffer, or one of several stacked in it, stands for, if the last call was given the same memory."""
-    shell: Stands | None = getattr(tensor, _SHELL, None) or stands(tensor, path)
+    shell: Stands | None = getattr(tensor, SHELL, None) or stands(tensor, path)
     store = sharing_storage(tensor) if shell is None and not path else None
     if store is None or store.length is None:
         return shell
@@ -138,11 +138,11 @@ def of_buffer(
         raise _swapped(where)
     store: SlotStore = found[0][0]
     _check_left_alone(store, buffers, where)
-    if store.tokens != position:
+    if store.tokens != position and not (position < store.tokens and take_back(store.owned(), position)):
         raise StaleCacheError(
             f"new tokens are written at {position}, but the cache has seen {store.tokens}",
             where=where,
-            hint="evicted tokens cannot come back: go on where the last call ended, or begin again at 0",
+            hint=f"go on where the last call ended, or begin again at 0; {still_tentative(store)}",
         )
     return store
 
@@ -165,9 +165,11 @@ def unwrap(past: tuple[torch.Tensor, ...], layouts: tuple[Layout, ...], where: s
         raise _swapped(where)
     _check_left_alone(store, past, where)
     length = key.shape[layouts[0].token_axis]
+    if store.cuts is not None and not all(store.cuts.spare(t, length) for t in past):
+        raise _taken_back(where)
     if length != store.tokens and not (length < store.tokens and take_back(store.owned(), length)):
-        hint = "evicted tokens cannot come back: crop before compiling, or keep a copy.deepcopy(cache) from before"
-        if length > store.tokens or hasattr(key, _SHELL):
+        hint = f"{still_tentative(store)}; or keep a copy.deepcopy(cache) from before"
+        if length > store.tokens or hasattr(key, SHELL):
             hint = "continue from the newest cache, or branch with copy.deepcopy(cache) before generating"
         raise StaleCacheError(
             f"the cache is {length} tokens long, but its state has seen {store.tokens}", where=where, hint=hint
@@ -180,6 +182,17 @@ def unwrap(past: tuple[torch.Tensor, ...], layouts: tuple[Layout, ...], where: s
                 hint="pick whole sequences, keys[rows] and values[rows], or with kvpass.Cache(cache).select(rows)",
             )
     return store
+
+
+def follow(tensor: torch.Tensor) -> None:
+    """Let a store follow a shell that its host has cropped since the last call, as the next call would."""
+    half = None if hasattr(tensor, SHELL) else half_of(tensor)
+    store = sharing_storage(tensor) if half is not None else None
+    if store is None or half is None or store.length is not None or tensor.dim() != len(store.layouts[half].axes):
+        return
+    length = tensor.shape[store.layouts[half].token_axis]
+    if length < store.tokens and (store.cuts is None or store.cuts.spare(tensor, length)):
+        take_back(store.owned(), length)
 
 
 def _newest(store: SlotStore, past: tuple[torch.Tensor, ...]) -> bool:
@@ -214,6 +227,14 @@ def _check_left_alone(store: SlotStore, tensors: Sequence[torch.Tensor], where: 
                 hint="clear a cache by beginning again at position 0; keep it with copy.deepcopy(cache); "
                 "keys from elsewhere cannot be loaded into it",
             )
+
+
+def _taken_back(where: str) -> StaleCacheError:
+    return StaleCacheError(
+        "the cache ends with tokens that were taken back: a shorter one has been continued",
+        where=where,
+        hint="continue from the newest cache, or branch with copy.deepcopy(cache) before generating",
+    )
 
 
 def _swapped(where: str) -> StaleCacheError:

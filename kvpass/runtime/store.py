@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakSet, WeakValueDictionary, ref
 
 import torch
@@ -20,6 +20,10 @@ from kvpass.kernels.slots.state import State
 from kvpass.runtime.identity import Origin
 from kvpass.runtime.recordings import StepCounts
 from kvpass.terms import Layout
+
+if TYPE_CHECKING:
+    from kvpass.runtime.branches import Cuts
+    from kvpass.runtime.journal import Journal
 
 LEAST_ROOM = 32
 """Slots by which a state grows at least where steps are recorded: one recording for so many kept tokens."""
@@ -64,6 +68,8 @@ class SlotStore:
         lent: the stores that share this one's state (`owned`); None if none does.
         steps: what became of them under `mode="reduce-overhead"`; counted on the first site of each graph.
         recorded: steps are replayed, so that the state's addresses change as seldom as may be.
+        journal: its last tokens, while they are tentative.
+        cuts: when tokens were taken back; None: never.
     """
 
     name: str
@@ -91,6 +97,8 @@ class SlotStore:
     lent: WeakSet[SlotStore] | None = None
     steps: StepCounts = field(default_factory=StepCounts)
     recorded: bool = False
+    journal: Journal | None = None
+    cuts: Cuts | None = None
 
     def __post_init__(self) -> None:
         k, v = self.state.k, self.state.v
@@ -103,7 +111,7 @@ class SlotStore:
         """A store that was unpickled is found by its own storages."""
         self.__dict__.update(fields)
         self.versions, self.shown, self.held = [None, None], [None, None], [None, None]
-        self.picked, self.lent = [], None
+        self.picked, self.lent, self.journal = [], None, None
         self._register()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SlotStore:
@@ -119,6 +127,8 @@ class SlotStore:
             # an inference tensor's copy is one too if the shell was copied before: a view of its storage is not
             fields["bases"] = tuple(b.new_empty(0).set_(b.untyped_storage(), 0, b.shape, (1,)) for b in bases)
         other.__setstate__(fields)
+        if self.journal is not None:
+            other.journal = self.journal.of_copy(self.state, other.state)
         return other
 
     def with_state(self, state: State, **changes: Any) -> SlotStore:
@@ -142,7 +152,9 @@ class SlotStore:
         if lent is not None:
             if len(lent) > 1:
                 with torch.inference_mode(False), torch.no_grad():
-                    self.state = self.state.clone()
+                    shared, self.state = self.state, self.state.clone()
+                if self.journal is not None:
+                    self.journal = self.journal.of_copy(shared, self.state)
             lent.discard(self)
             self.lent = None
         return self

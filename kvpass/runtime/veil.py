@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from kvpass.errors import CacheError, ShellDataError
+from kvpass.runtime.branches import OF
 from kvpass.runtime.rows_asked import COPIES, rows_copied, rows_seen
 from kvpass.runtime.store import unpicklable
 
@@ -47,10 +48,6 @@ _REPLIES = {
     "zero_": "begin with a new cache: this one grows by joining, zeros would stay in it as keys",
     "cat": "it was handed to a model that kvpass did not compile, or joined by hand; give it to the model that made it",
 }
-
-
-_OF = "_kvpass_of"
-"""The shell that a view was taken of, whose store lives as long as it does."""
 
 
 class Shell(torch.Tensor):
@@ -119,7 +116,7 @@ def _plainly(func: Any, args: Any, kwargs: Any, shells: list[torch.Tensor], view
                 raise _refusal(func.__name__, shells[0])
             veil(tensors)
             for tensor in tensors:
-                setattr(tensor, _OF, shells[0])
+                setattr(tensor, OF, shells[0])
             if _loses_rows(shells[0], tensors):
                 return _parts(func, args, kwargs, result)
     return result
@@ -192,7 +189,7 @@ def _emptied(shell: torch.Tensor) -> torch.Tensor:
     if store is None or store.length is None:
         raise _refusal("zero_", shell)
     unveil([shell])
-    vars(shell).pop(_OF, None)
+    vars(shell).pop(OF, None)
     forget(shell)
     with torch.inference_mode(False):
         shell.data = torch.zeros(shell.shape, dtype=shell.dtype, device=shell.device)
@@ -211,7 +208,7 @@ def _picked(shell: torch.Tensor, rows: torch.Tensor, view: torch.Tensor | None =
     tokens = (shell if view is None else view).shape[axis]
     if tokens != result.shape[axis]:
         whole, result = result, result.narrow(axis, 0, tokens)
-        setattr(result, _OF, whole)
+        setattr(result, OF, whole)
     veil([result])
     return result
 
