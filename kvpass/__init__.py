@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Cache": "api.cache",
     "KVPassError": "errors",
     "Policy": "policy.policy",
     "Reason": "errors",
@@ -28,6 +29,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Cache",
     "KVPassError",
     "Policy",
     "Reason",
@@ -45,6 +47,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from kvpass.api.cache import Cache
     from kvpass.api.compile import compile
     from kvpass.api.explain import explain
     from kvpass.api.export_mlir import export_mlir

@@ -13,6 +13,7 @@ from kvpass.runtime.identity import Origin
 from kvpass.runtime.left import FEWEST_AXES, left_by
 from kvpass.runtime.shell import attached, find, is_shell
 from kvpass.runtime.store import SlotStore
+from kvpass.runtime.wrapped import Wrapped
 
 NO_CACHES = {*vars(torch.nn.Module()), "kvpass", "_compiled_call_impl"}
 """Attributes of a module that hold weights, hooks, and the records of compiled graphs."""
@@ -64,6 +65,16 @@ class Holdings:
     buffers: list[Part] = field(default_factory=list)
     dense: list[Part] = field(default_factory=list)
     left: Origin | None = None
+
+    @property
+    def states(self) -> list[SlotStore]:
+        """One store for each state: forks share theirs until one of them changes it."""
+        return list({id(store.state): store for store in self.stores}.values())
+
+    @property
+    def bytes(self) -> int:
+        """Of all keys, values and states, each memory once."""
+        return sum(one.bytes for one in (*self.states, *self.buffers, *self.dense))
 
 
 def stores(cache: Any) -> list[SlotStore]:
@@ -140,7 +151,7 @@ def _is_like(shape: tuple[int, ...], store: SlotStore, half: int) -> bool:
 def _tensors(cache: Any) -> Iterator[Part]:
     """Tensors in an object, nearest first; modules in modules are one step, however deep they lie."""
     seen: set[int] = set()
-    level: list[tuple[str, str, Any]] = [("", "", _cache_of(cache))]
+    level: list[tuple[str, str, Any]] = [("", "", cache_of(cache))]
     for _ in range(DEEPEST + 1):
         below: list[tuple[str, str, Any]] = []
         for path, group, value in level:
@@ -158,8 +169,10 @@ def _tensors(cache: Any) -> Iterator[Part]:
         level = below
 
 
-def _cache_of(value: Any) -> Any:
-    """The cache of a model's output."""
+def cache_of(value: Any) -> Any:
+    """The cache of a model's output, or of a wrapper; another value itself."""
+    if isinstance(value, Wrapped):
+        return value.host
     if isinstance(value, Mapping):
         return next((value[name] for name in CACHE_FIELDS if value.get(name) is not None), value)
     if not isinstance(value, tuple) or any(find(one) is not None for one in value):

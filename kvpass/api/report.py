@@ -33,7 +33,8 @@ class Report:
         Keys:
             policy, budget: of who made the cache.
             tokens: seen so far, padding included; None where nothing is compressed.
-            bytes, dense_bytes: held by all keys, values and states of the cache, and by those of an unmodified one.
+            bytes, dense_bytes: held by all keys, values and states of the cache (what forks of it share counts
+                once), and by those of an unmodified one.
             slot_bytes, overhead_bytes: of keys and values in slots; of their positions and statistics (not in `bytes`).
             bits: of those together, for each number of a key or value that is kept; None if none is.
             caller_bytes: of full-length buffers that the caller allocated, and that only the caller can free.
@@ -70,9 +71,9 @@ def report(cache: Any) -> Report:
     if not found.stores and found.left is None:
         raise _not_ours(cache)
     sites = [_site_row(store) for store in found.stores]
-    slots, dense_sites, overhead = (
-        sum(row[key] for row in sites) for key in ("bytes", "dense_bytes", "overhead_bytes")
-    )
+    own = found.states
+    slots, overhead = sum(store.bytes for store in own), sum(store.overhead_bytes for store in own)
+    dense_sites = sum(store.dense_bytes for store in found.stores)
     callers, dense = (sum(part.bytes for part in parts) for parts in (found.buffers, found.dense))
     origins = [store.origin for store in found.stores] or [o for o in (found.left,) if o is not None]
     return Report(
@@ -80,7 +81,7 @@ def report(cache: Any) -> Report:
             "policy": origins[0].policy,
             "budget": origins[0].budget,
             "tokens": max((store.tokens for store in found.stores), default=None),
-            "bytes": slots + dense + callers,
+            "bytes": found.bytes,
             "dense_bytes": dense_sites + dense + _unused(found),
             "slot_bytes": slots,
             "overhead_bytes": overhead,
@@ -244,10 +245,10 @@ def inspect(cache: Any) -> Inspection:
     Raises:
         CacheError: no compressed cache in it.
     """
-    return Inspection([_layer_view(store) for store in _some(cache)])
+    return Inspection([layer_view(store) for store in _some(cache)])
 
 
-def _layer_view(store: SlotStore) -> LayerView:
+def layer_view(store: SlotStore) -> LayerView:
     from kvpass.kernels.codecs.entries import entries_of
     from kvpass.kernels.rank.ranking import newest, slot_scores
 

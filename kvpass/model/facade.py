@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 
 from kvpass.errors import KVPassError
+from kvpass.runtime.wrapped import opened
 
 _get = object.__getattribute__
 _set = object.__setattr__
@@ -75,6 +76,7 @@ class Facade:
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch does not say what it gives
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         real = _get(self, "_kvpass_real")
+        args, kwargs = opened(args, kwargs)
         return _get(self, "_kvpass_compilation").run(real, (torch.nn.Module._call_impl, real), args, kwargs)
 
     def _kvpass_attributes(self) -> dict[str, Any]:
@@ -184,7 +186,7 @@ def _door(facade: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch does not say what it gives
     @functools.wraps(forward)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return compilation.run(real, function, args, kwargs)
+        return compilation.run(real, function, *opened(args, kwargs))
 
     return cast(Callable[..., Any], call)
 
@@ -195,6 +197,7 @@ def _checked(facade: Any, generate: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(generate)
     def call(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = opened(args, kwargs)
         refuse_unserved(_get(facade, "_kvpass_compilation").backend.policy, facade, kwargs)
         return generate(*args, **kwargs)
 

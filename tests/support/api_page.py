@@ -40,6 +40,7 @@ SECTIONS: dict[str, list[tuple[str, str]]] = {
         ("kvpass", "report"),
         ("kvpass.api.report", "Report"),
         ("kvpass", "inspect"),
+        ("kvpass", "Cache"),
         ("kvpass.api.report", "Inspection"),
         ("kvpass.api.report", "LayerView"),
     ],
