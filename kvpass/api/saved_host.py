@@ -80,7 +80,9 @@ class Telling:
         return {"tensor": at}
 
 
-def made(words: Any, shell: Callable[[int, int], Any], dense: Callable[[int], Any], device: Callable[[str], Any]) -> Any:
+def made(
+    words: Any, shell: Callable[[int, int], Any], dense: Callable[[int], Any], device: Callable[[str], Any]
+) -> Any:
     """The value that was told.
 
     Args:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-import kvpass
+from kvpass import __version__
 from kvpass.api.saved_host import Telling, made, shells_in
 from kvpass.errors import CacheError, KVPassError, StaleCacheError
 from kvpass.model.facade import Facade, uncompiled
@@ -96,14 +96,16 @@ def _said(telling: Telling, host: Any, sums: dict[str, int]) -> dict[str, Any]:
     first = origins[0]
     return {
         "format": FORMAT,
-        "kvpass": kvpass.__version__,
+        "kvpass": __version__,
         "torch": str(torch.__version__),
         "transformers": _transformers() if telling.hf else None,
         "policy": first.policy,
         "budget": first.budget,
         "fingerprint": first.fingerprint,
         "origins": [{"declined": list(one.declined), "model": _told(one)} for one in origins],
-        "stores": [{**facts_of(s), "origin": next(at for at, o in enumerate(origins) if o is s.origin)} for s in stores],
+        "stores": [
+            {**facts_of(s), "origin": next(at for at, o in enumerate(origins) if o is s.origin)} for s in stores
+        ],
         "host": host,
         "sums": sums,
     }
@@ -202,7 +204,7 @@ def _words(path: Path, file: Any) -> dict[str, Any]:
     if entries.get(_SUM) != str(zlib.crc32(text.encode())):
         raise _damaged(path, "its description is not the one that was saved")
     said: dict[str, Any] = json.loads(text)
-    own = {"format": FORMAT, "kvpass": kvpass.__version__}
+    own = {"format": FORMAT, "kvpass": __version__}
     if said.get("transformers") is not None:
         own["transformers"] = _transformers()
     for what, here in own.items():
@@ -256,7 +258,9 @@ def _read(path: Path) -> Iterator[Any]:
     except KVPassError:
         raise
     except OSError as error:
-        raise CacheError(f"the cache cannot be read: {error}", where=str(path), hint="give the path of a file") from error
+        raise CacheError(
+            f"the cache cannot be read: {error}", where=str(path), hint="give the path of a file"
+        ) from error
     except (st.SafetensorError, UnicodeError, json.JSONDecodeError) as error:
         raise _damaged(path, str(error)) from error
 

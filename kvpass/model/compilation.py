@@ -13,6 +13,7 @@ import torch
 from kvpass.errors import CacheError, NothingRewritten
 from kvpass.model.dynamo import isolated, limits
 from kvpass.model.facade import Facade, facade_of
+from kvpass.model.turns import Turns
 from kvpass.pipeline.compose import Backend
 from kvpass.runtime.active import current
 from kvpass.runtime.breaks import told
@@ -33,7 +34,7 @@ class Compilation:
 
     def __init__(self, model: torch.nn.Module, backend: Backend) -> None:
         self.model, self.backend = model, backend
-        self.state = HostState(model)
+        self.state, self.turns = HostState(model), Turns(model)
         self.compiled = isolated(backend)
         self._facades: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self._hosted: list[weakref.ref[torch.Tensor]] = []
@@ -62,7 +63,7 @@ class Compilation:
         return _restored, (real, self.backend)
 
     def run(self, module: torch.nn.Module, function: tuple[Any, ...], args: Any, kwargs: Any) -> Any:
-        """Call a module compiled, and check what became of the caches.
+        """Call a module compiled, and check what became of the caches. Other threads wait.
 
         Args:
             function: what to call, and its first arguments: a method of the module, and the module.
@@ -73,6 +74,11 @@ class Compilation:
         outer = current()
         if outer is not None and outer.owner is self:
             return self.compiled(*function, *args, **kwargs)
+        with self.turns.taken():
+            return self._run(module, function, args, kwargs)
+
+    def _run(self, module: torch.nn.Module, function: tuple[Any, ...], args: Any, kwargs: Any) -> Any:
+        """The outermost call of this thread, while no other thread is in one."""
         call = Call(self, module is self.model, self._hosted)
         result, error, first = None, None, self.state.first is not None
         with self.state.swapped():
@@ -84,7 +90,7 @@ class Compilation:
         alien += self.state.learn(call.before) if call.before is not None else []
         if alien:  # calls of the model itself had left their state where this one began
             _refuse_objects(args, kwargs, alien)
-            return self.run(module, function, args, kwargs)
+            return self._run(module, function, args, kwargs)
         if error is not None:
             raise error
         return result

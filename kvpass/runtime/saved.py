@@ -1,5 +1,4 @@
-"""A store as plain data for a file, its facts as JSON and its tensors by name; and a store made of them again, checked.
-"""
+"""A store as plain data for a file, its facts as JSON and its tensors by name; and a store made of them again, checked."""
 
 from __future__ import annotations
 
