@@ -186,7 +186,7 @@ def _tensors(file: Any, sums: Mapping[str, int]) -> dict[str, torch.Tensor]:
 
 
 def _sum(tensor: torch.Tensor) -> int:
-    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else 0
+    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data) if tensor.numel() else 0
 
 
 def _device(model: torch.nn.Module) -> torch.device | None:

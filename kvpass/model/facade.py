@@ -192,13 +192,17 @@ def _door(facade: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _checked(facade: Any, generate: Callable[..., Any]) -> Callable[..., Any]:
-    """`generate`, which refuses at once what compressed caches cannot do yet."""
+    """`generate`, which refuses at once what compressed caches cannot do yet, and a history that is not the cache's."""
+    from kvpass.model.history import check_history, note_history
     from kvpass.model.unserved import refuse_unserved
 
     @functools.wraps(generate)
     def call(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = opened(args, kwargs)
         refuse_unserved(_get(facade, "_kvpass_compilation").backend.policy, facade, kwargs)
-        return generate(*args, **kwargs)
+        check_history(facade, args, kwargs)
+        result = generate(*args, **kwargs)
+        note_history(kwargs, result)
+        return result
 
     return call

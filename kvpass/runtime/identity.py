@@ -99,7 +99,10 @@ class Identity:
             return not self.digests or not other.digests or any(id(o()) in ours for o in other.objects.values())
         now = [_alive(other.objects.get(name)) for name in changed]
         fresh = _digests([tensor for tensor in now if tensor is not None]) if None not in now else []
-        return bool(fresh) and all(self.digests[name] == one for name, one in zip(changed, fresh, strict=True))
+        equal = bool(fresh) and all(self.digests[name] == one for name, one in zip(changed, fresh, strict=True))
+        if equal:  # of a pickled cache nobody knows the objects until here
+            self.objects |= {n: other.objects[n] for n in changed if _alive(self.objects.get(n)) is None}
+        return equal
 
     def _shares(self, name: str, other: Identity) -> bool:
         mine, theirs = _alive(self.objects.get(name)), _alive(other.objects.get(name))

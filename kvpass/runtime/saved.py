@@ -1,4 +1,4 @@
-"""A store as plain data for a file, its facts as JSON and its tensors by name; and a store made of them again, checked."""
+"""A store as plain data for a file, facts as JSON and tensors by name; and a store made of them again, checked."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _state(rule: Rule, tensors: Mapping[str, torch.Tensor], where: str) -> State
     if not wrong:
         known = {"B": found["cursor"].shape[0], "H": found["cursor"].shape[1], "C": found["pos"].shape[2]}
         known |= {"D": found["k"].shape[3], "V": found["v"].shape[3]}
-        known |= {"W": found[f.name].shape[f.dims.index("W")] for f in fields if "W" in f.dims}
+        known["W"] = State([found[f.name] for f in fields], fields).places
         sizes, kind = sizes_of(rule, known), found["k"].dtype
         shapes = {f.name: tuple(sizes[letter] for letter in f.dims) for f in fields}
         kinds = {f.name: f.dtype or kind for f in fields}

@@ -151,7 +151,8 @@ from spelling import with_cache
 model = kvpass.compile(tiny.llama(layers=1), "h2o", 48, inner="eager")
 cache = kvpass.Cache.load(sys.argv[1], model)
 ids = torch.tensor(eval(sys.argv[2]))
-out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, **with_cache(model, cache))
+given = {"attention_mask": torch.ones_like(ids), **with_cache(model, cache)}
+out = model.generate(ids, max_new_tokens=12, do_sample=False, **given)
 print(out[0, ids.shape[1]:].tolist())
 """
 
