@@ -80,15 +80,18 @@ class Compilation:
     def _run(self, module: torch.nn.Module, function: tuple[Any, ...], args: Any, kwargs: Any) -> Any:
         """The outermost call of this thread, while no other thread is in one."""
         call = Call(self, module is self.model, self._hosted)
-        result, error, first = None, None, self.state.first is not None
+        result, first = None, self.state.first is not None
+        error: BaseException | None = None
         with self.state.swapped():
             try:
                 result = self._watched(call, function, args, kwargs)
-            except Exception as raised:
+            except BaseException as raised:  # an interrupt too leaves the model's attributes as they were
                 error = raised
         alien = self.state.disown() if error is not None and first else []
         alien += self.state.learn(call.before) if call.before is not None else []
-        if alien:  # calls of the model itself had left their state where this one began
+        if alien and (
+            error is None or isinstance(error, Exception)
+        ):  # calls of the model itself had left their state where this one began
             _refuse_objects(args, kwargs, alien)
             return self._run(module, function, args, kwargs)
         if error is not None:
