@@ -90,7 +90,7 @@ class Storage(Record):
 
     @property
     def state_fields(self) -> tuple[Field, ...]:
-        found = [Field(WHOLE_AT, "BHW", torch.int32, -1)] if self.coded else []
+        found = [Field(WHOLE_AT, "BHW", torch.int32, -1, positions=True)] if self.coded else []
         for half in self.coded:
             codes, *scales = self.codec_of(half).parts(1, self.scale_group)
             letters = _LETTERS[half]

@@ -101,7 +101,9 @@ def _picked(field: Field, tensor: Tensor, index: Tensor, exist: Tensor, fill: An
 
 
 def rows_of(state: State, rows: Tensor) -> State:
-    """The sequences `rows` (int64 [n], with repeats) of a state that is not ragged. A copy."""
+    """The sequences `rows` (int64 [n], with repeats) of a state whose slots layers do not share out
+    (`kvpass.kernels.slots.rows`): heads with budgets of their own lie within their row's part of the memory. A copy.
+    """
     return state.mapped(lambda field, tensor: tensor.index_select(field.rows, rows))
 
 

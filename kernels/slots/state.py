@@ -33,6 +33,7 @@ class Field:
         fill: what a slot, or a head, holds before something is written; None: anything. A sequence: along the last dim;
             `places`: 0, 1, .. along it.
         codes: whether it holds codes of keys or values, or their scales.
+        positions: whether it holds positions in the sequence, -1 where none.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Field:
     dtype: torch.dtype | None
     fill: float | tuple[int, ...] | str | None
     codes: bool = False
+    positions: bool = False
 
     @cached_property
     def per_slot(self) -> bool:
@@ -72,7 +74,7 @@ class Field:
 FIELDS = (
     Field("k", "BHCD", None, None),
     Field("v", "BHCV", None, None),
-    Field("pos", "BHC", torch.int32, -1),
+    Field("pos", "BHC", torch.int32, -1, positions=True),
     Field("stats", "NBHC", torch.float32, 0.0),
     Field("cursor", "BHX", torch.int32, (0, 0, 0, -1, 0, 0)),
 )

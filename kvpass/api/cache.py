@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from os import PathLike
 from typing import Any
 
 import torch
 
+from kvpass.api.asked_rows import numbers_of
+from kvpass.api.crop import crop
 from kvpass.api.holdings import cache_of, holdings, stores
+from kvpass.api.rehoused import beside, picked, rehoused
 from kvpass.api.report import LayerView, layer_view
 from kvpass.api.saving import load, save
 from kvpass.errors import CacheError
+from kvpass.kernels.slots.cursor import FIRST, SEEN
+from kvpass.runtime.join import joined
+from kvpass.runtime.pick import with_rows
+from kvpass.runtime.store import SlotStore
 from kvpass.runtime.wrapped import Wrapped
 
 
@@ -19,7 +26,7 @@ class Cache(Wrapped):
     """The cache of a kvpass-compiled model, whatever its host keeps it in.
 
     Nothing is copied: the wrapper and its host are the same cache, and a compiled model takes either
-    (`model(ids, past_key_values=kvpass.Cache(out))`).
+    (`model(ids, cache=kvpass.Cache(out))`).
 
     Args:
         host: an HF Cache, a tuple of pairs, a list, a dict, or a model's output that has a cache. One that is still
@@ -33,9 +40,9 @@ class Cache(Wrapped):
     """
 
     def __init__(self, host: Any) -> None:
-        if isinstance(host, Wrapped):
-            host = host.host
-        host = cache_of(host)
+        given, host = host, cache_of(host)
+        if host is not given and isinstance(host, list) and len(host) == 1:  # (logits, cache)
+            host = host[0]
         if host is None or isinstance(host, torch.nn.Module):
             raise CacheError(
                 f"a {type(host).__name__} is no cache",
@@ -108,3 +115,112 @@ class Cache(Wrapped):
             f"kvpass.Cache({type(self.host).__name__} under {under}: {self.rows} rows, {self.tokens} tokens, "
             f"{len(found)} layers of at most {live} slots, {self.bytes:,} bytes)"
         )
+
+    @property
+    def padding(self) -> torch.Tensor:
+        """Columns in front of the first token of each row: int64 [rows]. Of a merged cache, what each row's attention
+        mask must have in front of its own.
+        """
+        cursor = self._some()[0].state.cursor[:, 0].long()
+        first = cursor[:, FIRST]
+        return torch.where(first < 0, self.tokens, first)
+
+    def mask(self) -> torch.Tensor:
+        """The attention mask of what is cached: int64 [rows, tokens], 0 for padding. Put the ones of a call's new
+        tokens behind it.
+
+        Raises:
+            CacheError: the cache is empty; or padding stands between tokens of a row, which only the caller's own mask
+                tells.
+        """
+        cursor, padding = self._some()[0].state.cursor[:, 0].long(), self.padding
+        apart = (cursor[:, SEEN] + padding != self.tokens).nonzero().flatten()
+        if len(apart):
+            raise CacheError(
+                f"padding stands between or behind the tokens of row {int(apart[0])}: where, the cache does not know",
+                hint="put padding[row] zeros in front of the row's own attention mask",
+            )
+        return (torch.arange(self.tokens, device=padding.device) >= padding[:, None]).long()
+
+    def fork(self) -> Cache:
+        """Another cache that goes on from here by itself. Copy on write: both share the slots of a layer until a call
+        on one of them is about to change them; then that layer is copied. What the host keeps beside compressed layers
+        is copied at once.
+
+        Raises:
+            CacheError: several layers lie in one buffer of the host's.
+        """
+        return Cache(rehoused(self.host, SlotStore.fork, lambda _: None))
+
+    def select(self, rows: Any) -> Cache:
+        """Another cache of some of the sequences; this one stays as it is. Costs a copy of their slots.
+
+        Args:
+            rows: numbers, in any order and with repeats: a list or int tensor [n]; or flags, bool [rows].
+
+        Raises:
+            CacheError: the cache is empty, no row is asked for, or one that it has not; or something of the host's lies
+                beside the compressed layers, whose sequences are not known.
+        """
+        self._some()
+        at = numbers_of(rows, self.rows)
+        return Cache(rehoused(self.host, lambda store: with_rows(store, at), picked(self.host, at)))
+
+    def repeat(self, n: int) -> Cache:
+        """Another cache in which each sequence stands `n` times, one behind the other (0, 0, 1, 1): as
+        `torch.repeat_interleave` along rows. Costs a copy of the slots; `fork` shares them.
+
+        Raises:
+            CacheError: as of `select`.
+        """
+        return self.select(torch.arange(self.rows).repeat_interleave(n))
+
+    @staticmethod
+    def merge(caches: Sequence[Any]) -> Cache:
+        """A cache of all sequences of several ones, in order, which stay as they are: requests join a batch. Costs a
+        copy of all slots.
+
+        Its length is that of the longest: shorter rows are as if they had been padded on the left, so masks of later
+        calls need `padding` zeros in front of each row's own, and position ids must count a row's own tokens, as
+        `generate` makes them. What each row keeps, and what its statistics say, is as it was; where evictions wait
+        (`every`) for different numbers of steps, they are done first.
+
+        Args:
+            caches: of `kvpass.Cache` or what it takes; one model's, under one policy and budget.
+
+        Raises:
+            StaleCacheError: they are of different models, policies or budgets.
+            CacheError: there is none, one is empty, or they do not fit together.
+        """
+        wrapped = [one if isinstance(one, Cache) else Cache(one) for one in caches]
+        if not wrapped:
+            raise CacheError("there is no cache to merge", hint="give a list of at least one")
+        longest = max(wrapped, key=lambda one: one.tokens)
+        found = [one._some() for one in wrapped]
+        if len({len(some) for some in found}) > 1:
+            counts = ", ".join(str(len(some)) for some in found)
+            raise CacheError(f"these caches have {counts} compressed layers", hint="merge caches of one model")
+        lists = {id(own[at]): [some[at] for some in found] for own in (longest._some(),) for at in range(len(own))}
+        data = beside([one.host for one in wrapped])
+        return Cache(rehoused(longest.host, lambda store: joined(lists[id(store)]), data))
+
+    def crop(self, n: int) -> None:
+        """Take the last `n` tokens back, in place: `cache.crop(-n)` of transformers 5.24. Exact where nothing can have
+        been evicted because of them.
+
+        Raises:
+            CacheError: there are not so many tokens; or some of them may have displaced or scored others. The cache is
+                as it was.
+        """
+        crop(self.host, n)
+
+    @staticmethod
+    def held(caches: Sequence[Any]) -> int:
+        """Bytes that all keys, values and states of several caches hold together; what forks share, once."""
+        return holdings([cache_of(one) for one in caches]).bytes
+
+    def _some(self) -> list[SlotStore]:
+        found = stores(self.host)
+        if not found:
+            raise CacheError("the cache holds no token yet", hint="run a prompt through the compiled model first")
+        return found

@@ -74,21 +74,22 @@ class Holdings:
     @property
     def bytes(self) -> int:
         """Of all keys, values and states, each memory once."""
-        return sum(one.bytes for one in (*self.states, *self.buffers, *self.dense))
+        own, others = self.states, (*self.buffers, *self.dense)
+        return sum(store.bytes for store in own) + sum(part.bytes for part in others)
 
 
 def stores(cache: Any) -> list[SlotStore]:
     """Every store that rides in a cache object: HF caches, nested tuples, lists and dicts, or modules with cache
     attributes.
     """
-    return _stores(list(_tensors(cache)))
+    return _stores(list(tensors_in(cache)))
 
 
 def holdings(cache: Any) -> Holdings:
     """Everything that a cache object holds. Of a module only what looks like the stores' keys and values counts, or
     lies beside them in one object: its other buffers are no cache.
     """
-    parts = list(_tensors(cache))
+    parts = list(tensors_in(cache))
     found = Holdings(_stores(parts))
     with_shells = {part.group for part in parts if find(part.tensor) is not None}
     known: set[int] = _weights(cache)
@@ -148,7 +149,7 @@ def _is_like(shape: tuple[int, ...], store: SlotStore, half: int) -> bool:
     return batch * heads > 1 or any(length in middle for length in lengths)
 
 
-def _tensors(cache: Any) -> Iterator[Part]:
+def tensors_in(cache: Any) -> Iterator[Part]:
     """Tensors in an object, nearest first; modules in modules are one step, however deep they lie."""
     seen: set[int] = set()
     level: list[tuple[str, str, Any]] = [("", "", cache_of(cache))]
@@ -177,7 +178,7 @@ def cache_of(value: Any) -> Any:
         return next((value[name] for name in CACHE_FIELDS if value.get(name) is not None), value)
     if not isinstance(value, tuple) or any(find(one) is not None for one in value):
         return value
-    inner = [one for one in value if not isinstance(one, torch.Tensor) and next(_tensors(one), None) is not None]
+    inner = [one for one in value if not isinstance(one, torch.Tensor) and next(tensors_in(one), None) is not None]
     return inner if len(inner) < len(value) and inner else value  # (logits, cache)
 
 

@@ -9,7 +9,6 @@ from kvpass.errors import CacheError
 from kvpass.pipeline.arguments import check_ready
 from kvpass.policy.spec import Spec
 
-_GREEDY = "generate with num_beams=1"
 _ONE_BY_ONE = "generate token by token, or compile with policy='full'"
 _DYNAMIC = "leave cache_implementation out (a cache that grows), or say 'static'"
 
@@ -65,14 +64,9 @@ class _Asked:
 
 
 def _unserved(policy: Spec, asked: _Asked) -> Iterator[tuple[str, str, str]]:
-    uneven = policy.allocate.heads != "uniform" or policy.allocate.layers in ("flat", "preference")
-    if (asked("num_beams") or 1) > 1 and uneven and not policy.keeps_all:
-        yield "beam search", "heads with budgets of their own lie one behind the other over all sequences", _GREEDY
     for name, feature in _SPECULATIVE.items():
         if asked(name) and not policy.keeps_all:
             yield feature, "it takes tokens back, and they may have displaced others", _ONE_BY_ONE
-    if asked("penalty_alpha") and (asked("top_k") or 0) > 1:
-        yield "contrastive search", "it repeats and picks the cache's sequences at each step", "generate greedily"
     if asked("dola_layers") is not None:
         yield "DoLa decoding", "it reads hidden layers of an uncompiled pass", "generate greedily"
     store = asked("cache_implementation")

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from kvpass.errors import CacheError
+from kvpass.errors import StaleCacheError
+from kvpass.kernels.rank.share_out import ShareOut
 from kvpass.kernels.slots.cursor import FREE, LIVE, SEEN
 from kvpass.kernels.slots.moves import rows_of
 from kvpass.kernels.slots.ragged import is_ragged
-from kvpass.runtime.store import SlotStore
+from kvpass.kernels.slots.rows import rows_laid_out
+from kvpass.runtime.store import Pick, SlotStore
+
+MOST = 256
+"""Picks of a store that wait for their other half: who only looks at a few keys never asks for the values."""
 
 
 def selected(store: SlotStore, rows: torch.Tensor, half: int) -> SlotStore:
@@ -20,27 +25,43 @@ def selected(store: SlotStore, rows: torch.Tensor, half: int) -> SlotStore:
         half: 0 if it is asked for keys, 1 for values.
 
     Raises:
-        CacheError: heads have budgets of their own, which lie one behind the other over all sequences.
+        StaleCacheError: a call on the store failed halfway.
     """
-    last = store.picked
-    if last is not None and half not in last[2] and torch.equal(last[0], rows):
-        last[2].add(half)
-        return last[1]
-    if is_ragged(store.state.cursor) or store.length is not None:
-        raise CacheError(
-            "sequences cannot be picked out of this cache yet (beam search, reordering)",
-            where=store.name,
-            hint="choose a policy whose heads hold the same number of slots, and a cache that grows; or num_beams=1",
-        )
+    for at, pick in enumerate(store.picked):
+        if pick.half == half and pick.store.tokens == store.tokens and torch.equal(pick.rows, rows):
+            del store.picked[at]
+            return pick.store
+    result = with_rows(store, rows)
+    store.picked = [*store.picked[1 - MOST :], Pick(rows.clone(), result, 1 - half)]
+    return result
+
+
+def with_rows(store: SlotStore, rows: torch.Tensor) -> SlotStore:
+    """Another store of these sequences (int [N], with repeats).
+
+    Raises:
+        StaleCacheError: a call on the store failed halfway.
+    """
+    require_whole(store)
+    spare = store.spare
     with torch.inference_mode(False), torch.no_grad():
         at = rows.to(store.state.k.device).long()
-        state = rows_of(store.state, at)
-        bases = tuple(base.clone() for base in store.bases)
+        if store.rule[ShareOut].share:
+            state, spare = rows_laid_out(store.state, at, spare)
+        else:
+            state = rows_of(store.state, at)
         zero = None if store.zero is None else store.zero[at]
-    result = object.__new__(SlotStore)
-    result.__setstate__({**vars(store), "state": state, "bases": bases, "zero": zero, "picked": None})
-    store.picked = rows.clone(), result, {half}
-    return result
+    return store.with_state(state, zero=zero, spare=spare)
+
+
+def require_whole(store: SlotStore) -> None:
+    """Raises StaleCacheError if a call on a store failed halfway."""
+    if store.spoiled:
+        raise StaleCacheError(
+            "an earlier call on this cache failed halfway: none of its sequences can go on",
+            where=store.name,
+            hint="begin again from an empty cache",
+        )
 
 
 def take_back(store: SlotStore, length: int) -> bool:

@@ -26,7 +26,7 @@ _SHELL = "_kvpass_shell"
 
 def make(store: SlotStore, half: int) -> torch.Tensor:
     """The shell of a store's keys (half 0) or values (half 1), `[B, Hkv, T, D]` in the host's axis order."""
-    sizes = _sizes(store, half, store.layouts[half])
+    sizes = sizes_of(store, half, store.layouts[half])
     if store.length is None:
         shell = store.bases[half].expand(sizes)
     else:  # later calls write into it, which even a fake of it allows only where no step is 0
@@ -132,7 +132,7 @@ def _stands_for(tensor: torch.Tensor, path: tuple[int, ...]) -> Stands | None:
     store = sharing_storage(tensor) if shell is None and not path else None
     if store is None or store.length is None:
         return shell
-    seen = tuple(_sizes(store, 0, store.layouts[0])), tuple(_sizes(store, 1, store.layouts[1]))
+    seen = tuple(sizes_of(store, 0, store.layouts[0])), tuple(sizes_of(store, 1, store.layouts[1]))
     same = [h for h in (0, 1) if same_storage(tensor, store.bases[h]) and seen[h] == tuple(tensor.shape)]
     return (store, same[0]) if same and not tensor.storage_offset() and set(tensor.stride()) == {1} else None
 
@@ -184,7 +184,7 @@ def unwrap(past: tuple[torch.Tensor, ...], layouts: tuple[Layout, ...], where: s
         raise _swapped(where)
     _check_left_alone(store, past, where)
     length = key.shape[layouts[0].token_axis]
-    if length != store.tokens and not (length < store.tokens and take_back(store, length)):
+    if length != store.tokens and not (length < store.tokens and take_back(store.owned(), length)):
         hint = "evicted tokens cannot come back: crop before compiling, or keep a copy.deepcopy(cache) from before"
         if length > store.tokens or hasattr(key, _SHELL):
             hint = "continue from the newest cache, or branch with copy.deepcopy(cache) before generating"
@@ -192,11 +192,11 @@ def unwrap(past: tuple[torch.Tensor, ...], layouts: tuple[Layout, ...], where: s
             f"the cache is {length} tokens long, but its state has seen {store.tokens}", where=where, hint=hint
         )
     for half, layout in enumerate(layouts):
-        if tuple(past[half].shape) != tuple(_sizes(store, half, layout)):
+        if tuple(past[half].shape) != tuple(sizes_of(store, half, layout)):
             raise StaleCacheError(
-                f"the cache is {list(past[half].shape)}, but its state is of {_sizes(store, half, layout)}",
+                f"the cache is {list(past[half].shape)}, but its state is of {sizes_of(store, half, layout)}",
                 where=where,
-                hint="sequences cannot be picked out of a compressed cache; run each batch from its own prompt",
+                hint="pick whole sequences, keys[rows] and values[rows], or with kvpass.Cache(cache).select(rows)",
             )
     return store
 
@@ -209,7 +209,7 @@ def _newest(store: SlotStore, past: tuple[torch.Tensor, ...]) -> bool:
     )
 
 
-def _sizes(store: SlotStore, half: int, layout: Layout) -> list[int]:
+def sizes_of(store: SlotStore, half: int, layout: Layout) -> list[int]:
     """Logical shape of a store's keys or values in the host's axis order."""
     batch, heads, _, dim = (store.state.k, store.state.v)[half].shape
     heads, dim = (heads, dim) if store.host is None else store.host[half]
@@ -261,8 +261,8 @@ def _foreign(key: torch.Tensor, where: str) -> Exception:
         return ShellDataError(
             "the cached keys are NaN: data was read out of a compressed cache (reordered, indexed, joined or moved)",
             where=where,
-            hint="pass the cache object as it was returned; copy it with copy.deepcopy. "
-            "Beam search and batch reordering are not supported",
+            hint="pass the cache object as it was returned; copy it with copy.deepcopy, pick rows with "
+            "kvpass.Cache(cache).select(rows)",
         )
     return ForeignCacheError(
         "the cache holds keys and values that kvpass did not make",

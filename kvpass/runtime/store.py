@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
-from weakref import WeakValueDictionary, ref
+from typing import Any, NamedTuple
+from weakref import WeakSet, WeakValueDictionary, ref
 
 import torch
 
@@ -25,6 +25,14 @@ LEAST_ROOM = 32
 """Slots by which a state grows at least where steps are recorded: one recording for so many kept tokens."""
 
 _BY_STORAGE: WeakValueDictionary[int, SlotStore] = WeakValueDictionary()
+
+
+class Pick(NamedTuple):
+    """Rows of a store, int64 [n], what they became, and the half (0 keys, 1 values) that is still to be picked."""
+
+    rows: torch.Tensor
+    store: SlotStore
+    half: int
 
 
 @dataclass(eq=False)
@@ -52,7 +60,8 @@ class SlotStore:
         step: radians that each pair of a key's entries turns from position to position, float64 [D / 2]; where
             the rule is to `Reindex`, from the first call on.
         zero: how far place 0 of each row is turned, complex128 [B, D / 2], 0 for rows without a token; likewise.
-        picked: rows that were last picked out of this store, what they became, and for which of K and V.
+        picked: rows that were picked out of this store for one of K and V, until they are for the other one.
+        lent: the stores that share this one's state (`owned`); None if none does.
         steps: what became of them under `mode="reduce-overhead"`; counted on the first site of each graph.
         recorded: steps are replayed, so that the state's addresses change as seldom as may be.
     """
@@ -78,7 +87,8 @@ class SlotStore:
     outside: int = 0
     step: torch.Tensor | None = None
     zero: torch.Tensor | None = None
-    picked: tuple[torch.Tensor, SlotStore, set[int]] | None = None
+    picked: list[Pick] = field(default_factory=list)
+    lent: WeakSet[SlotStore] | None = None
     steps: StepCounts = field(default_factory=StepCounts)
     recorded: bool = False
 
@@ -93,6 +103,7 @@ class SlotStore:
         """A store that was unpickled is found by its own storages."""
         self.__dict__.update(fields)
         self.versions, self.shown, self.held = [None, None], [None, None], [None, None]
+        self.picked, self.lent = [], None
         self._register()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SlotStore:
@@ -101,7 +112,7 @@ class SlotStore:
         """
         other = object.__new__(SlotStore)
         memo[id(self)] = other
-        fields = {**vars(self), "picked": None}
+        fields = dict(vars(self))
         with torch.inference_mode(False), torch.no_grad():
             fields["state"] = self.state.clone()
             bases = copy.deepcopy(self.bases, memo)
@@ -109,6 +120,32 @@ class SlotStore:
             fields["bases"] = tuple(b.new_empty(0).set_(b.untyped_storage(), 0, b.shape, (1,)) for b in bases)
         other.__setstate__(fields)
         return other
+
+    def with_state(self, state: State, **changes: Any) -> SlotStore:
+        """Another store with a state of other rows, of this one's history: `changes` to its fields."""
+        other = object.__new__(SlotStore)
+        with torch.inference_mode(False):
+            bases = tuple(base.new_full((1,), float("nan")) for base in self.bases)
+        other.__setstate__({**vars(self), **changes, "state": state, "bases": bases})
+        return other
+
+    def fork(self) -> SlotStore:
+        """Another store with this one's state: both have it until one is about to change it."""
+        other = self.with_state(self.state)
+        self.lent = other.lent = self.lent or WeakSet([self])
+        self.lent.add(other)
+        return other
+
+    def owned(self) -> SlotStore:
+        """This store, with a state that no other has: a copy, unless it is the last that has it."""
+        lent = self.lent
+        if lent is not None:
+            if len(lent) > 1:
+                with torch.inference_mode(False), torch.no_grad():
+                    self.state = self.state.clone()
+            lent.discard(self)
+            self.lent = None
+        return self
 
     def base_of(self, half: int, elements: int) -> torch.Tensor:
         """The memory under the shell of K or V, of so many NaN."""
@@ -148,6 +185,10 @@ class SlotStore:
         """Grow the slots, if needed, for a call of `new` tokens, which is a step or not. Copies this one layer, once in
         about n/40 kept tokens; where layers share out also before each call of several tokens.
         """
+        if self.lent is not None:
+            self.owned()
+        if self.picked:
+            self.picked = []
         tokens = self.tokens + new
         if not self.rule[ShareOut].share:
             rule = self.rule.of_steps if step else self.rule.of_call(self.tokens)

@@ -1,7 +1,7 @@
 """Shells that speak: between calls of a compiled model, whoever reads a compressed cache as data is told so at once.
 
 A shell is a plain tensor inside a call, as Dynamo's guards want it, and a `Shell` outside: the same object, of another
-class. Sizes, devices and views are answered; NaN never flows on.
+class. Sizes, devices and views are answered, whole sequences can be picked and repeated; NaN never flows on.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from kvpass.errors import CacheError, ShellDataError
+from kvpass.runtime.rows_asked import COPIES, rows_copied, rows_seen
 
 _ANSWERED = frozenset({
     "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "is_contiguous", "element_size",
@@ -38,7 +39,10 @@ _VIEW_ATTRIBUTES = frozenset({"T", "mT", "H", "mH", "data", "real", "imag"})
 
 _REPLIES = {
     "index_select": "only whole sequences can be picked out of a compressed cache, along its first axis",
-    "repeat_interleave": "a compressed cache cannot be repeated yet: repeat the prompt (num_return_sequences) instead",
+    "__getitem__": "only whole sequences can be picked out of a compressed cache: keys[rows], rows a list or a tensor",
+    "repeat_interleave": "only whole sequences can be repeated: keys.repeat_interleave(n, dim=0)",
+    "repeat": "only whole sequences can be repeated: keys.repeat(n, 1, 1, 1)",
+    "tile": "only whole sequences can be repeated: keys.tile(n, 1, 1, 1)",
     "zero_": "begin with a new cache: this one grows by joining, zeros would stay in it as keys",
     "cat": "it was handed to a model that kvpass did not compile, or joined by hand; give it to the model that made it",
 }
@@ -58,10 +62,16 @@ class Shell(torch.Tensor):
         if name == "__get__" and getattr(func, "__self__", None) is not None:
             attribute = func.__self__.__name__
             return _plainly(func, args, kwargs, shells, views=attribute in _VIEW_ATTRIBUTES)
+        if name in COPIES or name == "__getitem__":
+            rows = _rows_of(rows_copied, func, args, kwargs)
+            if rows is not None:
+                return _picked(args[0], rows)
+            if name in COPIES:
+                raise _refusal(name, shells[0])
+        if name == "contiguous":  # nobody can tell
+            return args[0]
         if name in _ANSWERED or name in _VIEWS or (name in _MOVES and _in_place(func, args, kwargs)):
             return _plainly(func, args, kwargs, shells, views=name in _VIEWS | _MOVES)
-        if name == "index_select" and isinstance(args[0], Shell):
-            return _picked(*args, **(kwargs or {}))
         if name == "zero_":
             return _emptied(args[0])
         if name == "__deepcopy__":
@@ -109,7 +119,51 @@ def _plainly(func: Any, args: Any, kwargs: Any, shells: list[torch.Tensor], view
             veil(tensors)
             for tensor in tensors:
                 setattr(tensor, _OF, shells[0])
+            if _loses_rows(shells[0], tensors):
+                return _parts(func, args, kwargs, result)
     return result
+
+
+def _loses_rows(shell: torch.Tensor, views: list[torch.Tensor]) -> bool:
+    """Whether some of these views are a cache but for the number of its sequences."""
+    from kvpass.runtime.shell import find, half_of
+
+    store, half = find(shell), half_of(shell)
+    if store is None or half is None or not any(view.dim() == shell.dim() for view in views):
+        return False
+    axis, token_axis = store.layouts[half].batch_axis, store.layouts[half].token_axis
+    return any(
+        view.dim() == shell.dim()
+        and view.shape[axis] not in (0, shell.shape[axis])
+        and all(view.shape[at] == shell.shape[at] for at in range(view.dim()) if at not in (axis, token_axis))
+        for view in views
+    )
+
+
+def _parts(func: Any, args: Any, kwargs: Any, views: Any) -> Any:
+    """Shells of the sequences that views of one show, in the place of those views of which it can be told."""
+    found = _rows_of(rows_seen, func, args, kwargs)
+    parts = list(views) if isinstance(views, (list, tuple)) else [views]
+    for at, (part, rows) in enumerate(zip(parts, found or [None] * len(parts), strict=True)):
+        if rows is not None and _loses_rows(args[0], [part]):
+            parts[at] = _picked(args[0], rows, part)
+    return type(views)(parts) if isinstance(views, (list, tuple)) else parts[0]
+
+
+def _rows_of(ask: Any, func: Any, args: Any, kwargs: Any) -> Any:
+    """What is found out of the rows of an operation on one shell, the first argument; None if it is no whole cache."""
+    from kvpass.runtime.shell import find, half_of, sizes_of
+
+    shell = args[0] if args and isinstance(args[0], Shell) else None
+    store, half = find(shell), half_of(shell) if shell is not None else None
+    if shell is None or store is None or half is None or len(list(_shells((args, kwargs or {})))) > 1:
+        return None
+    layout = store.layouts[half]
+    whole = sizes_of(store, half, layout)
+    if shell.dim() != len(whole) or any(shell.shape[at] != n for at, n in enumerate(whole) if at != layout.token_axis):
+        return None
+    with torch._C.DisableTorchFunctionSubclass():
+        return ask(func, args, kwargs or {}, layout.batch_axis)
 
 
 def _in_place(func: Any, args: Any, kwargs: Any) -> bool:
@@ -144,15 +198,19 @@ def _emptied(shell: torch.Tensor) -> torch.Tensor:
     return shell
 
 
-def _picked(shell: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
-    """The shell of the picked sequences, as beam search asks for."""
+def _picked(shell: torch.Tensor, rows: torch.Tensor, view: torch.Tensor | None = None) -> torch.Tensor:
+    """The shell of the picked sequences, as beam search asks for; with as many tokens as a view of it has."""
     from kvpass.runtime.pick import selected
     from kvpass.runtime.shell import find, half_of, make
 
     store, half = find(shell), half_of(shell)
-    if store is None or half is None or dim != store.layouts[half].batch_axis:
-        raise _refusal("index_select", shell)
-    result = make(selected(store, index, half), half)
+    assert store is not None
+    assert half is not None
+    axis, result = store.layouts[half].token_axis, make(selected(store, rows, half), half)
+    tokens = (shell if view is None else view).shape[axis]
+    if tokens != result.shape[axis]:
+        whole, result = result, result.narrow(axis, 0, tokens)
+        setattr(result, _OF, whole)
     veil([result])
     return result
 
