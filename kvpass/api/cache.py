@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from os import PathLike
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from kvpass.api.crop import crop
 from kvpass.api.holdings import cache_of, holdings, stores
 from kvpass.api.rehoused import beside, picked, rehoused
 from kvpass.api.report import LayerView, layer_view
+from kvpass.api.saving import load, save
 from kvpass.errors import CacheError
 from kvpass.kernels.slots.cursor import FIRST, SEEN
 from kvpass.runtime.join import joined
@@ -48,6 +50,30 @@ class Cache(Wrapped):
                 "5.24), or the list or object that the model keeps its keys and values in",
             )
         super().__init__(host)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write it to a safetensors file: slots, positions, statistics, and whose they are. The file is there whole, or
+        what was there before still is.
+
+        Raises:
+            CacheError: the host, or something in it, cannot be made again from a file (named); there are no slots; or
+                the file cannot be written.
+            StaleCacheError: it was cropped, another branch has gone on with it, or a call on it failed.
+        """
+        save(self.host, path)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], model: Any) -> Cache:
+        """The cache that `save` wrote, on the model's device. It belongs to this model from here on.
+
+        Args:
+            model: what `kvpass.compile` returned, with the policy, budget and weights that the cache was made with.
+
+        Raises:
+            CacheError: no such file, one of another format or version, or a damaged one.
+            StaleCacheError: another policy, budget or model made it.
+        """
+        return cls(load(path, model))
 
     @property
     def tokens(self) -> int:

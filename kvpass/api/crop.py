@@ -9,7 +9,7 @@ import torch
 from kvpass.api.holdings import stores, tensors_in
 from kvpass.api.rehoused import standing_for
 from kvpass.errors import CacheError
-from kvpass.runtime.pick import require_whole, take_back
+from kvpass.runtime.pick import require_whole, still_tentative, take_back
 from kvpass.runtime.shell import attach, is_shell, make
 from kvpass.runtime.store import SlotStore
 from kvpass.runtime.veil import Shell, unveil, veil
@@ -43,7 +43,7 @@ def crop(host: Any, n: int) -> None:
             raise CacheError(
                 f"{n} tokens cannot be taken back: they may have displaced others",
                 where=store.name,
-                hint="keep cache.fork() from before; or compile with policy='full'",
+                hint=f"{still_tentative(store)}; or keep cache.fork() from before",
             )
     if own is not None:
         own(-n)

@@ -14,6 +14,7 @@ from kvpass.errors import CacheError, NothingRewritten
 from kvpass.model.dynamo import isolated, limits
 from kvpass.model.facade import Facade, facade_of
 from kvpass.model.one_by_one import one_by_one
+from kvpass.model.turns import Turns
 from kvpass.pipeline.compose import Backend
 from kvpass.runtime.active import current
 from kvpass.runtime.breaks import told
@@ -35,7 +36,7 @@ class Compilation:
 
     def __init__(self, model: torch.nn.Module, backend: Backend) -> None:
         self.model, self.backend = model, backend
-        self.state = HostState(model)
+        self.state, self.turns = HostState(model), Turns(model)
         self.compiled = isolated(backend)
         self._facades: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self._hosted: list[weakref.ref[torch.Tensor]] = []
@@ -64,7 +65,7 @@ class Compilation:
         return _restored, (real, self.backend)
 
     def run(self, module: torch.nn.Module, function: tuple[Any, ...], args: Any, kwargs: Any) -> Any:
-        """Call a module compiled, and check what became of the caches.
+        """Call a module compiled, and check what became of the caches. Other threads wait.
 
         Args:
             function: what to call, and its first arguments: a method of the module, and the module.
@@ -78,18 +79,26 @@ class Compilation:
         block = opened_for(self)
         if block is not None:
             return one_by_one(block, module, lambda *a, **k: self.run(module, function, a, k), args, kwargs)
+        with self.turns.taken():
+            return self._run(module, function, args, kwargs)
+
+    def _run(self, module: torch.nn.Module, function: tuple[Any, ...], args: Any, kwargs: Any) -> Any:
+        """The outermost call of this thread, while no other thread is in one."""
         call = Call(self, module is self.model, self._hosted)
-        result, error, first = None, None, self.state.first is not None
+        result, first = None, self.state.first is not None
+        error: BaseException | None = None
         with self.state.swapped():
             try:
                 result = self._watched(call, function, args, kwargs)
-            except Exception as raised:
+            except BaseException as raised:  # an interrupt too leaves the model's attributes as they were
                 error = raised
         alien = self.state.disown() if error is not None and first else []
         alien += self.state.learn(call.before) if call.before is not None else []
-        if alien:  # calls of the model itself had left their state where this one began
+        if alien and (
+            error is None or isinstance(error, Exception)
+        ):  # calls of the model itself had left their state where this one began
             _refuse_objects(args, kwargs, alien)
-            return self.run(module, function, args, kwargs)
+            return self._run(module, function, args, kwargs)
         if error is not None:
             raise error
         return result

@@ -6,11 +6,14 @@ the original, in silence, and a compressed cache would meet a model that knows n
 
 from __future__ import annotations
 
+import contextvars
+import functools
 import inspect
 import itertools
+import threading
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -78,18 +81,63 @@ def limits() -> Iterator[None]:
     """
     import torch._dynamo
 
-    config: Any = torch._dynamo.config  # its own patch() takes ten times as long
-    before = {name: getattr(config, name) for name in _WITHIN_A_CALL if hasattr(config, name)}
-    for name in before:
-        setattr(config, name, _WITHIN_A_CALL[name])
     try:
-        with tracing(), decided(), changing_is_dynamic():
+        with _SETTINGS.put(torch._dynamo.config), tracing(), decided(), changing_is_dynamic():
             yield
     except torch._dynamo.exc.FailOnRecompileLimitHit as error:
         raise _too_many() from error
+
+
+class _Settings:
+    """Dynamo's settings during calls. Where they are the process's (torch before 2.13), those of before come back when
+    no thread is in a call any more; else each thread has its own.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.calls = threading.Lock(), 0
+        self.before: dict[str, Any] = {}
+
+    @contextmanager
+    def put(self, config: Any) -> Iterator[None]:
+        if _are_of_threads(config):
+            before = _exchanged(config, _WITHIN_A_CALL)
+            try:
+                yield
+            finally:
+                _exchanged(config, before)
+            return
+        with self.lock:
+            self.calls += 1
+            if self.calls == 1:
+                self.before = _exchanged(config, _WITHIN_A_CALL)
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.calls -= 1
+                if not self.calls:
+                    _exchanged(config, self.before)
+
+
+_SETTINGS = _Settings()
+
+
+def _exchanged(config: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Set what a torch has of these, and give what it was. (The config's own patch() takes ten times as long.)"""
+    before = {name: getattr(config, name) for name in values if hasattr(config, name)}
+    for name in before:
+        setattr(config, name, values[name])
+    return before
+
+
+@functools.cache
+def _are_of_threads(config: Any) -> bool:
+    """Whether what one thread sets is not seen by others."""
+    before = _exchanged(config, {"recompile_limit": -1})
+    try:
+        return bool(contextvars.Context().run(getattr, config, "recompile_limit") != -1)
     finally:
-        for name, value in before.items():
-            setattr(config, name, value)
+        _exchanged(config, before)
 
 
 def _too_many() -> RecompileError:

@@ -192,7 +192,8 @@ def _door(facade: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _checked(facade: Any, generate: Callable[..., Any]) -> Callable[..., Any]:
-    """`generate`, which refuses at once what compressed caches cannot do yet."""
+    """`generate`, which refuses at once what compressed caches cannot do yet, and a history that is not the cache's."""
+    from kvpass.model.history import check_history, note_history
     from kvpass.model.speculative import drafts_of
     from kvpass.model.unserved import refuse_unserved
 
@@ -201,7 +202,10 @@ def _checked(facade: Any, generate: Callable[..., Any]) -> Callable[..., Any]:
         args, kwargs = opened(args, kwargs)
         compilation = _get(facade, "_kvpass_compilation")
         refuse_unserved(compilation.backend.policy, facade, kwargs)
+        check_history(facade, args, kwargs)
         with drafts_of(compilation, facade, args, kwargs):
-            return generate(*args, **kwargs)
+            result = generate(*args, **kwargs)
+        note_history(kwargs, result)
+        return result
 
     return call

@@ -8,6 +8,7 @@ from typing import Any
 from kvpass.errors import CacheError
 from kvpass.model.asked import Asked
 from kvpass.model.speculative import SPECULATIVE, crops_by_itself, goes_on
+from kvpass.pipeline.arguments import check_ready
 from kvpass.policy.spec import Spec
 
 _ONE_BY_ONE = "generate without drafts, or compile with policy='full'"
@@ -16,6 +17,7 @@ _DYNAMIC = "leave cache_implementation out (a cache that grows), or say 'static'
 _STORES = {
     "paged": ("continuous batching keeps keys and values of all requests in one pool", _DYNAMIC),
     "quantized": ("a quantised cache re-reads and re-codes keys as data", _DYNAMIC),
+    "offloaded": ("an offloaded cache moves keys between devices as data", _DYNAMIC),
 }
 """Names of `cache_implementation` that no compressed cache can stand in for."""
 
@@ -28,8 +30,18 @@ def refuse_unserved(policy: Spec, model: Any, given: dict[str, Any]) -> None:
 
     Raises:
         CacheError: naming the feature.
+        TrainingError: the model is in train mode: it may drop out, and leave its cache unused.
     """
-    for feature, why, fix in _unserved(policy, Asked(model, given)):
+    check_ready(model, "generate()", strict=False)
+    asked = Asked(model, given)
+    if asked("output_attentions") and model.kvpass.strict:
+        raise CacheError(
+            "output_attentions=True does not work where attention is rewritten: its weights never exist as a whole",
+            where="generate()",
+            hint="call without it; kvpass.inspect(cache) shows what is kept, and by which scores; under strict=False "
+            "the model runs dense",
+        )
+    for feature, why, fix in _unserved(policy, asked):
         raise CacheError(f"{feature} does not work on a compressed cache: {why}", where="generate()", hint=fix)
 
 
@@ -39,10 +51,13 @@ def _unserved(policy: Spec, asked: Asked) -> Iterator[tuple[str, str, str]]:
     if asked("dola_layers") is not None:
         yield "DoLa decoding", "it reads hidden layers of an uncompiled pass", "generate greedily"
     store = asked("cache_implementation")
-    if store in _STORES:
-        why, fix = _STORES[store]
+    kind = next((name for name in _STORES if str(store).startswith(name)), None)
+    if kind is not None:
+        why, fix = _STORES[kind]
         yield f"cache_implementation={store!r}", why, fix
     for name in ("cache", "past_key_values"):
+        if getattr(asked.given.get(name), "offloading", False):
+            yield f"a {type(asked.given[name]).__name__} with offloading", *_STORES["offloaded"]
         kinds = {cls.__name__ for cls in type(asked.given.get(name)).__mro__}
         for word in ("Quantized", "Paged"):
             if any(word in kind for kind in kinds):

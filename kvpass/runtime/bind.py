@@ -105,9 +105,10 @@ class Bound:
     def _origin_of(self, args: Sequence[Any]) -> Origin:
         """The origin of this call's stores: whose parameters it was given."""
         model = self.weights.of(args, fresh=self.bindings[0].phase is Phase.PREFILL)
-        if model is not self.origin.model:
-            self.origin = replace(self.origin, model=model)
-        return self.origin
+        origin = self.origin  # another thread may change it
+        if model is not origin.model:
+            origin = self.origin = replace(origin, model=model)
+        return origin
 
     def _run(self, call: CallFacts) -> Any:
         """The compiled call. If it fails, it may have changed the state of some layers."""

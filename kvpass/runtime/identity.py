@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -60,6 +61,26 @@ class Identity:
         """Objects do not outlive their process; their content may."""
         return {"objects": {}, "digests": self.digests, "agreed": None}
 
+    def told(self) -> list[list[Any]]:
+        """Names and digests as plain data, of the parameters that show their content."""
+        shown = [name for name, one in self.objects.items() if (tensor := one()) is None or _shows(tensor)]
+        return [[n, list(shape), kind, entries.hex()] for n in shown for shape, kind, entries in (self.digests[n],)]
+
+    @staticmethod
+    def among(told: Sequence[Sequence[Any]], parameters: Mapping[Any, deque[torch.Tensor]]) -> Identity | str:
+        """The identity that was `told`, of a model whose parameters are given by digest (`by_content`); or the name of
+        one that the model has not.
+        """
+        own = Identity({})
+        for name, shape, kind, entries in told:
+            digest = tuple(shape), kind, bytes.fromhex(entries)
+            alike = parameters.get(digest)
+            if not alike:
+                return str(name)
+            own.digests[name], own.objects[name] = digest, ref(alike[0])
+            alike.rotate(-1)  # parameters of equal content come in the model's order
+        return own
+
     def holds(self, parameters: dict[str, torch.Tensor]) -> bool:
         """Whether these are the very objects."""
         return all(self.objects[name]() is tensor for name, tensor in parameters.items())
@@ -78,7 +99,10 @@ class Identity:
             return not self.digests or not other.digests or any(id(o()) in ours for o in other.objects.values())
         now = [_alive(other.objects.get(name)) for name in changed]
         fresh = _digests([tensor for tensor in now if tensor is not None]) if None not in now else []
-        return bool(fresh) and all(self.digests[name] == one for name, one in zip(changed, fresh, strict=True))
+        equal = bool(fresh) and all(self.digests[name] == one for name, one in zip(changed, fresh, strict=True))
+        if equal:  # of a pickled cache nobody knows the objects until here
+            self.objects |= {n: other.objects[n] for n in changed if _alive(self.objects.get(n)) is None}
+        return equal
 
     def _shares(self, name: str, other: Identity) -> bool:
         mine, theirs = _alive(self.objects.get(name)), _alive(other.objects.get(name))
@@ -116,6 +140,14 @@ class Weights:
         return known
 
 
+def by_content(parameters: Sequence[torch.Tensor]) -> dict[Any, deque[torch.Tensor]]:
+    """Parameters by their digests, in order."""
+    found: dict[Any, deque[torch.Tensor]] = {}
+    for digest, tensor in zip(_digests(parameters), parameters, strict=True):
+        found.setdefault(digest, deque()).append(tensor)
+    return found
+
+
 def _alive(reference: Any) -> Any:
     return reference() if reference is not None else None
 
@@ -136,9 +168,14 @@ def _digests(tensors: Sequence[torch.Tensor]) -> list[tuple[Any, ...]]:
     return [(tuple(t.shape), str(t.dtype), entry) for t, entry in zip(tensors, entries, strict=True)]
 
 
+def _shows(tensor: torch.Tensor) -> bool:
+    """Whether a parameter's data can be read."""
+    return not tensor.is_meta and type(tensor) is torch.nn.Parameter
+
+
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
     """Bytes of a few entries, uint8 [n]; of a tensor that does not show its data, some that no other has."""
-    if tensor.is_meta or type(tensor) is not torch.nn.Parameter:
+    if not _shows(tensor):
         return torch.tensor([*next(_UNKNOWN).to_bytes(8, "big"), 0], dtype=torch.uint8)
     if not tensor.numel():
         return torch.empty(0, dtype=torch.uint8)

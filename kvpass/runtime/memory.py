@@ -75,6 +75,16 @@ class Standing:
         self.home = ref(home) if home is not None else None
         self.places: dict[Place, Stands] = {}
 
+    def __reduce__(self) -> Any:
+        """Refuse to be pickled: another process has none of the caller's buffers.
+
+        Raises:
+            CacheError: always.
+        """
+        from kvpass.runtime.store import unpicklable
+
+        raise unpicklable(next((store.name for store, _ in self.places.values()), ""))
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Standing:
         """Of the copied memory, whichever that is; its stores are copies too."""
         from copy import deepcopy

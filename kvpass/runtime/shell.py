@@ -96,6 +96,25 @@ def is_shell(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, SHELL) or sharing_storage(tensor) is not None
 
 
+def of_shell(tensor: torch.Tensor, where: str) -> tuple[SlotStore, int]:
+    """The store and the half that a whole shell stands for, as the last call left both.
+
+    Raises:
+        StaleCacheError: it is a view of a shell, of an earlier length, or a call on it failed.
+    """
+    found: tuple[SlotStore, int] | None = vars(tensor).get(_SHELL)
+    if found is not None:
+        store, half = found
+        _check_left_alone(store, [tensor], where, half)
+        if list(tensor.shape) == _sizes(store, half, store.layouts[half]):
+            return found
+    raise StaleCacheError(
+        "this is not the newest state of a compressed cache: it was cropped, or another branch has gone on with it",
+        where=where,
+        hint="take the cache object that the last call returned",
+    )
+
+
 def is_data(tensor: torch.Tensor, path: tuple[int, ...] = ()) -> bool:
     """Keys or values that kvpass had no part in, not even as what was read out of a shell."""
     if find(tensor) is not None and (not path or overlapping(tensor, path)):
@@ -211,15 +230,15 @@ def sizes_of(store: SlotStore, half: int, layout: Layout) -> list[int]:
     return [sizes[axis] if isinstance(axis, str) else axis for axis in layout.axes]
 
 
-def _check_left_alone(store: SlotStore, tensors: Sequence[torch.Tensor], where: str) -> None:
-    """Refuse a store that is no longer what its tokens say."""
+def _check_left_alone(store: SlotStore, tensors: Sequence[torch.Tensor], where: str, first: int = 0) -> None:
+    """Refuse a store that is no longer what its tokens say. The tensors are of both halves, or from `first` on."""
     if store.spoiled:
         raise StaleCacheError(
             "an earlier call on this cache failed halfway: some layers may hold its tokens, others not",
             where=where,
             hint="begin again from an empty cache; a copy.deepcopy(cache) from before that call is good too",
         )
-    for seen, tensor in zip(store.versions, tensors, strict=False):
+    for seen, tensor in zip(store.versions[first:], tensors, strict=False):
         if seen is not None and seen != version(tensor):
             raise StaleCacheError(
                 "the cache was written to between two calls, which changes nothing in its compressed state",

@@ -173,7 +173,7 @@ class SlotStore:
         _BY_STORAGE.update((_storage_key(base), self) for base in self.bases)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Refuse to be pickled: the process that reads it would find neither the store nor what it may be used with.
+        """Refuse to be pickled by itself, without the shell that would find it again (`kvpass.runtime.pickled`).
 
         Raises:
             CacheError: always; `copy.deepcopy` does not come here.
@@ -284,11 +284,12 @@ def capacity(rule: Rule, tokens: int) -> int:
 
 
 def unpicklable(where: str) -> CacheError:
-    """Why neither a store nor a shell, which carries one, can leave its process."""
+    """Why a store, or what carries one but is no shell of a compiled model's, cannot leave its process."""
     return CacheError(
-        "a compressed cache cannot be pickled or saved yet",
+        "this part of a compressed cache cannot be pickled: a buffer of the caller's, or a cache of torch.compile",
         where=where,
-        hint="copy.deepcopy(cache) keeps it within the process; elsewhere run the prompt through the model again",
+        hint="copy.deepcopy(cache) keeps it within the process; a cache of kvpass.compile is pickled whole, and "
+        "kvpass.Cache(cache).save(path) writes it to a file",
     )
 
 

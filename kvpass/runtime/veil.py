@@ -15,7 +15,6 @@ import torch
 from kvpass.errors import CacheError, ShellDataError
 from kvpass.runtime.branches import OF
 from kvpass.runtime.rows_asked import COPIES, rows_copied, rows_seen
-from kvpass.runtime.store import unpicklable
 
 _ANSWERED = frozenset({
     "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "is_contiguous", "element_size",
@@ -214,21 +213,16 @@ def _picked(shell: torch.Tensor, rows: torch.Tensor, view: torch.Tensor | None =
 
 
 def _pickled(shell: torch.Tensor) -> Any:
-    """The store says that it cannot be pickled."""
-    from kvpass.runtime.shell import find
+    """How pickle makes it again."""
+    from kvpass.runtime.pickled import reduced
 
-    store = find(shell)
-    if store is None:
-        raise _refusal("pickle", shell)
-    return store.__reduce_ex__(4)
+    return reduced(shell)
 
 
 def _refusal(name: str, shell: torch.Tensor) -> CacheError:
     from kvpass.runtime.shell import find
 
     store = find(shell)
-    if name in ("__reduce__", "__reduce_ex__"):
-        return unpicklable(store.name if store is not None else "")
     return ShellDataError(
         f"{name} reads a compressed cache as data; its keys and values are not in this tensor",
         where=store.name if store is not None else "",

@@ -1,0 +1,111 @@
+"""What a cache's tokens were, for `generate` in later turns: a history that was shortened or edited is not the cache's.
+
+transformers compares neither: of tokens that are not longer than the cache it feeds all or others again, and of edited
+ones it feeds what is behind the old length. An evicted token cannot be taken back, so both are refused here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+
+from kvpass.errors import StaleCacheError
+from kvpass.runtime.shell import find
+from kvpass.runtime.store import SlotStore
+from kvpass.runtime.watch import tensors
+
+_CACHES = ("cache", "past_key_values")
+
+
+@dataclass(frozen=True)
+class Said:
+    """The tokens of a cache when `generate` left it, int64 [B, T], and the state that they led to."""
+
+    ids: torch.Tensor
+    state: ref[Any]
+
+
+_SAID: WeakKeyDictionary[SlotStore, Said] = WeakKeyDictionary()
+"""By the first store of a cache."""
+
+
+def check_history(model: Any, args: Sequence[Any], given: dict[str, Any]) -> None:
+    """Refuse a turn whose tokens do not continue those of its cache.
+
+    Raises:
+        StaleCacheError: it has no token beyond them, or others in their place.
+    """
+    cache = _given(given)
+    length = _length(cache)
+    if not length or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return
+    ids = next((one for one in (*args[:1], given.get("input_ids"), given.get("inputs")) if _is_tokens(one)), None)
+    embeds = given.get("inputs_embeds")
+    shown = embeds if isinstance(embeds, torch.Tensor) else ids
+    if shown is None:
+        return
+    if shown.shape[1] <= length:
+        raise StaleCacheError(
+            f"generate was given {shown.shape[1]} tokens, but its cache holds {length}",
+            where="generate()",
+            hint="give it the whole conversation, all tokens of the cache and new ones behind them; a shortened "
+            "history begins from an empty cache, or from a copy.deepcopy(cache) of then",
+        )
+    store = _first_store(cache)
+    said = _SAID.get(store) if store is not None else None
+    if said is None or store is None or said.state() is not store.state or embeds is not None or ids is None:
+        return
+    shared = min(length, said.ids.shape[1])  # of a cache that was cropped since, fewer
+    other = ids[:, :shared] != said.ids[:, :shared].to(ids.device) if len(ids) == len(said.ids) else None
+    mask = given.get("attention_mask")
+    if other is not None and isinstance(mask, torch.Tensor) and mask.shape == ids.shape:
+        other = other & (mask[:, : other.shape[1]] != 0).to(other.device)
+    if other is not None and bool(other.any()):
+        row, at = other.nonzero()[0].tolist()
+        raise StaleCacheError(
+            f"the history was edited: token {at} of row {row} is {int(ids[row, at])}, but the cache was made of "
+            f"{int(said.ids[row, at])} there",
+            where="generate()",
+            hint="begin from an empty cache; or continue with the very tokens that generate returned (text that is "
+            "tokenised again may give others)",
+        )
+
+
+def note_history(given: dict[str, Any], result: Any) -> None:
+    """Remember which tokens a cache was made of, where `generate` tells: one sequence for each of its rows."""
+    fields = result if isinstance(result, dict) else {}
+    sequences = fields.get("sequences", result)
+    cache = next((one for name in _CACHES if (one := fields.get(name)) is not None), _given(given))
+    length, store = _length(cache), _first_store(cache)
+    if store is None or not _is_tokens(sequences) or "beam_indices" in fields or _searches(given):
+        return
+    rows, columns = sequences.shape
+    if length <= columns and rows == len(store.state.cursor):
+        _SAID[store] = Said(sequences[:, :length].detach().clone(), ref(store.state))
+
+
+def _searches(given: dict[str, Any]) -> bool:
+    """Whether beams were picked: the sequences are not the cache's rows."""
+    config = given.get("generation_config")
+    return (given.get("num_beams") or getattr(config, "num_beams", None) or 1) > 1
+
+
+def _given(given: dict[str, Any]) -> Any:
+    return next((given[name] for name in _CACHES if given.get(name) is not None), None)
+
+
+def _is_tokens(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() == 2 and not value.is_floating_point()
+
+
+def _length(cache: Any) -> int:
+    asked = getattr(cache, "get_seq_length", None)
+    return int(asked()) if asked is not None else 0
+
+
+def _first_store(cache: Any) -> SlotStore | None:
+    return next((store for one in tensors(cache) if (store := find(one.tensor)) is not None), None)

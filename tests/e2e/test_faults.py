@@ -1,0 +1,148 @@
+"""What goes wrong in the middle of a call: the model stays usable, the cache is whole or refused, nothing is kept."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from models import plain, tiny
+from models.turns import GREEDY
+from spelling import cache_of, with_cache
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+
+import kvpass
+from kvpass.api.holdings import stores
+from kvpass.errors import KVPassError, StaleCacheError
+
+E: dict[str, Any] = {"inner": "eager"}
+BUDGET = 40
+IDS = tiny.tokens(2, 90)
+
+
+def generated(model: Any, ids: Any = IDS, new: int = 4, **asked: Any) -> Any:
+    return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, **GREEDY, **asked)
+
+
+def check_usable(model: Any, want: Any) -> None:
+    out = generated(model)
+    assert torch.equal(out.sequences, want.sequences)
+    assert all(int(store.live().max()) == BUDGET for store in stores(cache_of(out)))
+
+
+class Interrupting(StoppingCriteria):
+    """Somebody presses Ctrl-C between two steps."""
+
+    def __init__(self, step: int) -> None:
+        self.left = step
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+        return torch.zeros(2, dtype=torch.bool)
+
+
+def test_an_interrupt_between_steps() -> None:
+    """The cache is what three steps made of it, and goes on."""
+    model = kvpass.compile(tiny.llama(layers=1), "h2o", BUDGET, **E)
+    want, longer = generated(model), generated(model, new=7)
+    cache = DynamicCache(config=model.config)
+    with pytest.raises(KeyboardInterrupt):
+        generated(model, new=7, **with_cache(model, cache), stopping_criteria=StoppingCriteriaList([Interrupting(3)]))
+    tokens = kvpass.report(cache).to_dict()["tokens"]
+    assert tokens == 92
+    so_far = longer.sequences[:, : tokens + 1]
+    again = generated(model, so_far, new=4, **with_cache(model, cache))
+    assert torch.equal(again.sequences, longer.sequences)
+    check_usable(model, want)
+
+
+FAULT: dict[str, Any] = {"left": 0, "error": None}
+
+
+@kvpass.scorer("faulty", reads=("values",), pointwise=True)
+def faulty(seen: kvpass.Seen) -> torch.Tensor:
+    """The norm of a token's value; it fails when it is asked for the `left`-th time from now."""
+    FAULT["left"] -= 1
+    if not FAULT["left"]:
+        raise FAULT["error"]
+    return torch.linalg.vector_norm(seen.values, dim=-1)
+
+
+FAULTY = {"name": "faulty", "score": "faulty", "min_slots": 8, "protect": {"sinks": 2, "recent": 8}}
+ERRORS = [KeyboardInterrupt(), torch.OutOfMemoryError("no room"), ZeroDivisionError("a scorer of mine")]
+
+
+@pytest.mark.usefixtures("one_trace")
+@pytest.mark.parametrize("error", ERRORS, ids=lambda one: type(one).__name__)
+def test_a_failure_inside_a_call(error: BaseException) -> None:
+    """In the second layer, when the first has its tokens: of a prompt, and of a step."""
+    model = kvpass.compile(tiny.one_llama(), FAULTY, BUDGET, **E)
+    want = generated(model)
+    kept: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def fails(cache: Any, tokens: torch.Tensor) -> None:
+        FAULT.update(left=2, error=error)
+        with pytest.raises((type(error), KVPassError)) as caught, torch.no_grad():
+            model(tokens, **with_cache(model, cache), use_cache=True)
+        assert FAULT["left"] == 0
+        told = caught.value
+        assert told is error or (isinstance(told, KVPassError) and "a scorer of mine" in str(told))
+        told.with_traceback(None)
+        error.with_traceback(None)
+
+    cache = DynamicCache(config=model.config)
+    fails(cache, IDS)
+    assert not stores(cache)
+    with torch.no_grad():  # the cache that was given is as empty as it was
+        model(IDS, **with_cache(model, cache), use_cache=True)
+    kept.update(stores(cache))
+    twin = copy.deepcopy(cache)
+    kept.update(stores(twin))
+    fails(cache, tiny.tokens(2, 1))
+    for other in (cache, copy.deepcopy(cache)):  # the first layer has the token, the second has not
+        with pytest.raises(StaleCacheError, match="failed halfway"), torch.no_grad():
+            model(tiny.tokens(2, 1), **with_cache(model, other), use_cache=True)
+    with torch.no_grad():  # a copy from before that call is good
+        model(tiny.tokens(2, 1), **with_cache(model, twin), use_cache=True)
+    check_usable(model, want)
+    assert len(kept) == 4
+    del cache, twin, other
+    gc.collect()
+    assert not kept, "nothing holds them any more"
+
+
+def test_an_inner_compiler_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is said, and the next call compiles anew."""
+    model = kvpass.compile(tiny.llama(layers=1), "h2o", BUDGET, **E)
+    cache = DynamicCache(config=model.config)
+
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("no compiler here")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("kvpass.pipeline.compose.compile_inner", fails)
+        for _ in range(2):
+            with pytest.raises(Exception, match="no compiler here"), torch.no_grad():
+                model(IDS, **with_cache(model, cache), use_cache=True)
+    assert not stores(cache)
+    with torch.no_grad():
+        model(IDS, **with_cache(model, cache), use_cache=True)
+    assert [int(store.live().max()) for store in stores(cache)] == [BUDGET]
+
+
+def test_an_interrupt_leaves_a_models_attributes_alone() -> None:
+    """A model that keeps its cache in attributes: what the interrupted call wrote there is not the model's."""
+    model = plain.make(plain.AttributeDecoder)
+    compiled = kvpass.compile(model, FAULTY, BUDGET, **E)
+    FAULT.update(left=2, error=KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt), torch.no_grad():
+        compiled(plain.tokens(1, 60))
+    assert all(block.ck is None for block in model.blocks)
+    fresh = plain.make(plain.AttributeDecoder)
+    with torch.no_grad():
+        torch.testing.assert_close(model(plain.tokens(1, 60)), fresh(plain.tokens(1, 60)))
