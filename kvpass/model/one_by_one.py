@@ -80,7 +80,7 @@ def _asked(module: Any, args: Any, kwargs: Any) -> Asked | None:
     tokens = next((given[name] for name in _TOKENS if isinstance(given.get(name), torch.Tensor)), None)
     if tokens is None or tokens.dim() < 2 or not set(CACHES) & {*names, *given}:
         return None
-    cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
+    cache: Any = next((given[name] for name in CACHES if given.get(name) is not None), None)
     room = max(0, int(cache.get_max_length())) if getattr(cache, "is_compileable", False) else 0
     return Asked(given, tokens.shape[1], _length(cache), room)
 
@@ -170,7 +170,7 @@ def _alone(part: torch.Tensor) -> torch.Tensor:
 def _joined(outs: list[Any], logits: int) -> Any:
     """One output of several, along the tokens."""
     last = outs[-1]
-    fields = {}
+    fields: dict[str, Any] = {}
     for name, value in last.items():
         values = [out.get(name) for out in outs]
         if name in _JOINED:
