@@ -29,7 +29,7 @@ _ENCODED = ("encoder_outputs", "encoder_hidden_states", "encoder_attention_mask"
 _ASKED = ("output_attentions",)
 
 
-class Asked(NamedTuple):
+class Several(NamedTuple):
     """A call of several tokens."""
 
     given: dict[str, Any]
@@ -73,16 +73,18 @@ def one_by_one(block: Block, module: Any, run: Callable[..., Any], args: Any, kw
     return _in_parts(asked, settled, single, run)
 
 
-def _asked(module: Any, args: Any, kwargs: Any) -> Asked | None:
+def _asked(module: Any, args: Any, kwargs: Any) -> Several | None:
     """What a call is given; None where it does not say its tokens by a known name."""
     names = list(inspect.signature(module.forward).parameters)
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     tokens = next((given[name] for name in _TOKENS if isinstance(given.get(name), torch.Tensor)), None)
     if tokens is None or tokens.dim() < 2 or not set(CACHES) & {*names, *given}:
         return None
-    cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
+    if "decoder_input_ids" in names:  # there `input_ids` are the encoder's
+        return None
+    cache: Any = next((given[name] for name in CACHES if given.get(name) is not None), None)
     room = max(0, int(cache.get_max_length())) if getattr(cache, "is_compileable", False) else 0
-    return Asked(given, tokens.shape[1], _length(cache), room)
+    return Several(given, tokens.shape[1], _length(cache), room)
 
 
 def _length(cache: Any) -> int:
@@ -97,7 +99,7 @@ def _length(cache: Any) -> int:
     return int(cache.shape[store.layouts[0].token_axis]) if store is not None else 0
 
 
-def _check(asked: Asked, settled: int, module: Any) -> None:
+def _check(asked: Several, settled: int, module: Any) -> None:
     """Before any work: is there anything in the call that its tokens cannot be given apart?"""
     config = getattr(module, "config", None)
     for name in _ASKED:
@@ -120,7 +122,7 @@ def _check(asked: Asked, settled: int, module: Any) -> None:
         raise _unparted("logits_to_keep as a tensor", "give a number")
 
 
-def _in_parts(asked: Asked, settled: int, single: Block, run: Callable[..., Any]) -> Any:
+def _in_parts(asked: Several, settled: int, single: Block, run: Callable[..., Any]) -> Any:
     ends = [*([settled] if settled else []), *range(settled + 1, asked.tokens + 1)]
     given, outs, begin = dict(asked.given), [], 0
     for end in ends:
@@ -139,7 +141,7 @@ def _in_parts(asked: Asked, settled: int, single: Block, run: Callable[..., Any]
     return _joined(outs, asked.given.get("logits_to_keep") or 0)
 
 
-def _part(name: str, value: Any, begin: int, end: int, asked: Asked) -> Any:
+def _part(name: str, value: Any, begin: int, end: int, asked: Several) -> Any:
     """An argument for the tokens begin .. end - 1 of the call."""
     if name == "logits_to_keep" and value:
         return max(1, min(value - (asked.tokens - end), end - begin))
@@ -150,12 +152,14 @@ def _part(name: str, value: Any, begin: int, end: int, asked: Asked) -> Any:
     return value
 
 
-def _mask(mask: Any, begin: int, end: int, asked: Asked) -> Any:
+def _mask(mask: Any, begin: int, end: int, asked: Several) -> Any:
     """[B, T], or [B, H, S, T] and dicts of those, up to the last of these tokens."""
     if isinstance(mask, Mapping):
         return {kind: _mask(one, begin, end, asked) for kind, one in mask.items()}
-    if not isinstance(mask, torch.Tensor):
+    if mask is None:
         return mask
+    if not isinstance(mask, torch.Tensor) or mask.dim() not in (2, 4):
+        raise _unparted(f"an attention_mask of type {type(mask).__name__}", "give it as [B, T] or [B, H, S, T]")
     later = asked.tokens - end
     if mask.dim() == 2:
         return _alone(mask[:, : mask.shape[1] - later])
@@ -170,7 +174,7 @@ def _alone(part: torch.Tensor) -> torch.Tensor:
 def _joined(outs: list[Any], logits: int) -> Any:
     """One output of several, along the tokens."""
     last = outs[-1]
-    fields = {}
+    fields: dict[str, Any] = {}
     for name, value in last.items():
         values = [out.get(name) for out in outs]
         if name in _JOINED:

@@ -351,15 +351,15 @@ def test_beams_and_speculation_by_their_names() -> None:
     ids, model = torch.cat([tiny.tokens(1, 20)] * 4, 1), tiny.llama()
     full, evicting = kvpass.compile(model, "full", inner="eager"), kvpass.compile(model, **EAGER)
     for name, asked, refusing in (
-        ("prompt lookup", {"prompt_lookup_num_tokens": 4}, evicting),
-        ("assisted decoding", {"assistant_model": tiny.llama()}, evicting),
+        ("multi-token prediction", {"use_mtp": True}, evicting),
+        ("output_attentions", {"prompt_lookup_num_tokens": 4, "output_attentions": True}, evicting),
         ("paged", {"cache_implementation": "paged"}, evicting),
     ):
         with pytest.raises(kvpass.KVPassError, match=name):
             generated(refusing, ids, **asked)
-        if name == "prompt lookup":
-            got, want = (generated(m, ids, **asked, only="sequences") for m in (full, model))
-            torch.testing.assert_close(got, want)
+    for asked in ({"num_beams": 3}, {"prompt_lookup_num_tokens": 4}):
+        got, want = (generated(m, ids, **asked, only="sequences") for m in (full, model))
+        torch.testing.assert_close(got, want)
 
 
 def test_beams_over_an_evicting_cache() -> None:

@@ -43,6 +43,7 @@ SECTIONS: dict[str, list[tuple[str, str]]] = {
         ("kvpass", "Cache"),
         ("kvpass.api.report", "Inspection"),
         ("kvpass.api.report", "LayerView"),
+        ("kvpass", "tentative"),
     ],
     "Policies": [("kvpass", "Policy"), ("kvpass", "marked"), ("kvpass", "scorer"), ("kvpass", "Seen")],
     "Exported programs": [("kvpass", "rewrite"), ("kvpass.api.rewrite", "Rewritten"), ("kvpass", "export_mlir")],
