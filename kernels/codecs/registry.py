@@ -6,6 +6,7 @@ import torch
 from kvpass.kernels.codecs.codec import Codec
 from kvpass.kernels.codecs.floats import Float8, Float16
 from kvpass.kernels.codecs.integers import Asymmetric, Symmetric
+from kvpass.kernels.codecs.normal import Normal
 from kvpass.kernels.codecs.signs import Ternary, TwoAndOne
 from kvpass.kernels.codecs.sparse import Sparse
 
@@ -22,6 +23,9 @@ _CODECS: tuple[Codec, ...] = (
     Float8("fp8_e4m3", torch.float8_e4m3fn),
     Float8("fp8_e5m2", torch.float8_e5m2),
     Float16(),
+    Normal("turbo4", 4),
+    Normal("turbo3", 3),
+    Normal("turbo2", 2),
     Ternary(),
     TwoAndOne(),
     Sparse("csr8", 8),

@@ -144,8 +144,9 @@ class Store:
     Attributes:
         k, v: how keys and values are held: `dense`, as the model has them; `int8`, `int4`, `int3` or `int2`, codes
             between the lowest and the highest entry of a group; `int8_symmetric`, `int4_symmetric`, around 0;
-            `fp8_e4m3`, `fp8_e5m2`; `float16`; `ternary`, three levels; `mixed_2_1`, two bits for one half of the
-            channels, one for the other; `csr8`, `csr4`, so many atoms of a dictionary. Scales are float16.
+            `fp8_e4m3`, `fp8_e5m2`; `float16`; `turbo4`, `turbo3`, `turbo2`, levels of a normal distribution times a
+            group's norm; `ternary`, three levels; `mixed_2_1`, two bits for one half of the channels, one for the
+            other; `csr8`, `csr4`, so many atoms of a dictionary. Scales are float16.
         rotate: `hadamard`: rotated by Hadamard matrices first, which spreads outliers over a head, or `none`.
         group: neighbouring entries of a head that share a scale: a number, or a share of a key (0.5: half).
         residual: the newest so many tokens are held whole as well, and read whole.

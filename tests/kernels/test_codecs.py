@@ -131,6 +131,20 @@ def test_hand_vectors() -> None:
         torch.testing.assert_close(codec.decode((held, step, low), 4, 4), want, rtol=2**-10, atol=0)
 
 
+def test_the_norm_is_held() -> None:
+    """policies-2.md, S5.4: k = [3, 0, 4, 0], rotated [.7, .7, -.1, -.1] of its norm, has its norm of 5 again."""
+    codec, x = CODECS["turbo2"], torch.tensor([[3.0, 0, 4, 0]])
+    held, scale = codec.encode(rotated(x), 64)
+    assert unpack(held, 2, 4).tolist() == [[3, 3, 1, 1]]
+    back = rotated(codec.decode((held, scale), 4, 64))
+    torch.testing.assert_close(back, torch.tensor([[2.3713, 0, 4.4019, 0]]), rtol=1e-3, atol=1e-3)
+    far = torch.randn(50, 64) * 20
+    for bits in (2, 3, 4):
+        codec = CODECS[f"turbo{bits}"]
+        again = codec.decode(codec.encode(far, 64), 64, 64)
+        torch.testing.assert_close(again.norm(dim=-1), far.norm(dim=-1), rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 7, 8, 64, 80, 96])
 def test_packing(bits: int, width: int) -> None:

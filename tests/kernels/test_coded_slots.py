@@ -116,6 +116,7 @@ STORES = {
     "values alone": Held("dense", "int2", True, 16, 0, 2),
     "two kinds": Held("int8_symmetric", "int4", False, 4, 9, 4),
     "fp8": Held("fp8_e4m3", "fp8_e5m2", True, 64, 3, 1),
+    "normal levels": Held("turbo3", "turbo2", True, 64, 3, 1),
     "symmetric": Held("int4_symmetric", "int8_symmetric", True, 8, 1, 0),
     "whole for longer than it is kept": Held("int4", "int4", True, 16, 60, 2),
 }

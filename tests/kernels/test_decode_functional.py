@@ -119,6 +119,7 @@ HELD = {
     "int4 rotated": {"k_as": "int4", "v_as": "int4", "rotated": True, "scale_group": 8, "residual": 6},
     "int3 and dense": {"k_as": "int3"},
     "fp8 beside int2": {"k_as": "fp8_e4m3", "v_as": "int2", "whole_sinks": 3},
+    "normal levels": {"k_as": "turbo2", "v_as": "turbo4", "rotated": True, "residual": 3},
     "fits": {"k_as": "mixed_2_1", "v_as": "ternary", "k_fit": "spread", "v_fit": "range", "residual": 4},
     "channels": {"k_as": "float16", "k_fit": "channels", "kept_num": 3, "kept_den": 5, "residual": 4},
     "atoms": {"k_as": "csr4", "k_fit": "atoms", "atoms": 9, "whole_sinks": 2},

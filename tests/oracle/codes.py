@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import struct
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,7 +22,13 @@ FLOATS = {"fp8_e4m3": (3, 7, 448.0), "fp8_e5m2": (2, 15, 57344.0)}
 """Bits of the fraction, bias of the exponent, largest number."""
 TOP = {"fp8_e4m3": 448.0, "fp8_e5m2": 448.0}
 """What the largest entry of a group becomes. By the largest of e5m2, 57344, scales would be too small for float16."""
-LEVELS = ("float16", "ternary", "mixed_2_1")
+LEVELS = ("float16", "turbo4", "turbo3", "turbo2", "ternary", "mixed_2_1")
+NORMAL = {
+    "turbo4": [0.1284, 0.3881, 0.6569, 0.9424, 1.2563, 1.6179, 2.0684, 2.7309],
+    "turbo3": [0.245, 0.7556, 1.3432, 2.1504],
+    "turbo2": [0.4526, 1.5096],
+}
+"""Levels above 0 (policies-2.md, S5.4)."""
 NAMES = (*ASYMMETRIC, *SYMMETRIC, *FLOATS, *LEVELS)
 MOST = 65504.0
 
@@ -122,6 +129,8 @@ def decoded(parts: Parts, name: str, group: int) -> list[float]:
             found.append(f32(parts["low"][at // group] + code * scale))
         elif name == "ternary":
             found.append((code - 1) * scale)
+        elif name in NORMAL:
+            found.append(f32(levels(name)[code] * scale))
         elif name in SYMMETRIC:
             found.append(f32((code - (2 ** (SYMMETRIC[name] - 1) - 1)) * scale))
         else:
@@ -143,9 +152,27 @@ def by_level(x: list[float], name: str, group: int) -> Parts:
             "scale": first["scale"] + [to_half(2 * size) for size in sizes],
             "low": first["low"] + [-size for size in sizes],
         }
+    if name in NORMAL:
+        found = [normal(part, name) for part in groups(x, group)]
+        return {"codes": [code for codes, _ in found for code in codes], "scale": [scale for _, scale in found]}
     sizes = [mean_size(part) for part in groups(x, group)]
     codes = [1 + (one > sizes[at // group] / 2) - (one < -sizes[at // group] / 2) for at, one in enumerate(x)]
     return {"codes": codes, "scale": sizes}
+
+
+def levels(name: str) -> list[float]:
+    """All levels, as float32 holds them, from the lowest on."""
+    return [f32(x) for x in sorted([-x for x in NORMAL[name]] + NORMAL[name])]
+
+
+def normal(part: list[float], name: str) -> tuple[list[int | None], float]:
+    """Each entry's level once the group's norm is the root of its size; what gives the levels that norm again."""
+    if any(math.isnan(one) for one in part):
+        return [None] * len(part), math.nan
+    table, norm = levels(name), math.sqrt(math.fsum(one * one for one in part))
+    unit = [one / (norm or 1.0) * math.sqrt(len(part)) for one in part]
+    codes = [sum((low + high) / 2 <= one for low, high in pairwise(table)) for one in unit]
+    return codes, to_half(f32(norm / math.sqrt(math.fsum(table[code] ** 2 for code in codes))))
 
 
 def mean_size(part: list[float]) -> float:
@@ -188,7 +215,7 @@ def packed(codes: list[int], bits: int) -> list[int]:
 
 
 def bits_of(name: str) -> int:
-    return {**ASYMMETRIC, **SYMMETRIC}.get(name, 8)
+    return {**ASYMMETRIC, **SYMMETRIC, **{each: int(each[-1]) for each in NORMAL}}.get(name, 8)
 
 
 def hadamard(width: int) -> Tensor:

@@ -25,7 +25,7 @@ def coded_bytes(name: str, width: int, group: int) -> int:
         return coded_bytes("int2", first, group) + math.ceil((width - first) / 8) + 4 * math.ceil(first / group)
     groups = math.ceil(width / group)
     scales = 2 * groups * (2 if name in codes.ASYMMETRIC else 1)
-    if name in codes.LEVELS:
+    if name in codes.LEVELS and name not in codes.NORMAL:
         return 2 * width if name == "float16" else math.ceil(width / 5) + scales
     return math.ceil(width * codes.bits_of(name) / 8) + scales
 

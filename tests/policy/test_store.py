@@ -17,8 +17,8 @@ from kvpass.policy.policy import Policy
 from kvpass.policy.spec import Store
 
 KNOWN = (
-    "known: dense, int8, int4, int3, int2, int8_symmetric, int4_symmetric, fp8_e4m3, fp8_e5m2, float16, ternary, "
-    "mixed_2_1, csr8, csr4"
+    "known: dense, int8, int4, int3, int2, int8_symmetric, int4_symmetric, fp8_e4m3, fp8_e5m2, float16, turbo4, "
+    "turbo3, turbo2, ternary, mixed_2_1, csr8, csr4"
 )
 SORTED = {"k": "mixed_2_1", "rotate": "none", "fit_k": "spread"}
 TURNED = "streaming_llm_reindexed"
