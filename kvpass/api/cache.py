@@ -16,7 +16,6 @@ from kvpass.api.report import LayerView, layer_view
 from kvpass.api.saving import load, save
 from kvpass.errors import CacheError
 from kvpass.kernels.slots.cursor import FIRST, SEEN
-from kvpass.runtime.join import joined
 from kvpass.runtime.pick import with_rows
 from kvpass.runtime.store import SlotStore
 from kvpass.runtime.wrapped import Wrapped
@@ -192,6 +191,8 @@ class Cache(Wrapped):
             StaleCacheError: they are of different models, policies or budgets.
             CacheError: there is none, one is empty, or they do not fit together.
         """
+        from kvpass.runtime.join import joined  # ops of evictions with it, which `import kvpass` need not load
+
         wrapped = [one if isinstance(one, Cache) else Cache(one) for one in caches]
         if not wrapped:
             raise CacheError("there is no cache to merge", hint="give a list of at least one")

@@ -18,6 +18,7 @@ from kvpass.kernels.slots.cursor import LIVE, SEEN
 from kvpass.kernels.slots.moves import evened, with_places, with_slots, with_spare
 from kvpass.kernels.slots.state import State
 from kvpass.runtime.identity import Origin
+from kvpass.runtime.lending import Lending
 from kvpass.runtime.recordings import StepCounts
 from kvpass.terms import Layout
 
@@ -36,7 +37,7 @@ class Pick(NamedTuple):
 
 
 @dataclass(eq=False)
-class SlotStore:
+class SlotStore(Lending):
     """State of one site (docs/design/0001) and the logical length.
 
     Attributes:
@@ -120,32 +121,6 @@ class SlotStore:
             fields["bases"] = tuple(b.new_empty(0).set_(b.untyped_storage(), 0, b.shape, (1,)) for b in bases)
         other.__setstate__(fields)
         return other
-
-    def with_state(self, state: State, **changes: Any) -> SlotStore:
-        """Another store with a state of other rows, of this one's history: `changes` to its fields."""
-        other = object.__new__(SlotStore)
-        with torch.inference_mode(False):
-            bases = tuple(base.new_full((1,), float("nan")) for base in self.bases)
-        other.__setstate__({**vars(self), **changes, "state": state, "bases": bases})
-        return other
-
-    def fork(self) -> SlotStore:
-        """Another store with this one's state: both have it until one is about to change it."""
-        other = self.with_state(self.state)
-        self.lent = other.lent = self.lent or WeakSet([self])
-        self.lent.add(other)
-        return other
-
-    def owned(self) -> SlotStore:
-        """This store, with a state that no other has: a copy, unless it is the last that has it."""
-        lent = self.lent
-        if lent is not None:
-            if len(lent) > 1:
-                with torch.inference_mode(False), torch.no_grad():
-                    self.state = self.state.clone()
-            lent.discard(self)
-            self.lent = None
-        return self
 
     def base_of(self, half: int, elements: int) -> torch.Tensor:
         """The memory under the shell of K or V, of so many NaN."""
