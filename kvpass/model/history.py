@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -23,10 +23,10 @@ _CACHES = ("cache", "past_key_values")
 
 @dataclass(frozen=True)
 class Said:
-    """The tokens of a cache when `generate` left it, int64 [B, T], and the state that they led to."""
+    """The tokens of a cache when `generate` left it, int64 [B, T], and the calls that had been made on it by then."""
 
     ids: torch.Tensor
-    state: ref[Any]
+    calls: int
 
 
 _SAID: WeakKeyDictionary[SlotStore, Said] = WeakKeyDictionary()
@@ -57,14 +57,16 @@ def check_history(model: Any, args: Sequence[Any], given: dict[str, Any]) -> Non
         )
     store = _first_store(cache)
     said = _SAID.get(store) if store is not None else None
-    if said is None or store is None or said.state() is not store.state or embeds is not None or ids is None:
+    if said is None or store is None or said.calls != store.calls or embeds is not None or ids is None:
         return
-    shared = min(length, said.ids.shape[1])  # of a cache that was cropped since, fewer
-    other = ids[:, :shared] != said.ids[:, :shared].to(ids.device) if len(ids) == len(said.ids) else None
+    before = said.ids[:, :length].to(ids.device)  # of which some may have been taken back since
+    if len(ids) != len(before):
+        return
+    other = ids[:, : before.shape[1]] != before
     mask = given.get("attention_mask")
-    if other is not None and isinstance(mask, torch.Tensor) and mask.shape == ids.shape:
+    if isinstance(mask, torch.Tensor) and mask.shape == ids.shape:
         other = other & (mask[:, : other.shape[1]] != 0).to(other.device)
-    if other is not None and bool(other.any()):
+    if bool(other.any()):
         row, at = other.nonzero()[0].tolist()
         raise StaleCacheError(
             f"the history was edited: token {at} of row {row} is {int(ids[row, at])}, but the cache was made of "
@@ -85,7 +87,7 @@ def note_history(given: dict[str, Any], result: Any) -> None:
         return
     rows, columns = sequences.shape
     if length <= columns and rows == len(store.state.cursor):
-        _SAID[store] = Said(sequences[:, :length].detach().clone(), ref(store.state))
+        _SAID[store] = Said(sequences[:, :length].detach().clone(), store.calls)
 
 
 def _searches(given: dict[str, Any]) -> bool:

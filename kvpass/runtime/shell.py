@@ -106,7 +106,7 @@ def of_shell(tensor: torch.Tensor, where: str) -> tuple[SlotStore, int]:
     if found is not None:
         store, half = found
         _check_left_alone(store, [tensor], where, half)
-        if list(tensor.shape) == _sizes(store, half, store.layouts[half]):
+        if list(tensor.shape) == sizes_of(store, half, store.layouts[half]):
             return found
     raise StaleCacheError(
         "this is not the newest state of a compressed cache: it was cropped, or another branch has gone on with it",

@@ -170,6 +170,18 @@ def test_another_history_is_refused(models: tuple[Any, Any, Any]) -> None:
         assert again.sequences.shape == (2, 96)
 
 
+def test_tokens_taken_back_may_be_others(models: tuple[Any, Any, Any]) -> None:
+    """A cropped cache goes on with another end, as the model's own."""
+    found = []
+    for model in models[:2]:
+        out = generated(model, IDS)
+        cache = cache_of(out)
+        cache.crop(-3)
+        said = torch.cat([out.sequences[:, :82], tiny.tokens(2, 6, seed=9)], 1)
+        found.append(generated(model, said, **with_cache(model, cache)).sequences)
+    assert torch.equal(*found)
+
+
 def test_train_mode_and_gradient_checkpointing() -> None:
     model = tiny.llama(layers=1)
     model.activation_checkpointing_enable() if hasattr(model, "activation_checkpointing_enable") else (

@@ -93,7 +93,7 @@ class Scorer:
     def _called(self, function: Callable[..., Any], seen: Seen, options: dict[str, Any]) -> Any:
         try:
             return function(seen, **options)
-        except DataError:
+        except (DataError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             what = f"scorer {self.name!r} ({self.where}) raised {type(error).__name__}: {error}"
