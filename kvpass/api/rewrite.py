@@ -62,7 +62,7 @@ class Rewritten:
         Raises:
             ValueError: the batch is dynamic and none is given.
         """
-        from kvpass.runtime.store import empty_state
+        from kvpass.runtime.room import empty_state
 
         state: list[torch.Tensor] = []
         for binding, site in zip(self.bindings, self.table, strict=True):
@@ -88,8 +88,8 @@ class Rewritten:
         Raises:
             CacheError: inside a block of `kvpass.marked`, which no policy of `kvpass.rewrite` reads.
         """
+        from kvpass.runtime.room import with_room
         from kvpass.runtime.step import CallFacts
-        from kvpass.runtime.store import with_room
 
         call = CallFacts(inputs, self.bindings, 1, "Rewritten.step")
         for one in self.plan.steps:

@@ -14,8 +14,9 @@ from kvpass.kernels.rule import Rule
 from kvpass.runtime.angles import Angles
 from kvpass.runtime.drafts import Block
 from kvpass.runtime.identity import Origin, require_same
+from kvpass.runtime.room import empty_state
 from kvpass.runtime.shell import attach, make, of_buffer, unwrap
-from kvpass.runtime.store import SlotStore, empty_state
+from kvpass.runtime.store import SlotStore
 from kvpass.terms import Layout, Phase
 
 Size = Callable[[Sequence[Any]], int]

@@ -14,10 +14,11 @@ from weakref import ref
 
 import torch
 
-from kvpass.errors import ForeignCacheError, ShellDataError, StaleCacheError
+from kvpass.errors import ShellDataError, StaleCacheError
 from kvpass.runtime.branches import MADE, SHELL
 from kvpass.runtime.memory import Stands, overlapping, stand, standing_of, stands
 from kvpass.runtime.pick import still_tentative, take_back
+from kvpass.runtime.refusals import not_ours, read_as_data, swapped, taken_back
 from kvpass.runtime.store import SlotStore, same_storage, sharing_storage, version
 from kvpass.terms import Layout
 
@@ -102,7 +103,7 @@ def of_shell(tensor: torch.Tensor, where: str) -> tuple[SlotStore, int]:
     Raises:
         StaleCacheError: it is a view of a shell, of an earlier length, or a call on it failed.
     """
-    found: tuple[SlotStore, int] | None = vars(tensor).get(_SHELL)
+    found: tuple[SlotStore, int] | None = vars(tensor).get(SHELL)
     if found is not None:
         store, half = found
         _check_left_alone(store, [tensor], where, half)
@@ -154,7 +155,7 @@ def of_buffer(
         if standing is None or standing[0] is not found[0][0]:
             raise _other_part(buffer, path, where) if standing is None else _foreign(buffer, where)
     if [half for _, half in found] != [*range(len(buffers))]:
-        raise _swapped(where)
+        raise swapped(where)
     store: SlotStore = found[0][0]
     _check_left_alone(store, buffers, where)
     if store.tokens != position and not (position < store.tokens and take_back(store.owned(), position)):
@@ -181,11 +182,11 @@ def unwrap(past: tuple[torch.Tensor, ...], layouts: tuple[Layout, ...], where: s
     if store is None or find(past[-1]) is not store:
         raise _foreign(key if store is None else past[-1], where)
     if not all(same_storage(t, base) for t, base in zip(past, store.bases, strict=False)):
-        raise _swapped(where)
+        raise swapped(where)
     _check_left_alone(store, past, where)
     length = key.shape[layouts[0].token_axis]
     if store.cuts is not None and not all(store.cuts.spare(t, length) for t in past):
-        raise _taken_back(where)
+        raise taken_back(where)
     if length != store.tokens and not (length < store.tokens and take_back(store.owned(), length)):
         hint = f"{still_tentative(store)}; or keep a copy.deepcopy(cache) from before"
         if length > store.tokens or hasattr(key, SHELL):
@@ -248,22 +249,6 @@ def _check_left_alone(store: SlotStore, tensors: Sequence[torch.Tensor], where: 
             )
 
 
-def _taken_back(where: str) -> StaleCacheError:
-    return StaleCacheError(
-        "the cache ends with tokens that were taken back: a shorter one has been continued",
-        where=where,
-        hint="continue from the newest cache, or branch with copy.deepcopy(cache) before generating",
-    )
-
-
-def _swapped(where: str) -> StaleCacheError:
-    return StaleCacheError(
-        "the cached keys were given as values, or the values as keys",
-        where=where,
-        hint="give them back in the order in which the model returned them",
-    )
-
-
 def _other_part(buffer: torch.Tensor, path: tuple[int, ...], where: str) -> Exception:
     """Why no store was found: a part of the memory stands for one, but in another cut, or none does."""
     lies = overlapping(buffer, path)
@@ -278,18 +263,7 @@ def _other_part(buffer: torch.Tensor, path: tuple[int, ...], where: str) -> Exce
 
 
 def _foreign(key: torch.Tensor, where: str) -> Exception:
-    if _read_of_shell(key):
-        return ShellDataError(
-            "the cached keys are NaN: data was read out of a compressed cache (reordered, indexed, joined or moved)",
-            where=where,
-            hint="pass the cache object as it was returned; copy it with copy.deepcopy, pick rows with "
-            "kvpass.Cache(cache).select(rows)",
-        )
-    return ForeignCacheError(
-        "the cache holds keys and values that kvpass did not make",
-        where=where,
-        hint="start from an empty cache: run the prompt through the compiled model too",
-    )
+    return read_as_data(where) if _read_of_shell(key) else not_ours(where)
 
 
 def refuse(args: Sequence[Any], watched: Sequence[int], where: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakSet, WeakValueDictionary, ref
@@ -15,11 +14,12 @@ from kvpass.kernels.budget import kept, within
 from kvpass.kernels.rank.share_out import ShareOut
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.cursor import LIVE, SEEN
-from kvpass.kernels.slots.moves import evened, with_places, with_slots, with_spare
+from kvpass.kernels.slots.moves import evened, with_slots, with_spare
 from kvpass.kernels.slots.state import State
 from kvpass.runtime.identity import Origin
 from kvpass.runtime.lending import Lending
 from kvpass.runtime.recordings import StepCounts
+from kvpass.runtime.room import in_place, spare_slots, with_room, with_room_beside
 from kvpass.terms import Layout
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ class SlotStore(Lending):
 
         with torch.inference_mode(False), torch.no_grad():
             left = evicted(self.state, self.rule)
-            self.state = _in_place(self.state, left) if self.recorded else left
+            self.state = in_place(self.state, left) if self.recorded else left
         self.used, self.waiting = kept(self.rule, self.tokens + 1), 0
 
     def give_back(self, tokens: int) -> None:
@@ -248,14 +248,6 @@ def _storage_key(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def capacity(rule: Rule, tokens: int) -> int:
-    """Slots to allocate: what the budget keeps, one for the incoming token, and up to 2.5 % to grow into; all tokens
-    where they are shared out later.
-    """
-    used = kept(rule, tokens)
-    return tokens + 1 if rule[ShareOut].share else used + spare_slots(used)
-
-
 def unpicklable(where: str) -> CacheError:
     """Why a store, or what carries one but is no shell of a compiled model's, cannot leave its process."""
     return CacheError(
@@ -264,45 +256,3 @@ def unpicklable(where: str) -> CacheError:
         hint="copy.deepcopy(cache) keeps it within the process; a cache of kvpass.compile is pickled whole, and "
         "kvpass.Cache(cache).save(path) writes it to a file",
     )
-
-
-def spare_slots(kept: int) -> int:
-    """Free slots of a head that keeps so many: one for the incoming token, and up to 2.5 % to grow into."""
-    return max(1, kept // 40)
-
-
-def empty_state(rule: Rule, tokens: int, like: torch.Tensor, sizes: Mapping[str, Any]) -> State:
-    """State with no live slot and room for `tokens` tokens, on the device and with the dtype of `like`; sizes: B, Hkv,
-    D and Dv of the site.
-    """
-    held = {letter: sizes[own] for letter, own in (("B", "B"), ("H", "Hkv"), ("D", "D"), ("V", "Dv"))}
-    if rule.demotes:
-        whole = within(rule, tokens)
-        held["W"] = whole + spare_slots(whole)
-    return State.empty(rule, like, C=capacity(rule, tokens), **held)
-
-
-def with_room(state: State, kept: int, spare: int | None = None) -> State:
-    """The same state if it has room for one token beside `kept` slots, else a copy with so many to spare."""
-    if state.slots > kept:
-        return state
-    with torch.inference_mode(False):
-        return with_slots(state, kept + (spare_slots(kept) if spare is None else spare))
-
-
-def with_room_beside(state: State, whole: int, spare: int | None = None) -> State:
-    """The same of places beside the slots, of which `whole` are in use."""
-    if state.places > whole:
-        return state
-    with torch.inference_mode(False):
-        return with_places(state, whole + (spare_slots(whole) if spare is None else spare))
-
-
-def _in_place(state: State, other: State) -> State:
-    """The other state in the memory of the first one, if it fits."""
-    pairs = list(zip(state.tensors(), other.tensors(), strict=True))
-    if any(old.shape != new.shape for old, new in pairs):
-        return other
-    for old, new in pairs:
-        old.copy_(new)
-    return state

@@ -26,7 +26,7 @@ from kvpass.policy.layers import of_layer
 from kvpass.policy.load import PRESETS, names
 from kvpass.policy.policy import Policy
 from kvpass.policy.schema import json_schema, schema_text
-from kvpass.runtime.store import empty_state
+from kvpass.runtime.room import empty_state
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DOCS = ROOT / "docs"

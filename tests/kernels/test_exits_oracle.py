@@ -20,7 +20,7 @@ from oracle.ops import DIM, Site
 
 from kvpass.plan.rule import rule_of
 from kvpass.policy.policy import Policy
-from kvpass.runtime.store import with_room
+from kvpass.runtime.room import with_room
 
 HEADS, KV, LAYERS = 4, 2, 2
 GROUP = HEADS // KV

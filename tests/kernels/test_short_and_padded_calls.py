@@ -31,7 +31,7 @@ from kvpass.kernels.slots.statistics import Statistics
 from kvpass.plan.rule import rule_of
 from kvpass.policy.load import names
 from kvpass.policy.policy import Policy
-from kvpass.runtime.store import empty_state, with_room
+from kvpass.runtime.room import empty_state, with_room
 
 HEADS, KV, DIM, LAYERS, MOST = 4, 2, 16, 2, 200
 BUDGETS = {"vatp": 64, "nacl": 80, "criticalkv": 96, "critical_ada": 96, "pyramidkv": 64, "ada_pyramid": 64}

@@ -35,7 +35,7 @@ from oracle.simulator import Simulator
 
 from kvpass.plan.rule import rule_of
 from kvpass.policy.policy import Policy as RealPolicy
-from kvpass.runtime.store import empty_state, with_room, with_room_beside
+from kvpass.runtime.room import empty_state, with_room, with_room_beside
 
 DIM = 16
 

@@ -13,7 +13,7 @@ from oracle import codes
 from kvpass.plan.byte_budget import Entry, bytes_of
 from kvpass.plan.rule import rule_of
 from kvpass.policy.policy import Policy
-from kvpass.runtime.store import empty_state
+from kvpass.runtime.room import empty_state
 
 FLOAT32, HALF = Entry(64, 64, torch.float32), Entry(128, 128, torch.bfloat16)
 

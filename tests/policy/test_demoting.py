@@ -15,7 +15,7 @@ from kvpass.plan.byte_budget import Entry, bytes_of, copy_bytes
 from kvpass.plan.rule import rule_of
 from kvpass.policy.evicted import To
 from kvpass.policy.policy import Policy
-from kvpass.runtime.store import empty_state
+from kvpass.runtime.room import empty_state
 
 INT2 = {"to": "int2"}
 

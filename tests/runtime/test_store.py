@@ -13,8 +13,9 @@ from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.cursor import FIRST, LIVE
 
 from kvpass.runtime.identity import Origin
+from kvpass.runtime.room import capacity, empty_state
 from kvpass.runtime.shell import find, make, unwrap
-from kvpass.runtime.store import SlotStore, capacity, empty_state, sharing_storage
+from kvpass.runtime.store import SlotStore, sharing_storage
 from kvpass.terms import Layout
 
 RULES = [Rule(stats=("sum",), num=1, den=5, floor=64), Rule(slots=100), Rule()]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from kvpass.kernels.budget import kept
 from kvpass.kernels.rank.share_out import ShareOut
 from kvpass.kernels.rule import Rule
+from kvpass.runtime.room import spare_slots
 from kvpass.runtime.step import CallFacts, Moment, Step
-from kvpass.runtime.store import spare_slots
 from kvpass.terms import Phase
 
 
