@@ -23,7 +23,6 @@ from kvpass.terms import Layout
 
 if TYPE_CHECKING:
     from kvpass.runtime.branches import Cuts
-    from kvpass.runtime.journal import Journal
 
 LEAST_ROOM = 32
 """Slots by which a state grows at least where steps are recorded: one recording for so many kept tokens."""
@@ -59,7 +58,7 @@ class SlotStore:
         picked: rows that were last picked out of this store, what they became, and for which of K and V.
         steps: what became of them under `mode="reduce-overhead"`; counted on the first site of each graph.
         recorded: steps are replayed, so that the state's addresses change as seldom as may be.
-        journal: its last tokens, while they are tentative.
+        journal: a `Journal` of its last tokens, while they are tentative.
         cuts: when tokens were taken back; None: never.
     """
 
@@ -87,7 +86,7 @@ class SlotStore:
     picked: tuple[torch.Tensor, SlotStore, set[int]] | None = None
     steps: StepCounts = field(default_factory=StepCounts)
     recorded: bool = False
-    journal: Journal | None = None
+    journal: Any = None
     cuts: Cuts | None = None
 
     def __post_init__(self) -> None:
