@@ -81,5 +81,16 @@ def _undrafted(asked: Asked) -> Iterator[tuple[str, str]]:
         yield "prompt lookup over a preallocated cache", "transformers drafts beyond its end: say max_cache_len"
     if getattr(asked.config, "is_encoder_decoder", False):
         yield "drafted tokens of an encoder-decoder model", "its calls are not taken apart yet"
+    if _forgetful(asked.config):
+        yield "drafting over sliding-window or recurrent layers", "transformers holds their past until the crop"
     if asked("output_attentions"):
         yield "output_attentions with drafted tokens", "the steps that they are tried in do not keep attention"
+
+
+def _forgetful(config: Any) -> bool:
+    """Whether some layers of a transformers model keep less than all tokens by themselves."""
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    kinds = getattr(text, "layer_types", None)
+    if kinds is None:
+        return getattr(text, "sliding_window", None) is not None
+    return any(kind != "full_attention" for kind in kinds)

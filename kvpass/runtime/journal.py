@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvpass.kernels.after_call.reindex import Reindex
-from kvpass.kernels.exits.record import Merge
+from kvpass.kernels.after_call.undoing import moves_entries
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.cursor import FREE
 from kvpass.kernels.slots.ragged import starts
@@ -85,7 +84,7 @@ def changes_everything(rule: Rule, recorded: bool) -> bool:
     """Whether a step may change keys, values or codes elsewhere than in its token's slot: of slots that others are
     merged into or that are turned to other places; or because evictions that waited leave the addresses as they are.
     """
-    return rule[Merge].steps or (rule[Reindex].reindex and rule.evicts) or (rule[Timing].every > 1 and recorded)
+    return moves_entries(rule) or (rule[Timing].every > 1 and recorded)
 
 
 def _changes(field: Field) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kvpass.errors import StaleCacheError
-from kvpass.kernels.codecs.storage import Storage
+from kvpass.kernels.after_call.undoing import displaced_copies
 from kvpass.kernels.rank.share_out import ShareOut
 from kvpass.kernels.slots.cursor import FREE, LIVE, SEEN
 from kvpass.kernels.slots.moves import rows_of
@@ -73,7 +73,7 @@ def take_back(store: SlotStore, length: int) -> bool:
     if store.journal is not None and store.journal.take_back(store, length):
         store.cuts = (store.cuts or Cuts()).after(length)
         return True
-    if store.rule.evicts or is_ragged(store.state.cursor) or _displaced_copies(store):
+    if store.rule.evicts or is_ragged(store.state.cursor) or displaced_copies(store.state, store.rule):
         return False
     pos, cursor = store.state.pos, store.state.cursor
     with torch.inference_mode(False), torch.no_grad():
@@ -84,12 +84,6 @@ def take_back(store: SlotStore, length: int) -> bool:
             cursor[..., column] -= removed
     store.tokens, store.cuts = length, (store.cuts or Cuts()).after(length)
     return True
-
-
-def _displaced_copies(store: SlotStore) -> bool:
-    """Whether tokens may have taken the places of older ones that were held whole beside their codes."""
-    storage = store.rule[Storage]
-    return storage.residual > 0 and int(store.state.cursor[..., SEEN].max()) > storage.whole
 
 
 def still_tentative(store: SlotStore) -> str:

@@ -24,7 +24,6 @@ from kvpass.terms import Layout
 
 if TYPE_CHECKING:
     from kvpass.runtime.branches import Cuts
-    from kvpass.runtime.journal import Journal
 
 LEAST_ROOM = 32
 """Slots by which a state grows at least where steps are recorded: one recording for so many kept tokens."""
@@ -69,7 +68,7 @@ class SlotStore(Lending):
         lent: the stores that share this one's state (`owned`); None if none does.
         steps: what became of them under `mode="reduce-overhead"`; counted on the first site of each graph.
         recorded: steps are replayed, so that the state's addresses change as seldom as may be.
-        journal: its last tokens, while they are tentative.
+        journal: a `Journal` of its last tokens, while they are tentative.
         cuts: when tokens were taken back; None: never.
     """
 
@@ -98,7 +97,7 @@ class SlotStore(Lending):
     lent: WeakSet[SlotStore] | None = None
     steps: StepCounts = field(default_factory=StepCounts)
     recorded: bool = False
-    journal: Journal | None = None
+    journal: Any = None
     cuts: Cuts | None = None
 
     def __post_init__(self) -> None:
