@@ -82,7 +82,7 @@ def registered() -> Iterator[None]:
 
 
 FAULTY = {"name": "faulty", "score": "faulty", "min_slots": 8, "protect": {"sinks": 2, "recent": 8}}
-ERRORS: list[type[BaseException]] = [KeyboardInterrupt, torch.OutOfMemoryError, ZeroDivisionError]
+ERRORS: list[type[BaseException]] = [torch.OutOfMemoryError, KeyboardInterrupt, ZeroDivisionError]
 
 
 @pytest.mark.usefixtures("one_trace")
