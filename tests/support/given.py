@@ -57,6 +57,7 @@ def export() -> dict[str, Any]:
 
 GIVEN = {
     "README.md": model_and_inputs,
+    "docs/cache.md": model_and_inputs,
     "docs/debugging.md": model_and_inputs,
     "docs/export.md": export,
     "docs/patterns.md": model_and_inputs,
