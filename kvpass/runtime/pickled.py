@@ -13,8 +13,8 @@ import torch
 
 from kvpass.errors import CacheError
 from kvpass.runtime.saved import Unfit, facts_of, restored, tensors_of
-from kvpass.runtime.shell import make, of_shell
-from kvpass.runtime.store import SlotStore, unpicklable
+from kvpass.runtime.shell import of_shell
+from kvpass.runtime.store import SlotStore
 
 _PACKED: WeakKeyDictionary[SlotStore, Packed] = WeakKeyDictionary()
 
@@ -31,17 +31,17 @@ class Packed:
         return _store, (facts_of(store), tensors_of(store), store.origin)
 
 
-def reduced(shell: torch.Tensor) -> Any:
-    """How pickle makes a shell again.
+def packed(shell: torch.Tensor) -> tuple[Packed, int]:
+    """What a shell is made of again: its store, once for keys and values, and the half that it is of it.
 
     Raises:
         StaleCacheError: it was cropped, another branch has gone on with it, or a call on it failed.
     """
     store, half = of_shell(shell, "a pickle")
-    packed = _PACKED.get(store)
-    if packed is None:
-        packed = _PACKED[store] = Packed(store)
-    return _shell, (packed, half)
+    found = _PACKED.get(store)
+    if found is None:
+        found = _PACKED[store] = Packed(store)
+    return found, half
 
 
 def _store(facts: dict[str, Any], tensors: dict[str, torch.Tensor], origin: Any) -> SlotStore:
@@ -52,14 +52,3 @@ def _store(facts: dict[str, Any], tensors: dict[str, torch.Tensor], origin: Any)
         raise CacheError(
             f"a pickled cache cannot be read: {error}", where="a pickle", hint="run the prompt through the model again"
         ) from error
-
-
-def _shell(store: Any, half: int) -> torch.Tensor:
-    from kvpass.runtime.veil import veil
-
-    if not isinstance(store, SlotStore):  # copy.copy of a tensor asks how it is pickled, and makes it again at once
-        raise unpicklable("a copy of one tensor of it")
-    with torch.inference_mode(False):
-        shell = make(store, half)
-    veil([shell])
-    return shell

@@ -214,9 +214,21 @@ def _picked(shell: torch.Tensor, rows: torch.Tensor, view: torch.Tensor | None =
 
 def _pickled(shell: torch.Tensor) -> Any:
     """How pickle makes it again."""
-    from kvpass.runtime.pickled import reduced
+    from kvpass.runtime.pickled import packed
 
-    return reduced(shell)
+    return _unpickled, packed(shell)
+
+
+def _unpickled(store: Any, half: int) -> torch.Tensor:
+    from kvpass.runtime.shell import make
+    from kvpass.runtime.store import SlotStore, unpicklable
+
+    if not isinstance(store, SlotStore):  # copy.copy of a tensor asks how it is pickled, and makes it again at once
+        raise unpicklable("a copy of one tensor of it")
+    with torch.inference_mode(False):
+        shell = make(store, half)
+    veil([shell])
+    return shell
 
 
 def _refusal(name: str, shell: torch.Tensor) -> CacheError:
