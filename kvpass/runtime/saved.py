@@ -20,7 +20,19 @@ PLAIN = ("name", "layer", "tokens", "length", "used", "waiting", "spare", "calls
 """Fields of a store that JSON can say."""
 IN_OTHER_WORDS = ("rule", "layouts", "host", "origin", "state", "step", "zero")
 """Those that are said in another form."""
-OF_THE_PROCESS = ("bases", "versions", "shown", "held", "spoiled", "picked", "lent", "steps", "recorded")
+OF_THE_PROCESS = (
+    "bases",
+    "versions",
+    "shown",
+    "held",
+    "spoiled",
+    "picked",
+    "lent",
+    "steps",
+    "recorded",
+    "journal",
+    "cuts",
+)
 """Those that belong to the host's tensors, or to the machine; a spoiled store is not saved. A test asks that each field
 is in one of the three.
 """
