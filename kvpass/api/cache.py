@@ -13,7 +13,6 @@ from kvpass.api.crop import crop
 from kvpass.api.holdings import cache_of, holdings, stores
 from kvpass.api.rehoused import beside, picked, rehoused
 from kvpass.api.report import LayerView, layer_view
-from kvpass.api.saving import load, save
 from kvpass.errors import CacheError
 from kvpass.kernels.slots.cursor import FIRST, SEEN
 from kvpass.runtime.pick import with_rows
@@ -59,6 +58,8 @@ class Cache(Wrapped):
                 the file cannot be written.
             StaleCacheError: it was cropped, another branch has gone on with it, or a call on it failed.
         """
+        from kvpass.api.saving import save
+
         save(self.host, path)
 
     @classmethod
@@ -72,6 +73,8 @@ class Cache(Wrapped):
             CacheError: no such file, one of another format or version, or a damaged one.
             StaleCacheError: another policy, budget or model made it.
         """
+        from kvpass.api.saving import load  # and Dynamo, which `import kvpass` need not load
+
         return cls(load(path, model))
 
     @property
@@ -206,8 +209,8 @@ class Cache(Wrapped):
         return Cache(rehoused(longest.host, lambda store: joined(lists[id(store)]), data))
 
     def crop(self, n: int) -> None:
-        """Take the last `n` tokens back, in place: `cache.crop(-n)` of transformers 5.24. Exact where nothing can have
-        been evicted because of them.
+        """Take the last `n` tokens back, in place: `cache.crop(-n)` of transformers 5.24. Exact: where nothing can have
+        been evicted because of them, or while they are tentative (`kvpass.tentative`).
 
         Raises:
             CacheError: there are not so many tokens; or some of them may have displaced or scored others. The cache is

@@ -10,7 +10,6 @@ from typing import Any
 
 from kvpass.errors import CacheError
 from kvpass.runtime.active import current
-from kvpass.runtime.journal import Journal
 from kvpass.runtime.store import SlotStore
 
 DEPTH = 16
@@ -46,6 +45,8 @@ class Block:
                 hint="give them one by one; a model of transformers that kvpass.compile compiled takes them together",
             )
         if store.journal is None:
+            from kvpass.runtime.journal import Journal  # not when kvpass is imported
+
             store.journal = Journal()
         store.journal.note(store, self.depth)
 

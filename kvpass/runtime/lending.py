@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 from weakref import WeakSet
 
 import torch
 
 from kvpass.kernels.slots.state import State
-
-if TYPE_CHECKING:
-    from kvpass.runtime.journal import Journal
 
 
 class Lending:
@@ -25,7 +22,7 @@ class Lending:
     state: State
     bases: tuple[torch.Tensor, torch.Tensor]
     lent: WeakSet[Any] | None
-    journal: Journal | None
+    journal: Any
 
     def __setstate__(self, fields: dict[str, Any]) -> None:
         raise NotImplementedError

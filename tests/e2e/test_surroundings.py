@@ -252,6 +252,7 @@ print(model.generate(more, max_new_tokens=4, do_sample=False, **given).tolist())
 """
 
 
+@pytest.mark.wide  # test_saved.py has the like of it in CI
 def test_a_pickle_in_another_process(tmp_path: Path) -> None:
     model = kvpass.compile(tiny.llama(layers=1), "h2o", 48, **E)
     out = generated(model, IDS)
