@@ -28,6 +28,7 @@ def numbers_of(rows: Any, count: int) -> torch.Tensor:
     if not len(asked):
         raise CacheError("no row is asked for", hint="a cache without rows is a new one: drop this one instead")
     if not 0 <= int(asked.min()) <= int(asked.max()) < count:
-        what = f"rows {int(asked.min())} to {int(asked.max())} are asked for, but the cache has {count}"
+        wrong = next(row for row in asked.tolist() if not 0 <= row < count)
+        what = f"row {wrong} is asked for, but the cache has {count}"
         raise CacheError(what, hint=f"give numbers from 0 to {count - 1}")
     return asked.long()

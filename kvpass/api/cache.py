@@ -31,7 +31,7 @@ class Cache(Wrapped):
             empty is a cache of no tokens.
 
     Raises:
-        CacheError: it is a module, whose attributes hold more than a cache, or None.
+        CacheError: it is a module, whose attributes hold more than a cache, or nothing that holds anything.
 
     Attributes:
         host: the host's cache again.
@@ -41,7 +41,8 @@ class Cache(Wrapped):
         given, host = host, cache_of(host)
         if host is not given and isinstance(host, list) and len(host) == 1:  # (logits, cache)
             host = host[0]
-        if host is None or isinstance(host, torch.nn.Module):
+        holds = isinstance(host, (tuple, list, dict)) or hasattr(host, "__dict__")
+        if not holds or isinstance(host, torch.nn.Module):
             raise CacheError(
                 f"a {type(host).__name__} is no cache",
                 hint="give kvpass.Cache what the model returned, out.cache (out.past_key_values before transformers "

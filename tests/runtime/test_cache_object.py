@@ -73,7 +73,7 @@ def test_it_is_the_hosts_own() -> None:
         assert mine.name == its.name
         assert torch.equal(mine.keys, its.keys)
     assert "h2o 24: 2 rows, 51 tokens, 2 layers of at most 24 slots" in repr(cache)
-    for wrong in (None, model):
+    for wrong in (None, model, 3, "cache"):
         with pytest.raises(CacheError, match="is no cache"):
             kvpass.Cache(wrong)
 
