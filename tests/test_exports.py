@@ -9,8 +9,8 @@ import pytest
 import kvpass
 
 PUBLIC = [
-    "KVPassError", "Policy", "Reason", "Seen", "__version__", "backend", "compile", "explain", "export_mlir", "inspect",
-    "marked", "report", "rewrite", "scorer",
+    "Cache", "KVPassError", "Policy", "Reason", "Seen", "__version__", "backend", "compile", "explain", "export_mlir",
+    "inspect", "marked", "report", "rewrite", "scorer", "tentative",
 ]  # fmt: skip
 
 
