@@ -8,10 +8,7 @@ from typing import Any
 
 import torch
 
-from kvpass.api.asked_rows import numbers_of
-from kvpass.api.crop import crop
 from kvpass.api.holdings import cache_of, holdings, stores
-from kvpass.api.rehoused import beside, picked, rehoused
 from kvpass.api.report import LayerView, layer_view
 from kvpass.errors import CacheError
 from kvpass.kernels.slots.cursor import FIRST, SEEN
@@ -153,6 +150,8 @@ class Cache(Wrapped):
         Raises:
             CacheError: several layers lie in one buffer of the host's.
         """
+        from kvpass.api.rehoused import rehoused  # here and below: what `import kvpass` need not load
+
         return Cache(rehoused(self.host, SlotStore.fork, lambda _: None))
 
     def select(self, rows: Any) -> Cache:
@@ -165,6 +164,9 @@ class Cache(Wrapped):
             CacheError: the cache is empty, no row is asked for, or one that it has not; or something of the host's lies
                 beside the compressed layers, whose sequences are not known.
         """
+        from kvpass.api.asked_rows import numbers_of
+        from kvpass.api.rehoused import picked, rehoused
+
         self._some()
         at = numbers_of(rows, self.rows)
         return Cache(rehoused(self.host, lambda store: with_rows(store, at), picked(self.host, at)))
@@ -195,7 +197,8 @@ class Cache(Wrapped):
             StaleCacheError: they are of different models, policies or budgets.
             CacheError: there is none, one is empty, or they do not fit together.
         """
-        from kvpass.runtime.join import joined  # ops of evictions with it, which `import kvpass` need not load
+        from kvpass.api.rehoused import beside, rehoused
+        from kvpass.runtime.join import joined
 
         wrapped = [one if isinstance(one, Cache) else Cache(one) for one in caches]
         if not wrapped:
@@ -217,6 +220,8 @@ class Cache(Wrapped):
             CacheError: there are not so many tokens; or some of them may have displaced or scored others. The cache is
                 as it was.
         """
+        from kvpass.api.crop import crop
+
         crop(self.host, n)
 
     @staticmethod

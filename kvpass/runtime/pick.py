@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 
 from kvpass.errors import StaleCacheError
-from kvpass.kernels.after_call.undoing import displaced_copies
 from kvpass.kernels.rank.share_out import ShareOut
 from kvpass.kernels.slots.cursor import FREE, LIVE, SEEN
 from kvpass.kernels.slots.moves import rows_of
 from kvpass.kernels.slots.ragged import is_ragged
-from kvpass.kernels.slots.rows import rows_laid_out
 from kvpass.runtime.branches import Cuts
 from kvpass.runtime.store import Pick, SlotStore
 
@@ -49,6 +47,8 @@ def with_rows(store: SlotStore, rows: torch.Tensor) -> SlotStore:
     with torch.inference_mode(False), torch.no_grad():
         at = rows.to(store.state.k.device).long()
         if store.rule[ShareOut].share:
+            from kvpass.kernels.slots.rows import rows_laid_out
+
             state, spare = rows_laid_out(store.state, at, spare)
         else:
             state = rows_of(store.state, at)
@@ -73,6 +73,8 @@ def take_back(store: SlotStore, length: int) -> bool:
     if store.journal is not None and store.journal.take_back(store, length):
         store.cuts = (store.cuts or Cuts()).after(length)
         return True
+    from kvpass.kernels.after_call.undoing import displaced_copies  # and what it knows of, not with `import kvpass`
+
     if store.rule.evicts or is_ragged(store.state.cursor) or displaced_copies(store.state, store.rule):
         return False
     pos, cursor = store.state.pos, store.state.cursor
