@@ -13,7 +13,6 @@ from kvpass.api.holdings import Holdings, Part, holdings, stores
 from kvpass.api.report_text import report_text
 from kvpass.errors import CacheError
 from kvpass.kernels.budget import Apart, Budget
-from kvpass.kernels.codecs.storage import WHOLE_AT, coded
 from kvpass.kernels.slots.cursor import SEEN
 from kvpass.kernels.slots.moves import even
 from kvpass.runtime.recordings import StepCounts
@@ -86,7 +85,7 @@ def report(cache: Any) -> Report:
             "slot_bytes": slots,
             "overhead_bytes": overhead,
             "bits": _bits(found.stores),
-            "coded": any(coded(store.rule) for store in found.stores),
+            "coded": any(_coded(store) for store in found.stores),
             "caller_bytes": callers,
             "sites": sites,
             "dense": _dense_rows(found.dense),
@@ -149,7 +148,17 @@ def _site_row(store: SlotStore) -> dict[str, Any]:
 
 def _demoted(store: SlotStore) -> int:
     """Keys that are held as codes alone, summed over rows and KV heads."""
-    return int(store.live().sum() - (store.state[WHOLE_AT] >= 0).sum()) if store.rule.demotes else 0
+    if not store.rule.demotes:
+        return 0
+    from kvpass.kernels.codecs.storage import WHOLE_AT
+
+    return int(store.live().sum() - (store.state[WHOLE_AT] >= 0).sum())
+
+
+def _coded(store: SlotStore) -> bool:
+    from kvpass.kernels.codecs.storage import coded  # all codecs with it: not when kvpass is imported
+
+    return bool(coded(store.rule))
 
 
 def _bits(stores: Sequence[SlotStore]) -> float | None:
