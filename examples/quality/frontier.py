@@ -44,7 +44,8 @@ cache holds, of what an unmodified one holds in float32: codes, scales, whole co
 tokens, positions, statistics, free slots. The columns are those of [quality.md](quality.md), on the same texts and
 questions: an answer counts if all five digits are right, KL is along the true text, intervals are over texts. Needles
 alone hide what few bits cost: look at KL and perplexity too. A model of 135M parameters with heads of 64 is the hard
-case for few bits.
+case for few bits. Finished cells are kept, so rows may come from several runs with other `--policies` and `--shares`;
+the command above is that of the last.
 """
 COLUMNS = ["policy", "held %", "KL", "same token %", "perplexity", "aware", "agnostic", "answer NLL"]
 

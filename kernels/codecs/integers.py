@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from kvpass.kernels.codecs.code_products import mixed, products
 from kvpass.kernels.codecs.codec import LARGEST, SCALE, Codec, Part, grouped, groups_of, half, ungrouped
+from kvpass.kernels.codecs.one_scale import OneScale
 from kvpass.kernels.codecs.packing import pack, packed_size, unpack
 from torch import Tensor
 
@@ -51,15 +52,8 @@ class Asymmetric(Codec):
         return mixed(weights, codes, self.bits, scale, low, width, group)
 
 
-class Symmetric(Codec):
+class Symmetric(OneScale):
     """code = round(x / scale), scale = max |x| / (2**(bits - 1) - 1): zero is held exactly."""
-
-    def __init__(self, name: str, bits: int) -> None:
-        self.name, self.bits = name, bits
-
-    def parts(self, width: int, group: int) -> tuple[Part, ...]:
-        codes = Part("codes", packed_size(width, self.bits), torch.uint8)
-        return codes, Part("scale", groups_of(width, group), SCALE)
 
     def encode(self, x: Tensor, group: int) -> tuple[Tensor, ...]:
         parted, most = grouped(x.float().clamp(-LARGEST, LARGEST), group), 2 ** (self.bits - 1) - 1

@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from kvpass.kernels.codecs.codec import LARGEST, SCALE, Codec, Part, grouped, groups_of, half, ungrouped
+from kvpass.kernels.codecs.codec import LARGEST, grouped, half, ungrouped
 from kvpass.kernels.codecs.constants import constant
-from kvpass.kernels.codecs.packing import pack, packed_size, unpack
+from kvpass.kernels.codecs.one_scale import OneScale
+from kvpass.kernels.codecs.packing import pack, unpack
 from torch import Tensor
 
 POSITIVE = {
@@ -24,15 +25,8 @@ POSITIVE = {
 """Levels of a standard normal distribution above 0 (Lloyd and Max), by bits; those below are the same."""
 
 
-class Normal(Codec):
+class Normal(OneScale):
     """code = how many midpoints between levels are at most x / n sqrt(g), n the norm of a group of g entries."""
-
-    def __init__(self, name: str, bits: int) -> None:
-        self.name, self.bits = name, bits
-
-    def parts(self, width: int, group: int) -> tuple[Part, ...]:
-        codes = Part("codes", packed_size(width, self.bits), torch.uint8)
-        return codes, Part("scale", groups_of(width, group), SCALE)
 
     def encode(self, x: Tensor, group: int) -> tuple[Tensor, ...]:
         width, own = x.shape[-1], min(group, x.shape[-1])

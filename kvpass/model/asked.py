@@ -1,8 +1,44 @@
-"""What a call of `generate` is asked for, by name."""
+"""What a call of `generate` is asked for and given, by name."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import torch
+
+from kvpass.runtime.shell import find
+
+CACHES = ("cache", "past_key_values")
+"""Names of the cache among arguments and outputs, newest first."""
+
+
+def cache_in(fields: Mapping[str, Any]) -> Any:
+    """The cache among arguments or outputs; None if there is none."""
+    return next((fields[name] for name in CACHES if fields.get(name) is not None), None)
+
+
+def length_of(cache: Any) -> int:
+    """Tokens in a cache, as its host counts them: what was cropped and not called since is not in it."""
+    if cache is None:
+        return 0
+    if hasattr(cache, "get_seq_length"):
+        return int(cache.get_seq_length())
+    while isinstance(cache, (tuple, list)) and cache:
+        cache = cache[0]
+    store = find(cache)
+    return int(cache.shape[store.layouts[0].token_axis]) if store is not None else 0
+
+
+def prompt_in(args: Sequence[Any], given: Mapping[str, Any]) -> torch.Tensor | None:
+    """The tokens that `generate` was given, int [B, T]."""
+    found = (*args[:1], given.get("inputs"), given.get("input_ids"))
+    return next((ids for ids in found if is_tokens(ids)), None)
+
+
+def is_tokens(value: Any) -> bool:
+    """Whether it is int [B, T]."""
+    return isinstance(value, torch.Tensor) and value.dim() == 2 and not value.is_floating_point()
 
 
 class Asked:

@@ -94,9 +94,7 @@ class Compilation:
                 error = raised
         alien = self.state.disown() if error is not None and first else []
         alien += self.state.learn(call.before) if call.before is not None else []
-        if alien and (
-            error is None or isinstance(error, Exception)
-        ):  # calls of the model itself had left their state where this one began
+        if alien and not _stops(error):  # calls of the model itself had left their state where this one began
             _refuse_objects(args, kwargs, alien)
             return self._run(module, function, args, kwargs)
         if error is not None:
@@ -141,6 +139,11 @@ class Compilation:
         warnings.warn(
             f"kvpass rewrites nothing in this {type(self.model).__name__}: {why}", NothingRewritten, stacklevel=8
         )
+
+
+def _stops(error: BaseException | None) -> bool:
+    """Whether it is an interrupt, after which nothing is tried again."""
+    return error is not None and not isinstance(error, Exception)
 
 
 def _restored(real: torch.nn.Module, backend: Any) -> Any:

@@ -192,20 +192,26 @@ def _door(facade: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _checked(facade: Any, generate: Callable[..., Any]) -> Callable[..., Any]:
-    """`generate`, which refuses at once what compressed caches cannot do yet, and a history that is not the cache's."""
+    """`generate`, which refuses at once what compressed caches cannot do yet, and transformers' also a history that is
+    not the cache's: others may take new tokens alone.
+    """
     from kvpass.model.history import check_history, note_history
     from kvpass.model.speculative import drafts_of
     from kvpass.model.unserved import refuse_unserved
+
+    theirs = str(getattr(generate, "__module__", "")).startswith("transformers.")
 
     @functools.wraps(generate)
     def call(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = opened(args, kwargs)
         compilation = _get(facade, "_kvpass_compilation")
         refuse_unserved(compilation.backend.policy, facade, kwargs)
-        check_history(facade, args, kwargs)
+        if theirs:
+            check_history(facade, args, kwargs)
         with drafts_of(compilation, facade, args, kwargs):
             result = generate(*args, **kwargs)
-        note_history(kwargs, result)
+        if theirs:
+            note_history(facade, kwargs, result)
         return result
 
     return call

@@ -14,11 +14,10 @@ from weakref import WeakKeyDictionary
 import torch
 
 from kvpass.errors import StaleCacheError
+from kvpass.model.asked import Asked, cache_in, is_tokens, length_of, prompt_in
 from kvpass.runtime.shell import find
 from kvpass.runtime.store import SlotStore
 from kvpass.runtime.watch import tensors
-
-_CACHES = ("cache", "past_key_values")
 
 
 @dataclass(frozen=True)
@@ -39,11 +38,11 @@ def check_history(model: Any, args: Sequence[Any], given: dict[str, Any]) -> Non
     Raises:
         StaleCacheError: it has no token beyond them, or others in their place.
     """
-    cache = _given(given)
-    length = _length(cache)
+    cache = cache_in(given)
+    length = length_of(cache)
     if not length or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return
-    ids = next((one for one in (*args[:1], given.get("input_ids"), given.get("inputs")) if _is_tokens(one)), None)
+    ids = prompt_in(args, given)
     embeds = given.get("inputs_embeds")
     shown = embeds if isinstance(embeds, torch.Tensor) else ids
     if shown is None:
@@ -77,36 +76,19 @@ def check_history(model: Any, args: Sequence[Any], given: dict[str, Any]) -> Non
         )
 
 
-def note_history(given: dict[str, Any], result: Any) -> None:
+def note_history(model: Any, given: dict[str, Any], result: Any) -> None:
     """Remember which tokens a cache was made of, where `generate` tells: one sequence for each of its rows."""
     fields = result if isinstance(result, dict) else {}
     sequences = fields.get("sequences", result)
-    cache = next((one for name in _CACHES if (one := fields.get(name)) is not None), _given(given))
-    length, store = _length(cache), _first_store(cache)
-    if store is None or not _is_tokens(sequences) or "beam_indices" in fields or _searches(given):
+    cache = cache_in(fields)
+    cache = cache_in(given) if cache is None else cache
+    length, store = length_of(cache), _first_store(cache)
+    searches = (Asked(model, given)("num_beams") or 1) > 1  # beams were picked: the sequences are not the cache's rows
+    if store is None or not is_tokens(sequences) or searches:
         return
     rows, columns = sequences.shape
     if length <= columns and rows == len(store.state.cursor):
         _SAID[store] = Said(sequences[:, :length].detach().clone(), store.calls)
-
-
-def _searches(given: dict[str, Any]) -> bool:
-    """Whether beams were picked: the sequences are not the cache's rows."""
-    config = given.get("generation_config")
-    return (given.get("num_beams") or getattr(config, "num_beams", None) or 1) > 1
-
-
-def _given(given: dict[str, Any]) -> Any:
-    return next((given[name] for name in _CACHES if given.get(name) is not None), None)
-
-
-def _is_tokens(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() == 2 and not value.is_floating_point()
-
-
-def _length(cache: Any) -> int:
-    asked = getattr(cache, "get_seq_length", None)
-    return int(asked()) if asked is not None else 0
 
 
 def _first_store(cache: Any) -> SlotStore | None:

@@ -13,11 +13,8 @@ from typing import Any, NamedTuple
 import torch
 
 from kvpass.errors import CacheError
+from kvpass.model.asked import CACHES, cache_in, length_of
 from kvpass.runtime.drafts import Block, entered, of_one_token
-from kvpass.runtime.shell import find
-
-CACHES = ("cache", "past_key_values")
-"""Names of the cache among arguments and outputs, newest first."""
 
 _TOKENS = ("input_ids", "inputs_embeds")
 _ALONG = {"input_ids": 1, "inputs_embeds": 1, "position_ids": -1, "cache_position": 0, "token_type_ids": 1,
@@ -82,21 +79,9 @@ def _asked(module: Any, args: Any, kwargs: Any) -> Several | None:
         return None
     if "decoder_input_ids" in names:  # there `input_ids` are the encoder's
         return None
-    cache: Any = next((given[name] for name in CACHES if given.get(name) is not None), None)
+    cache = cache_in(given)
     room = max(0, int(cache.get_max_length())) if getattr(cache, "is_compileable", False) else 0
-    return Several(given, tokens.shape[1], _length(cache), room)
-
-
-def _length(cache: Any) -> int:
-    """Tokens in a cache, as its host counts them: what was cropped and not called since is not in it."""
-    if cache is None:
-        return 0
-    if hasattr(cache, "get_seq_length"):
-        return int(cache.get_seq_length())
-    while isinstance(cache, (tuple, list)) and cache:
-        cache = cache[0]
-    store = find(cache)
-    return int(cache.shape[store.layouts[0].token_axis]) if store is not None else 0
+    return Several(given, tokens.shape[1], length_of(cache), room)
 
 
 def _check(asked: Several, settled: int, module: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from kvpass.model.asked import Asked
+from kvpass.model.asked import Asked, cache_in, length_of, prompt_in
 from kvpass.policy.spec import Spec
 from kvpass.runtime.drafts import Block, entered
 
@@ -34,7 +34,8 @@ def drafts_of(owner: Any, model: Any, args: Any, kwargs: dict[str, Any]) -> Abst
     asked = Asked(model, kwargs)
     if not any(asked(name) for name in SPECULATIVE) or crops_by_itself(owner.backend.policy):
         return nullcontext()
-    tokens = _prompt(args, kwargs)
+    ids = prompt_in(args, kwargs)
+    tokens = 1 if ids is None else ids.shape[1]  # what `generate` makes itself begins behind them
     if not asked("is_assistant"):
         return entered(Block(1, owner, tokens))
     depth = (asked("max_new_tokens") or asked("max_length") or 0) + SLACK
@@ -48,10 +49,4 @@ def crops_by_itself(policy: Spec) -> bool:
 
 def goes_on(kwargs: dict[str, Any]) -> bool:
     """Whether `generate` is given a cache that holds tokens."""
-    return any(getattr(kwargs.get(name), "get_seq_length", int)() for name in ("cache", "past_key_values"))
-
-
-def _prompt(args: Any, kwargs: dict[str, Any]) -> int:
-    """Tokens that `generate` was given; those that it makes itself begin behind them."""
-    given = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids"))]
-    return next((int(ids.shape[1]) for ids in given if ids is not None), 1)
+    return length_of(cache_in(kwargs)) > 0

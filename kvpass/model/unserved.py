@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from kvpass.errors import CacheError
-from kvpass.model.asked import Asked
+from kvpass.model.asked import CACHES, Asked
 from kvpass.model.speculative import SPECULATIVE, crops_by_itself, goes_on
 from kvpass.pipeline.arguments import check_ready
 from kvpass.policy.spec import Spec
@@ -55,7 +55,7 @@ def _unserved(policy: Spec, asked: Asked) -> Iterator[tuple[str, str, str]]:
     if kind is not None:
         why, fix = _STORES[kind]
         yield f"cache_implementation={store!r}", why, fix
-    for name in ("cache", "past_key_values"):
+    for name in CACHES:
         if getattr(asked.given.get(name), "offloading", False):
             yield f"a {type(asked.given[name]).__name__} with offloading", *_STORES["offloaded"]
         kinds = {cls.__name__ for cls in type(asked.given.get(name)).__mro__}

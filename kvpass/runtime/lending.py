@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, Self
 from weakref import WeakSet
 
@@ -10,7 +11,7 @@ import torch
 from kvpass.kernels.slots.state import State
 
 
-class Lending:
+class Lending(ABC):
     """The part of a `SlotStore` that makes others of it.
 
     Attributes:
@@ -24,8 +25,9 @@ class Lending:
     lent: WeakSet[Any] | None
     journal: Any
 
+    @abstractmethod
     def __setstate__(self, fields: dict[str, Any]) -> None:
-        raise NotImplementedError
+        """Take these fields, and be found by the bases among them."""
 
     def with_state(self, state: State, **changes: Any) -> Self:
         """Another store with a state of other rows, of this one's history: `changes` to its fields."""

@@ -219,5 +219,5 @@ def test_what_cannot_be_parted() -> None:
     assert hidden.logits.shape[1] == 2
     assert {layer.shape[1] for layer in hidden.hidden_states} == {3}
     for depth in (0, True, 2.0):
-        with pytest.raises(kvpass.KVPassError, match="depth"), kvpass.tentative(depth):  # type: ignore[arg-type]
+        with pytest.raises(kvpass.KVPassError, match="depth"), kvpass.tentative(depth):  # type: ignore[arg-type]  # what is refused
             pass

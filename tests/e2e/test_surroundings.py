@@ -170,6 +170,29 @@ def test_another_history_is_refused(models: tuple[Any, Any, Any]) -> None:
         assert again.sequences.shape == (2, 96)
 
 
+class Chat(torch.nn.Module):
+    """A `generate` of one's own, which takes the new tokens alone."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, ids: torch.Tensor, cache: Any) -> Any:
+        return self.inner(ids, **with_cache(self.inner, cache), use_cache=True).logits
+
+    @torch.no_grad()
+    def generate(self, ids: torch.Tensor, cache: Any) -> torch.Tensor:
+        return torch.cat([ids, self(ids, cache)[:, -1:].argmax(-1)], 1)
+
+
+def test_a_generate_of_ones_own_may_take_new_tokens_alone() -> None:
+    model, said = Chat(tiny.one_llama()), []
+    for each in (model, kvpass.compile(model, "full", inner="eager")):
+        cache = DynamicCache(config=model.inner.config)
+        said.append([each.generate(tiny.tokens(1, n, seed=n), cache=cache) for n in (40, 3, 1)])
+    assert all(map(torch.equal, *said))
+
+
 def test_tokens_taken_back_may_be_others(models: tuple[Any, Any, Any]) -> None:
     """A cropped cache goes on with another end, as the model's own."""
     found = []
