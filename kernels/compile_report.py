@@ -56,6 +56,7 @@ _INT4 = _H2O.replace(k_as="int4", v_as="int4", rotated=True, residual=128, whole
 _INT8 = _ROCO.replace(k_as="int8", v_as="int8", residual=32)
 _FP8 = _SNAPKV.replace(k_as="fp8_e4m3", v_as="fp8_e5m2", rotated=True)
 _INT2 = _H2O.replace(k_as="int2", v_as="int2", rotated=True, scale_group=32, residual=128, whole_sinks=4)
+_TURBO = _H2O.replace(k_as="turbo4", v_as="turbo3", rotated=True, residual=128, whole_sinks=4)
 _TWO = _H2O.replace(k_as="int3", v_as="int8_symmetric", scale_group=24)
 
 
@@ -96,6 +97,7 @@ CASES = (
     Case("bf16 d128 fp8 turned bool snapkv", torch.bfloat16, 128, 4, "bool", False, _FP8),
     Case("bf16 d64 mha int2 turned copies h2o", torch.bfloat16, 64, 1, "causal", False, _INT2),
     Case("fp32 d128 int4 turned copies h2o", torch.float32, 128, 4, "causal", False, _INT4),
+    Case("bf16 d128 turbo4 and turbo3 turned copies h2o", torch.bfloat16, 128, 4, "causal", False, _TURBO),
     Case("bf16 d80 int3 and int8 in groups of 24 h2o", torch.bfloat16, 80, 4, "causal", False, _TWO),
 )
 """Of rules whose slots hold codes the step alone: the other kernels meet numbers."""

@@ -9,9 +9,12 @@ on are none. Where GROUP is EACH, columns are entries.
 
 import triton
 import triton.language as tl
+from kvpass.kernels.codecs.normal import POSITIVE
 from kvpass.kernels.triton_shared.triton_common import rows
 
 from .triton_row import slot_zero
+
+LEVELS = tl.constexpr((*POSITIVE[2], *POSITIVE[3], *POSITIVE[4]))
 
 
 @triton.jit
@@ -55,6 +58,13 @@ def number_of(b_x, AS: tl.constexpr, BITS: tl.constexpr):
         b_number = b_half.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
     elif AS == "middle":
         b_number = (b_x - ((1 << (BITS - 1)) - 1)).to(tl.float32)
+    elif AS == "normal":
+        HALF: tl.constexpr = 1 << (BITS - 1)
+        b_step = tl.where(b_x < HALF, HALF - 1 - b_x, b_x - HALF)
+        b_number = tl.zeros_like(b_x).to(tl.float32)
+        for i in tl.static_range(HALF):
+            b_number = tl.where(b_step == i, LEVELS[HALF - 2 + i], b_number)
+        b_number = tl.where(b_x < HALF, -b_number, b_number)
     else:
         b_number = b_x.to(tl.float32)
     return b_number

@@ -31,6 +31,9 @@ READ = {
     "int2": ("low", 2),
     "int8_symmetric": ("middle", 8),
     "int4_symmetric": ("middle", 4),
+    "turbo4": ("normal", 4),
+    "turbo3": ("normal", 3),
+    "turbo2": ("normal", 2),
     "fp8_e4m3": ("e4m3", 8),
     "fp8_e5m2": ("e5m2", 8),
 }

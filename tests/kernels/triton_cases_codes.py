@@ -43,6 +43,8 @@ STORES: dict[str, dict[str, Any]] = {
     "two kinds": {"k_as": "int8_symmetric", "v_as": "int4", "scale_group": 4, "residual": 9, "whole_sinks": 4},
     "fp8": {"k_as": "fp8_e4m3", "v_as": "fp8_e5m2", "rotated": True, "residual": 3, "whole_sinks": 1},
     "symmetric": {"k_as": "int4_symmetric", "v_as": "int8_symmetric", "rotated": True, "residual": 1},
+    "normal levels": {"k_as": "turbo3", "v_as": "turbo2", "rotated": True, "residual": 3},
+    "more normal levels": {"k_as": "turbo4", "v_as": "turbo3", "scale_group": 12},
     "more whole than held": {"k_as": "int4", "v_as": "int4", "scale_group": 16, "residual": 60, "whole_sinks": 2},
 }
 
