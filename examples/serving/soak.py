@@ -27,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import openai
 import tiny_llama
-import torch
 import uvicorn
 from bench import machine
 
@@ -236,11 +235,7 @@ def main() -> int:
     with serving(engine, tokenizer) as client:
         figures = soaked(engine, client, args.seconds, args.clients, 24)
     found = problems(figures, args.seconds >= 60)
-    figures |= {
-        "date": date.today().isoformat(),
-        "machine": machine.describe(),
-        "torch_threads": torch.get_num_threads(),
-    }
+    figures |= {"date": date.today().isoformat(), "machine": machine.describe()}
     print(json.dumps(figures, indent=2))
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
