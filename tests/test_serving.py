@@ -4,10 +4,15 @@ row, it is in the last bit of 53: greedy answers do not hang on it).
 
 from __future__ import annotations
 
+import re
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,6 +38,7 @@ import kvpass
 
 pytestmark = pytest.mark.usefixtures("one_trace")  # what the server compiled outlives each test
 
+ROOT = Path(__file__).resolve().parent.parent
 LIMITS = Limits(rows=4, queue=5, seconds=60, tokens=400, context=1500, body=64 << 10)
 GREEDY: dict[str, Any] = {"do_sample": False, "return_dict_in_generate": True}
 
@@ -162,7 +168,7 @@ WRONG: dict[str, tuple[dict[str, Any], int, str, str]] = {
         "not supported",
     ),
     "a tool's words": ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages", "'system'"),
-    "a long prompt": ({"messages": [{"role": "user", "content": "x" * 1500}]}, 400, "prompt", "more than 1500"),
+    "a long prompt": ({"messages": [{"role": "user", "content": "x" * 1500}]}, 400, "messages", "more than 1500"),
 }
 
 
@@ -265,7 +271,7 @@ def test_an_error_in_a_step_costs_its_batch_alone(served: Any, monkeypatch: pyte
 
 
 def test_draining(served: Any) -> None:
-    """Last of those on this server: what was taken is answered, what comes is told to go elsewhere."""
+    """What was taken is answered, what comes is told to go elsewhere."""
     engine, _, client = served
     root, done = str(client.base_url).removesuffix("/v1/"), threading.Event()
     asked = {"model": "tiny", "prompt": soak.TEXT[:40], "max_tokens": 200, "temperature": 0}
@@ -278,6 +284,7 @@ def test_draining(served: Any) -> None:
     assert httpx.get(f"{root}/health").status_code == 503
     assert text + "".join(piece.choices[0].text for piece in stream) == want
     assert done.wait(5)
+    engine.state = "running"  # for the tests that come behind
 
 
 def test_stop_sequences_and_unfinished_characters() -> None:
@@ -350,6 +357,37 @@ def test_what_an_operator_may_say() -> None:
             check(kvpass.Policy.load({"name": "mine", "extends": "h2o", **waits}))
     with pytest.raises(ValueError, match="the shortest request needs"):
         soak.engine_of("h2o", 0.25, 1000, LIMITS)
+
+
+def test_the_first_command_and_sigterm() -> None:
+    """As docs/serving.md says it: a stream that is running is answered to its end, then the process ends with 0."""
+    command = [
+        sys.executable,
+        "-P",
+        str(ROOT / "examples" / "serve.py"),
+        "--tiny",
+        "--kv-bytes",
+        "64MiB",
+        "--port",
+        "0",
+    ]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as server:
+        assert server.stderr is not None
+        said: list[str] = []
+        for line in server.stderr:
+            said.append(line)
+            if found := re.search(r"running on (http://[0-9.:]+)", line):
+                break
+        else:
+            pytest.fail("".join(said))
+        with openai.OpenAI(base_url=f"{found[1]}/v1", api_key="none", max_retries=0) as client:
+            asked = {"model": "tiny", "messages": [{"role": "user", "content": soak.TEXT[:40]}], "temperature": 0}
+            stream = client.chat.completions.create(**asked, max_tokens=120, stream=True)
+            pieces = [next(stream), next(stream)]
+            server.send_signal(signal.SIGTERM)
+            pieces += list(stream)
+            assert pieces[-1].choices[0].finish_reason in ("stop", "length")
+        assert server.wait(20) == 0, server.stderr.read()
 
 
 @pytest.mark.wide

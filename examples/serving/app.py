@@ -32,6 +32,7 @@ def app(engine: Engine, tokenizer: Any, name: str) -> FastAPI:
     """
     api = FastAPI(title="kvpass", docs_url=None, redoc_url=None)
     api.add_middleware(SizeLimit, limit=engine.limits.body)
+    vocabulary = engine.model.get_input_embeddings().weight.shape[0]
     started, fingerprint = int(time.time()), engine.model.kvpass.policy.fingerprint
 
     @api.post("/v1/completions")
@@ -78,7 +79,7 @@ def app(engine: Engine, tokenizer: Any, name: str) -> FastAPI:
             raise errors.unknown_model(body.model, name)
         if body.stream_options is not None and not body.stream:
             raise wrong("stream_options", "stream_options is for streams", "invalid_value")
-        asked = checked(body, prompt, tokens, engine)
+        asked = checked(body, prompt, tokens, engine.limits.tokens, vocabulary)
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
 
         def tell(event: Event) -> None:
@@ -87,7 +88,12 @@ def app(engine: Engine, tokenizer: Any, name: str) -> FastAPI:
 
         prefix, limits = engine.prefixes.of(asked.prompt), engine.limits
         request = Request(asked, Words(tokenizer, asked.stop), tell, limits.seconds, prefix)
-        engine.submit(request)
+        try:
+            engine.submit(request)
+        except Refused as error:
+            if error.code == "context_length_exceeded":
+                error.param = "messages" if isinstance(body, Chat) else "prompt"
+            raise
         ready = len(prefix.ids) if prefix is not None else 0
         answer = Answer(isinstance(body, Chat), name, fingerprint, len(prompt), ready)
         if body.stream:
@@ -108,19 +114,18 @@ def chat_tokens(tokenizer: Any, messages: list[dict[str, str]], ask: bool) -> li
     return tokens
 
 
-def checked(body: Body, prompt: list[int], tokens: int, engine: Engine) -> Asked:
+def checked(body: Body, prompt: list[int], tokens: int, most: int, vocabulary: int) -> Asked:
     """The request in tokens.
 
     Raises:
-        Refused: no prompt, no such tokens, or more of them than an answer may have.
+        Refused: no prompt, no such tokens, or more than `most` of an answer.
     """
-    vocabulary = engine.model.get_input_embeddings().weight.shape[0]
     if not prompt:
         raise wrong("prompt", "the prompt is empty", "invalid_value")
     if not all(0 <= token < vocabulary for token in prompt):
         raise wrong("prompt", f"tokens are from 0 to {vocabulary - 1}", "invalid_value")
-    if tokens > engine.limits.tokens:
-        raise wrong("max_tokens", f"an answer has at most {engine.limits.tokens} tokens here", "invalid_value")
+    if tokens > most:
+        raise wrong("max_tokens", f"an answer has at most {most} tokens here", "invalid_value")
     chosen = {
         "temperature": 1.0 if body.temperature is None else body.temperature,
         "top_p": 1.0 if body.top_p is None else body.top_p,

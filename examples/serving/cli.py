@@ -84,7 +84,8 @@ def loaded(args: argparse.Namespace) -> tuple[Any, Any, str]:
 def engine_of(args: argparse.Namespace) -> tuple[Engine, Any, str]:
     """(engine, tokenizer, name of the model)."""
     model, tokenizer, name = loaded(args)
-    compiled = kvpass.compile(model, args.policy, args.budget, inner=args.inner)
+    keeps_all = kvpass.Policy.load(args.policy).keeps_all
+    compiled = kvpass.compile(model, args.policy, None if keeps_all else args.budget, inner=args.inner)
     limits = Limits(args.rows, args.queue, args.seconds, args.tokens, args.context, args.body)
     texts = [path.read_text() for path in args.prefix]
     return build(compiled, tokenizer, args.kv_bytes, limits, args.system, texts), tokenizer, name

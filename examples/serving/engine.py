@@ -83,10 +83,10 @@ class Engine:
         need, limits = request.need, self.limits
         length = len(request.asked.prompt) + request.asked.max_tokens
         if length > limits.context:
-            raise errors.too_long(f"prompt and max_tokens are {length} tokens, more than {limits.context}", "prompt")
+            raise errors.too_long(f"prompt and max_tokens are {length} tokens, more than {limits.context}")
         if not self.admission.can_ever(need):
             most, budget = self.admission.alone(need), self.admission.budget
-            raise errors.too_long(f"prompt and max_tokens may need {most:,} bytes of cache, of {budget:,}", "prompt")
+            raise errors.too_long(f"prompt and max_tokens may need {most:,} bytes of cache, of {budget:,}")
         with self._turns:
             if self.state != "running":
                 raise errors.draining()

@@ -35,7 +35,7 @@ class Refused(Exception):
         return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
 
 
-def wrong(param: str, message: str, code: str | None = None) -> Refused:
+def wrong(param: str | None, message: str, code: str | None = None) -> Refused:
     """A field of the body says what it may not say."""
     return Refused(400, message, param=param, code=code)
 
@@ -44,9 +44,9 @@ def unknown_model(given: str, served: str) -> Refused:
     return Refused(404, f"there is no model {given!r} here, only {served!r}", param="model", code="model_not_found")
 
 
-def too_long(message: str, param: str) -> Refused:
+def too_long(message: str) -> Refused:
     """It can never be served here, however long it waits."""
-    return Refused(400, message, param=param, code="context_length_exceeded")
+    return Refused(400, message, code="context_length_exceeded")
 
 
 def too_large(limit: int) -> Refused:

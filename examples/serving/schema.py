@@ -87,16 +87,18 @@ class Chat(Body):
 
 
 def refusal(problems: list[Any]) -> Refused:
-    """Of what pydantic found, one, as OpenAI says it: a field or a value that is not supported comes first."""
-    problem = min(problems, key=lambda one: one["type"] not in ("extra_forbidden", "literal_error"))
+    """Of what pydantic found, one field, as OpenAI says it: what is not supported comes first."""
+    order = {"extra_forbidden": 0, "literal_error": 1}
+    problem = min(problems, key=lambda one: order.get(one["type"], 2))
     path = [str(part) for part in problem["loc"] if part != "body"]
-    param = path[0] if path else ""
-    kind = problem["type"]
+    param, kind = path[0] if path else None, problem["type"]
+    where = ".".join(part for part in path if part not in ("str", "constrained-str") and "[" not in part) or "the body"
     if kind == "extra_forbidden":
-        where = ".".join(part for part in path if part not in ("str", "list[Part]"))
         return wrong(param, f"{where} is not supported by this server", "unsupported_parameter")
     if kind == "json_invalid":
         return Refused(400, "the body is no JSON", code="invalid_json")
     if kind == "missing":
-        return wrong(param, f"{param or 'the body'} is missing", "missing_required_parameter")
-    return wrong(param, f"{param or 'the body'}: {problem['msg']}", "invalid_value")
+        return wrong(param, f"{where} is missing", "missing_required_parameter")
+    ways = [one["msg"] for one in problems if one["loc"][:2] == problem["loc"][:2]]  # a text, or a list of them, say
+    told = [problem["msg"]] if kind == "literal_error" else dict.fromkeys(ways)
+    return wrong(param, f"{where}: {'; or: '.join(told)}", "invalid_value")

@@ -21,6 +21,7 @@ MORE: dict[str, tuple[Any, Any]] = {
     **KINDS,
     "calls alone evict": ({"name": "mine", "extends": "h2o", "when": "calls"}, 24),
     "once": ({"name": "mine", "extends": "h2o", "when": "first"}, 24),
+    "turned keys": ("streaming_llm_reindexed", 24),
     "later": ({"name": "mine", "extends": "h2o", "every": 4}, 24),
 }
 
