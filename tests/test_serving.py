@@ -1,5 +1,5 @@
-"""examples/serving: OpenAI's client against a server on a tiny model in float64 (where a batch rounds otherwise than a
-row, it is in the last bit of 53: greedy answers do not hang on it).
+"""examples/serving: OpenAI's client against a server on a tiny model (soak.py says why its projections are exact: a
+batch may round otherwise than a row alone).
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def test_at_full_budget_answers_are_the_original_models() -> None:
     """Requests that join and leave each other, with and without a prefix, against the unmodified model alone."""
     engine, tokenizer = soak.engine_of("full", None, 8_000_000, LIMITS)
     some = [one for one in soak.requests(18) if one["temperature"] == 0 and "stop" not in one]
-    model = tiny_llama.load()[0].double()
+    model = soak.exact_model()[0]
     with soak.serving(engine, tokenizer) as client, ThreadPoolExecutor(4) as pool:
         said = list(pool.map(lambda one: soak.asked(client, one)[0], some))
     for one, got in zip(some, said, strict=True):
