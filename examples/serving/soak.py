@@ -4,7 +4,8 @@ server gave to the same request alone.
     python -P examples/serving/soak.py [--seconds 120] [--clients 8] [--policy h2o] [--budget 0.25] [--out FOLDER]
 
 The model's projections are computed in float64 and rounded: a product of several rows may round otherwise than that of
-one, and greedy answers of noise must not hang on the last bit of a logit. Exits with 1 if anything was wrong. Writes the figures that docs/serving.md quotes (JSON, Markdown).
+one, and greedy answers of noise must not hang on the last bit of a logit. Exits with 1 if anything was wrong. Writes
+the figures that docs/serving.md quotes (JSON, Markdown).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import date
@@ -43,17 +45,17 @@ TEXT = "The cache of a model is the memory of what was said; some of it can go, 
 
 
 @contextmanager
-def serving(engine: Engine, tokenizer: Any, name: str = NAME) -> Any:
-    """A client of a server on a free port, in a thread of this process."""
+def serving(engine: Engine, tokenizer: Any, name: str = NAME) -> Iterator[tuple[openai.OpenAI, Server]]:
+    """A server on a free port, in a thread of this process, and a client of it."""
     config = uvicorn.Config(app(engine, tokenizer, name), host="127.0.0.1", port=0, log_level="warning")
-    server = Server(config, engine, 10.0)
+    server = Server(config, engine, 60.0)
     thread = threading.Thread(target=server.run, name="uvicorn")
     thread.start()
     try:
         wait_until(lambda: server.started or not thread.is_alive())
         port = server.servers[0].sockets[0].getsockname()[1]
         with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
-            yield client
+            yield client, server
     finally:
         server.should_exit = True
         thread.join()
@@ -149,17 +151,29 @@ class Soak:
                     pool.submit(self.one, random.Random(seed))
 
 
-def soaked(engine: Engine, client: openai.OpenAI, seconds: float, clients: int, kinds: int) -> dict[str, Any]:
-    """The figures of a run, with what was wrong in them."""
+def soaked(
+    engine: Engine, client: openai.OpenAI, seconds: float, clients: int, kinds: int, least: int = 0
+) -> dict[str, Any]:
+    """The figures of a run, with what was wrong in them.
+
+    Args:
+        least: answers, however long they take; and a disconnect and a refusal.
+    """
     soak = Soak(client, requests(kinds))
-    graphs, started = len(engine.model.kvpass.graphs), time.monotonic()
+    wait_until(lambda: engine.idle)
+    before, graphs, started = states(), len(engine.model.kvpass.graphs), time.monotonic()
     threads = [threading.Thread(target=soak.visitor, args=(seed,)) for seed in range(clients)]
     threads.append(threading.Thread(target=soak.floods, args=(min(5.0, seconds / 4), engine.limits.queue + 16)))
     alive = threading.active_count()
     for thread in threads:
         thread.start()
     memory = []
-    while time.monotonic() - started < seconds:
+
+    def enough() -> bool:
+        counts = soak.counts
+        return not least or bool(counts["answered"] >= least and counts["left"] and counts["refused"])
+
+    while time.monotonic() - started < seconds or not enough():
         time.sleep(min(1.0, seconds / 20))
         memory.append(resident())
     soak.over.set()
@@ -167,10 +181,9 @@ def soaked(engine: Engine, client: openai.OpenAI, seconds: float, clients: int, 
         thread.join()
     took = time.monotonic() - started
     wait_until(lambda: engine.idle and engine.held == engine.admission.base)
-    gc.collect()
     quarter = max(1, len(memory) // 4)
     early, late = (sum(part) / len(part) for part in (memory[quarter : 2 * quarter] or memory, memory[-quarter:]))
-    figures = {
+    return {
         "seconds": round(took, 1),
         "clients": clients,
         "policy": str(engine.model.kvpass.policy.name),
@@ -183,12 +196,16 @@ def soaked(engine: Engine, client: openai.OpenAI, seconds: float, clients: int, 
         "kv_bytes_after": engine.held,
         "graphs_compiled_meanwhile": len(engine.model.kvpass.graphs) - graphs,
         "threads_more": max(0, threading.active_count() - alive),
-        "states_alive": sum(type(one).__name__ == "SlotStore" for one in gc.get_objects()),
-        "states_of_prefixes": sum(len(cache) for cache in engine.prefixes.caches),
+        "states_more": states() - before,
         "resident_growth_percent": round(100 * (late / early - 1), 2),
         "wrong": soak.wrong[:20],
     }
-    return figures
+
+
+def states() -> int:
+    """Layers' states that live in this process."""
+    gc.collect()
+    return sum(type(one).__name__ == "SlotStore" for one in gc.get_objects())
 
 
 def resident() -> int:
@@ -206,7 +223,7 @@ def problems(figures: dict[str, Any], memory: bool) -> list[str]:
     checks = {
         "caches held more than the budget": figures["kv_peak_bytes"] > figures["kv_budget_bytes"],
         "caches are left": figures["kv_bytes_after"] != figures["kv_prefix_bytes"],
-        "states are left": figures["states_alive"] != figures["states_of_prefixes"],
+        "states are left": figures["states_more"] > 0,
         "threads are left": figures["threads_more"] > 0,
         "graphs were compiled": figures["graphs_compiled_meanwhile"] > 0,
         "nothing was answered": figures["answered"] == 0,
@@ -231,9 +248,10 @@ def exact_model() -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def engine_of(policy: Any, share: Any, kv_bytes: int, limits: Limits) -> tuple[Engine, Any]:
-    """(engine, tokenizer) of the model above."""
-    model, tokenizer = exact_model()
+def engine_of(policy: Any, share: Any, kv_bytes: int, limits: Limits, model: Any = None) -> tuple[Engine, Any]:
+    """(engine, tokenizer) of the model above, or of this one."""
+    own, tokenizer = exact_model()
+    model = own if model is None else model
     compiled = kvpass.compile(model, policy, share, inner="eager")
     return build(compiled, tokenizer, kv_bytes, limits, [SYSTEM]), tokenizer
 
@@ -244,12 +262,12 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--policy", default="h2o")
     parser.add_argument("--budget", type=budget, default=0.25)
-    parser.add_argument("--kv-bytes", type=size, default="4MB")
+    parser.add_argument("--kv-bytes", type=size, default="1MB")
     parser.add_argument("--queue", type=int, default=16)
     parser.add_argument("--out", type=Path, help="folder for the figures")
     args = parser.parse_args()
     engine, tokenizer = engine_of(args.policy, args.budget, args.kv_bytes, Limits(queue=args.queue))
-    with serving(engine, tokenizer) as client:
+    with serving(engine, tokenizer) as (client, _):
         figures = soaked(engine, client, args.seconds, args.clients, 24)
     found = problems(figures, args.seconds >= 60)
     figures |= {"date": date.today().isoformat(), "machine": machine.describe()}

@@ -18,7 +18,6 @@ from kvpass.errors import CacheError
 pytestmark = pytest.mark.usefixtures("one_trace")
 
 MORE: dict[str, tuple[Any, Any]] = {
-    **KINDS,
     "calls alone evict": ({"name": "mine", "extends": "h2o", "when": "calls"}, 24),
     "once": ({"name": "mine", "extends": "h2o", "when": "first"}, 24),
     "turned keys": ("streaming_llm_reindexed", 24),
@@ -27,7 +26,7 @@ MORE: dict[str, tuple[Any, Any]] = {
 
 
 def compiled(kind: str) -> Any:
-    policy, budget = MORE[kind]
+    policy, budget = {**KINDS, **MORE}[kind]
     return kvpass.compile(tiny.one_llama(), policy, budget, inner="eager")
 
 
@@ -50,10 +49,17 @@ def begun(model: Any, length: int, seed: int) -> kvpass.Cache:
     return cache
 
 
-@pytest.mark.parametrize("kind", [kind for kind in MORE if kind != "later"])
-def test_a_short_row_goes_on_as_if_it_had_been_alone(kind: str) -> None:
-    """Of a batch with a longer one, which has left: as long, in as many bytes, and with the same positions."""
+@pytest.mark.parametrize("kind", [*KINDS, *(pytest.param(kind, marks=pytest.mark.wide) for kind in MORE)])
+def test_rows_that_are_left(kind: str) -> None:
+    """A short row of a batch whose longer one has left goes on as if it had been alone; and bounds hold."""
     model = compiled(kind)
+    if kind != "later":  # steps that wait are counted by the batch
+        goes_on_as_alone(model)
+    bounds_hold_and_are_near(model, near=kind != "layers")
+
+
+def goes_on_as_alone(model: Any) -> None:
+    """As long, in as many bytes, and with the same positions."""
     alone, long, ids = begun(model, 45, 1), begun(model, 90, 2), tiny.tokens(2, 12, 3)
     batch = kvpass.Cache.merge([long, alone])
     for at in range(4):
@@ -62,8 +68,7 @@ def test_a_short_row_goes_on_as_if_it_had_been_alone(kind: str) -> None:
     left = batch.select([1], trim=True)
     assert (batch.rows, batch.tokens, batch.padding.tolist()) == (2, 95, [0, 45])
     assert (left.rows, left.tokens, left.padding.tolist()) == (1, 50, [0])
-    bound = left.bounds().held([45], 12)
-    assert kvpass.Cache.held([left], overhead=True) <= bound
+    assert kvpass.Cache.held([left], overhead=True) <= left.bounds().held([45], 12)
     for at in range(4, 7):
         got, want = (fed(model, cache, ids[1:, at : at + 1]) for cache in (left, alone))
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
@@ -75,9 +80,28 @@ def test_a_short_row_goes_on_as_if_it_had_been_alone(kind: str) -> None:
     assert torch.equal(left.mask(), torch.ones(1, 58, dtype=torch.long))
 
 
-def test_what_is_not_trimmed() -> None:
+def bounds_hold_and_are_near(model: Any, near: bool) -> None:
+    """Prompts, a prompt in two calls, steps and batches: no cache holds more than was said before, nor half of it."""
+    bounds = begun(model, 20, 1).bounds()
+    for calls in ([70], [40, 30]):
+        cache, most = kvpass.Cache(DynamicCache(config=tiny.one_llama().config)), 0
+        for at, new in enumerate([*calls, *[1] * 12]):
+            fed(model, cache, tiny.tokens(1, new, at))
+            held = kvpass.Cache.held([cache], overhead=True)
+            most = max(most, held)
+            assert held <= bounds.peak(calls), f"in call {at}"
+            assert at < len(calls) - 1 or held <= bounds.held(calls, max(0, at + 1 - len(calls)))
+        batch = kvpass.Cache.merge([begun(model, 30, 5), cache])
+        assert kvpass.Cache.held([batch], overhead=True) <= bounds.held(calls, 12, rows=2)
+        assert not near or most > 0.5 * bounds.held(calls, 12)
+    assert bounds.held([70], 12) < bounds.peak([70], 12)
+
+
+def test_what_is_not_trimmed_or_bounded() -> None:
     """Columns that some row needs stay; so do those of hosts that may count by themselves."""
     model = compiled("even")
+    with pytest.raises(CacheError, match="no token yet"):
+        kvpass.Cache(DynamicCache(config=tiny.one_llama().config)).bounds()
     batch = kvpass.Cache.merge([begun(model, 30, 1), begun(model, 60, 2), begun(model, 50, 3)])
     assert batch.select([0, 2], trim=True).padding.tolist() == [20, 0]
     assert batch.select([1, 2], trim=True).padding.tolist() == [0, 10]
@@ -94,25 +118,3 @@ def test_what_is_not_trimmed() -> None:
 
     with pytest.raises(CacheError, match="a Mine may count"):
         kvpass.Cache(Mine(batch.host)).select([0], trim=True)
-
-
-@pytest.mark.parametrize("kind", MORE)
-def test_bounds_hold_and_are_near(kind: str) -> None:
-    """Prompts, a prompt in two calls, steps and batches: no cache holds more than was said before, nor half of it."""
-    model = compiled(kind)
-    bounds = begun(model, 20, 1).bounds()
-    for calls in ([70], [40, 30]):
-        cache, most = kvpass.Cache(DynamicCache(config=tiny.one_llama().config)), 0
-        for at, new in enumerate([*calls, *[1] * 12]):
-            fed(model, cache, tiny.tokens(1, new, at))
-            held = kvpass.Cache.held([cache], overhead=True)
-            most = max(most, held)
-            assert held <= bounds.peak(calls), f"in call {at}"
-            assert at < len(calls) - 1 or held <= bounds.held(calls, max(0, at + 1 - len(calls)))
-        batch = kvpass.Cache.merge([begun(model, 30, 5), cache])
-        assert kvpass.Cache.held([batch], overhead=True) <= bounds.held(calls, 12, rows=2)
-        if kind != "layers":
-            assert most > 0.5 * bounds.held(calls, 12)
-    assert bounds.held([70], 12) < bounds.peak([70], 12)
-    with pytest.raises(CacheError, match="no token yet"):
-        kvpass.Cache(DynamicCache(config=tiny.one_llama().config)).bounds()
