@@ -108,7 +108,8 @@ class Bounds:
         """Bytes at any moment, inside of calls too: a call holds its own keys and values until they are evicted
         (counted here as if all layers did so at once), and a layer that grows is copied.
         """
-        whole = [sum(one) for one in zip(*(layer.during(calls, rows) for layer in self.layers), strict=True)]
+        layers = [list(layer.during(calls, rows)) for layer in self.layers]
+        whole = [sum(layer[at] for layer in layers) for at in range(len(calls))]
         return max([*whole, self.held(calls, steps, rows) + self.layer(calls, steps, rows)])
 
     def layer(self, calls: Sequence[int], steps: int = 0, rows: int = 1) -> int:
