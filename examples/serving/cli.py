@@ -98,7 +98,8 @@ def main(given: list[str] | None = None) -> int:
     except (ValueError, OSError, kvpass.KVPassError) as error:
         print(f"serve.py: {error}", file=sys.stderr)
         return 1
-    config = uvicorn.Config(app(engine, tokenizer, name), host=args.host, port=args.port, log_level="info")
+    served = {"host": args.host, "port": args.port, "timeout_graceful_shutdown": 5}  # for who reads too slowly
+    config = uvicorn.Config(app(engine, tokenizer, name), **served)
     Server(config, engine, args.drain_seconds).run()
     engine.close()
     return 0
