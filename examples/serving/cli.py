@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import uvicorn
 
 import kvpass
 from serving.app import app
 from serving.build import build
 from serving.engine import Engine, Limits
-from serving.lifecycle import Server
+from serving.lifecycle import Server, settings
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
@@ -98,8 +97,7 @@ def main(given: list[str] | None = None) -> int:
     except (ValueError, OSError, kvpass.KVPassError) as error:
         print(f"serve.py: {error}", file=sys.stderr)
         return 1
-    served = {"host": args.host, "port": args.port, "timeout_graceful_shutdown": 5}  # for who reads too slowly
-    config = uvicorn.Config(app(engine, tokenizer, name), **served)
+    config = settings(app(engine, tokenizer, name), args.host, args.port)
     Server(config, engine, args.drain_seconds).run()
     engine.close()
     return 0

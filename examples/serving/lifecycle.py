@@ -5,12 +5,20 @@ from __future__ import annotations
 import logging
 import threading
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
 from serving.engine import Engine
 
 log = logging.getLogger("kvpass.serving")
+
+
+def settings(api: Any, host: str, port: int, **more: Any) -> uvicorn.Config:
+    """Connections are kept for longer than clients wait between two requests: one that the server closes just when a
+    request is on its way is an error for the client. At the end nobody is waited for who reads too slowly.
+    """
+    return uvicorn.Config(api, host=host, port=port, timeout_keep_alive=75, timeout_graceful_shutdown=5, **more)
 
 
 class Server(uvicorn.Server):

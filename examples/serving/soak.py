@@ -30,7 +30,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import openai
 import tiny_llama
 import torch
-import uvicorn
 from bench import machine
 
 import kvpass
@@ -38,7 +37,7 @@ from serving.app import app
 from serving.build import build, wait_until
 from serving.cli import budget, size
 from serving.engine import Engine, Limits
-from serving.lifecycle import Server
+from serving.lifecycle import Server, settings
 
 NAME, SYSTEM = "tiny", "You answer in few words, and say so if you do not know. " * 3
 TEXT = "The cache of a model is the memory of what was said; some of it can go, and some of it must not. " * 6
@@ -47,7 +46,7 @@ TEXT = "The cache of a model is the memory of what was said; some of it can go, 
 @contextmanager
 def serving(engine: Engine, tokenizer: Any, name: str = NAME) -> Iterator[tuple[openai.OpenAI, Server]]:
     """A server on a free port, in a thread of this process, and a client of it."""
-    config = uvicorn.Config(app(engine, tokenizer, name), host="127.0.0.1", port=0, log_level="warning")
+    config = settings(app(engine, tokenizer, name), "127.0.0.1", 0, log_level="warning")
     server = Server(config, engine, 60.0)
     thread = threading.Thread(target=server.run, name="uvicorn")
     thread.start()

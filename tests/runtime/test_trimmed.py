@@ -50,6 +50,7 @@ def begun(model: Any, length: int, seed: int) -> kvpass.Cache:
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *(pytest.param(kind, marks=pytest.mark.wide) for kind in MORE)])
+@pytest.mark.some(4)
 def test_rows_that_are_left(kind: str) -> None:
     """A short row of a batch whose longer one has left goes on as if it had been alone; and bounds hold."""
     model = compiled(kind)
