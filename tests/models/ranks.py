@@ -9,6 +9,7 @@ from models import tiny, traced
 from spelling import cache_of, with_cache
 
 import kvpass
+from kvpass.model import compilation
 
 CASES: dict[str, Any] = {
     "h2o": "h2o",
@@ -69,16 +70,16 @@ def said(model: Any, between: Any = lambda out: None) -> dict[str, Any]:
     return {"tokens": again.sequences, "kept": kept, "between": other, **numbers}
 
 
-def main(folder: str) -> None:
-    """Everything on one rank: `rank<n>.pt` in the folder."""
+def main(folder: str, *cases: str) -> None:
+    """Everything on one rank, or some cases: `rank<n>.pt` in the folder."""
     import torch.distributed as dist
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)
-    kvpass.model.compilation.isolated = traced.isolated  # one trace for all policies
+    compilation.isolated = traced.isolated  # one trace for all policies
     model = AutoModelForCausalLM.from_pretrained(f"{folder}/model", tp_plan="auto", attn_implementation="sdpa").eval()
     rank, found = dist.get_rank(), {}
-    for case in CASES:
+    for case in cases or CASES:
         found[case] = said(compiled(model, case))
     torch.save(found, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 
-def main(folder: str) -> None:
+def main(folder: str, *cases: str) -> None:
     path = Path(__file__).resolve().parent.parent / "conftest.py"
     spec = importlib.util.spec_from_file_location("conftest", path)
     assert spec is not None
@@ -15,8 +15,8 @@ def main(folder: str) -> None:
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
     from models import ranks
 
-    ranks.main(folder)
+    ranks.main(folder, *cases)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
