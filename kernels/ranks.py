@@ -91,11 +91,11 @@ def _group(rule: Rule) -> Any:
         RanksError: there is none of that name in this process, or its ranks are others.
     """
     import torch.distributed as dist
-    from torch.distributed.distributed_c10d import _resolve_process_group
 
     said, name = rule[Ranks], unquote(rule[Ranks].ranks_group)
+    groups: Any = dist.distributed_c10d
     try:
-        group: Any = _resolve_process_group(name)
+        group = groups._resolve_process_group(name)
     except (RuntimeError, ValueError, KeyError) as error:
         raise _unknown(said, name) from error
     if (dist.get_world_size(group), dist.get_rank(group)) != (said.ranks, said.rank):

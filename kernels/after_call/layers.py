@@ -52,7 +52,8 @@ def _of_all_ranks(score: Tensor, rule: Rule) -> Tensor:
 
 def _even(state: State, score: Tensor, rule: Rule) -> Tensor:
     """The even budget of each head that has a score: int64 [B, H, 1]."""
-    return budget(rule, state.cursor[:, :1, SEEN])[..., None].expand(-1, score.shape[1], -1)
+    size: Tensor = budget(rule, state.cursor[:, :1, SEEN])
+    return size[..., None].expand(-1, score.shape[1], -1)
 
 
 def _by_model(scores: list[Tensor], even: list[Tensor], states: list[State], rules: list[Rule]) -> list[Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from kvpass.errors import StaleCacheError
 from kvpass.runtime.sharded import Sharded, in_group
 
 
-def of_this_rank(path: Path, said: Mapping[str, Any], part: Sharded | None) -> Mapping[str, Any]:
+def of_this_rank(path: Path, said: dict[str, Any], part: Sharded | None) -> dict[str, Any]:
     """What a file says, with rules that name the process group of this run.
 
     Raises:
