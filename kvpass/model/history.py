@@ -55,9 +55,8 @@ def check_history(model: Any, args: Sequence[Any], given: dict[str, Any]) -> Non
         raise StaleCacheError(
             f"generate was given {shown.shape[1]} tokens, but its cache holds {length}",
             where="generate()",
-            hint="give it the whole conversation, all tokens of the cache and new ones behind them (or new tokens alone, "
-            "with a mask for all); a shortened history begins from an empty cache, or from a copy.deepcopy(cache) of "
-            "then",
+            hint="give it the whole conversation, all tokens of the cache and new ones behind them; or new tokens "
+            "alone and a mask for all; a shortened history begins from an empty cache, or from a copy made before",
         )
     store = _first_store(cache)
     said = _SAID.get(store) if store is not None else None

@@ -48,6 +48,10 @@ class Judge:
     def twin(self, model: Any) -> Any:
         return twin(model)
 
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
     def generate(self, *args: Any, **asked: Any) -> Any:
         with self.following():
             return self.model.generate(*args, **asked)
