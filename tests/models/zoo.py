@@ -17,7 +17,7 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
 )
 
-IMAGE, VISION_START, VISION_END = 96, 95, 94
+IMAGE, VISION_START, VISION_END, VIDEO = 96, 95, 94, 93
 """Tokens in whose place the features of a picture stand, and its brackets (Qwen2-VL's)."""
 
 WIDE: dict[str, Any] = {"initializer_range": 0.2}
@@ -69,7 +69,7 @@ def qwen2_vl() -> Any:
         text_config={**_text(), "rope_parameters": rope},
         vision_config=vision,
         image_token_id=IMAGE,
-        video_token_id=93,
+        video_token_id=VIDEO,
         vision_start_token_id=VISION_START,
         vision_end_token_id=VISION_END,
     )
