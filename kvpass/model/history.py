@@ -88,7 +88,7 @@ def _check_new_alone(mask: int, shown: int, length: int, embedded: bool) -> None
     """
     if mask != length + shown or embedded:
         raise StaleCacheError(
-            f"generate was given {shown} tokens and an attention mask for {mask}, but its cache holds {length}",
+            f"generate was given {shown} tokens and an attention mask for {mask}: no match for its cache of {length}",
             where="generate()",
             hint=f"give it the whole conversation and a mask as long; or new tokens alone (no embeddings) and a mask "
             f"for all {length + shown} tokens",

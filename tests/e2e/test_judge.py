@@ -17,8 +17,7 @@ from models import tiny, zoo
 from oracle.chat import gentle
 from oracle.coded import CodedSimulator, Held
 from oracle.drive import compare_logits, kept_positions
-from oracle.hf import Oracle
-from oracle.judge import AnyJudge, Judge
+from oracle.judge import AnyJudge, Judge, judge_of
 from oracle.simulator import Simulator
 from spelling import cache_of
 from torch import Tensor
@@ -133,21 +132,10 @@ POLICIES: dict[str, tuple[dict[str, Any], Any]] = {
 def test_a_quarter_is_the_oracles(policy: str, asked: dict[str, Any]) -> None:
     """Guidance reads the second prompt through a cache of its own."""
     model, (spec, simulator) = gentle(), POLICIES[policy]
-    judge = judge_of(model, spec["extends"], simulator)
+    judge = judge_of(model, spec["extends"], QUARTER, FLOOR, simulator)
     compiled = kvpass.compile(model, spec, QUARTER, inner="eager")
     outs = [generated(one, tiny.tokens(1, 160), **DETAILS, **asked) for one in (compiled, judge)]
     same_as_judged(*outs, judge, {0, 1})
-
-
-def judge_of(model: Any, policy: str, simulator: Any) -> Judge:
-    like = Oracle(model, policy, QUARTER, FLOOR).simulator  # with what a policy may ask of the model
-
-    def begin() -> Simulator:
-        made: Simulator = simulator(policy, QUARTER, FLOOR)
-        made.depth, made.outward, made.angles = like.depth, like.outward, like.angles
-        return made
-
-    return Judge(model, begin)
 
 
 @pytest.mark.usefixtures("one_trace")
@@ -214,7 +202,7 @@ def test_smollm2(real: Any) -> None:
             got = generated(small, ids, **asked_of(name, model), eos_token_id=None)
             assert torch.equal(got.sequences, plain.sequences), (policy, name)
         if policy != "codes":
-            judge = judge_of(model, spec["extends"], simulator)
+            judge = judge_of(model, spec["extends"], QUARTER, FLOOR, simulator)
             asked = {**DETAILS, "num_beams": 3, "eos_token_id": None}
             outs = [generated(one, ids, **asked) for one in (small, judge)]
             same_as_judged(*outs, judge, set(range(model.config.num_hidden_layers)))

@@ -12,9 +12,7 @@ import torch
 from models import tiny
 from models.kinds import KINDS
 from oracle.drive import compare_logits, kept_positions
-from oracle.hf import Oracle
-from oracle.judge import Judge
-from oracle.simulator import Simulator
+from oracle.judge import judge_of
 from spelling import with_cache
 from torch import Tensor
 from transformers import DynamicCache
@@ -116,14 +114,7 @@ def test_as_on_the_model_that_sees_what_is_kept(search: str, policy: str) -> Non
     model, budget = tiny.one_llama(), 1.0 if policy == "full" else 40
     found, rows = SEARCHES[search]
     compiled = kvpass.compile(model, policy, None if policy == "full" else budget, inner="eager")
-    like = Oracle(model, policy, budget).simulator
-
-    def begin() -> Simulator:
-        made = Simulator(policy, budget)
-        made.depth, made.outward = like.depth, like.outward
-        return made
-
-    judge = Judge(model, begin)
+    judge = judge_of(model, policy, budget)
     ids, logits, cache = found(compiled, tiny.tokens(rows, 80))
     with judge.following():
         want, there, theirs = found(judge.model, tiny.tokens(rows, 80))

@@ -1,7 +1,7 @@
 """transformers' own `generate` on the unmodified model, in which each cache sees what a naive cache of its own history
 kept: what any request means under a policy.
 
-    judge = Judge(model, lambda: Simulator("h2o", 0.25))
+    judge = judge_of(model, "h2o", 0.25)
     out = judge.generate(ids, num_beams=3, ...)
     judge.of(out.cache).kept(layer)
 
@@ -19,7 +19,7 @@ from unittest import mock
 
 import torch
 from oracle.anyhf import Watch, watching
-from oracle.hf import ACTIVE, twin
+from oracle.hf import ACTIVE, Oracle, twin
 from oracle.simulator import Simulator
 from spelling import cache_of, given_cache
 from transformers.cache_utils import Cache
@@ -114,3 +114,17 @@ class AnyJudge(Judge):
             out = inner(*args, **given)
         watch.finish()
         return out
+
+
+def judge_of(
+    model: Any, policy: str, budget: float | int, floor: int = 64, make: Callable[..., Simulator] = Simulator
+) -> Judge:
+    """A judge whose simulators know what a policy may ask of the model."""
+    like = Oracle(model, policy, budget, floor).simulator
+
+    def begin() -> Simulator:
+        made = make(policy, budget, floor)
+        made.depth, made.outward, made.angles = like.depth, like.outward, like.angles
+        return made
+
+    return Judge(model, begin)
