@@ -32,7 +32,7 @@ class Talk:
     """A conversation of three rows: its cache, and what it says next."""
 
     def __init__(self, model: Any) -> None:
-        self.model, self.cache = model, DynamicCache(config=tiny.one_llama().config)
+        self.model, self.cache = model, DynamicCache(config=model.config)
         self(tiny.tokens(ROWS, LENGTH))
         self(tiny.tokens(ROWS, 1, seed=1))
 
@@ -51,7 +51,7 @@ class Talk:
 
 def talk(kind: str) -> Talk:
     policy, budget = KINDS[kind]
-    return Talk(kvpass.compile(tiny.one_llama(), policy, budget, inner="eager"))
+    return Talk(kvpass.compile(tiny.one_llama(layers=2 if kind == "layers" else 1), policy, budget, inner="eager"))
 
 
 def answers_as_dense(name: str, *args: Any) -> Callable[[str], None]:
@@ -59,7 +59,7 @@ def answers_as_dense(name: str, *args: Any) -> Callable[[str], None]:
 
     def check(kind: str) -> None:
         said = []
-        for cache in (talk(kind).cache, Talk(tiny.one_llama()).cache):
+        for cache in (talk(kind).cache, Talk(tiny.one_llama(layers=1)).cache):
             try:
                 found = getattr(cache, name)
                 said.append(found(*args) if callable(found) else found)
@@ -119,7 +119,7 @@ def resets(kind: str) -> None:
     begun.cache.reset()
     assert begun.cache.get_seq_length() == 0
     ids = tiny.tokens(ROWS, LENGTH, seed=7)
-    assert torch.equal(begun(ids), begun(ids, DynamicCache(config=tiny.one_llama().config)))
+    assert torch.equal(begun(ids), begun(ids, DynamicCache(config=begun.model.config)))
 
 
 def updates(kind: str) -> None:
@@ -131,8 +131,8 @@ def updates(kind: str) -> None:
 
 def iterates(kind: str) -> None:
     cache = talk(kind).cache
-    assert [keys.shape for keys, *_ in cache] == [(ROWS, 2, LENGTH + 1, 16)] * 2
-    assert len(cache) == 2
+    assert [keys.shape for keys, *_ in cache] == [(ROWS, 2, LENGTH + 1, 16)]
+    assert len(cache) == 1
     assert "compressed cache" in repr(next(iter(cache))[0])
     for keys, *_ in cache:
         with pytest.raises(ShellDataError, match="reads a compressed cache as data"):
@@ -183,8 +183,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "torch.save": picks([0, 1, 2], through_a_file),
     "to(device) of keys and values": picks([0, 1, 2], moved),
 }
-PICKING = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave", "crop", "reset", "pickle", "torch.save",
-           "copy.deepcopy")  # fmt: skip
+PICKING = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave", "crop", "reset", "pickle")
 """What is done to slots: on each kind of them. The others look at no slots."""
 
 
@@ -193,7 +192,14 @@ def test_a_method(name: str) -> None:
     CHECKS[name]("even")
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "even"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=pytest.mark.wide) if kind in ("a share", "layers") else kind
+        for kind in KINDS
+        if kind != "even"
+    ],
+)
 def test_whatever_slots_hold(kind: str) -> None:
     for name in PICKING:
         CHECKS[name](kind)

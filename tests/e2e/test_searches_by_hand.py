@@ -111,7 +111,7 @@ SEARCHES: dict[str, tuple[Callable[..., Found], int]] = {
 @pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize("policy", ["full", "h2o", "ada_snapkv"])
 def test_as_on_the_model_that_sees_what_is_kept(search: str, policy: str) -> None:
-    model, budget = tiny.one_llama(), 1.0 if policy == "full" else 40
+    model, budget = tiny.one_llama(layers=1), 1.0 if policy == "full" else 40
     found, rows = SEARCHES[search]
     compiled = kvpass.compile(model, policy, None if policy == "full" else budget, inner="eager")
     judge = judge_of(model, policy, budget)
@@ -126,27 +126,27 @@ def test_as_on_the_model_that_sees_what_is_kept(search: str, policy: str) -> Non
 
 
 @pytest.mark.usefixtures("one_trace")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.wide) if kind in ("a share", "layers") else kind for kind in KINDS]
+)
 def test_one_after_the_other_is_all_at_once(kind: str) -> None:
-    compiled = kvpass.compile(tiny.one_llama(), *KINDS[kind], inner="eager")
+    model = tiny.one_llama(layers=2 if kind == "layers" else 1)
+    compiled = kvpass.compile(model, *KINDS[kind], inner="eager")
     (one, first, kept), (other, second, there) = (
-        found(compiled, tiny.tokens(1, 80)) for found in (contrastive, contrastive_in_turn)
+        found(compiled, tiny.tokens(2, 80)) for found in (contrastive, contrastive_in_turn)
     )
     assert torch.equal(one, other)
     torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-3)
     assert all(map(torch.equal, kept_positions(kept), kept_positions(there)))
 
 
-def test_a_token_that_cannot_be_taken_back() -> None:
-    with pytest.raises(kvpass.KVPassError, match=r"kvpass\.tentative"):
-        cropped_by_hand(kvpass.compile(tiny.llama(layers=1), "h2o", 40, inner="eager"))
-
-
+@pytest.mark.usefixtures("one_trace")
 @torch.no_grad()
-def cropped_by_hand(model: Any) -> None:
-    """As contrastive search of few bytes does, without saying that its tokens are tentative."""
-    loop = Loop(model)
-    loop(tiny.tokens(1, 80))
-    loop(tiny.tokens(1, 1))
+def test_a_token_that_cannot_be_taken_back() -> None:
+    """Who tries candidates one after the other has to say that they are tentative."""
+    loop = Loop(kvpass.compile(tiny.one_llama(layers=1), "h2o", 40, inner="eager"))
+    loop(tiny.tokens(2, 80))
+    loop(tiny.tokens(2, 1))
     loop.cache.crop(-1)
-    loop(tiny.tokens(1, 1))
+    with pytest.raises(kvpass.KVPassError, match=r"kvpass\.tentative"):
+        loop(tiny.tokens(2, 1))
