@@ -64,7 +64,7 @@ def talked(model: Any, name: str, picture: bool) -> list[Any]:
 
 
 @pytest.mark.usefixtures("one_trace")
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", ["llava", pytest.param("qwen2_vl", marks=pytest.mark.wide)])
 def test_pictures_and_words(name: str) -> None:
     model = MAKERS[name]()
     full = kvpass.compile(model, "full", inner="eager")
