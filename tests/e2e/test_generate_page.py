@@ -193,9 +193,9 @@ CASES: dict[str, Case] = {
     "layers with windows": works(of=zoo.gemma3),
     "bfloat16, float16": shown("works", "e2e/test_numerics.py::test_half_precision"),
     "autocast around the call": Case("refused: `DeclinedError`", under_autocast),
-    "autocast around attention, or what makes keys": declined("AUTOCAST|DTYPE", of=cast("self_attn.k_proj")),
+    "autocast around attention": declined("AUTOCAST", of=cast("self_attn")),
     "autocast around another part": works(of=cast("mlp")),
-    "keys and values of different dtypes": declined("DTYPE", of=cast("self_attn.v_proj", automatic=False)),
+    "keys and values of different dtypes in an attention": as_theirs(of=cast("self_attn.v_proj", automatic=False)),
     "train mode, with or without gradient checkpointing": Case("refused: `TrainingError`", training),
     "gradient checkpointing in eval mode": works(of=checkpointing),
     "an empty prompt": shown(
@@ -205,8 +205,24 @@ CASES: dict[str, Case] = {
 }
 
 
+ALSO = (
+    "`num_return_sequences`",
+    "`num_beams`, also sampled, with `num_return_sequences`",
+    "`guidance_scale`, `negative_prompt_ids`",
+    "`prefill_chunk_size`",
+    "`output_hidden_states`, `output_scores`, `output_logits`",
+    '`cache_implementation`: `"static"`, `"sliding_window"`, `"hybrid"`, `"hybrid_chunked"`',
+    "an encoder and a decoder",
+    "layers with windows",
+    "autocast around the call",
+    "autocast around another part",
+    "gradient checkpointing in eval mode",
+)
+"""Rows that need traces of their own, and of which test_beams.py, test_surroundings.py or test_autocast.py show the like."""
+
+
 @pytest.mark.usefixtures("one_trace")
-@pytest.mark.parametrize("asked", CASES)
+@pytest.mark.parametrize("asked", [pytest.param(row, marks=pytest.mark.wide) if row in ALSO else row for row in CASES])
 def test_a_row(asked: str) -> None:
     CASES[asked].check(Models.of(tiny.one_llama(layers=1)))
 
