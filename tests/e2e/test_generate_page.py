@@ -35,7 +35,7 @@ def deprecated_names() -> Iterator[None]:
         getattr(handler, "said", []).clear()  # of conftest.py
 
 
-def by_place(**fields: Any) -> dict[str, Any]:
+def configured(**fields: Any) -> dict[str, Any]:
     """By a generation config."""
     return {"generation_config": GenerationConfig(**fields)}
 
@@ -115,7 +115,7 @@ DECODED = {"max_new_tokens": 40, "attention_mask": None}
 OUTPUTS = ("output_hidden_states", "output_scores", "output_logits")
 
 CASES: dict[str, Case] = {
-    "greedy": works({}, by_place(max_new_tokens=6, return_dict_in_generate=True)),
+    "greedy": works({}, configured(max_new_tokens=6, return_dict_in_generate=True)),
     "sampling": works(SAMPLES),
     "`num_return_sequences`": works({**SAMPLES, "num_return_sequences": 3}),
     "`num_beams`, also sampled, with `num_return_sequences`": works(
@@ -137,7 +137,7 @@ CASES: dict[str, Case] = {
     "`dola_layers`": refused("DoLa", {"dola_layers": "low"}),
     "`output_hidden_states`, `output_scores`, `output_logits`": works(dict.fromkeys(OUTPUTS, True)),
     "`output_attentions`": refused(
-        "output_attentions=True", {"output_attentions": True}, by_place(output_attentions=True)
+        "output_attentions=True", {"output_attentions": True}, configured(output_attentions=True)
     ),
     "`streamer`, also read from a worker thread": shown(
         "works", "e2e/test_surroundings.py::test_streams_from_a_worker_thread"
@@ -152,7 +152,7 @@ CASES: dict[str, Case] = {
     '`cache_implementation`: `"offloaded"`, `"offloaded_static"`': refused(
         "cache_implementation='offloaded",
         *named("offloaded", "offloaded_static"),
-        by_place(cache_implementation="offloaded"),
+        configured(cache_implementation="offloaded"),
     ),
     '`cache_implementation`: `"offloaded_hybrid"`, `"offloaded_hybrid_chunked"`': refused(
         "cache_implementation='offloaded", *named("offloaded_hybrid", "offloaded_hybrid_chunked")
@@ -218,13 +218,27 @@ ALSO = (
     "autocast around another part",
     "gradient checkpointing in eval mode",
 )
-"""Rows that need traces of their own, and of which test_beams.py, test_surroundings.py or test_autocast.py show the like."""
+"""Rows that need traces of their own; test_beams.py, test_surroundings.py and test_autocast.py show the like."""
 
 
 @pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("asked", [pytest.param(row, marks=pytest.mark.wide) if row in ALSO else row for row in CASES])
 def test_a_row(asked: str) -> None:
     CASES[asked].check(Models.of(tiny.one_llama(layers=1)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"output_attentions": True}, "output_attentions=True"),
+        ({"prompt_lookup_num_tokens": 4, "cache_implementation": "static"}, "prompt lookup over a preallocated cache"),
+    ],
+    ids=str,
+)
+def test_settings_that_are_given_by_place(fields: dict[str, Any], told: str) -> None:
+    compiled = kvpass.compile(tiny.llama(layers=1), *SMALL, inner="eager")
+    with pytest.raises(errors.CacheError, match=told):
+        compiled.generate(IDS[:1], GenerationConfig(**fields))
 
 
 def test_the_page_says_so() -> None:
