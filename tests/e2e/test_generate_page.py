@@ -131,7 +131,7 @@ CASES: dict[str, Case] = {
     "`assistant_model`, `prompt_lookup_num_tokens`, `assistant_early_exit`, being an assistant": shown(
         "works",
         "e2e/test_speculative.py::test_prompt_lookup_is_plain_decoding",
-        "e2e/test_judge.py::test_drafts_change_nothing_at_a_quarter",
+        "e2e/test_judge.py::test_smollm2_at_a_quarter",
     ),
     "`use_mtp` under a policy that evicts": refused("use_mtp", {"use_mtp": True}, also=False),
     "`dola_layers`": refused("DoLa", {"dola_layers": "low"}),

@@ -63,8 +63,9 @@ def talked(model: Any, name: str, picture: bool) -> list[Any]:
     return [first, said(model, name, more, **with_cache(model, cache_of(first)))]
 
 
+@pytest.mark.wide
 @pytest.mark.usefixtures("one_trace")
-@pytest.mark.parametrize("name", ["llava", pytest.param("qwen2_vl", marks=pytest.mark.wide)])
+@pytest.mark.parametrize("name", MAKERS)
 def test_pictures_and_words(name: str) -> None:
     model = MAKERS[name]()
     full = kvpass.compile(model, "full", inner="eager")
