@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,21 @@ from kvpass.runtime.shell import find
 
 CACHES = ("cache", "past_key_values")
 """Names of the cache among arguments and outputs, newest first."""
+
+
+def by_name(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments by the names that the function gives them; positional ones without a name are left out."""
+    named = (p.name for p in inspect.signature(function).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD)
+    return {**dict(zip(named, args, strict=False)), **kwargs}
+
+
+def parts_of(cache: Any) -> Iterator[Any]:
+    """A cache, and those that it holds: of an encoder-decoder model one for each kind of attention."""
+    if cache is not None:
+        yield cache
+        for name in ("self_attention_cache", "cross_attention_cache"):
+            if hasattr(cache, name):
+                yield getattr(cache, name)
 
 
 def cache_in(fields: Mapping[str, Any]) -> Any:

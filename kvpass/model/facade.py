@@ -195,6 +195,7 @@ def _checked(facade: Any, generate: Callable[..., Any]) -> Callable[..., Any]:
     """`generate`, which refuses at once what compressed caches cannot do yet, and transformers' also a history that is
     not the cache's: others may take new tokens alone.
     """
+    from kvpass.model.asked import by_name
     from kvpass.model.history import check_history, note_history
     from kvpass.model.speculative import drafts_of
     from kvpass.model.unserved import refuse_unserved
@@ -204,14 +205,14 @@ def _checked(facade: Any, generate: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(generate)
     def call(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = opened(args, kwargs)
-        compilation = _get(facade, "_kvpass_compilation")
-        refuse_unserved(compilation.backend.policy, facade, kwargs)
+        compilation, asked = _get(facade, "_kvpass_compilation"), by_name(generate, args, kwargs)
+        refuse_unserved(compilation.backend.policy, facade, asked)
         if theirs:
-            check_history(facade, args, kwargs)
-        with drafts_of(compilation, facade, args, kwargs):
+            check_history(facade, args, asked)
+        with drafts_of(compilation, facade, args, asked):
             result = generate(*args, **kwargs)
         if theirs:
-            note_history(facade, kwargs, result)
+            note_history(facade, asked, result)
         return result
 
     return call

@@ -47,12 +47,16 @@ def check_history(model: Any, args: Sequence[Any], given: dict[str, Any]) -> Non
     shown = embeds if isinstance(embeds, torch.Tensor) else ids
     if shown is None:
         return
+    mask = given.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] != shown.shape[1]:
+        _check_new_alone(mask.shape[1], shown.shape[1], length, embeds is not None)
+        return
     if shown.shape[1] <= length:
         raise StaleCacheError(
             f"generate was given {shown.shape[1]} tokens, but its cache holds {length}",
             where="generate()",
-            hint="give it the whole conversation, all tokens of the cache and new ones behind them; a shortened "
-            "history begins from an empty cache, or from a copy.deepcopy(cache) of then",
+            hint="give it the whole conversation, all tokens of the cache and new ones behind them; or new tokens "
+            "alone and a mask for all; a shortened history begins from an empty cache, or from a copy made before",
         )
     store = _first_store(cache)
     said = _SAID.get(store) if store is not None else None
@@ -62,7 +66,6 @@ def check_history(model: Any, args: Sequence[Any], given: dict[str, Any]) -> Non
     if len(ids) != len(before):
         return
     other = ids[:, : before.shape[1]] != before
-    mask = given.get("attention_mask")
     if isinstance(mask, torch.Tensor) and mask.shape == ids.shape:
         other = other & (mask[:, : other.shape[1]] != 0).to(other.device)
     if bool(other.any()):
@@ -73,6 +76,22 @@ def check_history(model: Any, args: Sequence[Any], given: dict[str, Any]) -> Non
             where="generate()",
             hint="begin from an empty cache; or continue with the very tokens that generate returned (text that is "
             "tokenised again may give others)",
+        )
+
+
+def _check_new_alone(mask: int, shown: int, length: int, embedded: bool) -> None:
+    """A mask of another length tells transformers that the tokens are new ones alone: it feeds them all.
+
+    Raises:
+        StaleCacheError: the mask is not that of the cache and the tokens; or they are embeddings, which it slices all
+            the same.
+    """
+    if mask != length + shown or embedded:
+        raise StaleCacheError(
+            f"generate was given {shown} tokens and an attention mask for {mask}: no match for its cache of {length}",
+            where="generate()",
+            hint=f"give it the whole conversation and a mask as long; or new tokens alone (no embeddings) and a mask "
+            f"for all {length + shown} tokens",
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from kvpass.errors import CacheError
-from kvpass.model.asked import CACHES, Asked
+from kvpass.model.asked import Asked, cache_in, parts_of
 from kvpass.model.speculative import SPECULATIVE, crops_by_itself, goes_on
 from kvpass.pipeline.arguments import check_ready
 from kvpass.policy.spec import Spec
@@ -26,7 +26,7 @@ def refuse_unserved(policy: Spec, model: Any, given: dict[str, Any]) -> None:
     """Refuse a `generate` call that would fail, or run dense, after the whole prompt.
 
     Args:
-        given: the call's keyword arguments.
+        given: the call's arguments by name.
 
     Raises:
         CacheError: naming the feature.
@@ -55,13 +55,13 @@ def _unserved(policy: Spec, asked: Asked) -> Iterator[tuple[str, str, str]]:
     if kind is not None:
         why, fix = _STORES[kind]
         yield f"cache_implementation={store!r}", why, fix
-    for name in CACHES:
-        if getattr(asked.given.get(name), "offloading", False):
-            yield f"a {type(asked.given[name]).__name__} with offloading", *_STORES["offloaded"]
-        kinds = {cls.__name__ for cls in type(asked.given.get(name)).__mro__}
+    for cache in parts_of(cache_in(asked.given)):
+        if getattr(cache, "offloading", False):
+            yield f"a {type(cache).__name__} with offloading", *_STORES["offloaded"]
+        kinds = {cls.__name__ for cls in type(cache).__mro__}
         for word in ("Quantized", "Paged"):
             if any(word in kind for kind in kinds):
-                yield f"a {type(asked.given[name]).__name__}", _STORES[word.lower()][0], _DYNAMIC
+                yield f"a {type(cache).__name__}", _STORES[word.lower()][0], _DYNAMIC
 
 
 def _undrafted(asked: Asked) -> Iterator[tuple[str, str]]:

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 from models import tiny
-from oracle.beams import searched
 from oracle.drive import compare_logits, kept_positions
-from oracle.hf import Oracle
+from oracle.judge import judge_of
 from spelling import cache_of
 
 import kvpass
@@ -59,17 +58,15 @@ def test_beams_at_a_quarter_are_the_oracles(policy: str) -> None:
     compiled = kvpass.compile(model, {"name": "mine", "extends": policy, "min_slots": floor}, 0.25, inner="eager")
     asked = {"num_beams": 3, "output_logits": True, "lengths": (170, 150)}
     ours = generated(compiled, **asked)
-    oracle = Oracle(model, policy, 0.25, floor)
-    ids, mask = tiny.left_padded([170, 150])
-    settings = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_scores": True}
-    theirs = searched(oracle, ids, mask, num_beams=3, output_logits=True, **settings)
+    judge = judge_of(model, policy, 0.25, floor)
+    theirs = generated(judge, **asked)
     for got, want in zip(ours.logits, theirs.logits, strict=True):
         compare_logits(got, want)
     assert torch.equal(ours.sequences, theirs.sequences)
     assert torch.equal(ours.beam_indices, theirs.beam_indices)
     torch.testing.assert_close(ours.sequences_scores, theirs.sequences_scores, rtol=1e-3, atol=1e-3)
     for layer, positions in enumerate(kept_positions(cache_of(ours))):
-        kept = oracle.simulator.kept(layer)
+        kept = judge.of(cache_of(theirs)).kept(layer)
         assert [[sorted(head) for head in row] for row in kept] == [
             [[at for at in head if at >= 0] for head in row] for row in positions.tolist()
         ]

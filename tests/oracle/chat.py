@@ -24,9 +24,9 @@ entry on two sides of the middle between two codes, so that it is another number
 
 
 @functools.cache
-def gentle(head_dim: int = HEAD_DIM) -> Any:
+def gentle(head_dim: int = HEAD_DIM, layers: int = 2) -> Any:
     """A tiny model whose attention is not so sharp that the least bit of a code decides."""
-    model = tiny.llama(4, 2, head_dim)
+    model = tiny.llama(4, 2, head_dim, layers)
     with torch.no_grad():
         for layer in model.model.layers:
             layer.self_attn.q_proj.weight *= 0.15 if head_dim == HEAD_DIM else 0.03

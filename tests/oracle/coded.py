@@ -6,6 +6,7 @@ A token is whole in the call that brings several tokens. From then on it is read
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +90,14 @@ class CodedSimulator(Simulator):
         """
         rows, z, visible, _, _ = seen
         super().look(index, b, h, rows, z, visible, self.judged[index][b, h], self.values[b])
+
+    def pick(self, rows: Sequence[int]) -> None:
+        super().pick(rows)
+        self.valid = [list(self.valid[b]) for b in rows]
+        self.fits = {at: [of[b] for b in rows] for at, of in self.fits.items()}
+        for tensors in (self.codes, self.judged):
+            for at, held in tensors.items():
+                tensors[at] = held[list(rows)]
 
     def coded(self, index: int, half: str, x: Tensor) -> Tensor:
         """What the codes of all tokens so far say, each made once."""

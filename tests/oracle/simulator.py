@@ -11,6 +11,8 @@ and for comparisons.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -306,6 +308,13 @@ class Simulator:
             )
             made.append(choice)
         return made
+
+    def pick(self, rows: Sequence[int]) -> None:
+        """Row b becomes a copy of row rows[b], with all that its heads hold and remember."""
+        for layer in self.layers.values():
+            for name in ("heads", "valid", "extra"):
+                old = getattr(layer, name)
+                setattr(layer, name, [copy.deepcopy(old[b]) for b in rows])
 
     def kept(self, index: int) -> list[list[Array]]:
         """[row][head] -> positions held, ascending."""
