@@ -67,7 +67,7 @@ def name(kind: Any) -> str:
 
 @pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("kind", KINDS, ids=name)
-@pytest.mark.some(10)
+@pytest.mark.some(7)
 def test_every_attention_is_matched(kind: Any) -> None:
     """In the prefill and in both decode graphs."""
     model = kvpass.compile(one(kind), "full", inner="eager")
@@ -82,7 +82,7 @@ def test_every_attention_is_matched(kind: Any) -> None:
 
 @pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("kind", KINDS, ids=name)
-@pytest.mark.some(10)
+@pytest.mark.some(7)
 def test_full_budget_is_the_model(kind: Any) -> None:
     same_at_full_budget(one(kind), "eager")
 
@@ -102,7 +102,7 @@ def same_at_full_budget(model: Any, inner: str) -> None:
 
 @pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("kind", KINDS, ids=name)
-@pytest.mark.some(10)
+@pytest.mark.some(7)
 def test_eviction_is_the_oracles(kind: Any) -> None:
     """Prompt, tokens one by one, several at once, one by one again."""
     original = one(kind)

@@ -63,7 +63,9 @@ def test_attentions_that_share_heads_over_one_cache() -> None:
         assert not scoreboard.wrong_in_other_shape({"other shape": result}), result
 
 
-@pytest.mark.parametrize(("family", "attention"), [("gpt2", "eager"), ("gpt_oss", "eager")])
+@pytest.mark.parametrize(
+    ("family", "attention"), [("gpt2", "eager"), pytest.param("gpt_oss", "eager", marks=pytest.mark.wide)]
+)
 def test_family_and_its_graphs(family: str, attention: str) -> None:
     """The second has sinks, sliding layers, and experts whose sizes Dynamo guards."""
     check(family, attention, "masks")

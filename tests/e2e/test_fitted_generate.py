@@ -128,6 +128,7 @@ def test_beams_take_their_fits_along() -> None:
     assert torch.equal(beams(compiled, 8), beams(gentle(), 8))
 
 
+@pytest.mark.wide  # test_coded_generate.py has the like of it in CI
 def test_inductor_changes_nothing() -> None:
     model, (ids, mask) = tiny.llama(layers=1), tiny.left_padded([70, 45])
     outs = [

@@ -69,12 +69,12 @@ def nested(fault: Any, where: int, wrappers: Any, copied: str, entry: str, used:
 
 
 def test_nests_of_hosts() -> None:
-    some(10)(NESTS(nested))()
+    some(5)(NESTS(nested))()
 
 
 @pytest.mark.wide
 def test_more_nests_of_hosts() -> None:
-    some(25)(NESTS(nested))()
+    some(30)(NESTS(nested))()
 
 
 DOORS = [

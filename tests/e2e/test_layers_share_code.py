@@ -51,7 +51,9 @@ def compiled_nodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     [
         ("h2o", "inductor", 3),  # before the layers, a layer, after them; and the same for the step
         pytest.param("snapkv", "aot_eager", 3, marks=pytest.mark.wide),  # this and full: alike in h2o's way
-        ("pyramidkv", "aot_eager", LAYERS),  # at least: each layer has slots of its own
+        pytest.param(
+            "pyramidkv", "aot_eager", LAYERS, marks=pytest.mark.wide
+        ),  # at least: each layer has slots of its own
         pytest.param("full", "aot_eager", 3, marks=pytest.mark.wide),
     ],
 )

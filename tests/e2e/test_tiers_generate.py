@@ -113,6 +113,7 @@ def test_beams_take_their_copies_along() -> None:
     assert torch.equal(beams(compiled, 8), beams(gentle(), 8))
 
 
+@pytest.mark.wide  # test_coded_generate.py has the like of it in CI
 def test_inductor_and_static_caches_change_nothing() -> None:
     model, (ids, mask) = tiny.llama(layers=1), tiny.left_padded([60, 35])
     options = [("eager", {}), ("inductor", {}), ("eager", {"cache_implementation": "static"})]

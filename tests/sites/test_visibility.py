@@ -229,6 +229,7 @@ def test_what_is_changed_in_place(write: str) -> None:
         assert site.seen.read == (0,)
 
 
+@pytest.mark.some(10)
 @pytest.mark.parametrize("seed", range(24))
 def test_fuzz(seed: int) -> None:
     """Parts in any spelling, in any order, joined in any way."""
