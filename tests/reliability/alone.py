@@ -1,0 +1,140 @@
+"""A row's calls again, one by one, on an empty cache, by itself and without a mask; and what each head holds of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from kvpass.kernels.slots.moves import even
+from oracle.drive import compare_logits, kept_positions
+from oracle.hf import Oracle
+from oracle.policies import POLICIES
+from reliability.plain import Row
+from reliability.policies import BUDGET, WINDOW, compiled, model
+from spelling import with_cache
+from torch import Tensor
+from transformers import DynamicCache
+
+from kvpass.api.holdings import stores
+from kvpass.api.report import layer_view
+
+JUDGED = ("full", "h2o", "streaming_llm", "tova", "roco", "snapkv")
+"""Policies whose replays an oracle follows: the unmodified model, with masks in the place of evictions."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one KV head of one layer holds of a row, by token.
+
+    Attributes:
+        numbers: which of the row's tokens, ascending.
+        scores: float32 [n].
+        stats: float32 [N, n].
+        entries: keys and values [n, D + Dv], decoded.
+    """
+
+    numbers: list[int]
+    scores: Tensor
+    stats: Tensor
+    entries: Tensor
+
+
+@dataclass(frozen=True)
+class Life:
+    """A row's calls on a cache of its own.
+
+    Attributes:
+        heard: logits [vocabulary] of each call's last token.
+        held: of each layer's heads, at the end.
+    """
+
+    heard: list[Tensor]
+    held: list[list[Held]]
+
+
+def held_of(cache: Any, b: int, columns: tuple[int, ...]) -> list[list[Held]]:
+    """What a cache holds of row b, whose tokens stand in `columns`: of each layer's heads.
+
+    Raises AssertionError if a head holds something else, or something twice.
+    """
+    number = {column: at for at, column in enumerate(columns)}
+    return [[_head(store, b, h, number) for h in range(store.state.cursor.shape[1])] for store in stores(cache)]
+
+
+def _head(store: Any, b: int, h: int, number: dict[int, int]) -> Held:
+    view, state = layer_view(store), even(store.state)
+    columns = [column for column in view.positions[b, h].tolist() if column >= 0]
+    assert len(set(columns)) == len(columns), f"head {h} of row {b} holds a token twice: {columns}"
+    assert set(columns) <= set(number), f"head {h} of row {b} holds what is no token of it: {columns}"
+    n = len(columns)
+    slots = state.pos[b, h]
+    order = torch.where(slots >= 0, slots, torch.iinfo(torch.int32).max).argsort()[:n]
+    assert slots[order].tolist() == columns, "inspect says what the slots say"
+    entries = torch.cat([view.keys[b, h, :n], view.values[b, h, :n]], -1).float()
+    return Held([number[c] for c in columns], view.scores[b, h, :n], state.stats[:, b, h][:, order], entries)
+
+
+def life(name: str, row: Row) -> Life:
+    """Under a policy of `policies.NAMES`."""
+    run, cache, heard = compiled(name), DynamicCache(config=model().config), []
+    oracle = _oracle(name)
+    for call in row.calls:
+        ids = torch.tensor([call])
+        with torch.no_grad():
+            logits = run(ids, **with_cache(run, cache), use_cache=True).logits[0, -1]
+        heard.append(logits)
+        if oracle is not None:
+            want = oracle(ids)
+            oracle.simulator.follow(kept_positions(cache))
+            compare_logits(logits[None], want)
+    return Life(heard, held_of(cache, 0, tuple(range(sum(map(len, row.calls))))))
+
+
+def _oracle(name: str) -> Oracle | None:
+    if name not in JUDGED:
+        return None
+    policy = POLICIES[name]()
+    if hasattr(policy, "window"):
+        policy.window = WINDOW
+    return Oracle(model(), policy, 1.0 if name == "full" else BUDGET, floor=8)
+
+
+def difference(got: list[list[Held]], want: list[list[Held]], coded: bool) -> str:
+    """Why a row in company is not what it is alone; "" if it is, "a near tie" if rounding may have chosen."""
+    tie = False
+    for layer, (ours, theirs) in enumerate(zip(got, want, strict=True)):
+        for h, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+            if one.numbers != other.numbers:
+                if not _tied(one, other):
+                    return f"layer {layer}, head {h} holds {one.numbers}, and alone {other.numbers}"
+                tie = True
+    if tie:
+        return "a near tie"
+    for layer, (ours, theirs) in enumerate(zip(got, want, strict=True)):
+        for h, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+            if not torch.allclose(one.stats, other.stats, rtol=2e-3, atol=1e-4, equal_nan=True):
+                return f"layer {layer}, head {h} has statistics {one.stats}, and alone {other.stats}"
+            if not _same_entries(one.entries, other.entries, coded):
+                return f"layer {layer}, head {h} has other keys or values than alone"
+    return ""
+
+
+def _tied(one: Held, other: Held) -> bool:
+    """Whether heads hold as many slots, and those that only one of them holds score alike."""
+    mine = [at for at, n in enumerate(one.numbers) if n not in other.numbers]
+    its = [at for at, n in enumerate(other.numbers) if n not in one.numbers]
+    if len(mine) != len(its):
+        return False
+    return torch.allclose(one.scores[mine].sort().values, other.scores[its].sort().values, rtol=1e-3, atol=1e-5)
+
+
+def _same_entries(one: Tensor, other: Tensor, coded: bool) -> bool:
+    """Of codes few may be on the other side of the middle between two, for rounding."""
+    far = (one - other).abs() > 2e-3 * other.abs().clamp(min=0.1)
+    return float(far.float().mean()) < (0.02 if coded else 1e-9) if far.numel() else True
+
+
+def same_words(got: Tensor, want: Tensor, coded: bool) -> bool:
+    """Logits [vocabulary] but for rounding."""
+    return bool((got - want).abs().max() <= (0.05 if coded else 2.0**-9) * want.abs().max())
