@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import weakref
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -157,3 +160,32 @@ def test_an_interrupt_leaves_a_models_attributes_alone() -> None:
     fresh = plain.make(plain.AttributeDecoder)
     with torch.no_grad():
         torch.testing.assert_close(model(plain.tokens(1, 60)), fresh(plain.tokens(1, 60)))
+
+
+def test_a_corrupted_policy(tmp_path: Path) -> None:
+    """A file that ends anywhere, and weights that do, also after the model was compiled: told by name; with the file
+    whole again the model goes on.
+    """
+    text = "name: mine\nextends: h2o\nprotect: {sinks: 2, recent: 0.5}\nmin_slots: 8\nbudget: 40\n"
+    policy, weights = tmp_path / "mine.yaml", tmp_path / "q_filters.pt"
+    model = tiny.llama(layers=1)
+    for cut in range(len(text)):
+        policy.write_text(text[:cut])
+        with suppress(PolicyError):  # some are policies, of fewer words
+            kvpass.Policy.load(str(policy))
+    policy.write_bytes(text.encode()[:40] + b"\xff\x00[{" + text.encode()[40:])
+    with pytest.raises(PolicyError):
+        kvpass.compile(model, str(policy), **E)
+    torch.save({"filters": torch.randn(1, 2, 16)}, weights)
+    whole, spec = weights.read_bytes(), {"name": "mine", "extends": "q_filters", "options": {"file": str(weights)}}
+    compiled = kvpass.compile(model, spec, BUDGET, **E)
+    want = generated(compiled)
+    for cut in (0, 7, len(whole) // 2, len(whole) - 3):
+        weights.write_bytes(whole[:cut])
+        os.utime(weights, ns=(cut, cut))  # a file is read again when it has changed
+        with pytest.raises(PolicyError, match=r"q_filters\.pt"):
+            kvpass.compile(model, spec, BUDGET, **E)
+        with pytest.raises(PolicyError, match=r"q_filters\.pt"):
+            generated(compiled)
+    weights.write_bytes(whole)
+    check_usable(compiled, want)

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from reliability import mistakes
@@ -209,8 +209,12 @@ class Machine(RuleBasedStateMachine):
 
 def settings_of(examples: int) -> settings:
     """For so many examples, always the same ones; one that fails is shrunk and prints its calls."""
-    checks = list(HealthCheck)
     return settings(
-        max_examples=examples, stateful_step_count=STEPS, deadline=None, derandomize=True, database=None,
-        suppress_health_check=checks, print_blob=False,
-    )  # fmt: skip
+        max_examples=examples,
+        stateful_step_count=STEPS,
+        phases=(Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck),
+        derandomize=True,
+        database=None,
+        deadline=None,
+    )
