@@ -130,18 +130,27 @@ def fail_twice(model: Any, kind: type[BaseException]) -> weakref.WeakSet[Any]:
     return kept
 
 
-def test_an_inner_compiler_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+COMPILATIONS: dict[str, BaseException] = {
+    "kvpass.pipeline.compose.compile_inner": RuntimeError("no compiler here"),
+    "kvpass.lowering.lower.lower": torch.OutOfMemoryError("no memory here"),
+    "kvpass.sites.scan.scan": KeyboardInterrupt("no patience here"),
+}
+"""What fails when a graph is compiled, and with what."""
+
+
+@pytest.mark.parametrize("place", COMPILATIONS)
+def test_a_compilation_that_fails(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is said, and the next call compiles anew."""
-    model = kvpass.compile(tiny.llama(layers=1), "h2o", BUDGET, **E)
+    model, error = kvpass.compile(tiny.llama(layers=1), "h2o", BUDGET, **E), COMPILATIONS[place]
     cache = DynamicCache(config=model.config)
 
     def fails(*_: Any) -> Any:
-        raise RuntimeError("no compiler here")
+        raise error
 
     with monkeypatch.context() as patched:
-        patched.setattr("kvpass.pipeline.compose.compile_inner", fails)
+        patched.setattr(place, fails)
         for _ in range(2):
-            with pytest.raises(Exception, match="no compiler here"), torch.no_grad():
+            with pytest.raises((type(error), Exception), match=r"no \w+ here"), torch.no_grad():
                 model(IDS, **with_cache(model, cache), use_cache=True)
     assert not stores(cache)
     with torch.no_grad():

@@ -24,11 +24,11 @@ BUDGET, PROMPT, NEW = 48, 80, 12
 
 
 def compiled(policy: str = "h2o") -> Any:
-    return kvpass.compile(tiny.one_llama(6, 2), policy, BUDGET, inner="eager")
+    return kvpass.compile(tiny.one_llama(6, 2, layers=1), policy, BUDGET, inner="eager")
 
 
 def oracle(policy: str = "h2o") -> Oracle:
-    return Oracle(tiny.one_llama(6, 2), policy, BUDGET)
+    return Oracle(tiny.one_llama(6, 2, layers=1), policy, BUDGET)
 
 
 def generated(model: Any, ids: torch.Tensor, **asked: Any) -> Any:
@@ -37,7 +37,7 @@ def generated(model: Any, ids: torch.Tensor, **asked: Any) -> Any:
 
 def test_1_a_plain_call_after_eviction_has_the_right_positions() -> None:
     """model(ids, cache) and no more: token 80 stands at 80, not behind the 48 slots that are left."""
-    talk = Conversation(tiny.one_llama(6, 2), "h2o", BUDGET, inner="eager")
+    talk = Conversation(tiny.one_llama(6, 2, layers=1), "h2o", BUDGET, inner="eager")
     token = talk.call(tiny.tokens(1, PROMPT))
     assert talk.cache.get_seq_length() == PROMPT
     talk.call(token)  # compares logits, and which positions are kept
@@ -48,7 +48,7 @@ def test_1_a_plain_call_after_eviction_has_the_right_positions() -> None:
 
 @pytest.mark.parametrize("policy", ["knorm", "snapkv"])
 def test_2_left_padded_batches_keep_no_padding(policy: str) -> None:
-    talk = Conversation(tiny.one_llama(6, 2), policy, BUDGET, inner="eager")
+    talk = Conversation(tiny.one_llama(6, 2, layers=1), policy, BUDGET, inner="eager")
     ids, mask = tiny.left_padded([PROMPT, 30])
     token = talk.call(ids, mask)
     for _ in range(2):
@@ -61,7 +61,7 @@ def test_2_left_padded_batches_keep_no_padding(policy: str) -> None:
 
 def test_3_chunked_prefills_are_compressed() -> None:
     """Each chunk of its own, and by `generate`."""
-    talk = Conversation(tiny.one_llama(6, 2), "h2o", BUDGET, inner="eager")
+    talk = Conversation(tiny.one_llama(6, 2, layers=1), "h2o", BUDGET, inner="eager")
     ids = tiny.tokens(1, 150)
     for chunk in ids.split(60, dim=1):
         token = talk.call(chunk)

@@ -11,7 +11,7 @@ from oracle.drive import compare_logits, kept_positions
 from oracle.hf import Oracle
 from oracle.policies import POLICIES
 from reliability.plain import Row
-from reliability.policies import BUDGET, WINDOW, compiled, model
+from reliability.policies import BUDGET, WINDOW, compiled, model_of
 from spelling import with_cache
 from torch import Tensor
 from transformers import DynamicCache
@@ -77,7 +77,8 @@ def _head(store: Any, b: int, h: int, number: dict[int, int]) -> Held:
 
 def life(name: str, row: Row) -> Life:
     """Under a policy of `policies.NAMES`."""
-    run, cache, heard = compiled(name), DynamicCache(config=model().config), []
+    run, heard = compiled(name), []
+    cache = DynamicCache(config=run.config)
     oracle = _oracle(name)
     for call in row.calls:
         ids = torch.tensor([call])
@@ -97,7 +98,7 @@ def _oracle(name: str) -> Oracle | None:
     policy = POLICIES[name]()
     if hasattr(policy, "window"):
         policy.window = WINDOW
-    return Oracle(model(), policy, 1.0 if name == "full" else BUDGET, floor=8)
+    return Oracle(model_of(name), policy, 1.0 if name == "full" else BUDGET, floor=8)
 
 
 def difference(got: list[list[Held]], want: list[list[Held]], coded: bool) -> str:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from reliability.broken import ERRORS, broken_off
 from reliability.plain import Call
-from reliability.policies import VOCABULARY, compiled, model
+from reliability.policies import VOCABULARY, compiled
 from reliability.talk import Talk
 from transformers import DynamicCache
 
@@ -32,7 +32,7 @@ WRONG: dict[str, Callable[[Talk, list[Call]], Any]] = {
     "crop of more than there is": lambda talk, words: talk.cache.crop(talk.plain.width),
     "crop of what is settled": lambda talk, words: talk.cache.crop(talk.plain.loose + 1),
     "merge with an empty one": lambda talk, words: kvpass.Cache.merge(
-        [talk.cache, DynamicCache(config=model().config)]
+        [talk.cache, DynamicCache(config=talk.desk.compiled.config)]
     ),
 }
 """Each is given a word for every row."""

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from models import states, tiny
+from spelling import with_cache
+from transformers import DynamicCache
 
 import kvpass
 from kvpass.policy.load import names
@@ -30,12 +32,18 @@ CODED = ("h2o, int4", "h2o, tiers", "kivi")
 
 
 @functools.cache
-def model() -> Any:
-    """With so many words that none comes twice in a conversation: keys of the same word have the same length."""
-    made = tiny.llama(layers=1)
+def _model(layers: int) -> Any:
+    made = tiny.llama(layers=layers)
     made.resize_token_embeddings(VOCABULARY, mean_resizing=False)
     torch.nn.init.normal_(made.get_input_embeddings().weight, std=0.2)
     return made
+
+
+def model_of(name: str) -> Any:
+    """The model for a policy: of one layer, or of two where layers share. With so many words that none comes twice in a
+    conversation: keys of the same word have the same length.
+    """
+    return _model(1 if policy_of(name)[0].allocate.layers == "uniform" else 2)
 
 
 @functools.cache
@@ -65,5 +73,18 @@ def _shorter(policy: Policy) -> dict[str, Any]:
 
 @functools.cache
 def compiled(name: str) -> Any:
+    """The model under a policy, with all its graphs: those of prompts, steps and second prompts, of one row and of
+    several, with a mask and without.
+    """
     policy, budget = policy_of(name)
-    return kvpass.compile(model(), policy, budget, inner="eager")
+    made = kvpass.compile(model_of(name), policy, budget, inner="eager")
+    for rows, masked in ((1, False), (1, True), (2, True), (3, True)):
+        cache, seen = DynamicCache(config=made.config), 0
+        for count in (9, 1, 1, 5, 1, 7):
+            seen, given = seen + count, {}
+            if masked:
+                mask = torch.ones(rows, seen, dtype=torch.long)
+                given = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1)[:, -count:]}
+            with torch.no_grad():
+                made(tiny.tokens(rows, count), **with_cache(made, cache), use_cache=True, **given)
+    return made

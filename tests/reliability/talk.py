@@ -9,7 +9,7 @@ import torch
 from kvpass.kernels.slots.cursor import SEEN
 from reliability import alone
 from reliability.plain import Call, Plain, Row
-from reliability.policies import compiled, model, policy_of
+from reliability.policies import compiled, policy_of
 from reliability.promises import check_promises
 from spelling import with_cache
 from transformers import DynamicCache
@@ -45,7 +45,7 @@ class Talk:
 
     @classmethod
     def empty(cls, desk: Desk, rows: int) -> Talk:
-        cache = kvpass.Cache(DynamicCache(config=model().config))
+        cache = kvpass.Cache(DynamicCache(config=desk.compiled.config))
         return cls(desk, cache, Plain(tuple(Row() for _ in range(rows))))
 
     def also(self, cache: kvpass.Cache, plain: Plain) -> Talk:
