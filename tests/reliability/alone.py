@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from kvpass.kernels.slots.moves import even
+from kvpass.kernels.slots.state import State
 from oracle.drive import compare_logits, kept_positions
 from oracle.hf import Oracle
 from oracle.policies import POLICIES
@@ -17,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kvpass.api.holdings import stores
-from kvpass.api.report import layer_view
+from kvpass.api.report import LayerView, layer_view
 
 JUDGED = ("full", "h2o", "streaming_llm", "tova", "roco", "snapkv")
 """Policies whose replays an oracle follows: the unmodified model, with masks in the place of evictions."""
@@ -53,33 +55,36 @@ class Life:
     held: list[list[Held]]
 
 
-def held_of(cache: Any, b: int, columns: tuple[int, ...]) -> list[list[Held]]:
-    """What a cache holds of row b, whose tokens stand in `columns`: of each layer's heads.
+def held_of(cache: Any, rows: Sequence[Row]) -> list[list[list[Held]]]:
+    """What a cache holds of each row: [row][layer][head].
 
-    Raises AssertionError if a head holds something else, or something twice.
+    Raises AssertionError if a head holds what is no token of the row, or something twice.
     """
-    number = {column: at for at, column in enumerate(columns)}
-    return [[_head(store, b, h, number) for h in range(store.state.cursor.shape[1])] for store in stores(cache)]
+    parts = [(layer_view(store), even(store.state)) for store in stores(cache)]
+    found = []
+    for b, row in enumerate(rows):
+        number = {column: at for at, column in enumerate(row.columns)}
+        found.append([[_head(*part, b, h, number) for h in range(part[1].pos.shape[1])] for part in parts])
+    return found
 
 
-def _head(store: Any, b: int, h: int, number: dict[int, int]) -> Held:
-    view, state = layer_view(store), even(store.state)
+def _head(view: LayerView, state: State, b: int, h: int, number: dict[int, int]) -> Held:
     columns = [column for column in view.positions[b, h].tolist() if column >= 0]
     assert len(set(columns)) == len(columns), f"head {h} of row {b} holds a token twice: {columns}"
     assert set(columns) <= set(number), f"head {h} of row {b} holds what is no token of it: {columns}"
     n = len(columns)
     slots = state.pos[b, h]
     order = torch.where(slots >= 0, slots, torch.iinfo(torch.int32).max).argsort()[:n]
-    assert slots[order].tolist() == columns, "inspect says what the slots say"
+    assert slots[order].tolist() == columns, "the slots are not what inspect says"
     entries = torch.cat([view.keys[b, h, :n], view.values[b, h, :n]], -1).float()
     return Held([number[c] for c in columns], view.scores[b, h, :n], state.stats[:, b, h][:, order], entries)
 
 
-def life(name: str, row: Row) -> Life:
-    """Under a policy of `policies.NAMES`."""
+def life(name: str, row: Row, judged: bool) -> Life:
+    """Under a policy of `policies.NAMES`; judged by the oracle too, if it knows the policy."""
     run, heard = compiled(name), []
     cache = DynamicCache(config=run.config)
-    oracle = _oracle(name)
+    oracle = _oracle(name) if judged and name in JUDGED else None
     for call in row.calls:
         ids = torch.tensor([call])
         with torch.no_grad():
@@ -89,12 +94,11 @@ def life(name: str, row: Row) -> Life:
             want = oracle(ids)
             oracle.simulator.follow(kept_positions(cache))
             compare_logits(logits[None], want)
-    return Life(heard, held_of(cache, 0, tuple(range(sum(map(len, row.calls))))))
+    alone = Row(row.calls, tuple(range(sum(map(len, row.calls)))))
+    return Life(heard, held_of(cache, [alone])[0])
 
 
-def _oracle(name: str) -> Oracle | None:
-    if name not in JUDGED:
-        return None
+def _oracle(name: str) -> Oracle:
     policy = POLICIES[name]()
     if hasattr(policy, "window"):
         policy.window = WINDOW

@@ -50,12 +50,14 @@ class Plain:
         width: columns, the logical length.
         loose: of the last columns, how many are tentative.
         steps: calls of one token since the last of several.
+        cropped: since its last call; such a cache is not pickled or saved.
     """
 
     rows: tuple[Row, ...]
     width: int = 0
     loose: int = 0
     steps: int = 0
+    cropped: bool = False
 
     def mask(self) -> torch.Tensor:
         """int64 [rows, width], 0 for padding."""
@@ -76,13 +78,14 @@ class Plain:
 
     def without(self, n: int) -> Plain:
         rows = tuple(row.without(n) for row in self.rows)
-        return Plain(rows, self.width - n, self.loose - n, self.steps - n)
+        return Plain(rows, self.width - n, self.loose - n, self.steps - n, cropped=True)
 
     def picked(self, rows: list[int]) -> Plain:
-        return replace(self.settled(), rows=tuple(self.rows[at] for at in rows))
+        return replace(self.made(), rows=tuple(self.rows[at] for at in rows))
 
-    def settled(self) -> Plain:
-        return replace(self, loose=0)
+    def made(self) -> Plain:
+        """Another cache of these rows, whose tokens are settled."""
+        return replace(self, loose=0, cropped=False)
 
     def beside(self, other: Plain) -> Plain:
         """The rows of both, all of which end in the same column."""

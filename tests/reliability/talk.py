@@ -33,7 +33,7 @@ class Desk:
 
     def life(self, row: Row) -> alone.Life:
         if row.calls not in self.lives:
-            self.lives[row.calls] = alone.life(self.policy, row)
+            self.lives[row.calls] = alone.life(self.policy, row, judged=not self.lives)
         return self.lives[row.calls]
 
 
@@ -99,8 +99,8 @@ class Talk:
         assert (cache.tokens, cache.rows) == (plain.width, len(plain.rows))
         assert cache.host.get_seq_length() == plain.width
         assert cache.padding.tolist() == [min(row.columns) for row in plain.rows]
-        for b, row in enumerate(plain.rows):
-            held = [[head.numbers for head in heads] for heads in alone.held_of(cache.host, b, row.columns)]
+        for row, layers in zip(plain.rows, alone.held_of(cache.host, plain.rows), strict=True):
+            held = [[head.numbers for head in heads] for heads in layers]
             check_promises(self.desk.spec, self.desk.budget, held, plain, row)
         for store in stores(cache.host):
             seen = [[len(row.columns)] * store.state.cursor.shape[1] for row in plain.rows]
@@ -108,9 +108,10 @@ class Talk:
 
     def leave(self) -> None:
         """Each row holds and said what its calls make of an empty cache."""
-        for b, row in enumerate(self.plain.rows):
+        for b, held in enumerate(alone.held_of(self.cache.host, self.plain.rows)):
+            row = self.plain.rows[b]
             life = self.desk.life(row)
-            why = alone.difference(alone.held_of(self.cache.host, b, row.columns), life.held, self.desk.coded)
+            why = alone.difference(held, life.held, self.desk.coded)
             DONE["rows lived again"] += 1
             DONE["near ties"] += why == "a near tie"
             assert why in ("", "a near tie"), f"row {b}: {why}"
