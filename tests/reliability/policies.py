@@ -29,6 +29,8 @@ BUILTIN = tuple(names())
 NAMES = (*BUILTIN, *OTHERS)
 CODED = ("h2o, int4", "h2o, tiers", "kivi")
 """Three that hold codes: of what stays, of what goes, and by a fit."""
+FEW = ("h2o", "ada_snapkv", "h2o, every 3", "streaming_llm_reindexed", *CODED)
+"""One for each way in which slots lie and change: compiling all takes longer than the examples."""
 
 
 @functools.cache
@@ -73,14 +75,14 @@ def _shorter(policy: Policy) -> dict[str, Any]:
 
 @functools.cache
 def compiled(name: str) -> Any:
-    """The model under a policy, with all its graphs: those of prompts, steps and second prompts, of one row and of
-    several, with a mask and without.
+    """The model under a policy, with all its graphs: those of prompts, steps and second prompts, of one row without a
+    mask, and of several with one.
     """
     policy, budget = policy_of(name)
     made = kvpass.compile(model_of(name), policy, budget, inner="eager")
-    for rows, masked in ((1, False), (1, True), (2, True)):
+    for rows, masked in ((1, False), (2, True), (3, True)):
         cache, seen = DynamicCache(config=made.config), 0
-        for count in (9, 1, 1, 5, 1, 7):
+        for count in (9 + rows, 1, 1, 5, 1, 7):
             seen, given = seen + count, {}
             if masked:
                 mask = torch.ones(rows, seen, dtype=torch.long)

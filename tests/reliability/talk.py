@@ -60,8 +60,8 @@ class Talk:
         run, width = run or self.desk.compiled, max(map(len, words))
         ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in words])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in words])
-        if len(words) == self.rows:
-            mask = torch.cat([self.plain.mask(), mask], 1)
+        before = self.plain.mask()
+        mask = torch.cat([before if len(words) == self.rows else before[:1].expand(len(words), -1), mask], 1)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -width:]
         given = {"attention_mask": mask, "position_ids": positions, "use_cache": True}
         with torch.no_grad():
