@@ -62,8 +62,8 @@ def test_growing(name: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("name", SOME)
 def test_a_second_prompt(name: str) -> None:
-    """What its queries see is one layer, dense: the slots and the new tokens in one piece. Where heads lie one behind the
-    other, or hold codes, they are laid out or read first: two.
+    """What its queries see is one layer, dense: the slots and the new tokens in one piece. Where heads lie one behind
+    the other, or hold codes, they are laid out or read first: two.
     """
     rule = RULES[name]
     if rule[ShareOut].share:
@@ -124,16 +124,16 @@ class Run:
 
 @pytest.mark.parametrize(("policy", "budget"), [("h2o", 300), ("ada_snapkv", 300)])
 def test_a_prompt_holds_one_dense_layer_at_a_time(policy: str, budget: int) -> None:
-    """Above what is left of it a prompt needs as much with six layers as with one."""
+    """Above what is left of it a prompt needs as much with six layers as with two."""
     above = []
-    for layers in (1, 6):
+    for layers in (2, 6):
         run = Run(layers, policy, budget)
         run.call(3000)  # compiles
         run.cache = DynamicCache(config=run.model.config)
         highest, end = peak(lambda run=run: run.call(3000))
         above.append(highest - end)
     dense = 2 * 4 * 3000 * 64 * 4
-    assert above[1] <= above[0] + SLACK * dense / 6
+    assert above[1] <= above[0] + dense / 6
 
 
 @torch.no_grad()
