@@ -69,9 +69,10 @@ class Bound:
         for one in self.steps[Moment.CHECK]:
             one.step.run(call.of(one.sites))
         call = self._opened(call)
+        shared = [one.value(call) for one in self.shared]  # what the caller said wrongly has changed nothing yet
         with self._told(call.stores):
             self._do(Moment.BEFORE, call)
-            results = self._run(call)
+            results = self._run(call, shared)
             self._do(Moment.AFTER, call)
             return self._returned(call, results)
 
@@ -111,9 +112,8 @@ class Bound:
             origin = self.origin = replace(origin, model=model)
         return origin
 
-    def _run(self, call: CallFacts) -> Any:
+    def _run(self, call: CallFacts, shared: Sequence[Any]) -> Any:
         """The compiled call."""
-        shared = [one.value(call) for one in self.shared]
         given = [*call.args, *(t for store in call.stores for t in store.state.tensors()), *shared]
         if self.eager:
             call.stores[0].steps = call.stores[0].steps.launched(self.eager)
