@@ -68,7 +68,7 @@ MACHINE = """\
 ## State machine
 {examples:,} examples (seed {seed}, {seconds:.0f} s) under {under} of {policies} policies, {fewest} to {most} under
 each; in each some eight things were done to up to three caches, in any order. After each of them no slot is held twice,
-none is padding, what a policy protects is there, no more is held than its budget allows, and lengths, padding and counts
+none is padding, what a policy protects is there, no more is held than its budget allows, and lengths and counts
 are right. At the end {rows:,} rows were lived again, each alone on an empty cache: they keep the same tokens with the
 same statistics, keys and values, and had said the same. {ties} of them kept another token for rounding.
 
