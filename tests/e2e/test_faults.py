@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -156,6 +157,22 @@ def test_a_compilation_that_fails(place: str, monkeypatch: pytest.MonkeyPatch) -
     with torch.no_grad():
         model(IDS, **with_cache(model, cache), use_cache=True)
     assert [int(store.live().max()) for store in stores(cache)] == [BUDGET]
+
+
+def test_an_interrupt_when_a_step_is_done_but_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slots have the token, the cache does not know: it is refused, and a fork goes on."""
+    model = kvpass.compile(tiny.llama(layers=1), "h2o", BUDGET, **E)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(IDS, **with_cache(model, cache), use_cache=True)
+        fork, token = kvpass.Cache(cache).fork(), tiny.tokens(2, 1)
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr("kvpass.runtime.bind.Bound._returned", Mock(side_effect=KeyboardInterrupt))
+            model(token, **with_cache(model, cache), use_cache=True)
+        with pytest.raises(StaleCacheError, match="failed halfway"):
+            model(token, **with_cache(model, cache), use_cache=True)
+        model(token, **with_cache(model, fork), use_cache=True)
+    assert fork.tokens == 91
 
 
 def test_an_interrupt_leaves_a_models_attributes_alone() -> None:
