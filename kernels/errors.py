@@ -27,5 +27,9 @@ class TableError(DataError):
     """A policy's file of weights or shares cannot be read, or does not fit the model."""
 
 
+class RanksError(DataError):
+    """Heads of other ranks cannot be had, or not in such a call."""
+
+
 class ScorerError(DataError):
     """A scorer failed, or gave what are no scores."""

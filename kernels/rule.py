@@ -60,6 +60,13 @@ class Record:
         """Whether what goes stays in its slot, in fewer bits."""
         return False
 
+    @property
+    def joins(self) -> bool:
+        """Whether what a head keeps because of it depends on other heads of the layer, or on the head's number: with
+        heads on several ranks they must tell each other (`kvpass.kernels.ranks`).
+        """
+        return False
+
     def growing(self) -> Record:
         """What is left of it in calls that evict nothing."""
         return self

@@ -19,8 +19,8 @@ LOOSE = {"__init__", "__main__", "errors", "terms", "ops"}
 """Files of kvpass/ that are in no room: what Python asks for by name, the words of all rooms, and the
 ops' registration: what graphs and kernels share."""
 
-RULES = {"kernels.rule", "kernels.budget", "kernels.timing"}
-"""Records that every room may read: the rule itself, and the two that all features ask."""
+RULES = {"kernels.rule", "kernels.budget", "kernels.timing", "kernels.ranks"}
+"""Records that every room may read: the rule itself, and the three that all features ask."""
 
 ARROWS = {
     "graph": set(),
@@ -57,6 +57,7 @@ ARROWS = {
     "kernels.errors": set(),
     "kernels.budget": {"kernels.rule"},
     "kernels.timing": {"kernels.rule"},
+    "kernels.ranks": {"kernels.rule"},
     "kernels.choose": {"kernels"},  # imports the implementation that it chose
     "kernels.slots": {"kernels.rule"},
     "kernels.codecs": {"kernels.rule", "kernels.slots"},
@@ -64,7 +65,7 @@ ARROWS = {
     "kernels.join_slots": {"kernels.rule", "kernels.slots", "kernels.codecs"},
     "kernels.attention": {"kernels.rule", "kernels.slots"},
     "kernels.rank": {"kernels.slots", "kernels.attention", *RULES},
-    "kernels.exits": {"kernels.rule", "kernels.slots", "kernels.attention", "kernels.rank"},
+    "kernels.exits": {"kernels.slots", "kernels.attention", "kernels.rank", *RULES},
     "kernels.triton_shared": {"kernels.attention"},
     "kernels.select_slots": {"kernels.rule", "kernels.choose", "kernels.slots", "kernels.triton_shared"},
     "kernels.compact_slots": {"kernels.rule", "kernels.choose", "kernels.slots", "kernels.triton_shared"},

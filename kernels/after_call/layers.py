@@ -1,4 +1,5 @@
-"""Slots that are shared out when all layers of a model have seen a call: budgets that only its data decide. Pure torch.
+"""Slots that are shared out when all layers of a model have seen a call: budgets that only its data decide, or heads of
+other ranks. Pure torch.
 
 In a call of several tokens under such a rule (`ShareOut`) every layer keeps all its candidates, and what ranks
 them; `shared_out` drops what is too much and lays the slots out anew. In between each layer holds dense keys and
@@ -14,10 +15,11 @@ from kvpass.kernels.after_call.compacted import compacted
 from kvpass.kernels.attention.observation import Observation
 from kvpass.kernels.budget import budget
 from kvpass.kernels.exits.record import Merge
-from kvpass.kernels.rank.allocate import head_counts, preference_of
+from kvpass.kernels.rank.allocate import head_counts, preference_of, ragged_columns
 from kvpass.kernels.rank.criterion import INF
-from kvpass.kernels.rank.ranking import state_scores
+from kvpass.kernels.rank.ranking import counts_of_heads, state_scores
 from kvpass.kernels.rank.share_out import ShareOut
+from kvpass.kernels.ranks import gathered, own_part, widest
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.select_slots import select_slots
 from kvpass.kernels.slots.cursor import EXTRA, FREE, LIVE, SEEN
@@ -34,11 +36,24 @@ def shared_out(states: list[State], rules: list[Rule], spare: int) -> Iterator[t
     Each state is as a call of several tokens leaves it: as many slots for each head, all candidates in use.
     """
     scores = [state_scores(state, rule) for state, rule in zip(states, rules, strict=True)]
-    even = [budget(rule, state.cursor[..., SEEN])[..., None] for state, rule in zip(states, rules, strict=True)]
-    counts = _COUNTS[rules[0][ShareOut].share](scores, even, states, rules)
+    of_all = [_of_all_ranks(score, rule) for score, rule in zip(scores, rules, strict=True)]
+    even = [_even(state, score, rule) for state, score, rule in zip(states, of_all, rules, strict=True)]
+    counts = _COUNTS[rules[0][ShareOut].share](of_all, even, states, rules)
     extras = _extras(counts, even, rules[0])
     for score, count, extra, rule in zip(scores, counts, extras, rules, strict=True):
-        yield _dropped(states.pop(0), score, count, extra, spare, rule)
+        yield _dropped(states.pop(0), score, own_part(count, rule), own_part(extra, rule), spare, rule)
+
+
+def _of_all_ranks(score: Tensor, rule: Rule) -> Tensor:
+    """The scores of all heads of a layer, [B, Hkv of all ranks, C]: as many slots for each, empty ones behind."""
+    more = widest(score, rule) - score.shape[2]
+    return gathered(torch.nn.functional.pad(score, (0, more), value=-INF) if more else score, rule)
+
+
+def _even(state: State, score: Tensor, rule: Rule) -> Tensor:
+    """The even budget of each head that has a score: int64 [B, H, 1]."""
+    size: Tensor = budget(rule, state.cursor[:, :1, SEEN])
+    return size[..., None].expand(-1, score.shape[1], -1)
 
 
 def _by_model(scores: list[Tensor], even: list[Tensor], states: list[State], rules: list[Rule]) -> list[Tensor]:
@@ -95,10 +110,17 @@ def _by_threshold(scores: list[Tensor], even: list[Tensor], states: list[State],
     return counts
 
 
+def _by_heads(scores: list[Tensor], even: list[Tensor], states: list[State], rules: list[Rule]) -> list[Tensor]:
+    """The heads of each layer share its slots, as they do inside of a call where no rank has some of them only."""
+    layers = zip(scores, even, rules, strict=True)
+    return [counts_of_heads(score, score > -INF, size, rule) for score, size, rule in layers]
+
+
 _COUNTS: dict[str, Callable[[list[Tensor], list[Tensor], list[State], list[Rule]], list[Tensor]]] = {
     "model": _by_model,
     "preference": _by_preference,
     "threshold": _by_threshold,
+    "heads": _by_heads,
 }
 
 
@@ -108,6 +130,8 @@ def _extras(counts: list[Tensor], even: list[Tensor], rule: Rule) -> list[Tensor
     """
     if rule[ShareOut].share == "threshold":
         return [torch.zeros_like(count) for count in counts]
+    if rule[ShareOut].share == "heads":
+        return [ragged_columns(count, size)[0] for count, size in zip(counts, even, strict=True)]
     above = [count - size[..., 0] for count, size in zip(counts, even, strict=True)]
     bound = torch.cat(above, 1).amax(1, keepdim=True) > 0
     return [torch.where(bound, extra, 0) for extra in above]

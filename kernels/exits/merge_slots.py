@@ -13,6 +13,7 @@ from kvpass.kernels.exits.gates import lucky, moved
 from kvpass.kernels.exits.leaving import Couples, Leaving, places_of
 from kvpass.kernels.exits.record import BAR, MERGED, NEAREST_KEY, NEAREST_POSITION, NEXT, ONE_SLOT, RUN, Merge
 from kvpass.kernels.exits.weights import weights
+from kvpass.kernels.ranks import first_head, gathered
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.bias import BIAS
 from kvpass.kernels.slots.cursor import LIVE
@@ -48,14 +49,15 @@ def merge(k: Tensor, v: Tensor, ranked: tuple[Tensor, Tensor, Tensor], state: St
     """The same for a `State`, whatever the rule's moment. ranked: score, stats and idx."""
     score, stats, idx = ranked
     first, live = starts(state.cursor, state.slots).tolist(), state.cursor[..., LIVE].tolist()
+    before = first_head(rule, k.shape[1])
     for b in range(len(k)):
         heads = [
-            _leaving((k[b, h], v[b, h], score[b, h], stats[:, b, h]), idx[b, h, : live[b][h]].long(), h, rule)
+            _leaving((k[b, h], v[b, h], score[b, h], stats[:, b, h]), idx[b, h, : live[b][h]].long(), before + h, rule)
             for h in range(k.shape[1])
         ]
         pairs = [_couples(head, rule) for head in heads]
         if rule[Merge].merge_gate == "moving":
-            pairs = _over_bar(pairs, state[BAR][b])
+            pairs = _over_bar(pairs, state[BAR][b], rule)
         for h, couples in enumerate(pairs):
             _added(couples, first[b][h], state, (b, h), rule)
 
@@ -87,13 +89,13 @@ def _by_chance(couples: Couples, rule: Rule) -> Tensor:
     return lucky(sums[head.gone], mean, head.gone_places, head.head, rule)
 
 
-def _over_bar(pairs: list[Couples], bar: Tensor) -> list[Couples]:
+def _over_bar(pairs: list[Couples], bar: Tensor, rule: Rule) -> list[Couples]:
     """Those whose cosine, mean over the heads' slots that go, each head's in order, reaches the bar [Hkv], which moves.
     Heads hold, and lose, equally many slots.
     """
     if not len(pairs[0].source):
         return pairs
-    alike = torch.stack([couples.cosine for couples in pairs]).mean(0)
+    alike = gathered(torch.stack([couples.cosine for couples in pairs]), rule, 0).mean(0)
     bar.copy_(moved(bar, alike.mean()))
     return [couples.where(alike >= bar[0]) for couples in pairs]
 

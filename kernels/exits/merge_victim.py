@@ -10,6 +10,7 @@ from kvpass.kernels.exits.gates import lucky, moved
 from kvpass.kernels.exits.record import BAR, MERGED, NEAREST_KEY, NEAREST_POSITION, NEXT, ONE_SLOT, Merge
 from kvpass.kernels.exits.victim import Targets, Victims
 from kvpass.kernels.exits.weights import weights
+from kvpass.kernels.ranks import first_head, gathered
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.bias import BIAS
 from kvpass.kernels.slots.reductions import Slots
@@ -36,16 +37,17 @@ def merge_victim(state: State, slots: Slots, used: Tensor, gone: Tensor, rule: R
         targets = targets.where(targets.cosine >= merge.merge_least)
     weight = weights(targets, rule)
     if merge.merge_gate == "moving":
-        targets = targets.where(_over_bar(targets))
+        targets = targets.where(_over_bar(targets, rule))
     elif merge.merge_gate == "chance":
         targets = targets.where(_by_chance(targets, rule))
     _added(targets, weight, rule)
 
 
-def _over_bar(targets: Targets) -> Tensor:
+def _over_bar(targets: Targets, rule: Rule) -> Tensor:
     """Whether the cosine, mean over the heads, reaches the bar, which moves: bool [B, 1, 1]."""
-    bar, going = targets.victims.state[BAR], targets.there
-    alike = torch.where(going, targets.cosine, 0.0).sum(1, keepdim=True) / going.sum(1, keepdim=True).clamp(min=1)
+    bar, going = targets.victims.state[BAR], gathered(targets.there, rule)
+    cosine = gathered(targets.cosine, rule)
+    alike = torch.where(going, cosine, 0.0).sum(1, keepdim=True) / going.sum(1, keepdim=True).clamp(min=1)
     some = going.any(1, keepdim=True)
     after = torch.where(some, moved(bar[..., None], alike), bar[..., None])
     bar.copy_(after[..., 0])
@@ -57,7 +59,7 @@ def _by_chance(targets: Targets, rule: Rule) -> Tensor:
     victims = targets.victims
     sums = victims.state.stats[stat(rule, "sum")]
     kept = torch.where(targets.there, victims.cells(sums, targets.at), 0.0).sum(-1, keepdim=True) / targets.targets
-    head = torch.arange(sums.shape[1], device=sums.device)[:, None]
+    head = (torch.arange(sums.shape[1], device=sums.device) + first_head(rule, sums.shape[1]))[:, None]
     return lucky(victims.cells(sums, victims.at), kept, victims.cells(victims.place, victims.at), head, rule)
 
 

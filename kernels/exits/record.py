@@ -75,6 +75,10 @@ class Merge(Record):
             yield "n*T cosines"
 
     @property
+    def joins(self) -> bool:
+        return self.merge_gate in ("moving", "chance")
+
+    @property
     def slot_bytes(self) -> int:
         return 4 if self.counts else 0
 

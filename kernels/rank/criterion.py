@@ -41,6 +41,10 @@ class Ranking(Record):
         """Whether attention's statistics are ranked by their mean over the heads."""
         return self.heads == "all" and self.score not in ("position", SCORED)
 
+    @property
+    def joins(self) -> bool:
+        return self.heads == "all" and self.score != "position"
+
 
 @dataclass(frozen=True)
 class Scope(Record):

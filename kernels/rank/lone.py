@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from kvpass.kernels.attention.observation import Observation, emission, emitted
 from kvpass.kernels.budget import budget
+from kvpass.kernels.errors import RanksError
 from kvpass.kernels.rank.criterion import SCORED
 from kvpass.kernels.rank.places import NUMBER, PLACE
 from kvpass.kernels.rank.rings import RING
@@ -18,6 +19,23 @@ from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.cursor import EXTRA, FREE, LIVE, SEEN, SHIFT
 from kvpass.kernels.slots.statistics import Statistics
 from torch import Tensor
+
+
+def check_single(valid: Tensor, cursor: Tensor, rule: Rule) -> None:
+    """Raises RanksError if a row gets a single token, whose heads would keep their shares (`stepped`), where the heads
+    of several ranks share after the call; on a GPU the device asserts it.
+    """
+    if rule[ShareOut].share != "heads" or rule.of_steps is not rule:
+        return
+    good = ((valid.sum(-1) != 1) | (cursor[:, 0, SEEN] == 0)).all()
+    if good.device.type != "cpu":
+        torch._assert_async(good, "a row got one token in a call of several, where ranks share slots")
+    elif not bool(good):
+        raise RanksError(
+            "a row got one token in a call in which others got several: its heads would keep their shares, which is "
+            "not built where heads lie on several ranks",
+            "give that row's token in a call of its own, or choose a policy whose heads hold equally many slots",
+        )
 
 
 def lone(valid: Tensor, cursor: Tensor, rule: Rule) -> Tensor:

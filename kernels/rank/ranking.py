@@ -17,6 +17,7 @@ from kvpass.kernels.rank.places import NUMBER, Protected, protected_places, slot
 from kvpass.kernels.rank.scored import UNSCORED, Scoring
 from kvpass.kernels.rank.share_out import ShareOut
 from kvpass.kernels.rank.weights import WEIGHT, Weight
+from kvpass.kernels.ranks import gathered
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.cursor import EXTRA, FREE, LIVE, SEEN, SHIFT
 from kvpass.kernels.slots.state import State
@@ -37,7 +38,7 @@ def slot_scores(stats: Tensor, pos: Tensor, rule: Rule, now: Tensor | int = 0) -
     """
     score = base_scores(stats, pos, rule, now)
     if rule[Ranking].together:
-        score = score.mean(1, keepdim=True).expand_as(score)
+        score = gathered(score, rule).mean(1, keepdim=True).expand_as(score)
     if not keeps(rule, WEIGHT):
         return score
     weighted = (score + rule[Weight].weight_floor) * stats[stat(rule, WEIGHT)]
@@ -99,13 +100,17 @@ def untouchable(deviation: Tensor, pos: Tensor, size: Tensor | int) -> Tensor:
     return key >= best.gather(-1, (size - 1).clamp(0, deviation.shape[-1] - 1))
 
 
+def counts_of_heads(score: Tensor, candidate: Tensor, size: Tensor, rule: Rule) -> Tensor:
+    """How many slots each head of a layer gets, by a table or by score: int64 [B, Hkv], of all heads of the layer."""
+    if rule[Heads].table:
+        return table_counts(candidate, size, (score == INF).sum(-1, keepdim=True), rule)
+    return head_counts(score, candidate, size, rule)
+
+
 def shared_by_heads(score: Tensor, candidate: Tensor, cursor: Tensor, rule: Rule) -> Tensor:
     """The cursor with the layer's slots shared out over its heads."""
     size = budget(rule, cursor[..., SEEN])[..., None]
-    if rule[Heads].table:
-        counts = table_counts(candidate, size, (score == INF).sum(-1, keepdim=True), rule)
-    else:
-        counts = head_counts(score, candidate, size, rule)
+    counts = counts_of_heads(score, candidate, size, rule)
     columns = {LIVE: counts, FREE: counts} | dict(zip((EXTRA, SHIFT), ragged_columns(counts, size), strict=True))
     cursor = cursor.clone()
     for column, value in columns.items():

@@ -13,6 +13,7 @@ from kvpass.kernels.rank.allocate import ranks
 from kvpass.kernels.rank.criterion import SCORED, Ranking
 from kvpass.kernels.rank.layer import Layer
 from kvpass.kernels.rank.marks import KEEP, MARK
+from kvpass.kernels.rank.of_ranks import preferred, scored
 from kvpass.kernels.rank.places import NUMBER, PLACE, Protected, ordered_by, restored
 from kvpass.kernels.rank.scorers.chance import gumbel
 from kvpass.kernels.rank.scorers.registry import find_scorer
@@ -20,6 +21,7 @@ from kvpass.kernels.rank.scorers.seen import Seen
 from kvpass.kernels.rank.share_out import ShareOut
 from kvpass.kernels.rank.smooth import Fair, Granule, Pool, by_granule, fair_shares, pooled
 from kvpass.kernels.rank.weights import WEIGHT, Weight, value_weights
+from kvpass.kernels.ranks import first_head, gathered
 from kvpass.kernels.rule import Record, Rule
 from kvpass.kernels.slots.cursor import SEEN
 from kvpass.kernels.slots.statistics import Statistics, keeps, stat
@@ -53,6 +55,10 @@ class Scoring(Record):
             yield GROWING[self.scorer]
 
     @property
+    def joins(self) -> bool:
+        return bool(self.scorer) and not find_scorer(self.scorer).each
+
+    @property
     def windowed(self) -> bool:
         """Whether it reads the rows of the observation window."""
         return bool({"rows", "logits"} & set(self.reads))
@@ -69,6 +75,10 @@ class Sample(Record):
 
     sample_num: int = 0
     sample_den: int = 1
+
+    @property
+    def joins(self) -> bool:
+        return self.sample_num > 0
 
 
 LATER = 0x7E000000
@@ -128,30 +138,30 @@ def scorer_scores(
         new = slice(pos.shape[-1] - called, None)
         k, v = (t if t is None else t[:, :, new] for t in beside[:2])
         seen = _seen(pos[..., new], candidate[..., new], end, cursor, beside._replace(k=k, v=v), rule, {})
-        score = chosen.score(seen, rule[Scoring].options)
+        score = scored(chosen, seen, rule[Scoring].options, rule)
         return score if past is None else torch.cat([past[..., : new.start], score], -1), None
     if order is not None:
         keys = ordered_by(pos, order), ordered_by(candidate, order), end
         stats = torch.stack([ordered_by(x, order) for x in stats]) if len(stats) else stats
         marks = marks if marks is None else ordered_by(marks, order)
         beside = _in_order(beside, order, called, rule)
-        score, preferred = scorer_scores(stats, keys, cursor, beside, (None, marks), (called, None), rule)
-        return restored(score, order), preferred
+        score, prefers = scorer_scores(stats, keys, cursor, beside, (None, marks), (called, None), rule)
+        return restored(score, order), prefers
     seen = _seen(pos, candidate, end, cursor, beside, rule, dict(zip(emitted(rule), stats, strict=True)), marks)
-    score = chosen.score(seen, rule[Scoring].options)
+    score = scored(chosen, seen, rule[Scoring].options, rule)
     if rule[Pool].pool != "none":
         score = pooled(score, pos, candidate, end, rule)
     if rule[Granule].granule > 1:
         score = by_granule(score, pos, candidate & (pos < end - rule[Observation].window), seen.first, rule)
     if rule[Ranking].heads == "all":
-        score = score.mean(1, keepdim=True).expand_as(score)
+        score = gathered(score, rule).mean(1, keepdim=True).expand_as(score)
     if rule[Fair].fair and marks is not None:
         score = fair_shares(score, marks % KEEP, candidate & (pos < end - rule[Observation].window))
     score = _sampled(score, seen, rule) if rule[Sample].sample_num else score
     # the protected window is not judged: when its keys leave it, they stay as generated ones do
     window = candidate & (pos >= end - min(rule[Observation].window, rule[Protected].recent))
-    preferred = chosen.prefer(seen) if chosen.preference and rule[ShareOut].share == "preference" else None
-    return torch.where(window, later(pos), score), preferred
+    shared = chosen.preference is not None and rule[ShareOut].share == "preference"
+    return torch.where(window, later(pos), score), preferred(chosen, seen, rule) if shared else None
 
 
 def _in_order(tensors: Beside, order: Tensor, called: int, rule: Rule) -> Beside:
@@ -205,6 +215,7 @@ def _seen(
         turns=tensors.turns,
         at=rule[Layer].layer if "layer" in rule[Scoring].reads or rule[Sample].sample_num else None,
         stay=(marks >= KEEP) & candidate if marks is not None and "marks" in rule[Scoring].reads else None,
+        heads_before=first_head(rule, pos.shape[1]),
     )
 
 
@@ -249,7 +260,7 @@ def arrivals(
     for name in {PLACE, NUMBER} & set(plan[Statistics].stats):
         out[stat(plan, name)] = cursor[..., SEEN].float()
     if keeps(plan, WEIGHT):
-        out[stat(plan, WEIGHT)] = value_weights(plan[Weight].weight, v_new, wo)[..., 0]
+        out[stat(plan, WEIGHT)] = value_weights(plan[Weight].weight, v_new, wo, plan)[..., 0]
     return out
 
 
@@ -262,4 +273,4 @@ def _arriving(tensors: Beside, cursor: Tensor, rule: Rule) -> Tensor:
     cursor = cursor.clone()
     cursor[..., SEEN] += 1
     seen = _seen(pos, torch.ones_like(pos, dtype=torch.bool), pos + 1, cursor, tensors, rule, {})
-    return chosen.score(seen, rule[Scoring].options)[..., 0]
+    return scored(chosen, seen, rule[Scoring].options, rule)[..., 0]

@@ -14,7 +14,7 @@ from kvpass.kernels.attention.visibility import Sees, shown_before
 from kvpass.kernels.budget import budget
 from kvpass.kernels.rank.allocate import with_preference
 from kvpass.kernels.rank.criterion import DEMOTED, INF, SCORED
-from kvpass.kernels.rank.lone import as_in_steps, lone, stepped
+from kvpass.kernels.rank.lone import as_in_steps, check_single, lone, stepped
 from kvpass.kernels.rank.marks import DROP, MARK, marks_of_keys
 from kvpass.kernels.rank.places import NUMBER, PLACE, key_places, new_places, side_by_side
 from kvpass.kernels.rank.ranking import ranked, shared_by_heads, slot_scores
@@ -96,9 +96,10 @@ def score_slots(
     if keeps(plan, WEIGHT):
         assert beside.v is not None
         old = length - valid.shape[1]  # their weights stay: a share of all heads needs the same token in each
-        total[stat(plan, WEIGHT), ..., old:] = value_weights(plan[Weight].weight, beside.v[:, :, old:], beside.wo)
+        total[stat(plan, WEIGHT), ..., old:] = value_weights(plan[Weight].weight, beside.v[:, :, old:], beside.wo, plan)
         if past_stats is not None:
             total[stat(plan, WEIGHT), ..., :old] = past_stats[stat(plan, WEIGHT), ..., :old]
+    check_single(valid, cursor, plan)
     single = lone(valid, cursor, plan)
     if past_stats is not None:
         as_in_steps(total, past_stats, stats, (where, valid, single), plan)

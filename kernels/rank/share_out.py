@@ -14,7 +14,8 @@ class ShareOut(Record):
 
     Attributes:
         share: `model`: among all layers and heads, by score; `preference`: among layers, by what their scorer prefers;
-            `threshold`: each head keeps what scores at least `cut`, and the budget is a bound.
+            `threshold`: each head keeps what scores at least `cut`, and the budget is a bound; `heads`: among the heads
+            of each layer, as in the call itself where all of them are in one process.
         cut: also what a step's token must score, or a slot goes.
     """
 
@@ -22,11 +23,15 @@ class ShareOut(Record):
     cut: float = -INF
 
     def check(self) -> None:
-        one_of(self, "share", "", "model", "preference", "threshold")
+        one_of(self, "share", "", "model", "preference", "threshold", "heads")
 
     @property
     def evicts(self) -> bool:
         return self.cut > -INF
+
+    @property
+    def joins(self) -> bool:
+        return self.share not in ("", "threshold")
 
     def growing(self) -> ShareOut:
         return ShareOut(self.share)

@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from kvpass.kernels.ranks import gathered
 from kvpass.kernels.rule import Record, Rule
 from kvpass.kernels.slots.statistics import brought
 from torch import Tensor
 
 WEIGHT = brought("weight")
 """A slot's statistic that multiplies its score: a norm of its value."""
+
+_ALL_HERE = Rule()
 
 
 @dataclass(frozen=True)
@@ -34,18 +37,23 @@ class Weight(Record):
             yield "T*(v W_O)"
 
     @property
+    def joins(self) -> bool:
+        return self.weight == "vo_l1_share"
+
+    @property
     def projected(self) -> bool:
         """Whether it reads the output projection."""
         return self.weight.startswith("vo_")
 
 
-def value_weights(kind: str, v: Tensor, wo: Tensor | None) -> Tensor:
+def value_weights(kind: str, v: Tensor, wo: Tensor | None, rule: Rule = _ALL_HERE) -> Tensor:
     """float32 [B, Hkv, L] of values v [B, Hkv, L, Dv].
 
     kind: `l1` or `l2`, norms of v (VATP, arXiv 2406.12335); `vo_l1`, of v W_O, mean over the query heads of a group
     (CriticalKV, arXiv 2502.03805); `vo_l1_share`, that as a share of its sum over the KV heads (DefensiveKV,
     arXiv 2510.13334).
-    wo: for the last two kinds, the output projection's weight [out, Hq * Dv], as of torch.nn.Linear.
+    wo: for the last two kinds, the output projection's weight [out, Hq * Dv], as of torch.nn.Linear. rule: says where
+    the other heads are.
     """
     norm: Tensor
     if kind in ("l1", "l2"):
@@ -53,7 +61,7 @@ def value_weights(kind: str, v: Tensor, wo: Tensor | None) -> Tensor:
         return norm
     assert wo is not None
     norm = _projected(v, wo)
-    return norm / norm.sum(1, keepdim=True).clamp(min=1e-30) if kind == "vo_l1_share" else norm
+    return norm / gathered(norm, rule).sum(1, keepdim=True).clamp(min=1e-30) if kind == "vo_l1_share" else norm
 
 
 def _projected(v: Tensor, wo: Tensor) -> Tensor:

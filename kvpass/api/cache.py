@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,6 +15,9 @@ from kvpass.kernels.slots.cursor import FIRST, SEEN
 from kvpass.runtime.pick import with_rows
 from kvpass.runtime.store import SlotStore
 from kvpass.runtime.wrapped import Wrapped
+
+if TYPE_CHECKING:
+    from kvpass.api.bounds import Bounds
 
 
 class Cache(Wrapped):
@@ -154,22 +157,29 @@ class Cache(Wrapped):
 
         return Cache(rehoused(self.host, SlotStore.fork, lambda _: None))
 
-    def select(self, rows: Any) -> Cache:
+    def select(self, rows: Any, trim: bool = False) -> Cache:
         """Another cache of some of the sequences; this one stays as it is. Costs a copy of their slots.
 
         Args:
             rows: numbers, in any order and with repeats: a list or int tensor [n]; or flags, bool [rows].
+            trim: also without the columns that are padding in all of them, and without slots that only longer rows
+                needed: `tokens` is then the length of the longest one picked, and masks are as much shorter.
 
         Raises:
             CacheError: the cache is empty, no row is asked for, or one that it has not; or something of the host's lies
-                beside the compressed layers, whose sequences are not known.
+                beside the compressed layers, whose sequences are not known; or it is to be trimmed, and its host counts
+                tokens in another way than by its keys, or has preallocated its cache.
         """
         from kvpass.api.asked_rows import numbers_of
-        from kvpass.api.rehoused import picked, rehoused
+        from kvpass.api.rehoused import picked, rehoused, trimming
 
         self._some()
         at = numbers_of(rows, self.rows)
-        return Cache(rehoused(self.host, lambda store: with_rows(store, at), picked(self.host, at)))
+        data = picked(self.host, at)
+        if not trim:
+            return Cache(rehoused(self.host, lambda store: with_rows(store, at), data))
+        columns = int(self.padding[at.to(self.padding.device)].min())
+        return Cache(trimming(self.host, at, columns, data))
 
     def repeat(self, n: int) -> Cache:
         """Another cache in which each sequence stands `n` times, one behind the other (0, 0, 1, 1): as
@@ -225,9 +235,25 @@ class Cache(Wrapped):
         crop(self.host, n)
 
     @staticmethod
-    def held(caches: Sequence[Any]) -> int:
-        """Bytes that all keys, values and states of several caches hold together; what forks share, once."""
-        return holdings([cache_of(one) for one in caches]).bytes
+    def held(caches: Sequence[Any], overhead: bool = False) -> int:
+        """Bytes that all keys, values and states of several caches hold together; what forks share, once.
+
+        Args:
+            overhead: count positions and statistics of slots too.
+        """
+        found = holdings([cache_of(one) for one in caches])
+        return found.bytes + (sum(store.overhead_bytes for store in found.states) if overhead else 0)
+
+    def bounds(self) -> Bounds:
+        """How many bytes caches of the same model and policy can hold at most, by what will be fed to them; all that a
+        slot costs is counted, as by `held(overhead=True)`. Keeps no tensor of this cache.
+
+        Raises:
+            CacheError: the cache is empty, or something lies beside its compressed layers.
+        """
+        from kvpass.api.bounds import bounds
+
+        return bounds(self.host)
 
     def _some(self) -> list[SlotStore]:
         found = stores(self.host)

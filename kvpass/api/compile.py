@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -67,6 +68,7 @@ def compile(
     """
     from kvpass.model.compilation import Compilation
     from kvpass.model.facade import uncompiled
+    from kvpass.runtime.sharded import sharded
 
     bare = uncompiled(model)
     check_model(bare, "kvpass.compile")
@@ -74,5 +76,5 @@ def compile(
         policy, budget, inner=inner, strict=strict, debug=debug, verify=verify, patterns=patterns, mode=mode
     )
     check_ready(bare, "kvpass.compile", strict)
-    result: M = Compilation(bare, chosen).root
+    result: M = Compilation(bare, replace(chosen, part=sharded(bare))).root
     return result

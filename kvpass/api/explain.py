@@ -94,6 +94,7 @@ def explain(
     from kvpass.model.facade import uncompiled
     from kvpass.patterns import DEFAULT
     from kvpass.plan.plan import plan
+    from kvpass.runtime.sharded import sharded
 
     check_model(model, "kvpass.explain")
     chosen_patterns = checked_patterns(patterns) or DEFAULT
@@ -108,7 +109,8 @@ def explain(
             raise _nothing_traced()
         seen.begin_step()
         no_step = _take_step(model, look, args, kwargs, output, step)
-    plans = tuple(plan(chosen, t) for t in seen.tables) if chosen is not None else ()
+    part = sharded(uncompiled(model))
+    plans = tuple(plan(chosen, t, part) for t in seen.tables) if chosen is not None else ()
     return Explanation(tuple(seen.tables), plans, tuple(seen.calls), no_step)
 
 

@@ -11,8 +11,10 @@ import torch
 from kvpass.api.holdings import Part, stores, tensors_in
 from kvpass.errors import CacheError
 from kvpass.runtime.memory import stands
+from kvpass.runtime.pick import with_rows
 from kvpass.runtime.shell import attached, find, half_of, is_shell, make
 from kvpass.runtime.store import SlotStore
+from kvpass.runtime.trim import trimmed
 from kvpass.runtime.veil import Shell, veil
 
 KEPT_APART = "cross_attention_cache"
@@ -84,6 +86,33 @@ def picked(host: Any, rows: torch.Tensor) -> Callable[[Part], torch.Tensor | Non
     return data
 
 
+def trimming(host: Any, rows: torch.Tensor, columns: int, data: Callable[[Part], torch.Tensor | None]) -> Any:
+    """These sequences (int64 [n]) of a host's cache without its first `columns` columns, which are padding in all of
+    them, and without slots that only others needed.
+
+    Raises:
+        CacheError: it is preallocated, something lies beside the compressed layers, or the host counts by itself.
+    """
+
+    def cut(store: SlotStore) -> SlotStore:
+        if store.length is not None:
+            raise _untrimmed("it is preallocated", store.name)
+        return trimmed(with_rows(store, rows), columns)
+
+    def none(part: Part) -> torch.Tensor | None:
+        if _holds_rows(part.tensor):
+            raise _untrimmed(f"a tensor of {list(part.tensor.shape)} lies beside its slots", part.path.lstrip("."))
+        return data(part)
+
+    tokens = max(store.tokens for store in stores(host)) - columns
+    other = rehoused(host, cut, none)
+    if not isinstance(other, (tuple, list, dict)):
+        counted = getattr(other, "get_seq_length", None)
+        if counted is None or int(counted()) != tokens:
+            raise _untrimmed(f"a {type(host).__name__} may count its tokens otherwise than by its keys", "")
+    return other
+
+
 def beside(hosts: Sequence[Any]) -> Callable[[Part], torch.Tensor | None]:
     """For `rehoused` of the longest host: tensors that hold data of sequences, of all hosts; keys and values of shorter
     ones have zeros in front.
@@ -124,6 +153,14 @@ def _rows(found: Sequence[SlotStore]) -> int:
 def _holds_rows(tensor: torch.Tensor) -> bool:
     """Whether a tensor is data of sequences: no counter, and no flag."""
     return tensor.dim() > 1 and tensor.numel() > 0
+
+
+def _untrimmed(why: str, where: str) -> CacheError:
+    return CacheError(
+        f"the cache cannot be trimmed: {why}",
+        where=where,
+        hint="leave `trim` out: the columns stay in its length and in masks, and hold no slot",
+    )
 
 
 def _unknown(part: Part) -> CacheError:

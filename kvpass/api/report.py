@@ -31,6 +31,7 @@ class Report:
 
         Keys:
             policy, budget: of who made the cache.
+            part: under tensor parallelism, `rank 0 of 2`: whose heads all bytes and counts here are of; "" otherwise.
             tokens: seen so far, padding included; None where nothing is compressed.
             bytes, dense_bytes: held by all keys, values and states of the cache (what forks of it share counts
                 once), and by those of an unmodified one.
@@ -79,6 +80,7 @@ def report(cache: Any) -> Report:
         {
             "policy": origins[0].policy,
             "budget": origins[0].budget,
+            "part": origins[0].part,
             "tokens": max((store.tokens for store in found.stores), default=None),
             "bytes": found.bytes,
             "dense_bytes": dense_sites + dense + _unused(found),
@@ -223,7 +225,8 @@ class LayerView:
     Attributes:
         name: of the site.
         positions: `[B, Hkv, C]` int64, ascending, -1 = empty (at the end).
-        scores: `[B, Hkv, C]` float32, higher = keep, before protection; NaN where empty.
+        scores: `[B, Hkv, C]` float32, higher = keep, before protection; NaN where empty, and where they are means over
+            heads of several ranks: looking asks nobody.
         keys, values: `[B, Hkv, C, D]` and `[B, Hkv, C, Dv]` in the cache's dtype, zero where empty.
         bytes: bytes of allocated K and V slots.
     """
@@ -259,7 +262,9 @@ def inspect(cache: Any) -> Inspection:
 
 def layer_view(store: SlotStore) -> LayerView:
     from kvpass.kernels.codecs.entries import entries_of
+    from kvpass.kernels.rank.criterion import Ranking
     from kvpass.kernels.rank.ranking import newest, slot_scores
+    from kvpass.kernels.ranks import alone
 
     held = even(store.state)
     entries = entries_of(held, "k", store.rule), entries_of(held, "v", store.rule)
@@ -269,8 +274,9 @@ def layer_view(store: SlotStore) -> LayerView:
     order = torch.where(pos >= 0, pos.long(), far).argsort(dim=-1)[..., :c]
     positions = pos.gather(-1, order).long()
     empty = positions < 0
-    scores = slot_scores(stats, pos, store.rule, newest(store.state.cursor)).gather(-1, order)
-    scores = scores.masked_fill(empty, float("nan"))
+    rule = alone(store.rule)
+    scores = slot_scores(stats, pos, rule, newest(store.state.cursor)).gather(-1, order)
+    scores = scores.masked_fill(empty | (rule != store.rule and rule[Ranking].together), float("nan"))
     keys, values = (
         t.gather(2, order[..., None].expand(-1, -1, -1, t.shape[-1])).masked_fill(empty[..., None], 0) for t in (k, v)
     )

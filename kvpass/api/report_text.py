@@ -20,7 +20,8 @@ def _headline(d: dict[str, Any]) -> list[str]:
     share = d["bytes"] / d["dense_bytes"] if d["dense_bytes"] else 0.0
     after = f", after {d['tokens']} tokens" if d["tokens"] is not None else ""
     held = f"{size(d['bytes'])} of {size(d['dense_bytes'])} dense KV ({share:.1%})"
-    lines = _folded(f"policy {d['policy']}, budget {d['budget']}: {held}{after}", "")
+    part = f", {d['part']} (its heads alone)" if d["part"] else ""
+    lines = _folded(f"policy {d['policy']}, budget {d['budget']}{part}: {held}{after}", "")
     if not d["sites"]:
         return [*lines, *_folded("nothing in this cache is compressed: all of it was left dense")]
     left = sum(row["bytes"] for row in d["dense"])

@@ -136,6 +136,7 @@ def rewrite(
     from kvpass.lowering.lower import lower
     from kvpass.lowering.standalone import prepared, pure
     from kvpass.patterns import DEFAULT
+    from kvpass.plan.on_ranks import check_exchanges
     from kvpass.plan.plan import plan
     from kvpass.proof.verify import verify
     from kvpass.sites.scan import scan
@@ -149,6 +150,7 @@ def rewrite(
     table = scan(gm, found, prove=False)  # other compilers get the mask as they know it
     _check(table, strict)
     planned = plan(chosen, table)
+    check_exchanges(gm, chosen, [one.rule for one in planned.sites], None)
     _check_rules(planned)
     lowered = lower(gm, planned)
     verify(gm, lowered, planned)

@@ -19,6 +19,7 @@ import torch
 
 from kvpass import __version__
 from kvpass.api.saved_host import Telling, made, shells_in
+from kvpass.api.saved_part import of_this_rank
 from kvpass.errors import CacheError, KVPassError, StaleCacheError
 from kvpass.model.facade import Facade, uncompiled
 from kvpass.runtime.identity import Identity, Origin, by_content
@@ -80,6 +81,7 @@ def load(path: str | PathLike[str], model: Any) -> Any:
     with _read(path) as file:
         said = _words(path, file)
         _check_policy(path, said, model.kvpass.policy)
+        said = of_this_rank(path, said, model.kvpass.part)
         bare = uncompiled(model)
         origins = _origins(path, said, model.kvpass.policy, list(bare.parameters()))
         try:
@@ -101,6 +103,7 @@ def _said(telling: Telling, host: Any, sums: dict[str, int]) -> dict[str, Any]:
         "transformers": _transformers() if telling.hf else None,
         "policy": first.policy,
         "budget": first.budget,
+        "part": first.part,
         "fingerprint": first.fingerprint,
         "origins": [{"declined": list(one.declined), "model": _told(one)} for one in origins],
         "stores": [
@@ -146,7 +149,9 @@ def _origins(path: Path, said: Mapping[str, Any], policy: Any, parameters: list[
                 where=str(path),
                 hint=f"load it with the model that made it, in the same dtype, or {_AGAIN}",
             )
-        found.append(Origin(policy.name, policy.asked, tuple(one["declined"]), policy.fingerprint, model))
+        found.append(
+            Origin(policy.name, policy.asked, tuple(one["declined"]), policy.fingerprint, model, said.get("part", ""))
+        )
     return found
 
 

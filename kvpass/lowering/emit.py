@@ -189,7 +189,7 @@ class Emitter:
         caller's marks, [B, S]; each None if the rule does not read it.
         """
         found, hidden = self.planned.projection, self.planned.hidden
-        weight = None if found is None else self.write.copy(found.weight)
+        weight = None if found is None else self.write.ahead(found.weight)
         if found is not None and found.turned:
             weight = self.write.method("transpose", weight, 0, 1)
         return weight, None if hidden is None else self.write.copy(hidden), self.write.low.shared.get(MARKS)

@@ -66,6 +66,15 @@ class Writer:
         """The node of the new graph that stands for one of the captured graph."""
         return self.low.copy[node]
 
+    def ahead(self, node: fx.Node) -> fx.Node:
+        """The same for what does not come of the site's core, but may stand behind it: a weight that is made of a
+        parameter where it is used. It is made here once more.
+        """
+        if node.op in ("placeholder", "get_attr") or node < self.site.core.node:
+            return self.copy(node)
+        made = self.low.graph.create_node(node.op, node.target, *fx.map_arg((node.args, node.kwargs), self.ahead))
+        return self._described(made, example(node))
+
     def op(self, name: str, *args: Any, **kwargs: Any) -> fx.Node:
         """Call `torch.ops.kvpass.<name>`."""
         return self.call(getattr(torch.ops.kvpass, name).default, *args, **kwargs)
@@ -86,13 +95,13 @@ class Writer:
         """A tensor of literals, on the device of the queries."""
         return self.call(torch.tensor, values, dtype=dtype, device=example(self.site.core.q).device)
 
-    def _described(self, node: fx.Node) -> fx.Node:
-        """Give a new node its source, its site and its fake value."""
+    def _described(self, node: fx.Node, value: Any = None) -> fx.Node:
+        """Give a new node its source, its site and its fake value, if that is not known."""
         names = ("stack_trace",) if self.for_all else ("stack_trace", "nn_module_stack")
         node.meta.update({key: self.core.meta[key] for key in names if key in self.core.meta})
         own = {"site": self.site.name, "layer": self.site.layer}
         node.meta["kvpass"] = {"state": "all"} if self.for_all else own
-        node.meta["example_value"] = self._value(node)
+        node.meta["example_value"] = self._value(node) if value is None else value
         return node
 
     def _value(self, node: fx.Node) -> Any:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from kvpass.plan.plan import Plan
     from kvpass.runtime.identity import Origin
     from kvpass.runtime.recordings import Recordings
+    from kvpass.runtime.sharded import Sharded
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class Backend:
         verify: check each site at full budget against the unmodified subgraph on the first real inputs.
         patterns: recognisers; None for `kvpass.patterns.DEFAULT`.
         mode: `default`, or `reduce-overhead`: steps are CUDA graphs.
+        part: of the model that this process has, under tensor parallelism; None: all of it.
         graphs: records of the graphs compiled so far (not part of equality); printed, a table.
         recordings: what a device has recorded of their steps, once it has (likewise).
     """
@@ -59,6 +61,7 @@ class Backend:
     verify: bool = False
     patterns: Any = None
     mode: str = "default"
+    part: Sharded | None = None
     graphs: Graphs = field(default_factory=Graphs, compare=False, repr=False)
     recordings: list[Recordings] = field(default_factory=list, compare=False, repr=False)
 
@@ -148,10 +151,12 @@ class Backend:
 
     def _lowered(self, gm: fx.GraphModule, record: GraphRecord, table: SiteTable) -> tuple[Plan, Lowered]:
         from kvpass.lowering.lower import lower
+        from kvpass.plan.on_ranks import check_exchanges
         from kvpass.plan.plan import plan
 
         with record.timed("plan"), stage("plan"):
-            planned = plan(self.policy, table)
+            planned = plan(self.policy, table, self.part)
+            check_exchanges(gm, self.policy, [one.rule for one in planned.sites], self.part)
         with record.timed("lower"), stage("lower"):
             return planned, lower(gm, planned)
 
@@ -227,14 +232,16 @@ class Backend:
 
     def __reduce__(self) -> Any:
         """Graphs are not pickled: whoever loads it compiles anew."""
-        return Backend, (self.policy, self.inner, self.strict, self.debug, self.verify, self.patterns, self.mode)
+        options = self.policy, self.inner, self.strict, self.debug, self.verify, self.patterns, self.mode, self.part
+        return Backend, options
 
     def _origin(self, table: SiteTable) -> Origin:
         """What the caches of a graph remember of who made them."""
         from kvpass.runtime.identity import Origin
 
         declined = tuple(d.to_dict() for d in table.declined)
-        return Origin(self.policy.name, self.policy.asked, declined, self.policy.fingerprint)
+        part = str(self.part) if self.part is not None else ""
+        return Origin(self.policy.name, self.policy.asked, declined, self.policy.fingerprint, part=part)
 
     @property
     def timings(self) -> dict[str, float]:

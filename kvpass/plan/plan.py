@@ -32,10 +32,12 @@ from kvpass.kernels.rank.weights import Weight
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.ragged import Ragged
 from kvpass.plan.byte_budget import Entry
+from kvpass.plan.on_ranks import heads_elsewhere, on_ranks
 from kvpass.plan.rule import rule_of
 from kvpass.plan.steps import planned_inputs, planned_steps
 from kvpass.policy.files import check_fit
 from kvpass.policy.spec import Spec
+from kvpass.runtime.sharded import Sharded
 from kvpass.runtime.step import Moment, PlannedStep, SharedInput
 from kvpass.sites.site import Site
 from kvpass.sites.table import Decline, SiteTable
@@ -148,6 +150,7 @@ class Plan:
         dense: sites left dense, with their reasons.
         steps: what is done before and after each call, outside the graph.
         inputs: what the rewritten graph takes beside the sites' state, for all of them.
+        part: of the model that this process has; None: all of it.
     """
 
     policy: Spec
@@ -155,9 +158,11 @@ class Plan:
     dense: tuple[Decline, ...]
     steps: tuple[PlannedStep, ...] = ()
     inputs: tuple[SharedInput, ...] = ()
+    part: Sharded | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
+            **({"part": str(self.part)} if self.part is not None else {}),
             "policy": self.policy.to_dict(),
             "policy_fingerprint": self.policy.fingerprint,
             "sites": [{**p.site.to_dict(), "ops": list(p.ops), "rule": p.rule.encode()} for p in self.sites],
@@ -184,7 +189,8 @@ class Plan:
 
     def __str__(self) -> str:
         budget = f"policy {self.policy.name}, budget {self.policy.asked}"
-        lines = [f"plan {self.fingerprint}: {budget}, {len(self.sites)} site(s)"]
+        part = f", {self.part}, its heads alone" if self.part is not None else ""
+        lines = [f"plan {self.fingerprint}: {budget}, {len(self.sites)} site(s){part}"]
         lines += [
             f"  {p.site.name}: {p.site.phase.value} -> {' > '.join(p.ops)}  [{p.rule.encode()}]" for p in self.sites
         ]
@@ -195,21 +201,27 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan(policy: Spec, table: SiteTable) -> Plan:
+def plan(policy: Spec, table: SiteTable, part: Sharded | None = None) -> Plan:
     """Decide for every site; pure, touches no graph.
 
     Args:
         policy: checked, with its budget.
         table: of one graph.
+        part: of the model that this process has; None: all of it.
+
+    Raises:
+        PolicyError: the policy asks what a site, or a part of a model, cannot give.
     """
     sites = tuple(table)
-    rules = [rule_of(policy, at, len(sites), _entry(site)) for at, site in enumerate(sites)]
+    rules = [
+        on_ranks(policy, rule_of(policy, at, len(sites), _entry(site)), site, part) for at, site in enumerate(sites)
+    ]
     ruled = tuple(zip(sites, rules, strict=True))
     planned = tuple(SitePlan(site, rule) for site, rule in ruled)
     for one in planned:
         _check(policy, one)
-        _check_files(policy, one, len(sites))
-    return Plan(policy, planned, table.declined, planned_steps(policy, ruled), planned_inputs(ruled))
+        _check_files(policy, one, len(sites), part)
+    return Plan(policy, planned, table.declined, planned_steps(policy, ruled), planned_inputs(ruled), part)
 
 
 def _entry(site: Site) -> Entry:
@@ -229,10 +241,12 @@ def _check(policy: Spec, planned: SitePlan) -> None:
             raise PolicyError(f"policy {policy.name!r} {asked}", where=where, hint=fix)
 
 
-def _check_files(policy: Spec, planned: SitePlan, layers: int) -> None:
+def _check_files(policy: Spec, planned: SitePlan, layers: int, part: Sharded | None) -> None:
     """Raises PolicyError if the policy's weights or shares are for another model."""
     site, hidden = planned.site, planned.hidden
     sizes = {letter: int(site.dims[letter]) for letter in ("Hkv", "D", "Dv") if isinstance(site.dims[letter], int)}
+    if part is not None and "Hkv" in sizes and heads_elsewhere(site, part):
+        sizes["Hkv"] *= part.ranks
     if hidden is not None:
         sizes["size"] = int(example(hidden).shape[-1])
     check_fit(policy.name, planned.rule, {**sizes, "layers": layers}, f"{site.name}, {site.source}")

@@ -29,6 +29,7 @@ class Origin:
         budget: as the caller would write it.
         fingerprint: of the policy with its budget.
         model: whose keys and values they are; None where no parameters reach the graph.
+        part: which rank's of how many; "" for all heads.
     """
 
     policy: str
@@ -36,6 +37,7 @@ class Origin:
     declined: tuple[dict[str, str], ...] = ()
     fingerprint: str = ""
     model: Identity | None = None
+    part: str = ""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Origin:
         return self
@@ -170,14 +172,15 @@ def _digests(tensors: Sequence[torch.Tensor]) -> list[tuple[Any, ...]]:
 
 
 def _shows(tensor: torch.Tensor) -> bool:
-    """Whether a parameter's data can be read."""
-    return not tensor.is_meta and type(tensor) is torch.nn.Parameter
+    """Whether a parameter's data can be read: of one that is parted over ranks, this rank's."""
+    return not tensor.is_meta and (type(tensor) is torch.nn.Parameter or hasattr(tensor, "to_local"))
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
     """Bytes of a few entries, uint8 [n]; of a tensor that does not show its data, some that no other has."""
     if not _shows(tensor):
         return torch.tensor([*next(_UNKNOWN).to_bytes(8, "big"), 0], dtype=torch.uint8)
+    tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     if not tensor.numel():
         return torch.empty(0, dtype=torch.uint8)
     flat = tensor.detach().reshape(-1)
@@ -191,12 +194,13 @@ def require_same(made: Origin, called: Origin, where: str) -> None:
         StaleCacheError: who made it, and who was given it.
     """
     other_model = made.model is not None and called.model is not None and not made.model.same(called.model)
-    if made.fingerprint == called.fingerprint and not other_model:
+    if made.fingerprint == called.fingerprint and made.part == called.part and not other_model:
         return
     weights = "a model with other weights" if other_model else "this model"
+    by, to = (f"{one.part}, " if one.part else "" for one in (made, called))
     raise StaleCacheError(
-        f"the cache was made by {weights} under policy {made.policy}, budget {made.budget}; it was given to policy "
-        f"{called.policy}, budget {called.budget}",
+        f"the cache was made by {by}{weights} under policy {made.policy}, budget {made.budget}; it was given to {to}"
+        f"policy {called.policy}, budget {called.budget}",
         where=where,
         hint="compile once and keep one compiled model for each cache, or begin from an empty cache",
     )

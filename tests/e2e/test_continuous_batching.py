@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from models.tiny import llama
 from transformers import GenerationConfig
+from transformers.generation import configuration_utils
 
 import kvpass
 from kvpass.errors import NothingRewritten
@@ -15,10 +16,19 @@ from kvpass.errors import NothingRewritten
 PROMPTS = [[1, 2, 3, 4, 5], [6, 7, 8]]
 
 
+SMALL: dict[str, Any] = {"num_blocks": 16, "max_batch_tokens": 64}
+"""Else the pages take half of the machine's memory, and as long to fill."""
+
+
 def generated(model: Any) -> dict[str, list[int]]:
-    settings = {"num_blocks": 16, "block_size": 8, "max_batch_tokens": 64}
-    config = GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=None, pad_token_id=0, **settings)
-    results = model.generate_batch(PROMPTS, generation_config=config, progress_bar=False)
+    config = GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=None, pad_token_id=0)
+    if hasattr(configuration_utils, "ContinuousBatchingConfig"):
+        room = {"continuous_batching_config": configuration_utils.ContinuousBatchingConfig(page_size=8, **SMALL)}
+    else:
+        room = {}
+        for name, value in {"block_size": 8, **SMALL}.items():
+            setattr(config, name, value)
+    results = model.generate_batch(PROMPTS, generation_config=config, progress_bar=False, **room)
     assert not any(result.error for result in results.values()), results
     return {name: result.generated_tokens for name, result in results.items()}
 

@@ -76,6 +76,7 @@ CHOICES = {
     "weight": ["none", "l1", "vo_l1"],
     "scorer": ["", "knorm"],
     "table": ["", "a/b%20c.pt"],
+    "ranks_group": ["", "0", "tp%20group"],
     "options": ["", "a:int:1,b:str:x%20y"],
     "group": ["mean", "max"],
     "heads": ["each", "all"],

@@ -15,8 +15,7 @@ def uniform(seen: Seen, salt: int = 0) -> Tensor:
     """Numbers above 0 and below 1, float32 [B, Hkv, L]: a hash of seed, layer, head and position from the row's first
     token on, so that padding changes nothing.
     """
-    heads = torch.arange(seen.pos.shape[1], device=seen.pos.device)[:, None]
-    return _hashed(_places(seen, heads, salt))
+    return _hashed(_places(seen, _heads(seen)[:, None], salt))
 
 
 def drawn(place: Tensor, head: Tensor | int, layer: int, seed: int) -> Tensor:
@@ -35,7 +34,7 @@ def gumbel_rows(seen: Seen) -> Tensor:
     """The same for each query of the window, float32 [B, Hkv, G, w, L]; the last query of a row is number 0."""
     _, heads, group, queries, _ = seen.observed.shape
     device = seen.pos.device
-    head = torch.arange(heads * group, device=device).view(heads, group, 1, 1)
+    head = (torch.arange(heads * group, device=device) + seen.heads_before * group).view(heads, group, 1, 1)
     query = torch.arange(queries - 1, -1, -1, device=device)[:, None]
     x = _places(seen, 0, 13)[:, :, None, None] + 0x9E3779B1 * (head + 1) + 0x27D4EB2F * query
     return -(-_hashed(x).log()).log()
@@ -45,11 +44,16 @@ def gaussian(seen: Seen, rows: int, columns: int) -> Tensor:
     """Independent standard normal numbers (Box and Muller), alike for all sequences: float32 [Hkv, rows, columns]."""
     device = seen.pos.device
     cell = torch.arange(2 * rows * columns, device=device).view(2, 1, rows, columns)
-    head = torch.arange(seen.pos.shape[1], device=device)[:, None, None]
+    head = _heads(seen)[:, None, None]
     seed = 0x85EBCA77 * (seen.layer + 1) + 0xC2B2AE3D * (seen.seed + 20)
     first, second = _hashed(cell + 0x9E3779B1 * (head + 1) + seed)
     out: Tensor = (-2 * first.log()).sqrt() * (2 * torch.pi * second).cos()
     return out
+
+
+def _heads(seen: Seen) -> Tensor:
+    """Numbers of the KV heads in their layer, int64 [Hkv]."""
+    return torch.arange(seen.pos.shape[1], device=seen.pos.device) + seen.heads_before
 
 
 def _places(seen: Seen, head: Tensor | int, salt: int) -> Tensor:

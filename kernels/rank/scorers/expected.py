@@ -8,7 +8,7 @@ from kvpass.kernels.rank.scorers.seen import Seen
 from torch import Tensor
 
 
-@scorer("expected_attention", reads=("keys", "queries"))
+@scorer("expected_attention", reads=("keys", "queries"), heads="each")
 def expected_attention(seen: Seen, future: int = 512, skip: int = 4) -> Tensor:
     """Attention that Gaussian queries would give, for the mean and covariance of this call's unrotated queries, rotated
     on average over the next `future` positions (arXiv 2510.00636, before the value weight).

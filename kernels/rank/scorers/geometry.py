@@ -8,14 +8,14 @@ from kvpass.kernels.rank.scorers.seen import Seen, mean_of
 from torch import Tensor
 
 
-@scorer("knorm", reads=("keys",), pointwise=True)
+@scorer("knorm", reads=("keys",), pointwise=True, heads="each")
 def knorm(seen: Seen) -> Tensor:
     """-||k||_2: keys of small norm get much attention (arXiv 2406.11430)."""
     norm: Tensor = torch.linalg.vector_norm(seen.keys, dim=-1)
     return -norm
 
 
-@scorer("keydiff", reads=("keys",))
+@scorer("keydiff", reads=("keys",), heads="each")
 def keydiff(seen: Seen) -> Tensor:
     """-cos(k, mean of the unit keys): keys unlike the others stay (arXiv 2504.15364)."""
     keys = torch.nn.functional.normalize(seen.keys, dim=-1)

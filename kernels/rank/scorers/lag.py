@@ -8,7 +8,7 @@ from kvpass.kernels.rank.scorers.seen import Seen
 from torch import Tensor
 
 
-@scorer("lag", reads=("keys", "values"))
+@scorer("lag", reads=("keys", "values"), heads="each")
 def lag(seen: Seen, sinks: int = 4, block: int = 128, cross: bool = False) -> Tensor:
     """Deviation of min-max-normalised keys and values (arXiv 2504.04704).
 

@@ -22,7 +22,7 @@ def lazy(seen: Seen, sinks: int = 4, recent: int = 1024, most: float = 0.9) -> T
     return torch.where((mass > most)[:, None, None], 0.0, 1 + place)
 
 
-@scorer("recovery", reads=("rows", "marks", "places"))
+@scorer("recovery", reads=("rows", "marks", "places"), heads="each")
 def recovery(seen: Seen, least: float = 0.9, sinks: int = 4, hitters: float = 0.3, recent: float = 0.3) -> Tensor:
     """Above 1 for what a head needs to recover `least` of the attention of the observed queries, at most 0 for the
     rest (FastGen, arXiv 2310.01801).

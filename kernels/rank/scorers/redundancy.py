@@ -9,7 +9,7 @@ from kvpass.kernels.rank.smooth import smoothed
 from torch import Tensor
 
 
-@scorer("r_kv", reads=("keys", "logits"))
+@scorer("r_kv", reads=("keys", "logits"), heads="each")
 def r_kv(seen: Seen, balance: float = 0.1, threshold: float = 0.5, pool: int = 7) -> Tensor:
     """balance * importance - (1 - balance) * redundancy (arXiv 2505.24133).
 

@@ -41,6 +41,8 @@ class Scorer:
         preference: what a layer deserves next to others, Seen -> float [B] >= 0, for `allocate.layers: preference`.
         tensors: what the file in the option `file` holds, by name: the letters of a tensor's dims, from `layers Hkv D
             Dv size` (of the hidden states), or any other word; a file is checked against them and against the model.
+        each: a head's scores depend on that head alone, and not on its number: under tensor parallelism ranks need not
+            tell each other what it reads.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Scorer:
     options: dict[str, Any]
     preference: Callable[[Seen], Tensor] | None = None
     tensors: dict[str, str] = field(default_factory=dict)
+    each: bool = False
 
     @property
     def about(self) -> str:
@@ -139,6 +142,7 @@ def scorer(
     pointwise: bool = False,
     preference: Callable[[Seen], Tensor] | None = None,
     tensors: dict[str, str] | None = None,
+    heads: str = "all",
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Register a torch function as a scorer that policies can use by name.
 
@@ -156,6 +160,8 @@ def scorer(
             its own when it arrives; of other scorers generated tokens stay until no others are left.
         tensors: sizes by name of what its weight file holds, see `Scorer`.
         preference: what a layer deserves next to others, Seen -> float [B] >= 0, for `allocate.layers: preference`.
+        heads: `each` if a head's scores depend on that head alone, and not on its number: ranks then exchange nothing
+            for it (docs/parallel.md). `all`: it is shown all heads of the layer, whichever ranks they lie on.
 
     Raises:
         ValueError: no name, or one that is taken, an unknown word in `reads`, a parameter without a default or with
@@ -168,6 +174,8 @@ def scorer(
     def register(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if isinstance(reads, str):
             raise ValueError(f"scorer {name!r}: reads is a tuple of words: reads=({reads!r},)")
+        if heads not in ("each", "all"):
+            raise ValueError(f"scorer {name!r}: heads is 'each' or 'all', not {heads!r}")
         unknown = [word for word in reads if word not in READS]
         if unknown:
             raise ValueError(f"scorer {name!r}: cannot read {unknown[0]!r}; choose from {', '.join(READS)}")
@@ -186,7 +194,8 @@ def scorer(
         odd = [option for option, value in options.items() if type(value) not in (bool, int, float, str)]
         if odd:
             raise ValueError(f"scorer {name!r}: its option {odd[0]!r} is no bool, int, float or str")
-        _TABLE[name] = Scorer(name, run, tuple(reads), pointwise, options, preference, dict(tensors or {}))
+        files, each = dict(tensors or {}), heads == "each"
+        _TABLE[name] = Scorer(name, run, tuple(reads), pointwise, options, preference, files, each)
         return run
 
     return register

@@ -53,6 +53,7 @@ class Seen:
         turns: [2, 1 or B, S, D], cosines and sines that they are rotated by.
         at: the layer's number, from 0.
         stay: bool [B, Hkv, L], keys that the caller marked to keep.
+        heads_before: KV heads of the layer that lie on ranks before this one, and are not among these.
     """
 
     pos: Tensor
@@ -72,6 +73,7 @@ class Seen:
     turns: Tensor | None = None
     at: int | None = None
     stay: Tensor | None = None
+    heads_before: int = 0
 
     @property
     def keys(self) -> Tensor:

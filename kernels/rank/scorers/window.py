@@ -29,13 +29,13 @@ LIFT = 1e20
 """Added to scores of keys that stay before all others, whatever a value weight makes of them."""
 
 
-@scorer("window_sum", reads=("statistics",))
+@scorer("window_sum", reads=("statistics",), heads="each")
 def window_sum(seen: Seen) -> Tensor:
     """The `sum` that attention emitted in this call, unlike `score: sum` the same while tokens are generated."""
     return seen.statistics["sum"]
 
 
-@scorer("defensive", reads=("rows",))
+@scorer("defensive", reads=("rows",), heads="each")
 def defensive(seen: Seen, pool: int = 5, nucleus: float = 0.9) -> Tensor:
     """Worst-case importance with a floor (arXiv 2510.13334, before the value weight).
 
@@ -73,7 +73,7 @@ def cake_preference(seen: Seen) -> Tensor:
     return entropy * (centred.square().sum(3) / (there.sum(3) - 1).clamp(min=1)).sum((1, 2, 3))
 
 
-@scorer("cake", reads=("rows",), preference=cake_preference)
+@scorer("cake", reads=("rows",), preference=cake_preference, heads="each")
 def cake(seen: Seen, gamma: float = 200.0, pool: int = 5) -> Tensor:
     """Mean plus `gamma` times the unbiased variance over the window's queries, average-pooled, group mean
     (arXiv 2503.12491).
@@ -84,7 +84,7 @@ def cake(seen: Seen, gamma: float = 200.0, pool: int = 5) -> Tensor:
     return smoothed(mean + gamma * variance, pool).mean(2)
 
 
-@scorer("finch", reads=("rows",))
+@scorer("finch", reads=("rows",), heads="each")
 def finch(seen: Seen) -> Tensor:
     """Mean over the window's queries of a_ij times the keys that query sees, group mean (arXiv 2408.00167)."""
     rows = outside(seen)
@@ -94,7 +94,7 @@ def finch(seen: Seen) -> Tensor:
     return window_mean(rows * visible[:, :, None], seen).mean(2)
 
 
-@scorer("rms", reads=("rows",))
+@scorer("rms", reads=("rows",), heads="each")
 def rms(seen: Seen) -> Tensor:
     """Root mean square of a key's probabilities over all query heads of the group and the window's queries that see it
     (arXiv 2602.16284).

@@ -7,6 +7,7 @@ from kvpass.kernels.rank.share_out import ShareOut
 from kvpass.kernels.rule import Rule
 from kvpass.runtime.room import spare_slots
 from kvpass.runtime.step import CallFacts, Moment, Step
+from kvpass.runtime.store import SlotStore
 from kvpass.terms import Phase
 
 
@@ -20,9 +21,13 @@ class ShareSlots(Step):
     def run(self, call: CallFacts) -> None:
         from kvpass.kernels.after_call.layers import shared_out
 
-        stores, rules = call.stores, [store.rule for store in call.stores]
-        spare = spare_slots(kept(rules[0], stores[0].tokens + call.new))
-        states = shared_out([store.state for store in stores], rules, spare)
-        for store, (state, free) in zip(stores, states, strict=True):
-            store.state, store.spare = state, free
-            store.outside += 1
+        together: dict[str, list[SlotStore]] = {}
+        for store in call.stores:
+            together.setdefault(store.rule[ShareOut].share, []).append(store)
+        for stores in together.values():
+            rules = [store.rule for store in stores]
+            spare = spare_slots(kept(rules[0], stores[0].tokens + call.new))
+            states = shared_out([store.state for store in stores], rules, spare)
+            for store, (state, free) in zip(stores, states, strict=True):
+                store.state, store.spare = state, free
+                store.outside += 1
