@@ -1,4 +1,4 @@
-# kvpass: make demo | test | wide | bench | quality | frontier | quantized | policies | providers | support | spellings | versions | canary | lock | api | lint | clean. Every target makes the environment it needs, once, in $(VENV).
+# kvpass: make demo | test | wide | bench | quality | frontier | quantized | policies | providers | support | spellings | versions | reliability | canary | lock | api | lint | clean. Every target makes the environment it needs, once, in $(VENV).
 #
 #   PYTHON  the interpreter to build the environment from (3.11 to 3.13)
 #   TORCH   what pip installs as torch (the line of constraints.txt). It comes first and alone: as somebody's dependency a plain "torch" may pull gigabytes of CUDA packages.
@@ -13,7 +13,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test wide bench quality frontier quantized policies providers support spellings versions canary lock api lint env clean
+.PHONY: help demo test wide bench quality frontier quantized policies providers support spellings versions reliability canary lock api lint env clean
 
 BIN   := $(VENV)/bin
 PIP   := $(BIN)/python -m pip --disable-pip-version-check -qq
@@ -66,6 +66,11 @@ versions: $(STAMP)
 # docs/support.md. 2,000 draws take an hour or so; goes on where it was stopped. ARGS="--draws 300" or ARGS="--only 'Spelling(..)'"
 spellings: $(STAMP)
 	@$(BIN)/python -P tests/spellings/run.py $(ARGS)
+
+# A soak of 20,000 tokens, 2,000 examples of the state machine over caches, and the tests of what goes wrong:
+# docs/reliability.md. 40 minutes or so on one core. ARGS="--only machine --examples 300"
+reliability: $(STAMP)
+	@$(BIN)/python -P tests/reliability/run.py $(ARGS)
 
 # The same tests with the newest of everything: says what broke, and which versions are not those of constraints.txt.
 # ARGS="--torch 2.13.0": the newest of everything but torch, whose newest may be several GB.

@@ -24,6 +24,7 @@ for name in (
     "models",
     "gpu",
     "spellings",
+    "reliability",
 ):  # not tests/ on sys.path: its folders kvpass and kernels would shadow the real ones
     package = types.ModuleType(name)
     package.__path__ = [str(ROOT / "tests" / name)]

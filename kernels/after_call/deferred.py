@@ -16,7 +16,7 @@ from kvpass.kernels.rank.scorers.registry import find_scorer
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.select_slots import select_slots
 from kvpass.kernels.slots.cursor import EXTRA, FREE, LIVE, SEEN
-from kvpass.kernels.slots.moves import even
+from kvpass.kernels.slots.moves import even, with_chosen
 from kvpass.kernels.slots.ragged import Ragged, columns
 from kvpass.kernels.slots.state import State
 from kvpass.kernels.slots.statistics import stat
@@ -28,10 +28,12 @@ def evicted(state: State, rule: Rule) -> State:
     appended to it, so that its slots are in the order of positions. A scorer that needs no more than keys and values
     judges all of them again (LagKV and KeyDiff while they generate).
     """
-    slots, held, ragged = state.slots, even(state), rule[Ragged].ragged
+    slots, ragged, judged = state.slots, rule[Ragged].ragged, _judges_again(rule)
+    light = ragged and not judged and not rule[Merge].steps  # heads side by side are a copy: not of keys and values
+    held = even(_without_entries(state) if light else state)
     cursor = torch.nn.functional.pad(held.cursor, (0, columns(rule) - EXTRA)) if ragged else held.cursor.clone()
     held = held.replaced(cursor=cursor)
-    if _judges_again(rule):
+    if judged:
         held = held.replaced(stats=_judged(held, rule))
     score, candidate = state_scores(held, rule), held.pos >= 0
     cursor = cursor.clone()
@@ -39,7 +41,15 @@ def evicted(state: State, rule: Rule) -> State:
     cursor[..., LIVE] = cursor[..., FREE] = live
     cursor = shared_by_heads(score, candidate, cursor, rule) if ragged else cursor
     chosen = select_slots(score, cursor, score.shape[-1] if ragged else slots)
+    if light:
+        return with_chosen(state, chosen, cursor)
     return compacted(held, score, chosen, cursor, slots, rule, rule[Merge].steps)
+
+
+def _without_entries(state: State) -> State:
+    """What ranks slots, without what they hold."""
+    held = {field.name for field, _ in state.per_slot() if field.entries and field.dims[-1] != "C"}
+    return state.mapped(lambda field, tensor: tensor[..., :0] if field.name in held else tensor)
 
 
 def _judged(state: State, rule: Rule) -> Tensor:

@@ -41,6 +41,12 @@ FARTHEST = 2**16
 """Largest position at which a model is asked for its angles: the farther, the more exact is the step."""
 
 
+PIECE = 4096
+"""Keys that are turned at once, in float64: all keys of a layer would be a layer's memory several times. On a device 16
+times as many, where each piece costs a dozen launches.
+"""
+
+
 def turns_of(cos: Tensor, sin: Tensor) -> Tensor:
     """cos, sin [1 or B, (1,) S, F] or [S, F] -> how far each pair of entries is turned, complex128 [1 or B, S, F] of
     length 1.
@@ -144,10 +150,12 @@ def reindex(state: State, rule: Rule, step: Tensor) -> None:
     chosen = more != 0
     if not bool(chosen.any()):
         return
-    rows = index[chosen]
-    flat = k.view(-1, k.shape[3])
-    angle = more[chosen].double()[:, None] * step.to(k.device)
-    first, second = flat[rows].double().chunk(2, -1)
-    cos, sin = angle.cos(), angle.sin()
-    flat[rows] = torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(k.dtype)
+    rows, turns = index[chosen], more[chosen].double()
+    flat, step = k.view(-1, k.shape[3]), step.to(k.device)
+    size = PIECE if k.device.type == "cpu" else 16 * PIECE
+    for part, turn in zip(rows.split(size), turns.split(size), strict=True):
+        angle = turn[:, None] * step
+        first, second = flat[part].double().chunk(2, -1)
+        cos, sin = angle.cos(), angle.sin()
+        flat[part] = torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(k.dtype)
     place[rows] = wanted[chosen].float()

@@ -41,19 +41,28 @@ def join_slots(state: Sequence[Tensor], k_new: Tensor, v_new: Tensor, position: 
     new = {"k": k_new, "v": v_new, "pos": now.expand(*past.shape[:2], queries), **codes}
 
     def joined(field: Field, tensor: Tensor) -> Tensor:
-        old = past if field.name == "pos" else _taken(field, tensor, order, empty)
-        own = new.get(field.name)
-        return torch.cat([old, _fills(field, tensor, queries) if own is None else own], field.rows + 2)
+        axis, slots = field.rows + 2, tensor.shape[field.rows + 2]
+        out = tensor.new_empty([n + queries if at == axis else n for at, n in enumerate(tensor.shape)])
+        old, own = out.split([slots, queries], axis)
+        if field.name == "pos":
+            old.copy_(past)
+        else:
+            _take(field, tensor, order, empty, old)
+        own.copy_(new[field.name] if field.name in new else _fills(field, tensor, queries))
+        return out
 
     entries = [joined(field, entries_of(held, field.name, plan)) for field in FIELDS if field.name in ("k", "v")]
     return entries + [joined(field, tensor) for field, tensor in held.per_slot() if field.name not in ("k", "v")]
 
 
-def _taken(field: Field, tensor: Tensor, order: Tensor, empty: Tensor) -> Tensor:
-    """Slots of a field in the given order [B, Hkv, C], with the undefined contents of empties zeroed."""
+def _take(field: Field, tensor: Tensor, order: Tensor, empty: Tensor, out: Tensor) -> None:
+    """Write slots of a field in the given order [B, Hkv, C], with the undefined contents of empties zeroed: into what
+    is joined, so that a layer is never there three times.
+    """
     behind = (1,) * (tensor.dim() - field.rows - 3)
     index, hidden = (x.view(*x.shape, *behind).expand_as(tensor) for x in (order, empty))
-    return tensor.gather(field.rows + 2, index).masked_fill_(hidden, 0)
+    torch.gather(tensor, field.rows + 2, index, out=out)
+    out.masked_fill_(hidden, 0)
 
 
 def _fills(field: Field, tensor: Tensor, count: int) -> Tensor:

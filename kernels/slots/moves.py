@@ -10,6 +10,9 @@ from kvpass.kernels.slots.ragged import is_ragged, laid_out, places, starts, use
 from kvpass.kernels.slots.state import Field, State, flat
 from torch import Tensor
 
+PIECES = 8
+"""Slots of heads of unequal budgets are carried so many parts at a time."""
+
 
 def unused(state: State, slots: int, cursor: Tensor) -> State:
     """A state with another cursor and `slots` slots per head, none in use; what belongs to heads is as it was."""
@@ -70,11 +73,30 @@ def _moved(state: State, cursor: Tensor, slots: int) -> State:
     before, out = state.cursor, unused(state, slots, cursor)
     offset = torch.arange(used_slots(before), device=cursor.device)
     used = offset < (before[..., LIVE] + (before[..., FREE] < before[..., LIVE]))[..., None]
-    old = (starts(before, state.slots)[..., None] + offset)[used]
-    new = (starts(cursor, slots)[..., None] + offset)[used]
-    for (field, source), (_, target) in zip(state.per_slot(), out.per_slot(), strict=True):
-        flat(field, target).index_copy_(field.rows, new, flat(field, source).index_select(field.rows, old))
+    _carry(state, out, offset.expand(used.shape), used)
     return out
+
+
+def with_chosen(state: State, chosen: Tensor, cursor: Tensor) -> State:
+    """The slots int [B, Hkv, n] of each head, -1 for none, first and in their order, under another cursor; as many
+    places as before. A copy.
+    """
+    out = unused(state, state.slots, cursor)
+    _carry(state, out, chosen, chosen >= 0)
+    return out
+
+
+def _carry(state: State, out: State, chosen: Tensor, used: Tensor) -> None:
+    """Write each head's chosen slots [B, Hkv, n], where they are used, to the same places of that head in another
+    state. In pieces: what is read of one lies beside both.
+    """
+    offset = torch.arange(chosen.shape[2], device=chosen.device)
+    old = (starts(state.cursor, state.slots)[..., None] + chosen)[used]
+    new = (starts(out.cursor, out.slots)[..., None] + offset)[used]
+    size = max(-(-len(old) // PIECES), 1)
+    for (field, source), (_, target) in zip(state.per_slot(), out.per_slot(), strict=True):
+        for there, here in zip(new.split(size), old.split(size), strict=True):
+            flat(field, target).index_copy_(field.rows, there, flat(field, source).index_select(field.rows, here))
 
 
 def even(state: State) -> State:

@@ -35,11 +35,11 @@ def stage(name: str) -> Iterator[None]:
     """Around a stage that is kvpass' own: whatever it cannot do gets a name.
 
     Raises:
-        StageError: in the place of any error that is no `KVPassError`.
+        StageError: in the place of any error that is no `KVPassError`, and no want of memory: later there may be some.
     """
     try:
         yield
-    except KVPassError:
+    except (KVPassError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]

@@ -69,15 +69,17 @@ class Bound:
         for one in self.steps[Moment.CHECK]:
             one.step.run(call.of(one.sites))
         call = self._opened(call)
-        self._do(Moment.BEFORE, call)
-        results = self._run(call)
-        self._do(Moment.AFTER, call)
-        return self._returned(call, results)
+        shared = [one.value(call) for one in self.shared]  # what the caller said wrongly has changed nothing yet
+        with self._told(call.stores):
+            self._do(Moment.BEFORE, call)
+            results = self._run(call, shared)
+            self._do(Moment.AFTER, call)
+            return self._returned(call, results)
 
     def _do(self, moment: Moment, call: CallFacts) -> None:
-        """The steps next to the compiled call. If one fails, it may have changed the state of some layers."""
+        """The steps next to the compiled call."""
         for one in self.steps[moment]:
-            with torch.inference_mode(False), torch.no_grad(), self._told(call.stores):
+            with torch.inference_mode(False), torch.no_grad():
                 one.step.run(call.of(one.sites))
 
     def _opened(self, call: CallFacts) -> CallFacts:
@@ -110,14 +112,12 @@ class Bound:
             origin = self.origin = replace(origin, model=model)
         return origin
 
-    def _run(self, call: CallFacts) -> Any:
-        """The compiled call. If it fails, it may have changed the state of some layers."""
-        shared = [one.value(call) for one in self.shared]
+    def _run(self, call: CallFacts, shared: Sequence[Any]) -> Any:
+        """The compiled call."""
         given = [*call.args, *(t for store in call.stores for t in store.state.tensors()), *shared]
         if self.eager:
             call.stores[0].steps = call.stores[0].steps.launched(self.eager)
-        with self._told(call.stores):
-            return self.inner(*given) if self.captured is None else self.captured(call, given)
+        return self.inner(*given) if self.captured is None else self.captured(call, given)
 
     def _returned(self, call: CallFacts, results: Sequence[Any]) -> list[Any]:
         """The original graph's outputs: those of the inner one, and shells or buffers in the place of caches."""
@@ -139,7 +139,9 @@ class Bound:
 
     @contextmanager
     def _told(self, stores: Sequence[SlotStore]) -> Iterator[None]:
-        """Mark the stores as spoiled if something fails inside, and say where."""
+        """Mark the stores as spoiled if something fails inside, an interrupt at any place of it too: the state of some
+        layers may have changed, and their tokens are not counted. Say where.
+        """
         try:
             yield
         except BaseException as error:

@@ -65,7 +65,8 @@ class Identity:
 
     def told(self) -> list[list[Any]]:
         """Names and digests as plain data, of the parameters that show their content."""
-        shown = [name for name, one in self.objects.items() if (tensor := one()) is None or _shows(tensor)]
+        objects = {name: _alive(self.objects.get(name)) for name in self.digests}  # of a pickled cache none is known
+        shown = [name for name, tensor in objects.items() if tensor is None or _shows(tensor)]
         return [[n, list(shape), kind, entries.hex()] for n in shown for shape, kind, entries in (self.digests[n],)]
 
     @staticmethod

@@ -106,8 +106,7 @@ class Journal:
 
     def note(self, store: SlotStore, depth: int) -> None:
         """A token is about to come; `depth` of them, this one included, stay tentative."""
-        while self.entries and self.entries[-1].facts["tokens"] >= store.tokens:  # of a call that failed
-            self.entries.pop()
+        self._forget_failed(store.tokens)
         if not self._leads_to(store.tokens):
             self.entries.clear()
         self.entries.append(Entry.of(store))
@@ -115,11 +114,17 @@ class Journal:
 
     def take_back(self, store: SlotStore, length: int) -> bool:
         """Make the store what it was after its first `length` tokens; False if that is too long ago."""
+        self._forget_failed(store.tokens)
         if not self._leads_to(store.tokens) or length < self.entries[0].facts["tokens"]:
             return False
         while self.entries and self.entries[-1].facts["tokens"] >= length:
             self.entries.pop().restore(store)
         return True
+
+    def _forget_failed(self, tokens: int) -> None:
+        """Drop what was noted for a call that failed before it changed anything."""
+        while self.entries and self.entries[-1].facts["tokens"] >= tokens:
+            self.entries.pop()
 
     def _leads_to(self, tokens: int) -> bool:
         """Whether nothing came after the last of them."""

@@ -176,11 +176,12 @@ class SlotStore(Lending):
         tokens = self.tokens + new
         if not self.rule[ShareOut].share:
             rule = self.rule.of_steps if step else self.rule.of_call(self.tokens)
-            self.used = kept(rule, tokens) if rule is self.rule else self.used + new
-            self.state = with_room(self.state, self.used, self._spare(self.used))
+            used = kept(rule, tokens) if rule is self.rule else self.used + new
+            self.state = with_room(self.state, used, self._spare(used))
             if rule.demotes:
                 whole = within(rule, tokens)
                 self.state = with_room_beside(self.state, whole, self._spare(whole))
+            self.used = used
             return
         with torch.inference_mode(False):
             if new > 1:

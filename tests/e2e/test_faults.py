@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import weakref
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -127,23 +131,49 @@ def fail_twice(model: Any, kind: type[BaseException]) -> weakref.WeakSet[Any]:
     return kept
 
 
-def test_an_inner_compiler_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+COMPILATIONS: dict[str, BaseException] = {
+    "kvpass.pipeline.compose.compile_inner": RuntimeError("no compiler here"),
+    "kvpass.lowering.lower.lower": torch.OutOfMemoryError("no memory here"),
+    "kvpass.sites.scan.scan": KeyboardInterrupt("no patience here"),
+}
+"""What fails when a graph is compiled, and with what."""
+
+
+@pytest.mark.parametrize("place", COMPILATIONS)
+def test_a_compilation_that_fails(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is said, and the next call compiles anew."""
-    model = kvpass.compile(tiny.llama(layers=1), "h2o", BUDGET, **E)
+    model, error = kvpass.compile(tiny.llama(layers=1), "h2o", BUDGET, **E), COMPILATIONS[place]
     cache = DynamicCache(config=model.config)
 
     def fails(*_: Any) -> Any:
-        raise RuntimeError("no compiler here")
+        raise error
 
     with monkeypatch.context() as patched:
-        patched.setattr("kvpass.pipeline.compose.compile_inner", fails)
+        patched.setattr(place, fails)
         for _ in range(2):
-            with pytest.raises(Exception, match="no compiler here"), torch.no_grad():
+            with pytest.raises((type(error), Exception), match=r"no \w+ here"), torch.no_grad():
                 model(IDS, **with_cache(model, cache), use_cache=True)
     assert not stores(cache)
     with torch.no_grad():
         model(IDS, **with_cache(model, cache), use_cache=True)
     assert [int(store.live().max()) for store in stores(cache)] == [BUDGET]
+
+
+def test_an_interrupt_when_a_step_is_done_but_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slots have the token, the cache does not know: it is refused, and a fork goes on."""
+    model = kvpass.compile(tiny.llama(layers=1), "h2o", BUDGET, **E)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(IDS, **with_cache(model, cache), use_cache=True)
+        fork, token = kvpass.Cache(cache).fork(), tiny.tokens(2, 1)
+        with monkeypatch.context() as patched:
+            patched.setattr("kvpass.runtime.bind.Bound._returned", Mock(side_effect=KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                model(token, **with_cache(model, cache), use_cache=True)
+        with pytest.raises(StaleCacheError, match="failed halfway"):
+            model(token, **with_cache(model, cache), use_cache=True)
+        model(token, **with_cache(model, fork), use_cache=True)
+    assert fork.tokens == 91
 
 
 def test_an_interrupt_leaves_a_models_attributes_alone() -> None:
@@ -157,3 +187,32 @@ def test_an_interrupt_leaves_a_models_attributes_alone() -> None:
     fresh = plain.make(plain.AttributeDecoder)
     with torch.no_grad():
         torch.testing.assert_close(model(plain.tokens(1, 60)), fresh(plain.tokens(1, 60)))
+
+
+def test_a_corrupted_policy(tmp_path: Path) -> None:
+    """A file that ends anywhere, and weights that do, also after the model was compiled: told by name; with the file
+    whole again the model goes on.
+    """
+    text = "name: mine\nextends: h2o\nprotect: {sinks: 2, recent: 0.5}\nmin_slots: 8\nbudget: 40\n"
+    policy, weights = tmp_path / "mine.yaml", tmp_path / "q_filters.pt"
+    model = tiny.llama(layers=1)
+    for cut in range(len(text)):
+        policy.write_text(text[:cut])
+        with suppress(PolicyError):  # some are policies, of fewer words
+            kvpass.Policy.load(str(policy))
+    policy.write_bytes(text.encode()[:40] + b"\xff\x00[{" + text.encode()[40:])
+    with pytest.raises(PolicyError):
+        kvpass.compile(model, str(policy), **E)
+    torch.save({"filters": torch.randn(1, 2, 16)}, weights)
+    whole, spec = weights.read_bytes(), {"name": "mine", "extends": "q_filters", "options": {"file": str(weights)}}
+    compiled = kvpass.compile(model, spec, BUDGET, **E)
+    want = generated(compiled)
+    for cut in (0, 7, len(whole) // 2, len(whole) - 3):
+        weights.write_bytes(whole[:cut])
+        os.utime(weights, ns=(cut, cut))  # a file is read again when it has changed
+        with pytest.raises(PolicyError, match=r"q_filters\.pt"):
+            kvpass.compile(model, spec, BUDGET, **E)
+        with pytest.raises(PolicyError, match=r"q_filters\.pt"):
+            generated(compiled)
+    weights.write_bytes(whole)
+    check_usable(compiled, want)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 from typing import Any
 
 import pytest
 import smollm2
 import torch
 from models import tiny
+from models.memory import all_bytes, allocations, grown, kv_bytes, live
 from spelling import with_cache
-from torch._subclasses.fake_tensor import FakeTensor
 from transformers import DynamicCache
 
 import kvpass
@@ -18,28 +17,6 @@ import kvpass
 WITHIN = 0.03
 """Of the budget's bytes: capacity is n + max(1, n // 40) slots (docs/design/0001), 2.5 % over from 40 slots on."""
 HEAD_DIM = 64
-
-
-def live() -> dict[int, torch.Tensor]:
-    """A tensor for every live storage with memory, by address."""
-    gc.collect()
-    tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and not isinstance(t, FakeTensor)]
-    real = [t for t in tensors if t.layout == torch.strided and t.device.type == "cpu"]
-    return {t.untyped_storage().data_ptr(): t for t in real if t.untyped_storage().nbytes() > 0}
-
-
-def grown(before: dict[int, torch.Tensor]) -> list[torch.Tensor]:
-    """Tensors whose storages were not there. `before` keeps its own alive, so no address is used twice."""
-    return [t for address, t in live().items() if address not in before]
-
-
-def kv_bytes(tensors: list[torch.Tensor]) -> int:
-    """Storage behind tensors that look like keys and values, dense or compact."""
-    return sum(t.untyped_storage().nbytes() for t in tensors if t.ndim == 4 and t.shape[-1] == HEAD_DIM)
-
-
-def all_bytes(tensors: list[torch.Tensor]) -> int:
-    return sum(t.untyped_storage().nbytes() for t in tensors)
 
 
 class Run:
@@ -66,7 +43,7 @@ class Run:
         """K and V within 3 % of `slots`; everything else within what positions and statistics need."""
         tensors = grown(self.before)
         budget = slots * self.per_slot
-        kv = kv_bytes(tensors)
+        kv = kv_bytes(tensors, HEAD_DIM)
         assert budget <= kv <= budget * (1 + WITHIN), f"{kv} bytes of K and V after {self.seen}, budget {budget}"
         heads = self.per_slot // (2 * HEAD_DIM * 4)
         # where keys are turned, each layer knows by how much: complex128 [rows, D / 2] and float64 [D / 2]
@@ -153,17 +130,9 @@ def test_live_storage_smollm2(layers: int) -> None:
 def test_memory_dies_with_the_cache() -> None:
     run = Run(tiny.llama(2, 1, HEAD_DIM), tiny.tokens(1, 200), "h2o", 96)
     run.step(3)
-    assert kv_bytes(grown(run.before)) > 0
+    assert kv_bytes(grown(run.before), HEAD_DIM) > 0
     run.cache = None
-    assert kv_bytes(grown(run.before)) == 0
-
-
-def allocations(run: Run) -> list[int]:
-    """Bytes of every allocation of one decode step."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run.step(1)
-    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
-    return [event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0]
+    assert kv_bytes(grown(run.before), HEAD_DIM) == 0
 
 
 @pytest.mark.usefixtures("one_trace")
@@ -174,7 +143,7 @@ def test_decode_allocates_nothing_of_cache_size(policy: str) -> None:
     run = Run(tiny.one_llama(2, 1, HEAD_DIM), tiny.tokens(2, 1200), policy, 1000)
     run.step(4)
     keys = 2 * 1000 * HEAD_DIM * 4
-    seen = allocations(run)
+    seen = [size for size in allocations(lambda: run.step(1)) if size > 0]
     assert seen, "the profiler saw no allocation at all"
     assert max(seen) < keys / 10, f"a decode step allocates {max(seen)} bytes at once, a layer's keys are {keys}"
 
@@ -185,4 +154,4 @@ def test_the_count_sees_a_dense_cache() -> None:
     before, cache = live(), DynamicCache(config=model.config)
     with torch.no_grad():
         model(ids, **with_cache(model, cache))
-    assert kv_bytes(grown(before)) >= 1200 * 2 * 2 * HEAD_DIM * 4 * 2
+    assert kv_bytes(grown(before), HEAD_DIM) >= 1200 * 2 * 2 * HEAD_DIM * 4 * 2

@@ -193,6 +193,27 @@ def test_a_budget_of_one_slot() -> None:
         assert all(layer.positions.shape == (2, 2, 1) for layer in talk.layers)
 
 
+def test_windows_of_no_token() -> None:
+    """`x[-0:]` is all of x: with nothing protected the shortest keys stay, wherever they are; none is held whole."""
+    model, ids, ones = tiny.llama(layers=1), tiny.tokens(1, 90), torch.ones(1, 90, dtype=torch.long)
+    none = {"name": "mine", "min_slots": 8, "protect": {"sinks": 0, "recent": 0}}
+    coded = {"k": "int4", "v": "int4", "residual": 0, "sinks": 0}
+    plain = Talk(model)
+    plain(ones, input_ids=ids)
+    keys = plain.cache.layers[0].keys[0]
+    for policy in ({**none, "extends": "knorm"}, {**none, "extends": "knorm", "store": coded}):
+        talk = Talk(kvpass.compile(model, policy, 40, **E))
+        talk(ones, input_ids=ids)
+        (view,) = talk.layers
+        for h in range(2):
+            held, norms = view.positions[0, h], keys[h].norm(dim=-1)
+            out = torch.ones(90, dtype=torch.bool)
+            out[held] = False
+            assert float(norms[held].max()) <= float(norms[out].min()) + 1e-5  # keys of a word are alike
+            whole = (view.keys[0, h] - keys[h][held]).abs().amax(-1) < 1e-5
+            assert whole.all() if "store" not in policy else not whole.any()
+
+
 def test_an_empty_prompt_is_the_models_own_error() -> None:
     """Both refuse; the compiled model is usable afterwards."""
     model = tiny.llama(layers=1)

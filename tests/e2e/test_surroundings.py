@@ -253,12 +253,14 @@ def through_torch(cache: Any) -> Any:
 
 @pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("policy", PICKLED)
-def test_pickles_go_on(policy: str) -> None:
-    """As the cache itself does."""
+def test_pickles_go_on(policy: str, tmp_path: Path) -> None:
+    """As the cache itself does; into a file too, before anything else was done with it."""
     model = kvpass.compile(tiny.one_llama(layers=1), *PICKLED[policy], **E)
     out = generated(model, IDS)
     more = torch.cat([out.sequences, tiny.tokens(2, 4, seed=5)], 1)
     again = [pickle.loads(pickle.dumps(cache_of(out))), through_torch(cache_of(out))]
+    kvpass.Cache(again[0]).save(tmp_path / "a")
+    again.append(kvpass.Cache.load(tmp_path / "a", model).host)
     want, *found = (generated(model, more, **with_cache(model, one)).sequences for one in (cache_of(out), *again))
     assert all(torch.equal(want, one) for one in found)
 

@@ -34,31 +34,37 @@ LAYERS, BUDGET = 3, 0.3
 
 
 @cache
-def _folder() -> Path:
-    """Weights of two KV heads of 16 for every policy that reads some."""
+def weights(layers: int = LAYERS, hidden: int = 32) -> Path:
+    """Files of weights of two KV heads of 16, one for each kind that some policy reads."""
     folder, g = Path(mkdtemp()), torch.Generator().manual_seed(0)
     shapes = {
         "q_filters": {"filters": (2, 16)},
         "kvp": {"w1": (2, 8, 33), "b1": (2, 8), "w2": (2, 8), "b2": (2,)},
-        "gate": {"w1": (8, 32), "b1": (8,), "w2": (2, 8), "c": (2,)},
-        "surrogate": {"weight": (2, 32), "bias": (2,)},
+        "gate": {"w1": (8, hidden), "b1": (8,), "w2": (2, 8), "c": (2,)},
+        "surrogate": {"weight": (2, hidden), "bias": (2,)},
         "heads": {"heads": (2,)},
     }
     for name, tensors in shapes.items():
-        made = {key: torch.rand(LAYERS, *shape, generator=g) for key, shape in tensors.items()}
+        made = {key: torch.rand(layers, *shape, generator=g) for key, shape in tensors.items()}
         torch.save(made, folder / f"{name}.pt")
     return folder
 
 
-def policy(name: str) -> Policy:
-    """A built-in policy, with a file where it needs one."""
+def with_files(name: str, folder: Path) -> dict[str, Any]:
+    """The spec of a built-in policy, with a file where it needs one."""
     found = Policy.load(name)
     spec: dict[str, Any] = {"name": name, "extends": name}
     if found.score in scorers() and "file" in find_scorer(found.score).options:
-        spec["options"] = {"file": str(_folder() / f"{found.score}.pt")}
+        spec["options"] = {"file": str(folder / f"{found.score}.pt")}
     if found.allocate.heads == "table":
-        spec["allocate"] = {"file": str(_folder() / "heads.pt")}
-    return Policy.load(spec).with_budget(None if found.keeps_all else BUDGET)
+        spec["allocate"] = {"file": str(folder / "heads.pt")}
+    return spec
+
+
+def policy(name: str) -> Policy:
+    """A built-in policy, with a file where it needs one."""
+    keeps_all = Policy.load(name).keeps_all
+    return Policy.load(with_files(name, weights())).with_budget(None if keeps_all else BUDGET)
 
 
 @cache

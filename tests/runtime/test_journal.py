@@ -159,6 +159,16 @@ def test_a_call_that_failed_leaves_no_trace() -> None:
     same(store, before)
 
 
+def test_a_call_that_failed_before_its_step_keeps_no_other() -> None:
+    """What came before it can still be taken back."""
+    store: Any = begun(builtin()["h2o"])
+    before = copy.deepcopy(store)
+    step(store, 0, depth=4)
+    Block(4).note(store, 1)  # and then there was no memory to grow
+    assert take_back(store, SEEN)
+    same(store, before)
+
+
 def test_what_came_since_is_not_taken_for_tentative() -> None:
     """A journal that a later token does not belong to says nothing."""
     store = begun(builtin()["h2o"])
