@@ -22,7 +22,9 @@ _HOMES = {
     "explain": "api.explain",
     "export_mlir": "api.export_mlir",
     "inspect": "api.report",
+    "instructed": "model.replay",
     "marked": "runtime.marks",
+    "replay": "api.replay",
     "report": "api.report",
     "rewrite": "api.rewrite",
     "scorer": "kernels.rank.scorers.registry",
@@ -41,7 +43,9 @@ __all__ = [
     "explain",
     "export_mlir",
     "inspect",
+    "instructed",
     "marked",
+    "replay",
     "report",
     "rewrite",
     "scorer",
@@ -53,11 +57,13 @@ if TYPE_CHECKING:
     from kvpass.api.compile import compile
     from kvpass.api.explain import explain
     from kvpass.api.export_mlir import export_mlir
+    from kvpass.api.replay import replay
     from kvpass.api.report import inspect, report
     from kvpass.api.rewrite import rewrite
     from kvpass.errors import KVPassError, Reason
     from kvpass.kernels.rank.scorers.registry import scorer
     from kvpass.kernels.rank.scorers.seen import Seen
+    from kvpass.model.replay import instructed
     from kvpass.pipeline.entry import backend
     from kvpass.policy.policy import Policy
     from kvpass.runtime.drafts import tentative

@@ -95,10 +95,24 @@ def _by_threshold(scores: list[Tensor], even: list[Tensor], states: list[State],
     return counts
 
 
+def _by_heads(scores: list[Tensor], even: list[Tensor], states: list[State], rules: list[Rule]) -> list[Tensor]:
+    """Each layer's best slots stay, whatever head they belong to (Ada-KV, arXiv 2407.11550)."""
+    given = zip(scores, even, rules, strict=True)
+    return [head_counts(score, score > -INF, size, rule) for score, size, rule in given]
+
+
+def _evenly(scores: list[Tensor], even: list[Tensor], states: list[State], rules: list[Rule]) -> list[Tensor]:
+    """Each head keeps its budget."""
+    given = zip(scores, even, strict=True)
+    return [torch.minimum((score > -INF).sum(-1), size[..., 0]) for score, size in given]
+
+
 _COUNTS: dict[str, Callable[[list[Tensor], list[Tensor], list[State], list[Rule]], list[Tensor]]] = {
     "model": _by_model,
     "preference": _by_preference,
     "threshold": _by_threshold,
+    "heads": _by_heads,
+    "even": _evenly,
 }
 
 

@@ -14,7 +14,8 @@ class ShareOut(Record):
 
     Attributes:
         share: `model`: among all layers and heads, by score; `preference`: among layers, by what their scorer prefers;
-            `threshold`: each head keeps what scores at least `cut`, and the budget is a bound.
+            `threshold`: each head keeps what scores at least `cut`, and the budget is a bound; `heads`: among the heads
+            of each layer, by score; `even`: each head keeps its budget.
         cut: also what a step's token must score, or a slot goes.
     """
 
@@ -22,7 +23,7 @@ class ShareOut(Record):
     cut: float = -INF
 
     def check(self) -> None:
-        one_of(self, "share", "", "model", "preference", "threshold")
+        one_of(self, "share", "", "model", "preference", "threshold", "heads", "even")
 
     @property
     def evicts(self) -> bool:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from kvpass.kernels.budget import kept
+from kvpass.kernels.rank.replay import Replay
 from kvpass.kernels.rank.share_out import ShareOut
 from kvpass.kernels.rule import Rule
 from kvpass.runtime.room import spare_slots
 from kvpass.runtime.step import CallFacts, Moment, Step
+from kvpass.runtime.store import SlotStore
 from kvpass.terms import Phase
 
 
@@ -15,14 +19,19 @@ class ShareSlots(Step):
     about = "layers share slots out by the call's data and drop what is too much, one by one"
 
     def applies(self, rule: Rule, phase: Phase) -> bool:
-        return bool(rule[ShareOut].share) and phase is not Phase.DECODE
+        return bool(rule[ShareOut].share) and not rule[Replay].replay and phase is not Phase.DECODE
 
     def run(self, call: CallFacts) -> None:
-        from kvpass.kernels.after_call.layers import shared_out
+        share_out(call.stores, call.stores[0].tokens + call.new)
 
-        stores, rules = call.stores, [store.rule for store in call.stores]
-        spare = spare_slots(kept(rules[0], stores[0].tokens + call.new))
-        states = shared_out([store.state for store in stores], rules, spare)
-        for store, (state, free) in zip(stores, states, strict=True):
-            store.state, store.spare = state, free
-            store.outside += 1
+
+def share_out(stores: Sequence[SlotStore], tokens: int) -> None:
+    """Drop what is above the budgets of stores that share slots out, after so many tokens, one store at a time."""
+    from kvpass.kernels.after_call.layers import shared_out
+
+    rules = [store.rule for store in stores]
+    spare = spare_slots(kept(rules[0], tokens))
+    states = shared_out([store.state for store in stores], rules, spare)
+    for store, (state, free) in zip(stores, states, strict=True):
+        store.state, store.spare = state, free
+        store.outside += 1
