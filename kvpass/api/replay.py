@@ -55,7 +55,7 @@ def replay(
 
 def _feeding(model: Any, cache: Any, call: Callable[..., Any] | None) -> Callable[[torch.Tensor, torch.Tensor], Any]:
     names = inspect.signature(getattr(model, "forward", model)).parameters
-    name = next((one for one in CACHES if one in names), None)
+    name = next((one for one in CACHES if one in names), None) if "input_ids" in names else None
 
     def feed(ids: torch.Tensor, there: torch.Tensor) -> Any:
         if call is not None:
