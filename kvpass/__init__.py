@@ -22,7 +22,7 @@ _HOMES = {
     "explain": "api.explain",
     "export_mlir": "api.export_mlir",
     "inspect": "api.report",
-    "instructed": "model.replay",
+    "instructed": "runtime.instruction",
     "marked": "runtime.marks",
     "replay": "api.replay",
     "report": "api.report",
@@ -63,10 +63,10 @@ if TYPE_CHECKING:
     from kvpass.errors import KVPassError, Reason
     from kvpass.kernels.rank.scorers.registry import scorer
     from kvpass.kernels.rank.scorers.seen import Seen
-    from kvpass.model.replay import instructed
     from kvpass.pipeline.entry import backend
     from kvpass.policy.policy import Policy
     from kvpass.runtime.drafts import tentative
+    from kvpass.runtime.instruction import instructed
     from kvpass.runtime.marks import marked
 
 

@@ -10,7 +10,7 @@ import torch
 
 from kvpass.errors import CacheError
 from kvpass.model.asked import CACHES, is_tokens
-from kvpass.model.replay import read_again, refuse_states, waiting_in
+from kvpass.runtime.read_again import read_again, refuse_states, waiting_in
 
 
 def replay(

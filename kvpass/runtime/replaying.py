@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from kvpass.errors import CacheError
 from kvpass.kernels.rank.replay import Replay
 from kvpass.kernels.rank.share_out import ShareOut
 from kvpass.kernels.slots.cursor import FIRST, FREE, LIVE, SEEN
@@ -14,6 +15,8 @@ from kvpass.kernels.slots.state import State
 from kvpass.runtime.branches import Cuts
 from kvpass.runtime.drafts import Block, drafting
 from kvpass.runtime.journal import FACTS
+from kvpass.runtime.shell import find
+from kvpass.runtime.step import CallFacts
 from kvpass.runtime.store import SlotStore
 
 
@@ -94,3 +97,27 @@ def replaying() -> Replaying | None:
     """The block that a graph's call belongs to; None if its tokens are no repetition."""
     block = drafting()
     return block if isinstance(block, Replaying) else None
+
+
+def check_played(call: CallFacts) -> None:
+    """Refuse a call, checked before caches are opened, that goes on from tokens which wait for their replay, or that
+    brings such tokens into a preallocated cache.
+
+    Raises:
+        CacheError: naming the layer, and who can replay.
+    """
+    for binding in call.bindings:
+        if "L" in binding.sizes:
+            raise CacheError(
+                "a policy that replays prompts was given a preallocated cache, which has no room for them twice",
+                where=binding.where,
+                hint="let the cache grow: a DynamicCache, or leave cache_implementation out",
+            )
+        store = find(call.args[binding.past[0]]) if binding.past is not None else None
+        if store is not None and store.unplayed and replaying() is None:
+            raise CacheError(
+                f"the last {store.unplayed} tokens of this cache were not replayed, so nothing was evicted",
+                where=binding.where,
+                hint="call kvpass.replay(model, cache, ids) with their ids: kvpass.compile does so by itself only "
+                "for calls with input_ids, a cache, and a mask of two dimensions or none",
+            )
