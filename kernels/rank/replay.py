@@ -35,9 +35,9 @@ class Replay(Record):
     normed: bool = False
 
     def work(self, rule: Rule) -> Iterator[str]:
-        """The whole model again, whose attention is `T*T` like that of the prompt, and the scores' own softmax."""
+        """The whole model again, and the scores' own softmax."""
         if self.replay:
-            yield f"a second prefill + {self.replay}*T"
+            yield f"2nd prefill + {self.replay}*T"
 
 
 def replay_scores(

@@ -11,6 +11,7 @@ from kvpass.errors import CacheError
 from kvpass.kernels.rank.replay import Replay
 from kvpass.kernels.rank.share_out import ShareOut
 from kvpass.kernels.slots.cursor import SEEN
+from kvpass.kernels.slots.ragged import padded, used_slots
 from kvpass.runtime.attributes import DEEPEST
 from kvpass.runtime.drafts import entered
 from kvpass.runtime.instruction import Instruction, instruction
@@ -61,9 +62,22 @@ def read_again(waiting: Sequence[SlotStore], host: Any, ids: torch.Tensor, valid
         host: the object that holds them, which comes out as it went in.
         ids, valid: int and bool [B, T], the tokens; those that are not valid are padding.
         feed: makes a call that goes on from the host.
+
+    Raises:
+        CacheError: the cache took other tokens of the rows than those that are valid.
     """
     first, held = waiting[0], _held(host)
-    begin = first.state.cursor[:, :1, SEEN].cpu() - valid.sum(-1, keepdim=True).cpu()
+    counts = valid.sum(-1, keepdim=True).cpu()
+    pos = padded(first.state.pos, first.state.cursor, used_slots(first.state.cursor), -1)
+    arrived = (pos[:, :1] >= first.tokens - first.unplayed).sum(-1).cpu()
+    if not bool((counts == arrived).all()):
+        raise CacheError(
+            f"{counts.flatten().tolist()} tokens of the rows are said to be no padding, but the cache took "
+            f"{arrived.flatten().tolist()}",
+            where=first.name,
+            hint="give the ids and the mask of the cache's last call: kvpass.replay(model, cache, ids, mask=mask)",
+        )
+    begin = first.state.cursor[:, :1, SEEN].cpu() - counts
     for probe in probes(ids, valid, first.rule[Replay].replay, instruction()):
         block = Replaying.of((probe.repeated + begin).int())
         try:
