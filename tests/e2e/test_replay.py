@@ -141,6 +141,7 @@ def test_generate_in_parts() -> None:
     assert sum(int((view.positions >= 0).sum()) for view in kvpass.inspect(cache).layers) <= SLOTS * 2 * KV_HEADS * 2
 
 
+@pytest.mark.usefixtures("one_trace")
 def test_other_peoples_models() -> None:
     """A cache that nobody replayed is refused, and keeps all; `kvpass.replay` goes on with it."""
     torch.manual_seed(0)
@@ -151,6 +152,9 @@ def test_other_peoples_models() -> None:
         assert {view.positions.shape[2] for view in kvpass.inspect(cache).layers} == {40}
         with pytest.raises(CacheError, match="not replayed"):
             compiled(ids[:, :1], cache)
+        assert "wait for kvpass.replay" in kvpass.report(cache).to_dict()["why"]
+        with pytest.raises(CacheError, match="no padding"):
+            kvpass.replay(compiled, cache, ids, mask=torch.arange(40).expand(2, -1) > 3)
         assert kvpass.replay(compiled, cache, ids) is cache
         assert sum(int((view.positions >= 0).sum()) for view in kvpass.inspect(cache).layers) == 16 * 2 * 2 * 2
         compiled(ids[:, :1], cache)
@@ -158,8 +162,9 @@ def test_other_peoples_models() -> None:
         kvpass.replay(compiled, cache, ids)
 
 
+@pytest.mark.usefixtures("one_trace")
 def test_refused() -> None:
-    model = tiny.llama(HEADS, KV_HEADS)
+    model = tiny.one_llama(HEADS, KV_HEADS)
     compiled, ids = kvpass.compile(model, "kvzip", SLOTS, inner="eager"), tiny.tokens(1, 30)
     static = StaticCache(config=model.config, max_cache_len=128)
     with torch.no_grad(), pytest.raises(CacheError, match="preallocated"):
