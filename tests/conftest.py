@@ -121,6 +121,29 @@ def pytest_collection_finish() -> None:
     set_aside()
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    leave_some(items)
+    long_ones_first(items)
+
+
+def leave_some(items: list[pytest.Item]) -> None:
+    """Of a test with the mark `some(n)`, n cases spread over all of them; the others are `wide`."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("some") and not item.get_closest_marker("wide"):
+            cases.setdefault(item.nodeid.split("[")[0], []).append(item)
+    for alike in cases.values():
+        marker = alike[0].get_closest_marker("some")
+        assert marker is not None
+        (count,) = marker.args
+        step = max(len(alike) - 1, 1) / max(count - 1, 1)
+        left = {round(i * step) for i in range(count)}
+        for at, item in enumerate(alike):
+            if at not in left:
+                item.add_marker("wide")
+
+
+def long_ones_first(items: list[pytest.Item]) -> None:
     """Long tests that run processes of their own come first: what is behind them can be taken by the other worker."""
     items.sort(key=lambda item: not item.nodeid.startswith(("tests/kernels/test_triton_interpreter", "tests/gpu")))

@@ -10,20 +10,18 @@ machine's drift hits both alike. Prints medians, ratios (this one / the other) a
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import json
 import statistics
 import subprocess
 import sys
 import time
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-PEAKS = 3
-"""Readings: single ones stray by a quarter, by what the allocator happened to have."""
 WARM_UP = 4
 """Decode steps; by then the first decode (static lengths) and the general one are compiled."""
 
@@ -64,13 +62,13 @@ def work(job: dict[str, Any]) -> None:
     from bench.contenders import Contender, Spec
 
     with torch.no_grad():
-        model, tokenizer = smollm2.load()
+        model, tokenizer = smollm2.load(layers=job["layers"])
         ids = prompt(tokenizer, job["context"], job["batch"])
         contender = Contender(Spec("", "eager", job["policy"], job["budget"]), model, job["context"] + 100)
         print(json.dumps({"kvpass": str(Path(kvpass.__file__).parent)}), flush=True)
         asked = {
             "prefill": lambda: timed(lambda: contender.prefill(ids)),
-            "peak": lambda: peak_of_a_prefill(contender, ids),
+            "peak": lambda: peak_of_a_prefill(contender, ids, job["padding"]),
             "step": lambda: timed(contender.step),
             "tokens": lambda: contender.said,
         }
@@ -78,21 +76,23 @@ def work(job: dict[str, Any]) -> None:
             print(json.dumps({"said": asked[line.strip()]()}), flush=True)
 
 
-def peak_of_a_prefill(contender: Any, ids: Any) -> int:
-    """Most memory that a process has in a prefill, above what it has without a cache. Linux only."""
+def peak_of_a_prefill(contender: Any, ids: Any, padding: int) -> int:
+    """Most bytes that the tensors of a prefill have together, its cache among them; the first columns are padding."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
     contender.cache = contender.token = None
+    mask = torch.ones_like(ids)
+    mask[:, :padding] = 0
+    given = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if padding else {}
+    contender.model(input_ids=ids, use_cache=True, logits_to_keep=1, **given)  # compiles
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed is not to be used again unseen
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmRSS")
-    contender.prefill(ids)
-    return resident("VmHWM") - before
-
-
-def resident(what: str) -> int:
-    """Bytes of `VmRSS`, what the process has, or `VmHWM`, the most it had."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
-    return int(line.split()[1]) * 1024
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        contender.model(input_ids=ids, use_cache=True, logits_to_keep=1, **given)
+    assert profiled.profiler is not None
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(accumulate(changes))
 
 
 def compared(sides: list[Side], prefills: int, rounds: int) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def compared(sides: list[Side], prefills: int, rounds: int) -> dict[str, Any]:
     for side in sides:
         side.ask("prefill")  # compiles
     read = [turned([side.ask("prefill") for side in turned(sides, at)], at) for at in range(prefills)]
-    peaks = [statistics.median(side.ask("peak") for _ in range(PEAKS)) / 1e6 for side in sides]
+    peaks = [side.ask("peak") / 1e6 for side in sides]
     for side in sides:
         for _ in range(WARM_UP):
             side.ask("step")
@@ -130,6 +130,10 @@ def main() -> None:
     parser.add_argument("--policies", default="full,h2o,snapkv,ada_snapkv")
     parser.add_argument("--prefills", type=int, default=2, help="timed prefills of each side")
     parser.add_argument("--rounds", type=int, default=30, help="timed decode steps of each side")
+    parser.add_argument(
+        "--padding", type=int, default=0, help="columns of it in the prefill whose peak is read"
+    )
+    parser.add_argument("--layers", type=int, help="of the model; all")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
@@ -137,7 +141,7 @@ def main() -> None:
         return
     if not args.other:
         parser.error("say which python has the other checkout installed")
-    head = "| case | policy | prefill, s: this, other | ratio | peak above before, MB: this, other "
+    head = "| case | policy | prefill, s: this, other | ratio | peak of tensors, MB: this, other "
     head += "| step, ms: this, other | ratio (quartiles) | tokens |"
     print(f"{head}\n| {' | '.join(['---'] * 8)} |", flush=True)
     start = time.time()
@@ -145,13 +149,14 @@ def main() -> None:
         context, batch = (int(part) for part in case.split("x"))
         for policy in args.policies.split(","):
             job = {"context": context, "batch": batch, "policy": policy, "budget": 1.0 if policy == "full" else 0.2}
+            job |= {"padding": args.padding, "layers": args.layers}
             sides = [Side(python, job) for python in (sys.executable, args.other)]
             found = compared(sides, args.prefills, args.rounds)
             prefill, step = found["prefill"], found["step"]
             low, _, high = step["quartiles"]
             print(
                 f"| {case} | {policy} | {prefill['new']:.2f}, {prefill['old']:.2f} | {prefill['ratio']:.3f} | "
-                f"{found['peaks'][0]:.0f}, {found['peaks'][1]:.0f} | "
+                f"{found['peaks'][0]:.1f}, {found['peaks'][1]:.1f} | "
                 f"{1e3 * step['new']:.1f}, {1e3 * step['old']:.1f} | {step['ratio']:.3f} ({low:.3f} to {high:.3f}) | "
                 f"{'the same' if found['same'] else 'DIFFER'} |",
                 flush=True,

@@ -158,6 +158,7 @@ def is_table(tensor: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.some(4)
 def test_bytes_are_those_of_live_storage(host: str) -> None:
     """A second conversation, so that constants of the graphs are there before."""
     model, run = HOSTS[host]()

@@ -41,6 +41,7 @@ def generated(model: Any, rows: int = 2, new: int = 6, lengths: tuple[int, ...] 
 @pytest.mark.parametrize(
     ("family", "policy", "name"), [*(("llama", "ada_snapkv", name) for name in ASKED), ("gpt2", "h2o", "beams")]
 )
+@pytest.mark.some(3)
 def test_a_full_budget_is_the_models_own(family: str, policy: str, name: str) -> None:
     model = model_of(family)
     compiled = kvpass.compile(model, policy, 1.0, inner="eager")

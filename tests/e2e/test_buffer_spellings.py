@@ -223,6 +223,7 @@ def lengths_of(kind: Any) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("kind", [*WRITES, *ONE_BY_ONE, ExactFit, ExactFitByNarrow], ids=lambda kind: kind.__name__)
+@pytest.mark.some(6)
 def test_full_budget_is_the_model(kind: Any) -> None:
     model = kvpass.compile(kind().eval(), "h2o", 1.0, inner="eager")
     for seed, lengths in enumerate(lengths_of(kind)):

@@ -95,6 +95,7 @@ NAMES = [f"{make.__name__}-{write.__name__}" for make, write in CASES]
 
 
 @pytest.mark.parametrize(("make", "write"), CASES, ids=NAMES)
+@pytest.mark.some(4)
 def test_the_models_numbers_in_few_graphs(make: Any, write: Any) -> None:
     compiled = kvpass.compile(Makes(make, write).eval(), "full", inner="eager")
     for prompt, steps in ((30, 40), (37, 5)):

@@ -122,6 +122,7 @@ def forgotten(budget: int) -> list[Tensor]:
 
 @pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.some(3)
 def test_full_budget_is_the_model(kind: Logits) -> None:
     compiled = kvpass.compile(Decoder(kind), "full", inner="eager", verify=True)
     torch.testing.assert_close(talked(compiled), talked(Decoder(kind)), rtol=1e-4, atol=1e-5)
@@ -130,6 +131,7 @@ def test_full_budget_is_the_model(kind: Logits) -> None:
 
 @pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.some(3)
 def test_evicting_is_the_model_that_sees_no_more(kind: Logits) -> None:
     gone, plain = forgotten(BUDGET), talked(Decoder(kind))
     expected = talked(Decoder(kind), gone)

@@ -56,6 +56,7 @@ class Chat(CodedChat):
     ("policy", "name"),
     [*((policy, "int4") for policy in BUDGETS), *((p, n) for p in ("full", "h2o") for n in ("int8", "fp8_e4m3"))],
 )
+@pytest.mark.some(5)
 def test_a_conversation(policy: str, name: str) -> None:
     chat = Chat(policy, Held(name, name, True, 64, 8, 3))
     chat.converse()
@@ -85,6 +86,7 @@ def test_the_oracle_tells_what_is_held_otherwise() -> None:
 
 @pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("policy", ["full", "h2o", "ada_snapkv"])
+@pytest.mark.some(2)
 def test_a_prompt_in_chunks(policy: str) -> None:
     """As `prefill_chunk_size` gives it: each chunk sees codes of those before."""
     chat = Chat(policy, Held("int4", "int4", True, 64, 8, 3))
@@ -187,6 +189,7 @@ def test_a_copy_goes_its_own_way() -> None:
 
 
 @pytest.mark.parametrize("name", ["int4", "fp8_e4m3"])
+@pytest.mark.some(1)
 def test_static_caches_hold_codes_too(name: str) -> None:
     """The same tokens as from a growing cache, and fewer bytes than the buffers that the host made."""
     ids, mask = tiny.left_padded([80, 66])
@@ -331,6 +334,7 @@ class Run:
     ],
     ids=str,
 )
+@pytest.mark.some(3)
 def test_reported_bytes_are_those_of_live_storage(policy: str, store: Any) -> None:
     """Counted from what each slot and each head must hold, and from every storage that is alive."""
     run = Run(spec(policy, store), None if policy == "full" else 48, [150, 120, 90])
@@ -366,6 +370,7 @@ TEN: dict[str, Any] = {
 
 @pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("policy", TEN)
+@pytest.mark.some(3)
 def test_a_fifth_of_the_bytes(policy: str) -> None:
     """Four rows, padded, and 200 generated tokens: keys, values, scales, whole copies, positions, statistics and all
     are a fifth of what the unmodified cache holds.

@@ -67,6 +67,7 @@ def name(kind: Any) -> str:
 
 @pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("kind", KINDS, ids=name)
+@pytest.mark.some(10)
 def test_every_attention_is_matched(kind: Any) -> None:
     """In the prefill and in both decode graphs."""
     model = kvpass.compile(one(kind), "full", inner="eager")
@@ -81,6 +82,7 @@ def test_every_attention_is_matched(kind: Any) -> None:
 
 @pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("kind", KINDS, ids=name)
+@pytest.mark.some(10)
 def test_full_budget_is_the_model(kind: Any) -> None:
     same_at_full_budget(one(kind), "eager")
 
@@ -100,6 +102,7 @@ def same_at_full_budget(model: Any, inner: str) -> None:
 
 @pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("kind", KINDS, ids=name)
+@pytest.mark.some(10)
 def test_eviction_is_the_oracles(kind: Any) -> None:
     """Prompt, tokens one by one, several at once, one by one again."""
     original = one(kind)
@@ -130,6 +133,7 @@ def kv_bytes() -> int:
 
 
 @pytest.mark.parametrize("kind", [k if k in SOME else pytest.param(k, marks=pytest.mark.wide) for k in KINDS], ids=name)
+@pytest.mark.some(2)
 def test_dense_keys_and_values_are_gone(kind: Any) -> None:
     """All but the buffers that a style allocates itself, whose bytes the report tells: only it can free them."""
     model = kvpass.compile(make(kind), "h2o", BUDGET, inner="eager")
@@ -146,6 +150,7 @@ def test_dense_keys_and_values_are_gone(kind: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KEEPING if kind in KINDS], ids=name)
+@pytest.mark.some(3)
 def test_a_second_conversation(kind: Any) -> None:
     """The same compiled model on another prompt, from an empty cache."""
     model = make(kind)

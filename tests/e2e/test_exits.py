@@ -31,6 +31,7 @@ def spec(name: str, folder: Any) -> Any:
 
 @pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("name", list(PRESETS))
+@pytest.mark.some(3)
 def test_generate_in_two_turns(name: str, tmp_path: Any) -> None:
     """A padded batch: answers come, the budget holds, and merging changes what the model says, not before it must."""
     said = {}

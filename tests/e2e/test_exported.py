@@ -66,6 +66,7 @@ def small(policy: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("name", "policy"), [("plain", "h2o"), ("grouped", "roco"), *(("llama", policy) for policy in EVICTING)]
 )
+@pytest.mark.some(3)
 def test_graph_and_inlined_program_are_the_oracles(name: str, policy: str) -> None:
     model, program = exported.program(name)
     rewritten = kvpass.rewrite(program, small(policy), SLOTS)

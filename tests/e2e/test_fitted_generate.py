@@ -47,6 +47,7 @@ def fits_of(cache: Any) -> list[dict[str, Tensor]]:
     ("policy", "store"),
     [("full", "range"), ("h2o", "spread"), ("h2o", "balance"), ("ada_snapkv", "channels"), ("ada_snapkv", "range")],
 )
+@pytest.mark.some(3)
 def test_a_conversation(policy: str, store: str) -> None:
     """A padded prompt, tokens, a second turn of unequal rows, tokens: slots and logits are the simulation's."""
     held, budget = STORES[store], {"full": 1.0, "h2o": 40, "ada_snapkv": 48}[policy]
@@ -58,6 +59,7 @@ def test_a_conversation(policy: str, store: str) -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.some(2)
 def test_presets_generate(name: str) -> None:
     """A padded batch, each row as alone; what is held is less than what the model would hold."""
     model, lengths = gentle(), [190, 160]
@@ -78,6 +80,7 @@ def test_presets_generate(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.some(2)
 def test_later_calls_and_copies_have_the_first_fit(name: str) -> None:
     """Chunks, turns, growth, a deep copy that goes its own way."""
     model = gentle()
@@ -102,6 +105,7 @@ def test_later_calls_and_copies_have_the_first_fit(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["think", "vidkv"])
+@pytest.mark.some(1)
 def test_static_caches_are_fitted_too(name: str) -> None:
     """Whose prompts come as calls behind an empty past."""
     ids, mask = tiny.left_padded([80, 66])

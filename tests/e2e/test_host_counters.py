@@ -26,6 +26,7 @@ def converse(model: Any, prompt: int, steps: int) -> tuple[torch.Tensor, Host]:
 
 
 @pytest.mark.parametrize("kind", HOSTS, ids=lambda kind: kind.__name__)
+@pytest.mark.some(5)
 def test_few_graphs_and_the_models_numbers(kind: Any) -> None:
     compiled = kvpass.compile(kind().eval(), "full", inner="eager")
     for prompt, steps in ((30, 40), (37, 5), (33, 5)):
@@ -37,6 +38,7 @@ def test_few_graphs_and_the_models_numbers(kind: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", HOSTS, ids=lambda kind: kind.__name__)
+@pytest.mark.some(5)
 def test_keeps_what_the_policy_says(kind: Any) -> None:
     """Of `streaming_llm`: the first tokens and the last ones, as many as the budget."""
     compiled = kvpass.compile(kind().eval(), "streaming_llm", BUDGET, inner="eager")

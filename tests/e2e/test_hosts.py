@@ -86,6 +86,7 @@ DOORS = [
 
 
 @pytest.mark.parametrize(("wrapper", "entry"), DOORS)
+@pytest.mark.some(6)
 def test_every_door_of_a_wrapper_evicts(wrapper: str, entry: str) -> None:
     compiled = kvpass.compile(nest.WRAPPERS[wrapper](nest.decoder()), **EAGER)
     assert own(nest.ENTRIES[entry](compiled, plain.tokens(1, 40), 4))
@@ -93,6 +94,7 @@ def test_every_door_of_a_wrapper_evicts(wrapper: str, entry: str) -> None:
 
 @pytest.mark.parametrize("used", [False, True])
 @pytest.mark.parametrize("how", list(nest.COPIES))
+@pytest.mark.some(4)
 def test_copies_evict(how: str, used: bool) -> None:
     compiled, ids = kvpass.compile(tiny.llama(layers=1), **EAGER), tiny.tokens(1, 60)
     if used:

@@ -35,6 +35,7 @@ def finish(conversation: Conversation, capsys: pytest.CaptureFixture[str], expec
 @pytest.mark.parametrize(("heads", "kv_heads"), SHAPES)
 @pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("policy", EVICTING)
+@pytest.mark.some(8)
 def test_tiny(policy: str, heads: int, kv_heads: int, capsys: pytest.CaptureFixture[str]) -> None:
     """A fraction as budget: 64 slots until 213 tokens, one more with every third or fourth token from there."""
     conversation = Conversation(tiny.one_llama(heads, kv_heads), policy, 0.3, inner="eager")
@@ -44,6 +45,7 @@ def test_tiny(policy: str, heads: int, kv_heads: int, capsys: pytest.CaptureFixt
 
 @pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("policy", EVICTING)
+@pytest.mark.some(3)
 def test_tiny_left_padded_batch(policy: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Rows of unequal length: one evicts from the start, one in the middle, one never."""
     conversation = Conversation(tiny.one_llama(6, 2), policy, 48, inner="eager")
@@ -54,6 +56,7 @@ def test_tiny_left_padded_batch(policy: str, capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("policy", EVICTING)
+@pytest.mark.some(3)
 def test_tiny_mixed_calls(policy: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Prompt, decode, several tokens at once (fewer and more than the budget), decode again."""
     conversation = Conversation(tiny.one_llama(6, 2), policy, 48, inner="eager")
@@ -66,6 +69,7 @@ def test_tiny_mixed_calls(policy: str, capsys: pytest.CaptureFixture[str]) -> No
 
 @pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("policy", EVICTING)
+@pytest.mark.some(3)
 def test_tiny_padded_extend(policy: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A second turn whose rows are unequally long too: padding in the middle of a sequence gets no slot."""
     conversation = Conversation(tiny.one_llama(6, 2), policy, 48, inner="eager")

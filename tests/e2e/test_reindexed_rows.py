@@ -38,6 +38,7 @@ def chat(model: Any, ids: torch.Tensor, mask: torch.Tensor, turns: list[int], fi
 
 @pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("policy", ["streaming_llm_reindexed", "cascading", "finch"])
+@pytest.mark.some(1)
 def test_rows_are_what_they_are_alone(policy: str) -> None:
     """Prompts of 100 and 60 tokens, second turns of 20 and 3, padding at position 0 and at 1."""
     model = kvpass.compile(tiny.one_llama(4, 2, layers=1), policy, 40, inner="eager")

@@ -148,6 +148,7 @@ def conversations(policy: Any) -> list[list[tuple[Call, str]]]:
 
 
 @pytest.mark.parametrize("policy", PLAIN)
+@pytest.mark.some(14)
 def test_every_policy(policy: str) -> None:
     """Three turns with padding before and around them, and rows that say nothing in a turn."""
     for what in ("three turns", "silent rows"):
@@ -161,6 +162,7 @@ PATHS = ["h2o", "tova", "snapkv", "roco", "keydiff", "r_kv", "critical_ada", "ca
 @pytest.mark.parametrize(
     "policy", [policy if policy in PATHS else pytest.param(policy, marks=pytest.mark.wide) for policy in PLAIN]
 )
+@pytest.mark.some(5)
 def test_every_conversation(policy: str) -> None:
     for calls in conversations(policy):
         if calls not in (CONVERSATIONS["three turns"], CONVERSATIONS["silent rows"]):
@@ -168,6 +170,7 @@ def test_every_conversation(policy: str) -> None:
 
 
 @pytest.mark.parametrize("policy", MIXED)
+@pytest.mark.some(4)
 def test_what_policies_can_say(policy: str) -> None:
     spec, budget = MIXED[policy]
     for calls in conversations({"name": "mine", **spec}):

@@ -77,6 +77,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.some(4)
 def test_a_loaded_cache_goes_on(policy: str, tmp_path: Path) -> None:
     model = compiled(policy)
     cache, mask = begun(model)

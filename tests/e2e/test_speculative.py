@@ -87,6 +87,7 @@ def greedy(model: Any, **asked: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.some(6)
 def test_prompt_lookup_is_plain_decoding(name: str, taken: list[int]) -> None:
     model = compiled(name)
     want = greedy(model)
@@ -138,6 +139,7 @@ def test_a_preallocated_cache() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["slots", "ragged", "tiers", "turned"])
+@pytest.mark.some(2)
 def test_a_loop_of_ones_own(name: str) -> None:
     """Padded rows; drafts in one call, some of them dropped, a token behind them: as if those had never been."""
     model, (ids, mask) = compiled(name), tiny.left_padded([40, 33])

@@ -73,6 +73,7 @@ def by_name(spelling: Any) -> str:
 
 
 @pytest.mark.parametrize("attend", SPELLINGS, ids=by_name)
+@pytest.mark.some(3)
 def test_the_models_numbers_in_few_graphs(attend: Attend) -> None:
     counters.clear()
     compiled = kvpass.compile(Model(attend).eval(), "full", inner="eager")
@@ -97,6 +98,7 @@ def test_torch_compile_itself(attend: Attend) -> None:
 
 
 @pytest.mark.parametrize("attend", SPELLINGS, ids=by_name)
+@pytest.mark.some(3)
 def test_keeps_what_the_policy_says(attend: Attend) -> None:
     compiled = kvpass.compile(Model(attend).eval(), "streaming_llm", BUDGET, inner="eager")
     for prompt, steps in ((30, 4), (37, 4)):

@@ -52,6 +52,7 @@ class Chat(CodedChat):
 
 @pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize(("policy", "budget"), [("h2o", 0.25), ("h2o", 20), ("snapkv", 40)])
+@pytest.mark.some(2)
 def test_a_conversation(policy: str, budget: float | int) -> None:
     """`h2o`, a quarter of the current length: what mikv is, but for the rotation."""
     chat = Chat(policy, budget, verify=policy == "snapkv")

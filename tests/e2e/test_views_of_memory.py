@@ -91,6 +91,7 @@ def step(model: Any, pairs: list[Pair], start: int) -> Tensor:
 
 
 @pytest.mark.parametrize("cut", CUTS, ids=lambda cut: str(cut.__name__))
+@pytest.mark.some(3)
 def test_fresh_views_are_the_cache(cut: Cut) -> None:
     model, stack = compiled("full", None), make_stack()
     for prompt, steps in ((30, 40), (37, 5)):  # the second conversation in the same memory

@@ -45,6 +45,7 @@ WAYS: list[tuple[Any, type[Policy], str, int]] = [
 
 
 @pytest.mark.parametrize(("name", "kind", "when", "every"), WAYS, ids=str)
+@pytest.mark.some(5)
 def test_positions_are_the_oracles(name: Any, kind: type[Policy], when: str, every: int) -> None:
     """Padded rows, 20 steps, a second turn, 9 steps."""
     meaning = kind()

@@ -210,6 +210,7 @@ def test_rotation_of_two() -> None:
 @pytest.mark.parametrize("codec", [CODECS[name] for name in codes.NAMES], ids=lambda codec: codec.name)
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.some(140)
 def test_products_with_codes_are_products_with_what_they_stand_for(codec: Codec, width: int, group: int) -> None:
     g = torch.Generator().manual_seed(width)
     x, queries = torch.randn(3, 40, width, generator=g) * 3 + 1, torch.randn(3, 2, width, generator=g)

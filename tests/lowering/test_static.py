@@ -82,6 +82,7 @@ def check_sizes(gm: fx.GraphModule, changing: set[fx.Node]) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.some(2)
 def test_families(family: str, stand_in: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(
@@ -162,6 +163,7 @@ READERS = {
 
 
 @pytest.mark.parametrize("why", READERS)
+@pytest.mark.some(4)
 def test_what_is_not_static(why: str, stand_in: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each way to read a length that no device can follow is named, and what the model says is what it says."""
 

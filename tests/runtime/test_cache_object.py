@@ -99,6 +99,7 @@ def test_every_door_takes_one() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.some(4)
 def test_forks_hold_their_slots_once(kind: str) -> None:
     model = compiled(kind)
     cache = begun(model, 70, 2)
@@ -131,6 +132,7 @@ def test_a_fork_of_2000_tokens_into_8() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.some(4)
 def test_requests_join_and_leave(kind: str) -> None:
     """Two batches of unequal length become one, and rows of it another one: each says what it would have said alone,
     and keeps what it would have kept.

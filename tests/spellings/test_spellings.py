@@ -23,6 +23,7 @@ def spellings(choose: st.DrawFn) -> Spelling:
     return draw(lambda options: choose(st.one_of(st.just(options[0]), st.sampled_from(options))))
 
 
+@pytest.mark.some(7)  # 140 draws; `make wide` has the rest
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_drawn_decoders(chunk: int) -> None:
     wrong = []
