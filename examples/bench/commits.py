@@ -130,9 +130,7 @@ def main() -> None:
     parser.add_argument("--policies", default="full,h2o,snapkv,ada_snapkv")
     parser.add_argument("--prefills", type=int, default=2, help="timed prefills of each side")
     parser.add_argument("--rounds", type=int, default=30, help="timed decode steps of each side")
-    parser.add_argument(
-        "--padding", type=int, default=0, help="columns of it in the prefill whose peak is read"
-    )
+    parser.add_argument("--padding", type=int, default=0, help="columns of it in the prefill whose peak is read")
     parser.add_argument("--layers", type=int, help="of the model; all")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -131,6 +131,7 @@ def test_bytes() -> None:
     assert [len(head) for layer in chat.kept() for head in layer] != [40] * 4
 
 
+@pytest.mark.wide  # docs/policy-files.md generates in CI
 def test_generate_in_parts() -> None:
     """`generate` with a prompt in parts, each of which is replayed; the history of a next turn is known."""
     model = kvpass.compile(tiny.llama(HEADS, KV_HEADS), "kvzip", SLOTS, inner="eager")
