@@ -22,7 +22,9 @@ _HOMES = {
     "explain": "api.explain",
     "export_mlir": "api.export_mlir",
     "inspect": "api.report",
+    "instructed": "runtime.instruction",
     "marked": "runtime.marks",
+    "replay": "api.replay",
     "report": "api.report",
     "rewrite": "api.rewrite",
     "scorer": "kernels.rank.scorers.registry",
@@ -41,7 +43,9 @@ __all__ = [
     "explain",
     "export_mlir",
     "inspect",
+    "instructed",
     "marked",
+    "replay",
     "report",
     "rewrite",
     "scorer",
@@ -53,6 +57,7 @@ if TYPE_CHECKING:
     from kvpass.api.compile import compile
     from kvpass.api.explain import explain
     from kvpass.api.export_mlir import export_mlir
+    from kvpass.api.replay import replay
     from kvpass.api.report import inspect, report
     from kvpass.api.rewrite import rewrite
     from kvpass.errors import KVPassError, Reason
@@ -61,6 +66,7 @@ if TYPE_CHECKING:
     from kvpass.pipeline.entry import backend
     from kvpass.policy.policy import Policy
     from kvpass.runtime.drafts import tentative
+    from kvpass.runtime.instruction import instructed
     from kvpass.runtime.marks import marked
 
 

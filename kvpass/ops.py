@@ -24,7 +24,8 @@ SCHEMAS = {
     "score_slots": "(Tensor stats, Tensor? past_stats, Tensor? pos, Tensor valid, Tensor cursor, SymInt position, "
     "str rule, str sees='', Tensor? mask=None, Tensor? bounds=None, "
     "Tensor? k=None, Tensor? v=None, Tensor? rows=None, Tensor? wo=None, "
-    "Tensor? hidden=None, Tensor? marks=None, Tensor? queries=None, Tensor? turns=None, Tensor? whole=None) "
+    "Tensor? hidden=None, Tensor? marks=None, Tensor? queries=None, Tensor? turns=None, Tensor? whole=None, "
+    "Tensor? replayed=None) "
     "-> (Tensor, Tensor, Tensor)",
     "select_slots": "(Tensor score, Tensor cursor, SymInt capacity) -> Tensor",
     "compact_slots": "(Tensor?[] keys, Tensor idx, Tensor cursor_new, Tensor(a!)[] state, str rule) -> ()",
@@ -42,6 +43,10 @@ SCHEMAS = {
     "window_rows": "(Tensor q, Tensor k, Tensor? pos, Tensor? mask, Tensor valid, float scale, str sees, str rule, "
     "Tensor? sinks=None, float softcap=0.0, Tensor? tokens=None, SymInt position=0, "
     "Tensor? memory_k=None, Tensor? memory_v=None, Tensor? bias=None) -> Tensor",
+    "replay_scores": "(Tensor q, Tensor k, Tensor v, Tensor pos, Tensor? mask, Tensor valid, Tensor stats, "
+    "Tensor cursor, Tensor repeated, float scale, str sees, str rule, Tensor? sinks=None, float softcap=0.0, "
+    "Tensor? tokens=None, SymInt position=0, Tensor? memory_k=None, Tensor? memory_v=None, Tensor? bias=None, "
+    "Tensor? wo=None, Tensor? hidden=None) -> Tensor",
     "encode_slots": "(Tensor k, Tensor v, str rule) -> Tensor[]",
     "fit_slots": "(Tensor q, Tensor k, Tensor v, Tensor valid, Tensor cursor, Tensor(a!)[] fits, str rule) -> ()",
     "encode_fitted": "(Tensor k, Tensor v, Tensor[] fits, Tensor[] past, str rule) -> Tensor[]",
@@ -62,6 +67,7 @@ HOMES = {
     "encode_fitted": "codecs.ops",
     "keep_whole": "codecs.ops",
     "window_rows": "rank.window_rows",
+    "replay_scores": "rank.replay",
     "score_slots": "rank.scores",
     "arrivals": "rank.scored",
 }
@@ -186,6 +192,10 @@ def _fake_window_rows(
     return q.new_empty(k.shape[0], k.shape[1], group, rows, k.shape[2], dtype=torch.float32)
 
 
+def _fake_replay_scores(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, *rest: Any) -> Tensor:
+    return pos.new_empty(pos.shape, dtype=torch.float32)
+
+
 def _fake_arrivals(
     k_new: Tensor, v_new: Tensor, cursor: Tensor, position: int, rule: str, *rest: Tensor | None
 ) -> Tensor:
@@ -222,6 +232,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "mask_spans": _fake_mask_spans,
     "written": _fake_written,
     "window_rows": _fake_window_rows,
+    "replay_scores": _fake_replay_scores,
     "arrivals": _fake_arrivals,
 }
 

@@ -116,11 +116,18 @@ def _by_heads(scores: list[Tensor], even: list[Tensor], states: list[State], rul
     return [counts_of_heads(score, score > -INF, size, rule) for score, size, rule in layers]
 
 
+def _evenly(scores: list[Tensor], even: list[Tensor], states: list[State], rules: list[Rule]) -> list[Tensor]:
+    """Each head keeps its budget."""
+    given = zip(scores, even, strict=True)
+    return [torch.minimum((score > -INF).sum(-1), size[..., 0]) for score, size in given]
+
+
 _COUNTS: dict[str, Callable[[list[Tensor], list[Tensor], list[State], list[Rule]], list[Tensor]]] = {
     "model": _by_model,
     "preference": _by_preference,
     "threshold": _by_threshold,
     "heads": _by_heads,
+    "even": _evenly,
 }
 
 

@@ -114,6 +114,8 @@ class Beside(NamedTuple):
     """[2, 1 or B, S, D], cosines and sines of that rotation."""
     whole: Tensor | None = None
     """int32 [B, Hkv, W], positions of the past tokens that are not demoted, -1 none, for rules that demote."""
+    replayed: Tensor | None = None
+    """Of `replay_scores`, for rules with a `Replay`, in calls with a past."""
 
 
 def scorer_scores(

@@ -18,6 +18,7 @@ from kvpass.kernels.rank.lone import as_in_steps, check_single, lone, stepped
 from kvpass.kernels.rank.marks import DROP, MARK, marks_of_keys
 from kvpass.kernels.rank.places import NUMBER, PLACE, key_places, new_places, side_by_side
 from kvpass.kernels.rank.ranking import ranked, shared_by_heads, slot_scores
+from kvpass.kernels.rank.replay import UNHEARD
 from kvpass.kernels.rank.rings import RING, Rings, ringed
 from kvpass.kernels.rank.scored import Beside, Scoring, scorer_scores
 from kvpass.kernels.rank.scorers.registry import find_scorer
@@ -93,6 +94,9 @@ def score_slots(
             plan,
         )
         after = after if preferred is None else with_preference(after, preferred)
+        if beside.replayed is not None:
+            held = total[stat(plan, SCORED)]
+            held.copy_(torch.where(beside.replayed > UNHEARD, beside.replayed, held))
     if keeps(plan, WEIGHT):
         assert beside.v is not None
         old = length - valid.shape[1]  # their weights stay: a share of all heads needs the same token in each

@@ -15,7 +15,8 @@ class ShareOut(Record):
     Attributes:
         share: `model`: among all layers and heads, by score; `preference`: among layers, by what their scorer prefers;
             `threshold`: each head keeps what scores at least `cut`, and the budget is a bound; `heads`: among the heads
-            of each layer, as in the call itself where all of them are in one process.
+            of each layer, as in the call itself where all of them are in one process; `even`: none, each head keeps its
+            budget.
         cut: also what a step's token must score, or a slot goes.
     """
 
@@ -23,7 +24,7 @@ class ShareOut(Record):
     cut: float = -INF
 
     def check(self) -> None:
-        one_of(self, "share", "", "model", "preference", "threshold", "heads")
+        one_of(self, "share", "", "model", "preference", "threshold", "heads", "even")
 
     @property
     def evicts(self) -> bool:
@@ -31,7 +32,7 @@ class ShareOut(Record):
 
     @property
     def joins(self) -> bool:
-        return self.share not in ("", "threshold")
+        return self.share not in ("", "threshold", "even")
 
     def growing(self) -> ShareOut:
         return ShareOut(self.share)

@@ -46,6 +46,11 @@ def window_rows(
     logits = logits_of(queries, index, k, pos, shown, softmax).masked_fill(~there[:, None, None, :, None], -INF)
     if "logits" in plan[Scoring].reads:
         return logits
+    return probabilities_of(logits, softmax)
+
+
+def probabilities_of(logits: Tensor, softmax: Softmax) -> Tensor:
+    """Softmax of logits [B, Hkv, G, w, L], of queries that `softmax` was made for; 0 where a query sees nothing."""
     flat = logits.permute(3, 0, 1, 2, 4)  # heads side by side, as the sinks are
     if softmax.beside is not None:
         turned = softmax.beside._replace(logit=softmax.beside.logit.permute(2, 0, 1))

@@ -195,6 +195,9 @@ def _proof(stores: Sequence[SlotStore], freed: int) -> dict[str, int]:
 
 def _why(stores: Sequence[SlotStore]) -> str:
     """Why a cache holds more than its budget says, or everything."""
+    waiting = max((store.unplayed for store in stores), default=0)
+    if waiting:
+        return f"the last {waiting} tokens wait for kvpass.replay(model, cache, ids): nothing goes before"
     rules = [(store.rule, int(store.state.cursor[..., SEEN].max())) for store in stores]
     shares = [(rule, seen) for rule, seen in rules if rule.evicts and not rule[Budget].slots]
     floors = {

@@ -10,6 +10,7 @@ from torch import fx
 from kvpass.graph.calls import example
 from kvpass.graph.shapes import shape_of
 from kvpass.kernels.codecs.storage import WHOLE_AT, Storage, coded, fit_fields
+from kvpass.kernels.rank.replay import Replay
 from kvpass.kernels.slots.bias import BIAS
 from kvpass.kernels.slots.ragged import Ragged
 from kvpass.kernels.slots.state import fields_of
@@ -19,6 +20,7 @@ from kvpass.lowering.emit_nodes import Rewriting, Writer
 from kvpass.plan.plan import SitePlan
 from kvpass.runtime.steps.buffer_position import POSITION
 from kvpass.runtime.steps.caller_marks import MARKS
+from kvpass.runtime.steps.repeated_tokens import REPEATED
 from kvpass.sites.memory import memory_layouts
 from kvpass.sites.site import Half
 from kvpass.terms import CacheForm, Phase
@@ -70,8 +72,10 @@ class Emitter:
             read = (*read, k, keys["v"], rows, *self._read_beside(), *self._rotation())
         before = self.state["cursor"], position, self.rule
         read = _without_defaults(read, ("", *(None,) * len(read[1:])))
-        whole = {"whole": self.state[WHOLE_AT]} if past and self.planned.rule.demotes else {}
-        scored = write.op("score_slots", emitted, past, pos, valid, *before, *read, **whole)
+        more = {"whole": self.state[WHOLE_AT]} if past and self.planned.rule.demotes else {}
+        if self.planned.replays:
+            more["replayed"] = self._replayed((self.q, k, values, pos, seen.mask, valid), past, own)
+        scored = write.op("score_slots", emitted, past, pos, valid, *before, *read, **more)
         score, keys["stats"], cursor = write.parts(scored, 3)
         names = self._per_slot()
         room = write.method("size", score if self.planned.rule[Ragged].ragged else self.state[names[0]], 2)
@@ -89,6 +93,17 @@ class Emitter:
         elif coded(self.planned.rule):
             write.op("keep_whole", self.new_k, self.new_v, valid, position, state, self.rule)
         return self._outputs(out)
+
+    def _replayed(self, call: tuple[Any, ...], past: fx.Node | None, own: dict[str, fx.Node]) -> fx.Node:
+        """The scores that a call gives the keys that it repeats."""
+        core, seen = self.site.core, self.seen
+        before = past, self.state["cursor"], self.write.low.shared[REPEATED]
+        extras = (*self.extras, seen.tokens, self.position)
+        normed = self.planned.rule[Replay].normed
+        read = dict(zip(("wo", "hidden"), self._read_beside(), strict=False)) if normed else {}
+        return self.write.op(
+            "replay_scores", *call, *before, core.scale, seen.words, self.rule, *extras, **self.memory, **own, **read
+        )
 
     def _per_slot(self) -> list[str]:
         """The state's per-slot fields."""

@@ -133,7 +133,7 @@ class _Lowering:
         if shared.axes is None:
             value = free_size(fake.fake_mode.shape_env, name)
         else:
-            sizes = [site.dims[letter] for letter in shared.axes]
+            sizes = [int(letter) if letter.isdigit() else site.dims[letter] for letter in shared.axes]
             with fake.fake_mode:
                 value = torch.empty(sizes, dtype=shared.dtype, device=fake.device)
         node.meta = {"example_value": value, "kvpass": {"state": shared.name}}

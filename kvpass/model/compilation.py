@@ -16,10 +16,12 @@ from kvpass.model.facade import Facade, facade_of
 from kvpass.model.one_by_one import one_by_one
 from kvpass.model.turns import Turns
 from kvpass.pipeline.compose import Backend
+from kvpass.policy.load import variants
 from kvpass.runtime.active import current
 from kvpass.runtime.breaks import told
 from kvpass.runtime.drafts import opened_for
 from kvpass.runtime.host_state import HostState
+from kvpass.runtime.replaying import replaying
 from kvpass.runtime.store import SlotStore
 from kvpass.runtime.watch import Call, Found, tensors
 
@@ -30,6 +32,7 @@ class Compilation:
     Attributes:
         model: the module that was compiled; shared with whoever has it.
         root: its facade: what `kvpass.compile` returns.
+        replays: the policy waits for calls' tokens to be fed again.
         state: attributes that calls change, where the compiled model has values of its own.
         stores: those that its calls continued or began, while they live.
     """
@@ -38,6 +41,7 @@ class Compilation:
         self.model, self.backend = model, backend
         self.state, self.turns = HostState(model), Turns(model)
         self.compiled = isolated(backend)
+        self.replays = any(one.replays for one in (backend.policy, *variants(backend.policy).values()))
         self._facades: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self._hosted: list[weakref.ref[torch.Tensor]] = []
         self.stores: weakref.WeakSet[SlotStore] = weakref.WeakSet()
@@ -80,7 +84,12 @@ class Compilation:
         if block is not None:
             return one_by_one(block, module, lambda *a, **k: self.run(module, function, a, k), args, kwargs)
         with self.turns.taken():
-            return self._run(module, function, args, kwargs)
+            result = self._run(module, function, args, kwargs)
+            if self.replays and replaying() is None:
+                from kvpass.model.replay import after_call
+
+                after_call(lambda **more: self._run(module, function, (), more), module, args, kwargs, result)
+            return result
 
     def _run(self, module: torch.nn.Module, function: tuple[Any, ...], args: Any, kwargs: Any) -> Any:
         """The outermost call of this thread, while no other thread is in one."""

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from kvpass.kernels.attention.observation import Observation, emitted
 from kvpass.kernels.codecs.storage import Storage, coded
 from kvpass.kernels.rank.marks import Marks
+from kvpass.kernels.rank.replay import Replay
 from kvpass.kernels.rank.scored import Sample, Scoring
 from kvpass.kernels.rank.scorers.registry import Scorer
 from kvpass.kernels.rank.scorers.seen import NOT_FROM_GRAPH
@@ -96,6 +97,8 @@ def _reads(rule: Rule) -> list[str]:
         whose = {-1: "all queries", 1: "the last query"}.get(count, f"the last {count} queries")
         decode = " and of generated tokens" if observation.decode != "none" and count > 0 else ""
         found.append(f"{kind} of {whose}{decode}")
+    found += ["attention of the replayed prompt"] if rule[Replay].replay else []
+    found += ["values", "output projection", "hidden states"] if rule[Replay].normed else []
     words = {"hidden": "hidden states", "queries": "unrotated queries"}
     found += [words.get(what, what) for what in scoring.reads if what not in NOT_FROM_GRAPH | {"rows", "logits"}]
     if weight.weight != "none" and "values" not in found:
@@ -126,8 +129,11 @@ def brief(cell: str) -> str:
         .replace("n*n*n", "n^3")
         .replace(" and of generated tokens", ", steps")
         .replace("the last query", "1 queries")
+        .replace("attention of the replayed prompt", "replay")
+        .replace("2nd prefill", "twice")
     )
-    short = short.replace("values, output projection", "v W_O").replace("unrotated queries", "queries")
+    short = short.replace("values, output projection", "v W_O").replace("v W_O, hidden states", "v W_O, hidden")
+    short = short.replace("unrotated queries", "queries")
     short = re.sub(r"of (?:the last )?(\w+) queries((?:, steps)?)", r"(\1\2)", short)
     return short.replace("attention", "attn")
 

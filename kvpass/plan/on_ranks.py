@@ -10,6 +10,7 @@ from torch import fx
 from kvpass.errors import PolicyError
 from kvpass.graph.collectives import exchanges
 from kvpass.kernels.exits.refit import Refit
+from kvpass.kernels.rank.replay import Replay
 from kvpass.kernels.rank.share_out import ShareOut
 from kvpass.kernels.ranks import Ranks
 from kvpass.kernels.rule import Rule
@@ -87,6 +88,8 @@ def _unbuilt(rule: Rule) -> Iterator[tuple[bool, str, str]]:
     yield shares and rule[Refit].refit_queries > 0, "fits slots whose number other heads decide", fix
     fix = "set every: 1, or allocate.heads: uniform"
     yield shares and rule[Timing].every > 1, "shares slots out between calls", fix
+    fix = "choose a policy without observe.replay (`kvpass policies` lists them)"
+    yield bool(rule[Replay].replay), "reads prompts again", fix
 
 
 def _known(part: Sharded) -> str:

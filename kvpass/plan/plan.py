@@ -25,6 +25,7 @@ from kvpass.kernels.exits.record import Merge
 from kvpass.kernels.exits.refit import Refit
 from kvpass.kernels.rank.layer import Layer
 from kvpass.kernels.rank.pyramid import Pyramid
+from kvpass.kernels.rank.replay import Replay
 from kvpass.kernels.rank.scored import Scoring
 from kvpass.kernels.rank.scorers.seen import NOT_FROM_GRAPH
 from kvpass.kernels.rank.share_out import ShareOut
@@ -64,6 +65,8 @@ class SitePlan:
         ops = list(OPS[self.site.phase])
         if self.windowed and self.site.phase is not Phase.DECODE:
             ops.insert(ops.index("score_slots"), "window_rows")
+        if self.replays:
+            ops.insert(ops.index("score_slots"), "replay_scores")
         if self.merges and self.site.phase is not Phase.DECODE:
             ops += ["merge_slots"]
         if self.refits and self.site.phase is not Phase.DECODE:
@@ -79,16 +82,17 @@ class SitePlan:
 
     @cached_property
     def projection(self) -> OutputProjection | None:
-        """Where the rule's value weight finds the output projection; None if it reads none."""
+        """Where the rule's value weight, or its replay, finds the output projection; None if it reads none."""
         core, dims = self.site.core, self.site.dims
-        if not self.rule[Weight].projected or core.tiled:
+        if not self.projected or core.tiled:
             return None
         return output_projection(core.node, int(dims["Hq"]), int(dims["Dv"]))
 
     @cached_property
     def hidden(self) -> fx.Node | None:
-        """The hidden states that the rule's scorer reads; None if it reads none."""
-        return block_input(self.site.value.update.new) if "hidden" in self.rule[Scoring].reads else None
+        """The hidden states that the rule's scorer, or its replay, reads; None if it reads none."""
+        read = "hidden" in self.rule[Scoring].reads or self.rule[Replay].normed
+        return block_input(self.site.value.update.new) if read else None
 
     @cached_property
     def rotation(self) -> Rotation | None:
@@ -134,6 +138,16 @@ class SitePlan:
     def refits(self) -> bool:
         """Whether calls of several tokens fit what stays."""
         return self.rule[Refit].refit_queries > 0
+
+    @property
+    def projected(self) -> bool:
+        """Whether the rule reads the output projection."""
+        return self.rule[Weight].projected or self.rule[Replay].normed
+
+    @property
+    def replays(self) -> bool:
+        """Whether calls may repeat tokens that slots hold, which get scores by it."""
+        return self.rule[Replay].replay > 0 and self.site.phase is Phase.EXTEND
 
     @property
     def arrives(self) -> bool:
@@ -271,10 +285,13 @@ def _unmet(planned: SitePlan) -> Iterator[tuple[bool, str, str]]:
     yield site.core.latent is not None and bool(coded(rule)), "stores codes, but this attention keeps latents", fix
     asked = "weighs values by the output projection, which was not found behind the attention"
     fix = "set weight.by: l1, which needs no projection; gates and norms in between cannot be read through"
-    yield rule[Weight].projected and planned.projection is None, asked, fix
+    asked = "divides by norms of hidden states" if rule[Replay].normed else asked
+    fix = "set options.normed: false" if rule[Replay].normed else fix
+    yield planned.projected and planned.projection is None, asked, fix
     asked = "reads the block's hidden states, which were not found above its values"
     fix = "choose a policy that reads keys or attention; projections of several tensors cannot be read"
-    yield "hidden" in rule[Scoring].reads and planned.hidden is None, asked, fix
+    needed = "hidden" in rule[Scoring].reads or rule[Replay].normed
+    yield needed and planned.hidden is None, asked, fix
     asked = "reads queries before their rotation, and none of the usual form was found (RoPE over whole heads, entry i "
     fix = "choose a policy that reads keys or attention, e.g. keydiff or snapkv"
     yield "queries" in rule[Scoring].reads and planned.rotation is None, f"{asked}with entry i + D / 2)", fix

@@ -20,6 +20,7 @@ from kvpass.kernels.rank.layer import Layer
 from kvpass.kernels.rank.marks import MARK, Marks
 from kvpass.kernels.rank.places import NUMBER, PLACE, Protected
 from kvpass.kernels.rank.pyramid import Pyramid
+from kvpass.kernels.rank.replay import Replay
 from kvpass.kernels.rank.rings import RING, Rings
 from kvpass.kernels.rank.scored import Sample, Scoring
 from kvpass.kernels.rank.scorers.registry import encode_options, find_scorer
@@ -37,6 +38,9 @@ from kvpass.policy.spec import Spec
 
 SHARES = {"flat": "model", "preference": "preference"}
 """`ShareOut.share` of `allocate.layers`."""
+
+SHARES_OF_REPLAYS = {("flat", "uniform"): "model", ("uniform", "flat"): "heads", ("uniform", "uniform"): "even"}
+"""The same where eviction waits for a replay, of `allocate.layers` and `allocate.heads`."""
 
 
 def rule_of(policy: Spec, layer: int = 0, layers: int = 1, entry: Entry = EXAMPLE) -> Rule:
@@ -70,9 +74,8 @@ def _records(policy: Spec, layer: int, layers: int, entry: Entry) -> Iterator[Re
     yield Pyramid(allocate.beta if allocate.layers == "pyramid" else 0)
     yield Ragged(_ragged(policy))
     yield _heads(policy)
-    threshold = allocate.heads == "threshold"
-    share = "threshold" if threshold else SHARES.get(allocate.layers, "")
-    yield ShareOut(share, allocate.threshold if threshold else -INF)
+    yield _share_out(policy)
+    yield _replay(policy)
     yield Marks(policy.protect.tokens or policy.fair)
     yield Timing(policy.when, policy.every)
     yield Reindex(policy.positions == "reindexed")
@@ -119,6 +122,22 @@ def _scoring(policy: Spec) -> Scoring:
     return Scoring(policy.score, encode_options(policy.options), reads, policy.decay, policy.seed)
 
 
+def _share_out(policy: Spec) -> ShareOut:
+    allocate = policy.allocate
+    if policy.replays:
+        return ShareOut(SHARES_OF_REPLAYS[allocate.layers, allocate.heads])
+    threshold = allocate.heads == "threshold"
+    share = "threshold" if threshold else SHARES.get(allocate.layers, "")
+    return ShareOut(share, allocate.threshold if threshold else -INF)
+
+
+def _replay(policy: Spec) -> Replay:
+    if not policy.replays:
+        return Replay()
+    options = {**find_scorer(policy.score).options, **policy.options}
+    return Replay(int(options["chunk"]), bool(options["normed"]))
+
+
 def _merge(policy: Spec) -> Merge:
     """Of the words that its other words ask for alone: policies that mean the same have one rule."""
     said = policy.evicted.merge
@@ -152,7 +171,7 @@ def _numbered(policy: Spec) -> bool:
     if merge is not None and (merge.gate == "chance" or merge.into == NEAREST_POSITION):
         return True
     scored = policy.score not in SCORES and "places" in find_scorer(policy.score).reads
-    apart = scored or policy.decay or policy.granule is not None or policy.sample > 0
+    apart = policy.replays or scored or policy.decay or policy.granule is not None or policy.sample > 0
     window = bool(policy.protect.recent or policy.protect.sinks)
     shared = policy.allocate.heads != "uniform" or policy.allocate.layers in SHARES
     gone = policy.protect.tokens and window
@@ -188,7 +207,7 @@ def _budget(policy: Spec, entry: Entry) -> tuple[Record, ...]:
 
 def _ragged(policy: Spec) -> bool:
     """Whether heads have budgets of their own."""
-    return policy.allocate.heads != "uniform" or policy.allocate.layers in SHARES
+    return policy.replays or policy.allocate.heads != "uniform" or policy.allocate.layers in SHARES
 
 
 def _storage(policy: Spec, entry: Entry) -> Storage:

@@ -16,6 +16,7 @@ from kvpass.kernels.rank.criterion import SCORES
 from kvpass.kernels.rank.scorers.registry import Scorer, scorers
 from kvpass.policy.check_demoting import demoting
 from kvpass.policy.check_exits import exits
+from kvpass.policy.check_replay import replaying
 from kvpass.policy.check_store import fits, named
 from kvpass.policy.limits import MOST, check_options, no_number, oversized
 from kvpass.policy.spec import Spec
@@ -40,6 +41,7 @@ def check_policy(p: Spec, where: str) -> None:
         _store(p),
         exits(p),
         demoting(p),
+        replaying(p),
     ):
         for broken, field, fix in rules:
             if broken:

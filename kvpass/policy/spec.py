@@ -23,11 +23,14 @@ class Observe:
         queries: `all`, or the last n query rows of a multi-token call (the observation window), or 0 for none.
         group: how the query heads that share a KV head are reduced, row by row, before any statistic.
         heads: `each` KV head ranks its own slots, or `all` KV heads of a layer share the mean ranking.
+        replay: `none`, or `repeat`: the tokens of each call of several are fed again, behind it, before anything goes,
+            and leave no trace but the score `replay`.
     """
 
     queries: int | Literal["all"] = 0
     group: Literal["mean", "max"] = "mean"
     heads: Literal["each", "all"] = "each"
+    replay: Literal["none", "repeat"] = "none"
 
     __pydantic_config__ = _STRICT
 
@@ -246,6 +249,11 @@ class Spec:
     def keeps_all(self) -> bool:
         """Whether nothing is ever evicted: a budget of 1.0 (1 is one slot), and no threshold beside it."""
         return isinstance(self.budget, float) and self.budget == 1.0 and self.allocate.heads != "threshold"
+
+    @property
+    def replays(self) -> bool:
+        """Whether the tokens of calls are fed again before something is evicted."""
+        return self.observe.replay != "none" and not self.keeps_all
 
     @property
     def asked(self) -> int | float | str | None:

@@ -37,6 +37,12 @@ def joined(stores: Sequence[SlotStore]) -> SlotStore:
                 where=f"{longest.name} and {store.name}",
                 hint="merge caches that one compiled model made in the same way",
             )
+        if store.unplayed:
+            raise CacheError(
+                f"the last {store.unplayed} tokens of one of these caches were not replayed",
+                where=store.name,
+                hint="call kvpass.replay(model, cache, ids) for it first",
+            )
     with torch.inference_mode(False), torch.no_grad():
         if len({store.waiting for store in stores}) > 1:
             stores = [_settled(store) for store in stores]

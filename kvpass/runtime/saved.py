@@ -16,7 +16,7 @@ from kvpass.runtime.identity import Origin
 from kvpass.runtime.store import SlotStore
 from kvpass.terms import Layout, Piece
 
-PLAIN = ("name", "layer", "tokens", "length", "used", "waiting", "spare", "calls", "outside")
+PLAIN = ("name", "layer", "tokens", "length", "used", "waiting", "spare", "calls", "outside", "unplayed")
 """Fields of a store that JSON can say."""
 IN_OTHER_WORDS = ("rule", "layouts", "host", "origin", "state", "step", "zero")
 """Those that are said in another form."""

@@ -111,7 +111,8 @@ class SharedInput(ABC):
 
     Attributes:
         name: of the input, after `kvpass_`.
-        axes: letters of its sizes, those of a site (`Site.dims`); None for a number that no graph is compiled for.
+        axes: letters of its sizes, those of a site (`Site.dims`), or digits; None for a number that no graph is
+            compiled for.
         dtype: of a tensor.
     """
 

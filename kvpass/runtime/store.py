@@ -70,6 +70,7 @@ class SlotStore(Lending):
         recorded: steps are replayed, so that the state's addresses change as seldom as may be.
         journal: a `Journal` of its last tokens, while they are tentative.
         cuts: when tokens were taken back; None: never.
+        unplayed: the last so many tokens wait for their replay, and with them all eviction.
     """
 
     name: str
@@ -99,6 +100,7 @@ class SlotStore(Lending):
     recorded: bool = False
     journal: Any = None
     cuts: Cuts | None = None
+    unplayed: int = 0
 
     def __post_init__(self) -> None:
         k, v = self.state.k, self.state.v

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from kvpass.kernels.budget import kept
+from kvpass.kernels.rank.replay import Replay
 from kvpass.kernels.rank.share_out import ShareOut
 from kvpass.kernels.rule import Rule
 from kvpass.runtime.room import spare_slots
@@ -16,18 +19,25 @@ class ShareSlots(Step):
     about = "layers share slots out by the call's data and drop what is too much, one by one"
 
     def applies(self, rule: Rule, phase: Phase) -> bool:
-        return bool(rule[ShareOut].share) and phase is not Phase.DECODE
+        return bool(rule[ShareOut].share) and not rule[Replay].replay and phase is not Phase.DECODE
 
     def run(self, call: CallFacts) -> None:
-        from kvpass.kernels.after_call.layers import shared_out
+        share_out(call.stores, call.stores[0].tokens + call.new)
 
-        together: dict[str, list[SlotStore]] = {}
-        for store in call.stores:
-            together.setdefault(store.rule[ShareOut].share, []).append(store)
-        for stores in together.values():
-            rules = [store.rule for store in stores]
-            spare = spare_slots(kept(rules[0], stores[0].tokens + call.new))
-            states = shared_out([store.state for store in stores], rules, spare)
-            for store, (state, free) in zip(stores, states, strict=True):
-                store.state, store.spare = state, free
-                store.outside += 1
+
+def share_out(stores: Sequence[SlotStore], tokens: int) -> None:
+    """Drop what is above the budgets of stores that share slots out, after so many tokens, one store at a time. Layers
+    whose rules share in other ways keep to themselves.
+    """
+    from kvpass.kernels.after_call.layers import shared_out
+
+    together: dict[str, list[SlotStore]] = {}
+    for store in stores:
+        together.setdefault(store.rule[ShareOut].share, []).append(store)
+    for alike in together.values():
+        rules = [store.rule for store in alike]
+        spare = spare_slots(kept(rules[0], tokens))
+        states = shared_out([store.state for store in alike], rules, spare)
+        for store, (state, free) in zip(alike, states, strict=True):
+            store.state, store.spare = state, free
+            store.outside += 1
