@@ -9,7 +9,6 @@ import torch
 
 from kvpass.errors import CacheError
 from kvpass.kernels.rank.replay import Replay
-from kvpass.kernels.rank.share_out import ShareOut
 from kvpass.kernels.slots.cursor import SEEN
 from kvpass.kernels.slots.ragged import padded, used_slots
 from kvpass.runtime.attributes import DEEPEST
@@ -88,8 +87,7 @@ def read_again(waiting: Sequence[SlotStore], host: Any, ids: torch.Tensor, valid
             _put_back(held)
     try:
         with torch.inference_mode(False), torch.no_grad():
-            for share in dict.fromkeys(store.rule[ShareOut].share for store in waiting):
-                share_out([store for store in waiting if store.rule[ShareOut].share == share], first.tokens)
+            share_out(waiting, first.tokens)
     except BaseException:
         for store in waiting:
             store.spoiled = True
