@@ -26,7 +26,7 @@ from .triton_stored import readable
 RECORDS = {
     *("Statistics", "Observation", "Ranking", "Scoring", "Weight", "Scope", "Protected", "Budget", "Layer", "Pyramid"),
     *("Ragged", "ShareOut", "Marks", "Timing", "Storage"),
-    *("Pool", "Granule", "Sample", "Heads", "Fair", "Reindex"),  # these are about calls of several tokens, or after one
+    *("Pool", "Granule", "Sample", "Heads", "Fair", "Reindex", "Replay"),  # of calls of several tokens, or after
 }
 """Names of the records that a step reads here, or that no step reads."""
 

@@ -39,6 +39,9 @@ OVER_HEADS = {
 BY_NUMBER = {"random", "nacl", "cam", "keyformer", "q_filters", "kvp", "kvzap", "trim_kv", "dms"}
 """Those for which it matters which head one is: chance, and weights of their own."""
 
+REPLAYED = {"kvzip", "kvzip_plus"}
+"""Those whose prompts are read again, which ranks do not do together yet."""
+
 
 def site(heads: int = 4, kv_heads: int = 2) -> Any:
     return SimpleNamespace(dims={"Hq": heads, "Hkv": kv_heads}, name="layers.0", source="model.py:1")
@@ -48,7 +51,13 @@ def ruled(policy: Any, part: Sharded | None = PART, **sizes: int) -> Rule:
     return on_ranks(policy, rule_of(policy, 1, states.LAYERS), site(**sizes), part)
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", sorted(REPLAYED))
+def test_who_is_refused(name: str) -> None:
+    with pytest.raises(PolicyError, match="reads prompts again, which is not built where heads lie on several ranks"):
+        ruled(states.policy(name))
+
+
+@pytest.mark.parametrize("name", [name for name in names() if name not in REPLAYED])
 def test_who_asks_other_ranks(name: str) -> None:
     policy = states.policy(name)
     alone, rule = ruled(policy, None), ruled(policy)
