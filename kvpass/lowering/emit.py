@@ -17,7 +17,7 @@ from kvpass.kernels.slots.state import fields_of
 from kvpass.lowering.emit_heads import from_slots, regrouped, to_slots
 from kvpass.lowering.emit_masks import seen_of
 from kvpass.lowering.emit_nodes import Rewriting, Writer
-from kvpass.plan.plan import SitePlan
+from kvpass.plan.site_plan import SitePlan
 from kvpass.runtime.steps.buffer_position import POSITION
 from kvpass.runtime.steps.caller_marks import MARKS
 from kvpass.runtime.steps.repeated_tokens import REPEATED

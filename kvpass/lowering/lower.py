@@ -23,7 +23,8 @@ from kvpass.kernels.rank.share_out import ShareOut
 from kvpass.kernels.slots.state import State
 from kvpass.lowering.emit import Emitter
 from kvpass.lowering.retire import Retirement
-from kvpass.plan.plan import Plan, SitePlan
+from kvpass.plan.plan import Plan
+from kvpass.plan.site_plan import SitePlan
 from kvpass.runtime.angles import Angles, Positions
 from kvpass.runtime.binding import Binding
 from kvpass.runtime.step import SharedInput

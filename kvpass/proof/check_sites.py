@@ -27,7 +27,8 @@ from kvpass.kernels.decode_attend.functional import supports
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.moves import even
 from kvpass.kernels.slots.state import State
-from kvpass.plan.plan import Plan, SitePlan
+from kvpass.plan.plan import Plan
+from kvpass.plan.site_plan import SitePlan
 from kvpass.proof.isolate import Isolated
 from kvpass.proof.past import all_slots, dense_past
 from kvpass.runtime.shell import find

@@ -205,7 +205,7 @@ def test_the_reference_has_what_scorers_may_read():
 def test_examples_of_the_reference_load(tmp_path: Path):
     text = (DOCS / "policy-files.md").read_text()
     blocks = [block for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if "name:" in block]
-    assert len(blocks) == 9
+    assert len(blocks) == 10
     blocks = blocks[1:]  # the first shows an error
     (tmp_path / "differing.yaml").write_text(blocks[1])
     differing = Policy.load(tmp_path / "differing.yaml").with_budget(0.2)
@@ -231,6 +231,8 @@ def test_examples_of_the_reference_load(tmp_path: Path):
     )
     (tmp_path / "tiers.yaml").write_text(blocks[5])
     assert Policy.load(tmp_path / "tiers.yaml").evicted == Evicted(to=To("int2", "int2"))
+    (tmp_path / "replay.yaml").write_text(blocks[8])
+    assert Policy.load(tmp_path / "replay.yaml").observe.replay == "repeat"
     for name in ("q_filters", "kvp", "gate", "surrogate"):
         (row,) = [line for line in text.splitlines() if line.startswith(f"| `{name}` |")]
         assert all(part in " ".join((scorers()[name].run.__doc__ or "").split()) for part in row.split(" | ")[1:-1])

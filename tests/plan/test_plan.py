@@ -10,7 +10,8 @@ from kvpass.kernels.rule import OPS_VERSION
 from models import plain
 from models.graphs import table
 
-from kvpass.plan.plan import OPS, plan
+from kvpass.plan.plan import plan
+from kvpass.plan.site_plan import OPS
 from kvpass.policy.policy import Policy
 from kvpass.sites.table import SiteTable
 from kvpass.terms import Phase

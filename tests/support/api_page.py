@@ -45,7 +45,10 @@ SECTIONS: dict[str, list[tuple[str, str]]] = {
         ("kvpass.api.report", "LayerView"),
         ("kvpass", "tentative"),
     ],
-    "Policies": [("kvpass", "Policy"), ("kvpass", "marked"), ("kvpass", "scorer"), ("kvpass", "Seen")],
+    "Policies": [
+        ("kvpass", "Policy"), ("kvpass", "marked"), ("kvpass", "replay"), ("kvpass", "instructed"),
+        ("kvpass", "scorer"), ("kvpass", "Seen"),
+    ],
     "Exported programs": [("kvpass", "rewrite"), ("kvpass.api.rewrite", "Rewritten"), ("kvpass", "export_mlir")],
     "Patterns": [
         ("kvpass.patterns", name)
