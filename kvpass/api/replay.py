@@ -10,7 +10,6 @@ import torch
 
 from kvpass.errors import CacheError
 from kvpass.model.asked import CACHES, is_tokens
-from kvpass.runtime.read_again import read_again, refuse_states, waiting_in
 
 
 def replay(
@@ -34,6 +33,8 @@ def replay(
         CacheError: no token of it waits; ids or mask do not fit; the cache is a module; rows are of unequal length and
             nobody says how the model is told.
     """
+    from kvpass.runtime.read_again import read_again, refuse_states, waiting_in  # much of the runtime
+
     where = "kvpass.replay"
     if isinstance(cache, torch.nn.Module):
         hint = "give the cache itself, or use kvpass.compile and call the model with input_ids"

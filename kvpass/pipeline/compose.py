@@ -24,7 +24,6 @@ from kvpass.pipeline.refusal import Refusal, kept, or_as_it_is, refuse_training,
 from kvpass.policy.policy import Policy
 from kvpass.runtime.active import current
 from kvpass.runtime.breaks import told
-from kvpass.sites.table import SiteTable
 
 if TYPE_CHECKING:
     from kvpass.lowering.lower import Lowered
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from kvpass.runtime.identity import Origin
     from kvpass.runtime.recordings import Recordings
     from kvpass.runtime.sharded import Sharded
+    from kvpass.sites.table import SiteTable
 
 log = logging.getLogger(__name__)
 
@@ -129,6 +129,7 @@ class Backend:
         """A graph in which a stage of ours failed, as the model wrote it."""
         from kvpass.graph.dataflow import data_inputs
         from kvpass.runtime.untouched import Untouched
+        from kvpass.sites.table import SiteTable
 
         self.graphs[before:] = [GraphRecord(SiteTable())]
         inner = compile_inner(self.inner, gm, example_inputs)

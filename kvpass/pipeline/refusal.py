@@ -6,14 +6,16 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 from kvpass.errors import DeclinedError, KVPassError, Reason, TrainingError, VerificationError
 from kvpass.graph.calls import example
-from kvpass.sites.table import SiteTable
+
+if TYPE_CHECKING:
+    from kvpass.sites.table import SiteTable
 
 
 class Refusal:

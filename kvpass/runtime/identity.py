@@ -100,12 +100,17 @@ class Identity:
         if not common:  # named in another way, as a module of another one
             ours = {id(tensor) for tensor in map(_alive, self.objects.values()) if tensor is not None}
             return not self.digests or not other.digests or any(id(o()) in ours for o in other.objects.values())
-        now = [_alive(other.objects.get(name)) for name in changed]
-        fresh = _digests([tensor for tensor in now if tensor is not None]) if None not in now else []
-        equal = bool(fresh) and all(self.digests[name] == one for name, one in zip(changed, fresh, strict=True))
+        equal = all(self.digests[name] == digest for name, digest in other.now(changed).items())
         if equal:  # of a pickled cache nobody knows the objects until here
-            self.objects |= {n: other.objects[n] for n in changed if _alive(self.objects.get(n)) is None}
+            unknown = [name for name in changed if _alive(self.objects.get(name)) is None]
+            self.objects |= {name: other.objects[name] for name in unknown if name in other.objects}
         return equal
+
+    def now(self, names: Sequence[str]) -> dict[str, tuple[Any, ...]]:
+        """Digests of parameters as they are; as they were, where the objects are gone or were never known."""
+        found = {name: _alive(self.objects.get(name)) for name in names}
+        alive = {name: tensor for name, tensor in found.items() if tensor is not None}
+        return {name: self.digests[name] for name in names} | dict(zip(alive, _digests([*alive.values()]), strict=True))
 
     def _shares(self, name: str, other: Identity) -> bool:
         mine, theirs = _alive(self.objects.get(name)), _alive(other.objects.get(name))

@@ -23,7 +23,7 @@ class Numbers:
     """What `gaussian` asks of a `Seen`."""
 
     def __init__(self, layer: int, kv_heads: int) -> None:
-        self.layer, self.seed, self.pos = layer, 0, torch.zeros(1, kv_heads, 1)
+        self.layer, self.heads_before, self.seed, self.pos = layer, 0, 0, torch.zeros(1, kv_heads, 1)
 
 
 def standard(x: np.ndarray) -> np.ndarray:

@@ -125,7 +125,7 @@ def conversations(count: int, tell: Tell = lambda *_: None) -> Found:
         if at + 1 == warm:
             found.graphs = (_graphs(), 0)
         if at + 1 >= warm and (at + 1 - warm) % max(count // 20, 1) == 0:
-            del out, cache, given
+            del out, cache, given, ids
             found.read(at + 1)
             tell(at + 1, count)
     found.graphs = (found.graphs[0], _graphs())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -33,6 +34,10 @@ def fed(model: Any, cache: Any, ids: Tensor, mask: Tensor | None = None) -> Tens
     with torch.no_grad():
         logits: Tensor = model(ids, **with_cache(model, cache), use_cache=True, **more).logits
     return logits
+
+
+def pickled(cache: kvpass.Cache) -> kvpass.Cache:
+    return pickle.loads(pickle.dumps(cache))
 
 
 def begun(model: Any, length: int, rows: int = 1, seed: int = 0, steps: int = 1) -> kvpass.Cache:
@@ -155,6 +160,21 @@ def test_requests_join_and_leave(kind: str) -> None:
     same(got, torch.cat([gone_on(model, two, ids[2:]), gone_on(model, one, ids[:2])[:1]]))
     many = left.repeat(2)
     assert many.padding.tolist() == [0, 0, 25, 25]
+
+
+@pytest.mark.parametrize("ways", [(copy.deepcopy, pickled), (pickled, copy.deepcopy), (pickled, pickled)])
+def test_caches_of_other_processes_join(ways: Any) -> None:
+    """One whose model is known by its content alone, in either place; and one of other weights, which does not."""
+    model = compiled("even")
+    one, two = (way(begun(model, 60, 1, seed=at)) for at, way in enumerate(ways))
+    merged = kvpass.Cache.merge([one, two])
+    assert merged.rows == 2
+    weights = tiny.llama()
+    with torch.no_grad():
+        weights.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    other = kvpass.compile(weights, *KINDS["even"], inner="eager")
+    with pytest.raises(StaleCacheError, match="other weights"):
+        kvpass.Cache.merge([merged, pickled(begun(other, 60, 1))])
 
 
 def test_no_new_graphs_when_requests_come_and_go() -> None:
