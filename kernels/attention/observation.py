@@ -14,6 +14,9 @@ the key, and of those that give it at least an even share (1 / keys visible to t
 position of the newest of those, 0 if there is none. Slots keep its number among the row's valid tokens instead.
 """
 
+EVEN = 1 - 2.0**-16
+"""How much of an even share counts as one: the only key that a query sees gets 1, or for rounding a little less."""
+
 
 @dataclass(frozen=True)
 class Observation(Record):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from kvpass.kernels.attention.masks import by_kv_head, visible
-from kvpass.kernels.attention.observation import Observation, emitted
+from kvpass.kernels.attention.observation import EVEN, Observation, emitted
 from kvpass.kernels.attention.softmax import Softmax
 from kvpass.kernels.attention.visibility import BEFORE, COUNT, END
 from kvpass.kernels.codecs.entries import as_read, encoded
@@ -179,7 +179,7 @@ def _observe(state: State, probs: Tensor, seen: Tensor, here: Here, plan: Rule) 
     names = emitted(plan)
     hit = row
     if {"important", "last"} & set(names):
-        hit = row >= slots.of(1.0 / slots.sum(seen).clamp(min=1))
+        hit = row >= slots.of(EVEN / slots.sum(seen).clamp(min=1))
     number = slots.of(state.cursor[..., SEEN, None] + 1.0)
     valid = here.used & slots.of(here.arrived)
     for name in names:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from kvpass.kernels.attention.masks import check_shown, count_shown, shows_padding, visible
-from kvpass.kernels.attention.observation import Observation, emitted
+from kvpass.kernels.attention.observation import EVEN, Observation, emitted
 from kvpass.kernels.attention.softmax import Softmax
 from kvpass.kernels.codecs.entries import encoded
 from kvpass.kernels.codecs.storage import coded
@@ -202,7 +202,7 @@ def _observe(stats: Tensor, probs: Tensor, seen: Tensor | None, step: StepFacts,
                 target.add_(1.0 if shown is None else shown)
             else:
                 visible = heads.slots if shown is None else shown.sum(-1, keepdim=True).clamp(min=1)
-                hit = part * weight >= 1.0 / visible
+                hit = part * weight >= EVEN / visible
                 if name == "important":
                     target.add_(hit)
                 elif isinstance(step.number, int):

@@ -6,12 +6,16 @@ if over budget, advance the cursor. One launch; scores that are means over heads
 
 import triton
 import triton.language as tl
+from kvpass.kernels.attention.observation import EVEN
 from kvpass.kernels.triton_shared.triton_common import LOG2E, finite, rows
 
 from .triton_row import candidates, ends, now, partials, sight, slot_zero, step_of
 from .triton_victim import lowest_of, prefer, reach, search
 
 LOOSE = ["position", "C", "splits", "s_mb", "s_mh", "s_mt", "s_nb", "slots", "num", "den", "floor", "layer"]
+
+
+SHARE = tl.constexpr(EVEN)
 
 
 @triton.jit
@@ -73,7 +77,7 @@ def update(
     even = 1.0
     if (IMPORTANT >= 0) | (LAST >= 0):
         b_n = tl.load(p_seen + tl.arange(0, BS), mask=tl.arange(0, BS) < splits, other=0)
-        even = tl.div_rn(1.0, tl.maximum(tl.sum(b_n, 0), 1).to(tl.float32))
+        even = tl.div_rn(SHARE, tl.maximum(tl.sum(b_n, 0), 1).to(tl.float32))
     for i in range(tl.program_id(1) * BE, used, tl.num_programs(1) * BE):
         o_n = i + tl.arange(0, BE)
         m_n = o_n < used

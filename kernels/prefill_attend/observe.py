@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from kvpass.kernels.attention.observation import Observation, emission, emitted
+from kvpass.kernels.attention.observation import EVEN, Observation, emission, emitted
 from kvpass.kernels.attention.softmax import Softmax
 from kvpass.kernels.rule import Rule
 from torch import Tensor
@@ -175,11 +175,11 @@ def _counts(head: _Head, watched: Tensor, keys: int) -> Tensor:
 
 
 def _even_shares(head: _Head, rows: int, keys: int) -> Tensor:
-    """1 / keys that each row sees, float32 [r]; an evenly attending query gives each key that much."""
+    """`EVEN` / keys that each row sees, float32 [r]; an evenly attending query gives each key that much."""
     if head.bias is not None:
         seen = (head.bias > float("-inf")).any(0).expand(rows, keys).sum(-1)
     elif head.offset is not None:
         seen = head.offset + 1 + torch.arange(rows, device=head.queries.device)
     else:
         seen = torch.full((rows,), keys, device=head.queries.device)
-    return 1.0 / seen.clamp(min=1)
+    return EVEN / seen.clamp(min=1)
