@@ -233,7 +233,7 @@ def _sampled(score: Tensor, seen: Seen, rule: Rule) -> Tensor:
     most = torch.where(inside, score, -torch.inf).amax(-1, keepdim=True)
     least = torch.where(inside, score, torch.inf).amin(-1, keepdim=True)
     lift = (most - least).clamp(min=0) + LUCK  # no luck brings the worst above the best
-    return torch.where(rank < sure, score + lift, score + gumbel(seen))
+    return torch.where(inside, torch.where(rank < sure, score + lift, score + gumbel(seen)), score)
 
 
 def arrivals(
