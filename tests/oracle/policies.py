@@ -108,6 +108,7 @@ class RoCo(Policy):
     """Mean of the probabilities; the slots whose probabilities vary most are out of reach."""
 
     scoped = True
+    recent = 10
 
     def observe(self, memory: Memory, rows: Array, sees: Array, row: Row, candidates: Array) -> None:
         memory.sum = memory.sum + rows[row.valid].sum(0)
@@ -118,7 +119,7 @@ class RoCo(Policy):
         return memory.mean()
 
     def protected(self, positions: Array, row: Row, n: int) -> Array:
-        return (positions < row.first + 4) | (positions >= row.end - 10)
+        return (positions < row.first + 4) | (positions >= row.end - self.recent)
 
     def untouchable(self, n: int) -> int:
         return n * 3 // 10 + 1

@@ -100,8 +100,9 @@ def life(name: str, row: Row, judged: bool) -> Life:
 
 def _oracle(name: str) -> Oracle:
     policy = POLICIES[name]()
-    if hasattr(policy, "window"):
-        policy.window = WINDOW
+    for shortened in ("window", "recent"):
+        if hasattr(policy, shortened):
+            setattr(policy, shortened, WINDOW)
     return Oracle(model_of(name), policy, 1.0 if name == "full" else BUDGET, floor=8)
 
 

@@ -42,10 +42,11 @@ def _model(layers: int) -> Any:
 
 
 def model_of(name: str) -> Any:
-    """The model for a policy: of one layer, or of two where layers share. With so many words that none comes twice in a
+    """The model for a policy: of one layer, or of two where layers share or differ. With so many words that none comes twice in a
     conversation: keys of the same word have the same length.
     """
-    return _model(1 if policy_of(name)[0].allocate.layers == "uniform" else 2)
+    policy = policy_of(name)[0]
+    return _model(1 if policy.allocate.layers == "uniform" and not policy.layers else 2)
 
 
 @functools.cache

@@ -30,7 +30,7 @@ def recovery(seen: Seen, least: float = 0.9, sinks: int = 4, hitters: float = 0.
     Each head takes the first set that recovers enough: marked tokens and sinks; and the share `hitters` of keys with
     the most attention; and the share `recent` of the latest; or all.
     """
-    mass = seen.observed.mean((2, 3))
+    mass = window_mean(seen.observed, seen).mean(2)
     total = seen.candidate.sum(-1, keepdim=True)
     kept = seen.marked | (seen.pos < seen.first + sinks)
     heavy = ranks(torch.where(seen.candidate, mass, -1.0)) < (hitters * total).long()
