@@ -14,6 +14,7 @@ import numpy as np
 from oracle.base import ROUNDING, Budget, Memory, Policy, Row, Sight
 from oracle.held import RKV, KeyDiff, Knorm, LagKV, Random
 from oracle.needs import CORM, FastGen, SimLayerKV
+from oracle.reach import Reach
 from oracle.rings import Cascading
 from oracle.smooth import pooled
 from oracle.weights import Weighted, l1, vo_l1
@@ -235,6 +236,7 @@ POLICIES: dict[str, type[Policy]] = {
     "corm": CORM,
     "simlayerkv": SimLayerKV,
     "fastgen": FastGen,
+    "kvpass": Reach,
 }
 EVICTING = ["streaming_llm", "h2o", "tova", "snapkv", "roco"]
 """The first five, which look at probabilities and positions alone."""

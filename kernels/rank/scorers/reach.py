@@ -1,0 +1,37 @@
+"""Slots for heads that look far, and in each of them for keys unlike the others, and for those that are heard."""
+
+from __future__ import annotations
+
+import torch
+from kvpass.kernels.rank.allocate import ranks
+from kvpass.kernels.rank.scorers.geometry import keydiff
+from kvpass.kernels.rank.scorers.registry import scorer
+from kvpass.kernels.rank.scorers.seen import Seen
+from kvpass.kernels.rank.scorers.window import window_mean
+from kvpass.kernels.rank.smooth import smoothed
+from torch import Tensor
+
+
+@scorer("reach", reads=("rows", "keys"), heads="each")
+def reach(seen: Seen, sinks: int = 4, near: int = 128, heard: float = 0.25, pool: int = 5) -> Tensor:
+    """A head's reach over 1 + the key's rank in it: where one ranking chooses for all heads and layers, each head gets
+    slots in proportion to its reach (kvpass' own, docs/design/0022).
+
+    Reach is the mean, over keys that are neither among the `sinks` first nor the `near` last tokens, of the most that a
+    query of the window gave the key; 1 for all heads where a row has no such keys. It tells heads that find things from
+    heads that look at what is near, whatever will be asked. Within a head keys rank by the sum of two ranks: how unlike
+    the others they are (`keydiff`), and, counted `heard` times, the most that the window's mean attention is in `pool`
+    neighbours, so that what a question asks for stays whole.
+    """
+    far = seen.candidate & (seen.pos >= seen.first + sinks) & (seen.pos < seen.end - near)
+    count = far.sum(-1, keepdim=True)
+    most = torch.where(far, seen.observed.amax((2, 3)), 0.0).sum(-1, keepdim=True) / count.clamp(min=1)
+    mean = window_mean(seen.observed, seen).mean(2)
+    place = _place(keydiff(seen), seen) + heard * _place(smoothed(mean, pool, "max"), seen)
+    order = ranks(torch.where(seen.candidate, -place, -torch.inf))
+    return torch.where(count > 0, most, 1.0) / (1 + order)
+
+
+def _place(score: Tensor, seen: Seen) -> Tensor:
+    """float32 [B, Hkv, L]: ranks of candidates, the best 0."""
+    return ranks(torch.where(seen.candidate, score, -torch.inf)).float()
