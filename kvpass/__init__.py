@@ -21,7 +21,7 @@ _HOMES = {
     "compile": "api.compile",
     "explain": "api.explain",
     "export_mlir": "api.export_mlir",
-    "inspect": "api.report",
+    "inspect": "api.live_slots",
     "instructed": "runtime.instruction",
     "marked": "runtime.marks",
     "replay": "api.replay",
@@ -58,7 +58,8 @@ if TYPE_CHECKING:
     from kvpass.api.explain import explain
     from kvpass.api.export_mlir import export_mlir
     from kvpass.api.replay import replay
-    from kvpass.api.report import inspect, report
+    from kvpass.api.live_slots import inspect
+    from kvpass.api.report import report
     from kvpass.api.rewrite import rewrite
     from kvpass.errors import KVPassError, Reason
     from kvpass.kernels.rank.scorers.registry import scorer

@@ -41,8 +41,8 @@ SECTIONS: dict[str, list[tuple[str, str]]] = {
         ("kvpass.api.report", "Report"),
         ("kvpass", "inspect"),
         ("kvpass", "Cache"),
-        ("kvpass.api.report", "Inspection"),
-        ("kvpass.api.report", "LayerView"),
+        ("kvpass.api.live_slots", "Inspection"),
+        ("kvpass.api.live_slots", "LayerView"),
         ("kvpass", "tentative"),
     ],
     "Policies": [
