@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from kvpass.api.holdings import Holdings, Part, holdings
 from kvpass.api.report_text import report_text
 from kvpass.api.retention import retention

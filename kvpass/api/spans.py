@@ -14,7 +14,7 @@ Span = tuple[int, int] | range
 Spans = Mapping[str, Span | Sequence[Span | None]]
 """By name, one span for all rows, or one for each of them, None where a row has none."""
 
-HINT = "a span is (start, stop), columns of the cache as of the ids that the model was given; or a list, one for each row"
+HINT = "a span is (start, stop), columns of the ids that the model was given; or a list of those, one for each row"
 
 
 def span_rows(spans: Spans, found: Retention) -> list[dict[str, Any]]:

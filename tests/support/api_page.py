@@ -40,6 +40,7 @@ SECTIONS: dict[str, list[tuple[str, str]]] = {
         ("kvpass", "report"),
         ("kvpass.api.report", "Report"),
         ("kvpass", "inspect"),
+        ("kvpass", "page"),
         ("kvpass", "Cache"),
         ("kvpass.api.live_slots", "Inspection"),
         ("kvpass.api.live_slots", "LayerView"),
