@@ -1,6 +1,6 @@
 """What two policies keep of one prompt, as pages to look at: a passkey in 1,024 tokens, asked for after the eviction.
 
-    python -P examples/retention.py [--policies h2o kvzip] [--budget 0.2] [--folder retention] [--picture docs/retention.png]
+    python -P examples/retention.py [--policies h2o kvzip] [--budget 0.2] [--picture docs/retention.png]
 
 Writes a page for each policy, says what is left of the passkey and what the model answers; with --picture, both pages
 side by side as chromium shows them.
@@ -23,7 +23,7 @@ from quality.prompts import Prompts, Question
 import kvpass
 
 TASK = "passkey"
-WIDTH, HEIGHT = 1080, 1180
+WIDTH, HEIGHT = 1080, 1740
 
 
 def arguments() -> argparse.Namespace:
@@ -85,10 +85,8 @@ def main() -> None:
         pages.append(kvpass.page(cache, ids, name, tokenizer=tokenizer, spans=spans))
         (row,) = kvpass.report(cache, spans).to_dict()["spans"]
         said = answer(compiled, cache, prompts.follow_up(trial, "agnostic", TASK), question)
-        print(
-            f"{policy}: {row['kept']:.1%} of the passkey kept over {row['heads']} heads, {row['gone']} of {row['tokens']} "
-            f"tokens gone in all of them; then asked, the model says {tokenizer.decode(said)!r}; {name}"
-        )
+        kept = f"{row['kept']:.1%} kept over {row['heads']} heads, {row['gone']} of {row['tokens']} tokens gone in all"
+        print(f"{policy}: {kept}; asked for it, the model says {tokenizer.decode(said)!r}; {name}")
     if args.picture:
         side_by_side(pages, args.picture)
 

@@ -31,7 +31,12 @@ def page(
 
 @overload
 def page(
-    cache: Any, tokens: Any = None, path: str | PathLike[str] = ..., *, tokenizer: Any = None, spans: Spans | None = None
+    cache: Any,
+    tokens: Any = None,
+    path: str | PathLike[str] = ...,
+    *,
+    tokenizer: Any = None,
+    spans: Spans | None = None,
 ) -> Path: ...
 
 
@@ -101,7 +106,7 @@ def texts_of(tokens: Any, tokenizer: Any = None) -> list[list[str]]:
 def _decoding(tokenizer: Any) -> Callable[[int], str]:
     """Ids one by one; a space in front is kept, which some tokenizers drop of a text's first token."""
     if tokenizer is None:
-        return str
+        return lambda one: f" {one}"
     known: dict[int, str] = {}
     pieces = getattr(tokenizer, "convert_ids_to_tokens", None)
 

@@ -65,7 +65,7 @@ def _spans(rows: Sequence[dict[str, Any]]) -> list[str]:
 def span_text(s: dict[str, Any], several: bool) -> str:
     """several: whether to say whose it is."""
     whose = f" of row {s['row']}" if several else ""
-    gone = "GONE IN ALL HEADS" if s["lost"] else f"{s['gone']} of them gone in all heads" if s["gone"] else "none gone"
+    gone = "GONE IN ALL HEADS" if s["lost"] else f"{s['gone'] or 'none'} gone in all heads"
     where = f"{_times(s['tokens'], 'token')} at {s['start']}..{s['stop'] - 1}"
     return f"span {s['span']}{whose}: {where}, {s['kept']:.1%} kept over {_times(s['heads'], 'head')}; {gone}"
 

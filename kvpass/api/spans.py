@@ -36,16 +36,24 @@ def span_rows(spans: Spans, found: Retention) -> list[dict[str, Any]]:
 
 
 def _by_row(name: str, said: Any, found: Retention) -> Sequence[Any]:
-    if isinstance(said, range) or (isinstance(said, Sequence) and all(isinstance(one, int) for one in said)):
+    if _pair(said) is not None:
         return [said] * found.rows
-    if not isinstance(said, Sequence) or len(said) != found.rows:
+    if isinstance(said, (str, range)) or not isinstance(said, Sequence) or len(said) != found.rows:
         raise CacheError(f"span {name!r} is {said!r}, of a cache of {found.rows} rows", hint=HINT)
     return said
 
 
+def _pair(one: Any) -> tuple[int, int] | None:
+    """Start and stop of what is a span."""
+    if isinstance(one, range):
+        return (one.start, one.stop) if one.step == 1 else None
+    good = isinstance(one, Sequence) and len(one) == 2 and all(isinstance(end, int) for end in one)
+    return (one[0], one[1]) if good else None
+
+
 def _checked(name: str, row: int, one: Any, found: Retention) -> tuple[int, int]:
-    pair = (one.start, one.stop) if isinstance(one, range) and one.step == 1 else one
-    if isinstance(pair, range) or len(pair) != 2:
+    pair = _pair(one)
+    if pair is None:
         raise CacheError(f"span {name!r} of row {row} is {one!r}", hint=HINT)
     first, (start, stop) = int(found.first[row]), pair
     if not first <= start < stop <= found.tokens:

@@ -6,6 +6,7 @@ import html
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 STAGES = {
     "01": "captured",
@@ -61,7 +62,7 @@ def _caches(root: Path, caches: Mapping[Path, str]) -> str:
         call = f"kvpass.page(cache, tokens, {str(root / 'cache.html')!r})"
         return f"<p>Which tokens a cache of these graphs holds: <code>{_esc(call)}</code> is linked here.</p>"
     links = "".join(
-        f'<li><a href="{_esc(path.relative_to(root))}">{_esc(path.name)}</a> {_esc(title)}</li>'
+        f'<li><a href="{quote(path.relative_to(root).as_posix())}">{_esc(path.name)}</a> {_esc(title)}</li>'
         for path, title in caches.items()
     )
     return f"<p>Which tokens caches hold:</p><ul>{links}</ul>"
