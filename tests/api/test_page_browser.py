@@ -1,7 +1,7 @@
 """`kvpass.page` in a real browser: its script runs without errors, and shows what `kvpass.inspect` finds.
 
-Needs chromium (on Debian: apt install chromium), which pip cannot bring: so it is `wide`, and fails where there is none.
-What the page's data is, any machine tests (test_page.py).
+Needs chromium (on Debian: apt install chromium), which pip cannot bring: so it is `wide`, and fails where there is
+none. What the page's data is, any machine tests (test_page.py).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import random
 import re
 import time
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,45 @@ def test_the_script_shows_what_inspect_finds(tmp_path: Path, row: int) -> None:
     live = [(layer.positions[row] >= 0).sum(-1).tolist() for layer in kvpass.inspect(held).layers]
     assert [cell for cell in cells if re.fullmatch(r"\d+ \d+", cell)] == [" ".join(map(str, some)) for some in live]
     assert len([own for tag, own, _ in page.elements if tag == "rect" and own.get("fill") == "#d93a2b"]) == 1
+
+
+HAND = """<script>
+const box = document.getElementById("map").getBoundingClientRect(), status = document.getElementById("status");
+const mouse = (kind, x, y) => document.getElementById("map").dispatchEvent(new MouseEvent(kind,
+  { bubbles: true, clientX: box.left + x * box.width, clientY: box.top + y * box.height }));
+const said = {};
+mouse("mousemove", 0.5 / 90, 0.999); said.hover = status.textContent;
+mouse("mousedown", 9.5 / 90, 0.5); mouse("mousemove", 20 / 90, 0.5); mouse("mouseup", 27.5 / 90, 0.5);
+said.near = document.getElementById("view").textContent;
+said.shown = [...document.querySelectorAll("#tokens span")].map((node) => Number(node.dataset.p));
+document.querySelector("#tokens span").dispatchEvent(new MouseEvent("mousemove", { bubbles: true }));
+said.text = status.textContent;
+document.getElementById("all").click(); said.all = document.getElementById("view").textContent;
+const chooser = document.getElementById("row"); chooser.value = "1"; chooser.dispatchEvent(new Event("change"));
+mouse("mousemove", 0.5 / 90, 0.001); said.other = status.textContent;
+document.body.dataset.said = btoa(unescape(encodeURIComponent(JSON.stringify(said))));
+</script></body>"""
+"""A user's hand: over the map's lower left corner, a drag from position 9 to 27, over the text, back to all of it, the
+other sequence."""
+
+
+def test_it_answers_to_the_mouse(tmp_path: Path) -> None:
+    held = cache("ada_snapkv", 40)
+    words = [[f" r{at}t{column}" for column in range(T)] for at in (0, 1)]
+    path = kvpass.page(held, words, tmp_path / "page.html")
+    path.write_text(path.read_text().replace("</body>", HAND))
+    facts = body(chromium.dom(path))
+    assert "error" not in facts
+    said = json.loads(b64decode(facts["said"]))
+    views = kvpass.inspect(held).layers
+    holding = [0 in head for layer in views for head in layer.positions[0].tolist()]
+    last = "held" if holding[-1] else "gone"
+    assert said["hover"].startswith(f'position 0 " r0t0"; layer 1, head 1: {last}; held by {sum(holding)} of 4 heads')
+    assert said["near"] == "positions 9..27 of 90"
+    assert said["shown"] == list(range(9, 28))
+    assert said["text"].startswith('position 9 " r0t9"; held by')
+    assert said["all"] == "positions 0..89 of 90"
+    assert said["other"].startswith('position 0 " r1t0"; layer 0, head 0: padding; held by 0 of 4 heads')
 
 
 def test_an_error_would_be_seen(tmp_path: Path) -> None:
