@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import html
-import json
 from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
@@ -11,8 +9,6 @@ from typing import Any, overload
 
 import torch
 
-from kvpass import debug
-from kvpass.api.page_data import page_data
 from kvpass.api.spans import Spans
 from kvpass.errors import CacheError
 
@@ -67,6 +63,12 @@ def page(
         CacheError: no compressed cache in it; tokens of another number of rows; a span that is out of range; or the
             file cannot be written.
     """
+    import html
+    import json
+
+    from kvpass import debug
+    from kvpass.api.page_data import page_data  # here what `import kvpass` need not load
+
     data = page_data(cache, None if tokens is None else texts_of(tokens, tokenizer), spans)
     title = f"kvpass: {data['report']['policy']}, budget {data['report']['budget']}, {data['tokens']} tokens"
     text = TEMPLATE.read_text(encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote
 
@@ -38,7 +39,10 @@ details { margin: .4rem 0 } summary { cursor: pointer; color: #555 }
 """
 
 
-def index(root: Path, runs: Iterable[Any], caches: Mapping[Path, str]) -> str:
+NO_PAGES: Mapping[Path, str] = MappingProxyType({})
+
+
+def index(root: Path, runs: Iterable[Any], caches: Mapping[Path, str] = NO_PAGES) -> str:
     """The whole page.
 
     Args:
