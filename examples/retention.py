@@ -44,6 +44,12 @@ def place(ids: list[int], part: list[int]) -> tuple[int, int]:
     return starts[0], starts[0] + len(part)
 
 
+def whole(cache: Any, start: int, stop: int) -> int:
+    """How many heads hold all of a run of tokens."""
+    heads = [head for layer in kvpass.inspect(cache).layers for head in layer.positions[0].tolist()]
+    return sum(set(range(start, stop)) <= set(head) for head in heads)
+
+
 def answer(model: Any, cache: Any, asked: list[int], question: Question) -> list[int]:
     """The digits that greedy decoding says, as many as there are to be found."""
     said: list[int] = []
@@ -86,6 +92,7 @@ def main() -> None:
         (row,) = kvpass.report(cache, spans).to_dict()["spans"]
         said = answer(compiled, cache, prompts.follow_up(trial, "agnostic", TASK), question)
         kept = f"{row['kept']:.1%} kept over {row['heads']} heads, {row['gone']} of {row['tokens']} tokens gone in all"
+        kept += f", {whole(cache, *spans['passkey'])} heads hold all of it"
         print(f"{policy}: {kept}; asked for it, the model says {tokenizer.decode(said)!r}; {name}")
     if args.picture:
         side_by_side(pages, args.picture)
