@@ -21,9 +21,10 @@ _HOMES = {
     "compile": "api.compile",
     "explain": "api.explain",
     "export_mlir": "api.export_mlir",
-    "inspect": "api.report",
+    "inspect": "api.live_slots",
     "instructed": "runtime.instruction",
     "marked": "runtime.marks",
+    "page": "api.page",
     "replay": "api.replay",
     "report": "api.report",
     "rewrite": "api.rewrite",
@@ -45,6 +46,7 @@ __all__ = [
     "inspect",
     "instructed",
     "marked",
+    "page",
     "replay",
     "report",
     "rewrite",
@@ -57,8 +59,10 @@ if TYPE_CHECKING:
     from kvpass.api.compile import compile
     from kvpass.api.explain import explain
     from kvpass.api.export_mlir import export_mlir
+    from kvpass.api.live_slots import inspect
+    from kvpass.api.page import page
     from kvpass.api.replay import replay
-    from kvpass.api.report import inspect, report
+    from kvpass.api.report import report
     from kvpass.api.rewrite import rewrite
     from kvpass.errors import KVPassError, Reason
     from kvpass.kernels.rank.scorers.registry import scorer

@@ -45,6 +45,7 @@ ARROWS = {
         "runtime",
         "pipeline",
         "model",
+        "debug",
         "kernels",
     },
     "__init__": {"api", "pipeline", "runtime", "policy", "kernels"},  # resolved on first use

@@ -10,7 +10,7 @@ import kvpass
 
 PUBLIC = [
     "Cache", "KVPassError", "Policy", "Reason", "Seen", "__version__", "backend", "compile", "explain", "export_mlir",
-    "inspect", "instructed", "marked", "replay", "report", "rewrite", "scorer", "tentative",
+    "inspect", "instructed", "marked", "page", "replay", "report", "rewrite", "scorer", "tentative",
 ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvpass.api.holdings import cache_of, holdings, stores
-from kvpass.api.report import LayerView, layer_view
+from kvpass.api.live_slots import LayerView, layer_view
 from kvpass.errors import CacheError
 from kvpass.kernels.slots.cursor import FIRST, SEEN
 from kvpass.runtime.pick import with_rows

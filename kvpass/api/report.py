@@ -1,20 +1,19 @@
-"""What a cache holds and why: `report` and `inspect`."""
+"""What a cache holds and why: `report`."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from kvpass.api.holdings import Holdings, Part, holdings, stores
+from kvpass.api.holdings import Holdings, Part, holdings
 from kvpass.api.report_text import report_text
+from kvpass.api.retention import retention
+from kvpass.api.spans import Spans, span_rows
 from kvpass.errors import CacheError
 from kvpass.kernels.budget import Apart, Budget
 from kvpass.kernels.slots.cursor import SEEN
-from kvpass.kernels.slots.moves import even
 from kvpass.runtime.recordings import StepCounts
 from kvpass.runtime.shell import attached
 from kvpass.runtime.store import SlotStore
@@ -49,6 +48,8 @@ class Report:
             those, and `why` the last of these was; of the graph with the most, where a model has several.
             providers: on a CUDA device, who computed the attention of prompts, by kinds of calls in words: of all
             models of this process.
+            spans: for each one that was asked for, in each row: `kept`, the share of its `tokens` that is kept, over
+            all `heads` of all layers; `gone`, how many no head holds; `lost`, whether that is all of them.
         """
         return self.data
 
@@ -56,16 +57,19 @@ class Report:
         return report_text(self.data)
 
 
-def report(cache: Any) -> Report:
+def report(cache: Any, spans: Spans | None = None) -> Report:
     """Bytes, slots and declined sites of a cache that a kvpass-compiled model returned: of all of it, with what is left
     dense and what the caller allocated.
 
     Args:
         cache: `out.cache` (`out.past_key_values` before transformers 5.24), a model's whole output, a tuple cache, or a
             module that holds its cache in attributes.
+        spans: tokens to look for, by name: `{"code": (120, 131)}`, columns [start, stop) of the cache, padding counted,
+            in all rows; or a list of those, one for each row (None: not in this one). Says how much of each is kept,
+            and whether one is gone in all heads: what only it said, the model cannot answer any more.
 
     Raises:
-        CacheError: no kvpass-compiled model made it.
+        CacheError: no kvpass-compiled model made it; with `spans`, nothing in it is compressed, or one is out of range.
     """
     found = holdings(cache)
     if not found.stores and found.left is None:
@@ -96,6 +100,7 @@ def report(cache: Any) -> Report:
             "proof": _proof(found.stores, dense_sites - slots - callers),
             "steps": max((store.steps for store in found.stores), key=_made, default=StepCounts())._asdict(),
             "providers": _providers(),
+            "spans": span_rows(spans, retention(cache)) if spans else [],
         }
     )
 
@@ -122,16 +127,6 @@ def _not_ours(cache: Any) -> CacheError:
         hint="pass the cache that a kvpass-compiled model returned (generate with return_dict_in_generate=True); if "
         "it did, no attention with a cache was found in it: print(kvpass.explain(model, **inputs))",
     )
-
-
-def _some(cache: Any) -> list[SlotStore]:
-    found = stores(cache)
-    if not found:
-        raise CacheError(
-            f"no compressed cache in this {type(cache).__name__}",
-            hint="pass the cache that a kvpass-compiled model returned (generate with return_dict_in_generate=True)",
-        )
-    return found
 
 
 def _site_row(store: SlotStore) -> dict[str, Any]:
@@ -219,81 +214,3 @@ def _why(stores: Sequence[SlotStore]) -> str:
     if all(rule[Budget].slots >= seen for rule, seen in rules if rule[Budget].slots):
         return "the budget has room for every token so far"
     return "this policy has not evicted yet: it waits for more tokens, or for another call"
-
-
-@dataclass(frozen=True)
-class LayerView:
-    """Live slots of one site. `C` here is the largest live count; shorter heads are filled up.
-
-    Attributes:
-        name: of the site.
-        positions: `[B, Hkv, C]` int64, ascending, -1 = empty (at the end).
-        scores: `[B, Hkv, C]` float32, higher = keep, before protection; NaN where empty, and where they are means over
-            heads of several ranks: looking asks nobody.
-        keys, values: `[B, Hkv, C, D]` and `[B, Hkv, C, Dv]` in the cache's dtype, zero where empty.
-        bytes: bytes of allocated K and V slots.
-    """
-
-    name: str
-    positions: torch.Tensor
-    scores: torch.Tensor
-    keys: torch.Tensor
-    values: torch.Tensor
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """Copies of the live slots of a cache.
-
-    Attributes:
-        layers: of each site, in the order of the model's layers.
-    """
-
-    layers: list[LayerView] = field(default_factory=list)
-
-
-def inspect(cache: Any) -> Inspection:
-    """Look into a compressed cache: positions, scores, keys and values of the live slots (copies) of a `cache` as
-    for `report`.
-
-    Raises:
-        CacheError: no compressed cache in it.
-    """
-    return Inspection([layer_view(store) for store in _some(cache)])
-
-
-def layer_view(store: SlotStore) -> LayerView:
-    from kvpass.kernels.codecs.entries import entries_of
-    from kvpass.kernels.rank.criterion import Ranking
-    from kvpass.kernels.rank.ranking import newest, slot_scores
-    from kvpass.kernels.ranks import alone
-
-    held = even(store.state)
-    entries = entries_of(held, "k", store.rule), entries_of(held, "v", store.rule)
-    k, v, pos, stats = _as_host(store, *entries, held.pos, held.stats)
-    c = int(store.live().max())
-    far = torch.iinfo(torch.int64).max
-    order = torch.where(pos >= 0, pos.long(), far).argsort(dim=-1)[..., :c]
-    positions = pos.gather(-1, order).long()
-    empty = positions < 0
-    rule = alone(store.rule)
-    scores = slot_scores(stats, pos, rule, newest(store.state.cursor)).gather(-1, order)
-    scores = scores.masked_fill(empty | (rule != store.rule and rule[Ranking].together), float("nan"))
-    keys, values = (
-        t.gather(2, order[..., None].expand(-1, -1, -1, t.shape[-1])).masked_fill(empty[..., None], 0) for t in (k, v)
-    )
-    return LayerView(store.name, positions, scores, keys, values, store.bytes)
-
-
-def _as_host(
-    store: SlotStore, k: torch.Tensor, v: torch.Tensor, pos: torch.Tensor, stats: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
-    """k, v, pos and stats in the heads of the host's cache."""
-    if store.host is None:
-        return k, v, pos, stats
-    (heads, dim), (_, wide) = store.host
-    if v.shape[3] == 0:  # latent and rotated key in one slot
-        return *k.split((dim, wide), dim=-1), pos, stats
-    k, v = (t.squeeze(1).unflatten(-1, (heads, -1)).transpose(1, 2) for t in (k, v))
-    return k, v, pos.expand(-1, heads, -1), stats.expand(-1, -1, heads, -1)

@@ -13,7 +13,8 @@ WIDTH = 100
 
 def report_text(data: dict[str, Any]) -> str:
     """The headline, what it adds up from, the compressed layers, the dense ones and why they are."""
-    return "\n".join([*_headline(data), *_sites(data["sites"]), *_dense(data["dense"]), *_declined(data["declined"])])
+    parts = _headline(data), _spans(data["spans"]), _sites(data["sites"]), _dense(data["dense"])
+    return "\n".join([*(line for part in parts for line in part), *_declined(data["declined"])])
 
 
 def _headline(d: dict[str, Any]) -> list[str]:
@@ -54,6 +55,19 @@ def _steps(s: dict[str, Any]) -> str:
 
 def _times(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _spans(rows: Sequence[dict[str, Any]]) -> list[str]:
+    several = any(row["row"] for row in rows)
+    return [line for row in rows for line in _folded(span_text(row, several))]
+
+
+def span_text(s: dict[str, Any], several: bool) -> str:
+    """several: whether to say whose it is."""
+    whose = f" of row {s['row']}" if several else ""
+    gone = "GONE IN ALL HEADS" if s["lost"] else f"{s['gone'] or 'none'} gone in all heads"
+    where = f"{_times(s['tokens'], 'token')} at {s['start']}..{s['stop'] - 1}"
+    return f"span {s['span']}{whose}: {where}, {s['kept']:.1%} kept over {_times(s['heads'], 'head')}; {gone}"
 
 
 def _sites(rows: Sequence[dict[str, Any]]) -> list[str]:

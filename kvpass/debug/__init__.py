@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 
@@ -43,6 +45,13 @@ def stages(folder: str | None, number: int, captured: Any, record: Any, lowered:
     from kvpass.debug.report import GraphReport
 
     return GraphReport(folder, number, captured, record, lowered)
+
+
+def linked(page: Path, title: str) -> None:
+    """A page about a cache was written: if it lies in the folder of a debug report of this process, that links it."""
+    report = sys.modules.get("kvpass.debug.report")
+    if report is not None:
+        report.link(page.resolve(), title)
 
 
 def _trace(number: int, record: Any, lowered: Any) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
+from urllib.parse import quote
 
 STAGES = {
     "01": "captured",
@@ -37,12 +39,16 @@ details { margin: .4rem 0 } summary { cursor: pointer; color: #555 }
 """
 
 
-def index(root: Path, runs: Iterable[Any]) -> str:
+NO_PAGES: Mapping[Path, str] = MappingProxyType({})
+
+
+def index(root: Path, runs: Iterable[Any], caches: Mapping[Path, str] = NO_PAGES) -> str:
     """The whole page.
 
     Args:
         root: folder of the report; links are relative to it.
         runs: `report.Run`s, oldest first.
+        caches: pages about caches below root, with their titles.
     """
     body = "".join(_run(root, run) for run in reversed(list(runs)) if run.entries)
     return (
@@ -50,8 +56,20 @@ def index(root: Path, runs: Iterable[Any]) -> str:
         f"<style>{STYLE}</style></head><body><h1>kvpass debug report</h1>"
         "<p>Every captured graph in the order of compilation. Read a graph from left to right: what Dynamo captured, "
         "which attention sites were found in it, what was decided, the rewritten graph, and what changed.</p>"
-        f"{body}</body></html>\n"
+        f"{_caches(root, caches)}{body}</body></html>\n"
     )
+
+
+def _caches(root: Path, caches: Mapping[Path, str]) -> str:
+    """Links to pages; how to make one where there is none."""
+    if not caches:
+        call = f"kvpass.page(cache, tokens, {str(root / 'cache.html')!r})"
+        return f"<p>Which tokens a cache of these graphs holds: <code>{_esc(call)}</code> is linked here.</p>"
+    links = "".join(
+        f'<li><a href="{quote(path.relative_to(root).as_posix())}">{_esc(path.name)}</a> {_esc(title)}</li>'
+        for path, title in caches.items()
+    )
+    return f"<p>Which tokens caches hold:</p><ul>{links}</ul>"
 
 
 def _run(root: Path, run: Any) -> str:

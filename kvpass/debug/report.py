@@ -54,6 +54,28 @@ class Run:
 _FOLDERS: dict[Path, list[Run]] = {}
 """Runs of this process by folder."""
 
+_PAGES: dict[Path, dict[Path, str]] = {}
+"""Pages about caches that this process wrote into those folders, with their titles."""
+
+
+def link(written: Path, title: str) -> None:
+    """Let the index of the folder that a page about a cache lies in link to it. The page is there, whatever happens to
+    the index.
+    """
+    root = next((root for root in _FOLDERS if written.is_relative_to(root)), None)
+    if root is not None:
+        _PAGES.setdefault(root, {})[written] = title
+        try:
+            write_index(root)
+        except OSError:
+            log.warning("debug report in %s: index.html was not written", root, exc_info=True)
+
+
+def write_index(root: Path) -> None:
+    """Write index.html anew."""
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "index.html").write_text(page.index(root, _FOLDERS[root], _PAGES.get(root, {})))
+
 
 class GraphReport(AbstractContextManager["GraphReport"]):
     """Entered around the inner compilation of one graph: stages 1 to 6 before it, stage 7 and the index after it."""
@@ -85,12 +107,8 @@ class GraphReport(AbstractContextManager["GraphReport"]):
         self._stage("07_inner.txt", lambda: self.code.describe(exc[1]))
         for at, source in enumerate(self.code.paths, 1):
             self._stage(f"07_inner_{at}.py", Path(source).read_text)
-        self._guarded("index.html", lambda: self._index())
+        self._guarded("index.html", lambda: write_index(self.root))
         log.info("debug report: %s", self.root / "index.html")
-
-    def _index(self) -> None:
-        self.root.mkdir(parents=True, exist_ok=True)
-        (self.root / "index.html").write_text(page.index(self.root, _FOLDERS[self.root]))
 
     def _tables(self) -> None:
         table, plan = self.record.table, self.record.plan

@@ -63,7 +63,7 @@ def row_of(policy: Spec) -> Row:
     rule = example_rule(policy)
     size = 4 + sum(record.slot_bytes for record in rule)
     extra = " + ".join(_extra(rule)) or "none"
-    reads = ", ".join(_reads(rule))
+    reads = ", ".join(reads_of(rule))
     return Row(policy.name, reads, extra, size, _bits(rule), policy.paper, policy.source, policy.notes)
 
 
@@ -89,7 +89,8 @@ def _attended(rule: Rule) -> bool:
     return rule[Observation].queries != 0 and bool(emitted(rule) or rule[Scoring].windowed)
 
 
-def _reads(rule: Rule) -> list[str]:
+def reads_of(rule: Rule) -> list[str]:
+    """What ranks the slots of a rule, in words."""
     observation, scoring, weight = rule[Observation], rule[Scoring], rule[Weight]
     found = []
     if _attended(rule):

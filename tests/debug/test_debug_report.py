@@ -182,8 +182,8 @@ def test_index_links_every_file_and_nothing_outside(written: Path) -> None:
 
 def test_index_is_escaped(tmp_path: Path) -> None:
     entry = report.Entry("graph_001_prefill", "<b>&", {"rule": "<i>"}, [], [], [], ["note <script>"])
-    text = page.index(tmp_path, [report.Run(None, "policy <x>", 0, [entry])])
-    assert not any(tag in text for tag in ("<script>", "<i>", "<x>", "<b>&<"))
+    text = page.index(tmp_path, [report.Run(None, "policy <x>", 0, [entry])], {tmp_path / "<u>.html": "<y>"})
+    assert not any(tag in text for tag in ("<script>", "<i>", "<x>", "<b>&<", "<u>", "<y>"))
     assert "note &lt;script&gt;" in text
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kvpass.api.holdings import stores
-from kvpass.api.report import LayerView, layer_view
+from kvpass.api.live_slots import LayerView, layer_view
 
 JUDGED = ("full", "h2o", "streaming_llm", "tova", "roco", "snapkv")
 """Policies whose replays an oracle follows: the unmodified model, with masks in the place of evictions."""

@@ -40,9 +40,10 @@ SECTIONS: dict[str, list[tuple[str, str]]] = {
         ("kvpass", "report"),
         ("kvpass.api.report", "Report"),
         ("kvpass", "inspect"),
+        ("kvpass", "page"),
         ("kvpass", "Cache"),
-        ("kvpass.api.report", "Inspection"),
-        ("kvpass.api.report", "LayerView"),
+        ("kvpass.api.live_slots", "Inspection"),
+        ("kvpass.api.live_slots", "LayerView"),
         ("kvpass", "tentative"),
     ],
     "Policies": [
