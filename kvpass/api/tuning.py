@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from kvpass.tune.windows import Windows
 
 ABOUT = (
-    "Tries policies and settings on windows of the text: each prompt is compressed before anything is asked of it, then "
-    "the text goes on, and passages of it are read again; what is judged is how far the model's predictions are from the "
-    "full cache's (docs/tune.md). The last quarter of the text is only for the report. Run again after an interruption, "
-    "it goes on where it was."
+    "Tries policies and settings on windows of the text: each prompt is compressed before anything is asked of it, "
+    "then the text goes on, and passages of it are read again; what is judged is how far the model's predictions are "
+    "from the full cache's (docs/tune.md). The last quarter of the text is only for the report. Run again after an "
+    "interruption, it goes on where it was."
 )
 
 
@@ -104,6 +104,7 @@ def _race(args: argparse.Namespace, out: Path, text: str) -> Race:
     from kvpass.tune.record import Record
     from kvpass.tune.windows import windows_of
 
+    clock = Clock(args.minutes)
     _check(args, out, [*KINDS])
     default = inspect.signature(compile).parameters["policy"].default
     without = set(args.without)
@@ -132,7 +133,7 @@ def _race(args: argparse.Namespace, out: Path, text: str) -> Race:
         lambda cache: report(cache).to_dict(),
         windows.cue,
     )
-    clock = Clock(args.minutes, record.spent)
+    clock.before = record.spent
     limit = start[0].policy.budget if isinstance(start[0].policy.budget, float) else None
     race = Race(judge, windows, start, args.budget, without, _judge(args, judge, windows), record, clock, _quiet, limit)
     race.say = lambda name, row: _say(race, name, row)
@@ -187,7 +188,8 @@ def _report(args: argparse.Namespace, race: Race, finals: list[Any], out: Path) 
     from kvpass.tune.picture import draw
     from kvpass.tune.table import criterion, finals_table, search_table
 
-    full = race.judge.full(race.windows.held_out[0])
+    race.judge.expected.clear()  # to be timed, and after a warm-up by all that was before
+    full = race.judge.full(race.windows.held_out[0], stepwise=True)
     report = finals_table(race, finals, full)
     print(search_table(race), "", "On the held-out text:", report, "", sep="\n")
     best, verdict = race.winner(finals)

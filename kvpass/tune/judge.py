@@ -74,15 +74,16 @@ class Judge:
     cue: int
     expected: dict[str, Expected] = field(default_factory=dict)
 
-    def full(self, window: Window) -> Expected:
-        """By the unmodified model, once for each window."""
+    def full(self, window: Window, stepwise: bool = False) -> Expected:
+        """By the unmodified model, once for each window; `stepwise`: with the seconds of a step."""
         if window.name not in self.expected:
             with torch.no_grad():
                 cache, read = self._read(self.model, window)
                 follows = self._after(self.model, cache, window.next)
                 again = [self._after(self.model, cache, passage) for passage in window.passages]
-                step = statistics.median([s for _, s in self._steps(self.model, cache, window)][STEPS // 2 :])
+                times = [seconds for _, seconds in self._steps(self.model, cache, window)] if stepwise else []
             right = statistics.mean(self._right(*pair) for pair in zip(again, window.passages, strict=True))
+            step = statistics.median(times[STEPS // 2 :]) if times else None
             marks = Marks(0.0, 0.0, right, 1.0, read, 0.0, step)
             self.expected[window.name] = Expected(outlook(follows), tuple(map(outlook, again)), marks)
         return self.expected[window.name]

@@ -29,14 +29,17 @@ OVER = 1.05
 """A candidate may hold so much more than the default policy does: policies keep statistics of
 different sizes beside the same slots."""
 
+FULL = 0.95
+"""Codes that hold less than this share of what they may hold every token."""
+
 Say = Callable[[str, Row | None], None]
 
 
 class Clock:
     """Minutes of a search, over all of its runs."""
 
-    def __init__(self, minutes: float, spent: float, now: Callable[[], float] = time.monotonic) -> None:
-        self.seconds, self.before, self._now, self._start = 60 * minutes, spent, now, now()
+    def __init__(self, minutes: float, now: Callable[[], float] = time.monotonic) -> None:
+        self.seconds, self.before, self._now, self._start = 60 * minutes, 0.0, now, now()
 
     @property
     def spent(self) -> float:
@@ -125,8 +128,11 @@ class Race:
 
     def allowed(self, row: Row) -> bool:
         """Whether it holds no more bytes than it may."""
-        own = self.record.rows[self.start[0].key].search[0]["held"]
-        return bool(row.search[0]["held"] <= OVER * max(own, self.limit or 0.0))
+        return bool(row.search[0]["held"] <= OVER * self._most)
+
+    @property
+    def _most(self) -> float:
+        return max(float(self.record.rows[self.start[0].key].search[0]["held"]), self.limit or 0.0)
 
     def _best(self, kind: str) -> Candidate | None:
         whole = [
@@ -154,7 +160,10 @@ class Race:
             yield from (one for one in fresh if one is not None)
 
     def _move(self, base: Candidate, seen: set[str]) -> Candidate | None:
+        room = base.kind == "codes" and self.record.rows[base.key].search[0]["held"] < FULL * self._most
         for one in moves(base, self.budget, self.without):
+            if room and one.policy.store == base.policy.store:
+                continue  # nothing was evicted: what ranks or protects slots changes nothing
             if one.key not in seen and one.key not in self.made:
                 seen.add(one.key)
                 return one

@@ -24,8 +24,8 @@ def criterion(race: Race) -> str:
     windows = race.windows
     return (
         f"loss: {JUDGED[race.judged]}. text: KL(full cache || policy), nats a token, over the {windows.after} tokens"
-        f" that follow a prompt of {windows.context:,} after it was compressed; copy: the same where two passages of the"
-        f" prompt are read again, from their token {windows.cue} on"
+        f" that follow a prompt of {windows.context:,} after it was compressed; copy: the same where two passages"
+        f" of the prompt are read again, from their token {windows.cue} on"
     )
 
 

@@ -16,7 +16,7 @@ SHORTEST = 128
 DEPTHS = (0.1, 0.38, 0.66)
 """Where in its prompt the first passage of three windows in a row begins; the second lies half a prompt away."""
 
-SEARCHED, HELD_OUT = 8, 8
+SEARCHED, HELD_OUT = 6, 6
 """Windows, at most."""
 
 
