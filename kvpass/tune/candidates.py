@@ -151,7 +151,7 @@ def _rooted(name: str) -> str:
 def moves(base: Candidate, budget: int | float | str, without: set[str]) -> Iterator[Candidate]:
     """A candidate with one more setting, for each that it can have."""
     for name, change in MOVES:
-        if "observe" in change and base.policy.observe.queries in (0, "all"):
+        if not _matters(base.policy, change):
             continue
         try:
             made = candidate(f"{base.name} + {name}", _laid(base.data, change), budget)
@@ -159,6 +159,13 @@ def moves(base: Candidate, budget: int | float | str, without: set[str]) -> Iter
             continue
         if made.kind not in without and made.key != base.key:
             yield made
+
+
+def _matters(policy: Policy, change: dict[str, Any]) -> bool:
+    """A window needs a policy that has one, a safeguard heads that share."""
+    if "observe" in change:
+        return policy.observe.queries not in (0, "all")
+    return {*change.get("allocate", {})} != {"safeguard"} or policy.allocate.heads == "flat"
 
 
 def _laid(data: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:

@@ -94,7 +94,7 @@ class Judge:
         Raises:
             KVPassError: the model cannot run under this policy.
         """
-        torch._dynamo.reset()  # type: ignore[no-untyped-call]  # what earlier candidates compiled is not needed again
+        torch._dynamo.reset()  # what earlier candidates compiled is not needed again
         model = self.compiled(self.model, candidate.policy)
         for window in windows:
             full = self.full(window)

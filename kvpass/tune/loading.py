@@ -30,12 +30,13 @@ def load(name: str, device: str, dtype: str) -> tuple[Any, Any]:
         hint = "give the folder that save_pretrained wrote: config.json, weights and tokenizer"
         raise ModelError(f"no model folder {name!r}", where="MODEL", hint=hint)
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    said: Any = logging
+    said.set_verbosity_error()
+    said.disable_progress_bar()
     try:
         kind = dtype if dtype == "auto" else getattr(torch, dtype)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=kind).eval().to(place)
-        return model, AutoTokenizer.from_pretrained(name)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=kind)
+        return model.eval().to(place), AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, ImportError, RuntimeError, AttributeError) as error:
         line = next(iter(str(error).splitlines()), "")
         hint = "give a causal language model of transformers with its tokenizer, as a folder or by a name it knows"

@@ -195,7 +195,7 @@ class Race:
         found: list[dict[str, Any]],
         stepwise: bool = False,
     ) -> None:
-        start = time.monotonic()
+        start = self.clock.spent
         found.clear()  # of a run that was cut off: its first window would be timed with tracing in it
         try:
             for marks in self.judge.trial(one, iter(windows), stepwise):
@@ -207,7 +207,7 @@ class Race:
         except Exception as error:  # of the model's own code, under this policy: the others go on
             row.error = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         row.over = True
-        row.seconds += time.monotonic() - start
+        row.seconds += self.clock.spent - start
         self.record.spent = self.clock.spent
         self.record.save()
 

@@ -34,7 +34,8 @@ def search_table(race: Race) -> str:
     own = race.start[0].key
     rows = {key: row for key, row in race.record.rows.items() if key in race.made and row.search}
     best = {one.key for one in race.leaders()}
-    lines = [("", "policy", "loss", "text", "copy", "copied %", "held %", "prompt s", "windows", "kind")]
+    head = ("", "policy", "loss", "text", "copy", "copied %", "held %", "prompt s", "windows", "kind")
+    lines: list[tuple[str, ...]] = [head]
     for key, row in sorted(rows.items(), key=lambda item: (-len(item[1].search), race.loss(item[1]))):
         mark = ("*" if key in best else "") + ("d" if key == own else "") + ("" if race.allowed(row) else "!")
         lines.append((mark, row.name, f"{race.loss(row):.4f}", *_figures(row.search), str(len(row.search)), row.kind))
