@@ -13,12 +13,12 @@ from kvpass.policy.policy import Policy
 from kvpass.policy.shorthand import share
 
 FIRST = (
-    "kvzip",
     "turbo",
     "snapkv",
     "snapkv_int4",
     "layer_defensivekv",
     "expected_attention",
+    "kvzip",
     "keydiff",
     "roco",
     "criticalkv",

@@ -32,6 +32,9 @@ different sizes beside the same slots."""
 FULL = 0.95
 """Codes that hold less than this share of what they may hold every token."""
 
+STEPWISE = 1.4
+"""Windows of the report take so many times those of the search: their steps are traced and timed too."""
+
 Say = Callable[[str, Row | None], None]
 
 
@@ -99,6 +102,9 @@ class Race:
         chosen = {one.key: one for one in (*self.leaders(), self.start[0])}
         for one in chosen.values():
             row = self.record.rows[one.key]
+            first = one.key in (self.start[0].key, next(iter(chosen)))
+            if not first and self._final_seconds(one.key) + self._final_seconds(self.start[0].key) > self.clock.left:
+                continue  # the time is for the best and the default
             if len(row.held_out) < len(self.windows.held_out) and not row.error:
                 self.say(f"{one.name} on the held-out text", None)
                 self._measure(one, row, self.windows.held_out, row.held_out, stepwise=True)
@@ -171,11 +177,20 @@ class Race:
 
     def _time(self, share: float = 1.0) -> bool:
         """Whether one more candidate fits into this share of the time, beside the report."""
-        rows = self.record.rows.values()
-        longest = max((row.seconds for row in rows), default=0.0)
-        usual = statistics.mean([row.seconds for row in rows])
-        report = (len(self.leaders()) + 1) * (usual + _reading(rows) * len(self.windows.held_out))
-        return self.clock.spent < share * (self.clock.seconds - report) and self.clock.left > report + longest
+        usual = statistics.mean([row.seconds for row in self.record.rows.values()])
+        report = self._report_seconds()
+        return self.clock.spent < share * (self.clock.seconds - report) and self.clock.left > report + usual
+
+    def _report_seconds(self) -> float:
+        """That the held-out windows will take, of all that would be measured on them now."""
+        chosen = {one.key: one for one in (*self.leaders(), self.start[0])}
+        return sum(self._final_seconds(key) for key in chosen)
+
+    def _final_seconds(self, key: str) -> float:
+        row = self.record.rows[key]
+        if not row.search or row.held_out:
+            return 0.0
+        return STEPWISE * row.seconds * len(self.windows.held_out) / len(row.search)
 
     def _try(self, one: Candidate) -> None:
         """Measure it, or take what the record has."""
@@ -212,8 +227,8 @@ class Race:
         self.record.save()
 
     def _behind(self, one: Candidate, row: Row) -> bool:
-        """Whether it is clearly behind the best of its kind on as many windows, or holds too much."""
-        if not self.allowed(row):
+        """Whether it is clearly behind the best of its kind on as many windows, holds too much, or takes too long."""
+        if not self.allowed(row) or self.clock.left < self._report_seconds():
             return True
         best, number = self._best(one.kind), len(row.search)
         if best is None or number not in GATES:
@@ -226,8 +241,3 @@ def losses(marks: list[dict[str, Any]], judged: str) -> list[float]:
     if judged == "both":
         return [(mark["text"] + mark["copy"]) / 2 for mark in marks]
     return [mark[judged] for mark in marks]
-
-
-def _reading(rows: Any) -> float:
-    """Seconds of a window without tracing, roughly: what the quickest row took on each."""
-    return min((row.seconds / len(row.search) for row in rows if row.search), default=0.0)
