@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvpass import __version__
-from kvpass.api import tuning
+from kvpass.api import harness, tuning
 from kvpass.errors import KVPassError, PolicyError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ _LISTED = (
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kvpass", description="Eviction policies of kvpass.")
     parser.add_argument("--version", action="version", version=f"kvpass {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="policies|scorers|tune")
+    commands = parser.add_subparsers(required=True, metavar="policies|scorers|tune|eval")
     policies = commands.add_parser("policies", help="list, show and check policies", description=_LISTED)
     policies.add_argument("--markdown", action="store_true", help="the list as docs/policies.md holds it")
     policies.set_defaults(run=_list)
@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         text = "run this file first: it registers scorers of your own"
         command.add_argument("--import", dest="imports", action="append", metavar="FILE.py", help=text)
     tuning.add(commands, _budget)
+    harness.add(commands)
     return parser
 
 
