@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; the exit status: 0, 1 for an error that the library names, 2 (by argparse) for usage."""
-    args = _parser().parse_args(arguments)
+    parser = _parser()
+    args, rest = parser.parse_known_args(arguments)
+    if rest and not hasattr(args, "rest"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.rest = rest  # of `eval`: another program's
     try:
         for file in getattr(args, "imports", None) or ():
             _import(Path(file))

@@ -21,14 +21,13 @@ def add(commands: Any) -> None:
     """The command's arguments: all are the harness'."""
     about = "lm_eval with --model kvpass; its own arguments: --model_args pretrained=..,policy=..,budget=.. --tasks .."
     parser = commands.add_parser("eval", help="lm-evaluation-harness over a compressed cache", description=about)
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="of lm_eval")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, rest=True)
 
 
 def run(args: argparse.Namespace) -> int:
     """The harness' command."""
     register()
-    sys.argv = ["lm_eval", "run", "--model", "kvpass", *args.arguments]
+    sys.argv = ["lm_eval", "run", "--model", "kvpass", *args.rest]
     import_module("lm_eval.__main__").cli_evaluate()
     return 0
 
@@ -75,7 +74,8 @@ def model_class() -> Any:
             from kvpass.api.compile import compile
 
             super().__init__(pretrained, backend="causal", **kwargs)
-            self._model = compile(self._model, policy, budget, inner=inner)
+            bare: Any = vars(self)["_model"]
+            self._model: Any = compile(bare, policy, budget, inner=inner)
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
             raise KVPassError(
@@ -127,9 +127,7 @@ def _ids(lm: Any, tokens: list[int]) -> Any:
 
 
 def _called(model: Any, ids: Any, held: Any) -> Any:
-    """Logits [S, V] of a call that goes on from a cache (None: from nothing), by the name that this transformers has for
-    it.
-    """
+    """Logits [S, V] of a call that goes on from a cache (None: from nothing), by this transformers' name for it."""
     import inspect
 
     from kvpass.model.asked import CACHES

@@ -23,6 +23,8 @@ def saved(folder: Path) -> Path:
     table = {word: i for i, word in enumerate(["<pad>", "<unk>", "<s>", *WORDS])}
     made = Tokenizer(models.WordLevel(table, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", pad_token="<pad>").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token="<unk>", pad_token="<pad>", eos_token="<s>"
+    ).save_pretrained(folder)
     llama(layers=1, dtype=torch.float32).save_pretrained(folder)
     return folder
