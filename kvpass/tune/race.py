@@ -105,7 +105,7 @@ class Race:
             first = one.key in (self.start[0].key, next(iter(chosen)))
             if not first and self._final_seconds(one.key) + self._final_seconds(self.start[0].key) > self.clock.left:
                 continue  # the time is for the best and the default
-            if len(row.held_out) < len(self.windows.held_out) and not row.error:
+            if not row.held_out and not row.error:
                 self.say(f"{one.name} on the held-out text", None)
                 self._measure(one, row, self.windows.held_out, row.held_out, stepwise=True)
         return [*chosen.values()]
@@ -114,8 +114,8 @@ class Race:
         """The best by the search windows, and what the held-out ones say of it; the default if it is worse."""
         default, rows = self.start[0], self.record.rows
         best = next((one for one in finals if rows[one.key].held_out), default)
-        own = statistics.mean(losses(rows[default.key].held_out, self.judged))
-        loss = statistics.mean(losses(rows[best.key].held_out, self.judged))
+        shared = min(len(rows[one.key].held_out) for one in (default, best))
+        own, loss = (self.loss(rows[one.key], shared, held_out=True) for one in (default, best))
         if best.key == default.key:
             return default, f"nothing was better than the default; its loss on the held-out text is {own:.4f}"
         verdict = f"loss on the held-out text {loss:.4f}, the default's ({default.name}) {own:.4f}"
@@ -186,6 +186,10 @@ class Race:
         chosen = {one.key: one for one in (*self.leaders(), self.start[0])}
         return sum(self._final_seconds(key) for key in chosen)
 
+    def _to_come(self, one: Candidate) -> float:
+        """Seconds of the report beside this finalist: the default is measured last."""
+        return 0.0 if one.key == self.start[0].key else self._final_seconds(self.start[0].key)
+
     def _final_seconds(self, key: str) -> float:
         row = self.record.rows[key]
         if not row.search or row.held_out:
@@ -217,6 +221,8 @@ class Race:
                 found.append(marks.to_dict())
                 if not stepwise and one is not self.start[0] and self._behind(one, row):
                     break
+                if stepwise and len(found) >= 2 and self.clock.left < self._to_come(one):
+                    break  # two windows are the least that an interval needs
         except KVPassError as error:
             row.error = error.what
         except Exception as error:  # of the model's own code, under this policy: the others go on
