@@ -1,4 +1,4 @@
-"""The command `kvpass`: what policies and scorers there are, and whether a policy file is right."""
+"""The command `kvpass`: what policies and scorers there are, whether a policy file is right, which one is best."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvpass import __version__
+from kvpass.api import harness, tuning
 from kvpass.errors import KVPassError, PolicyError
 
 if TYPE_CHECKING:
@@ -19,7 +20,11 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; the exit status: 0, 1 for an error that the library names, 2 (by argparse) for usage."""
-    args = _parser().parse_args(arguments)
+    parser = _parser()
+    args, rest = parser.parse_known_args(arguments)
+    if rest and not hasattr(args, "rest"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.rest = rest  # of `eval`: another program's
     try:
         for file in getattr(args, "imports", None) or ():
             _import(Path(file))
@@ -43,7 +48,7 @@ _LISTED = (
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kvpass", description="Eviction policies of kvpass.")
     parser.add_argument("--version", action="version", version=f"kvpass {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="policies|scorers")
+    commands = parser.add_subparsers(required=True, metavar="policies|scorers|tune|eval")
     policies = commands.add_parser("policies", help="list, show and check policies", description=_LISTED)
     policies.add_argument("--markdown", action="store_true", help="the list as docs/policies.md holds it")
     policies.set_defaults(run=_list)
@@ -62,6 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     for command in (show, check, known):
         text = "run this file first: it registers scorers of your own"
         command.add_argument("--import", dest="imports", action="append", metavar="FILE.py", help=text)
+    tuning.add(commands, _budget)
+    harness.add(commands)
     return parser
 
 

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from threading import Timer
 from typing import Any
@@ -41,7 +42,7 @@ def compiling(title: str, inner: str, gm: fx.GraphModule, pieces: str = "") -> I
         pieces: what of it is compiled, if it is cut.
     """
     _traced()
-    if not progress_wanted():
+    if not _wanted():
         yield
         return
     key = fingerprint(inner, gm)
@@ -58,7 +59,7 @@ def tracing() -> Iterator[None]:
     """Around a call of a compiled model: says so if Dynamo traces it for long."""
     from torch._dynamo.callback import callback_handler
 
-    if not progress_wanted():
+    if not _wanted():
         yield
         return
     callback_handler.register_start_callback(_begun)
@@ -70,6 +71,22 @@ def tracing() -> Iterator[None]:
         callback_handler.remove_start_callback(_begun)
         callback_handler.remove_end_callback(_traced)
 
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Nothing is said here, by this thread: the caller says what goes on in words of its own."""
+    token = _quiet.set(True)
+    try:
+        yield
+    finally:
+        _quiet.reset(token)
+
+
+def _wanted() -> bool:
+    return progress_wanted() and not _quiet.get()
+
+
+_quiet: ContextVar[bool] = ContextVar("kvpass_quiet", default=False)
 
 _tracing: list[Timer] = []
 

@@ -1,0 +1,1 @@
+"""A search for the best policy on a text of the user's: windows of it, candidates, a race, its record, what it says."""
