@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from kvpass.kernels.rank.replay import Replay
 from kvpass.kernels.rule import Rule
+from kvpass.kernels.timing import Timing
 from kvpass.runtime.replaying import check_played, replaying
 from kvpass.runtime.step import CallFacts, Moment, Step
+from kvpass.runtime.steps.share_slots import share_out
 from kvpass.terms import Phase
 
 
@@ -24,6 +26,10 @@ class CheckReplay(Step):
 
 
 class AwaitReplay(Step):
+    """Tokens of a later call that is too short for a replay rank as generated ones do, and as those may, or may not,
+    make others go.
+    """
+
     name, moment = "await_replay", Moment.AFTER
     about = "all tokens stay until the call's own are replayed; then slots are shared out by what that gave"
 
@@ -31,6 +37,10 @@ class AwaitReplay(Step):
         return rule[Replay].replay > 0 and phase is not Phase.DECODE
 
     def run(self, call: CallFacts) -> None:
-        if replaying() is None:
-            for store in call.stores:
-                store.unplayed = call.new
+        if replaying() is not None:
+            return
+        short = [store for store in call.stores if store.tokens and call.new < store.rule[Replay].shortest]
+        for store in call.stores:
+            store.unplayed = 0 if store in short else call.new
+        if short:
+            share_out(short, short[0].tokens + call.new, drop=short[0].rule[Timing].when == "always")

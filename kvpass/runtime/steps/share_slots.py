@@ -25,9 +25,9 @@ class ShareSlots(Step):
         share_out(call.stores, call.stores[0].tokens + call.new)
 
 
-def share_out(stores: Sequence[SlotStore], tokens: int) -> None:
+def share_out(stores: Sequence[SlotStore], tokens: int, drop: bool = True) -> None:
     """Drop what is above the budgets of stores that share slots out, after so many tokens, one store at a time. Layers
-    whose rules share in other ways keep to themselves.
+    whose rules share in other ways keep to themselves. Not `drop`: only lay out anew what a call brought.
     """
     from kvpass.kernels.after_call.layers import shared_out
 
@@ -37,7 +37,7 @@ def share_out(stores: Sequence[SlotStore], tokens: int) -> None:
     for alike in together.values():
         rules = [store.rule for store in alike]
         spare = spare_slots(kept(rules[0], tokens))
-        states = shared_out([store.state for store in alike], rules, spare)
+        states = shared_out([store.state for store in alike], rules, spare, drop)
         for store, (state, free) in zip(alike, states, strict=True):
             store.state, store.spare = state, free
             store.outside += 1
