@@ -28,9 +28,7 @@ from kvpass.kernels.slots.state import State
 from torch import Tensor
 
 
-def shared_out(
-    states: list[State], rules: list[Rule], spare: int, drop: bool = True
-) -> Iterator[tuple[State, int]]:
+def shared_out(states: list[State], rules: list[Rule], spare: int, drop: bool = True) -> Iterator[tuple[State, int]]:
     """The states of all layers, one after the other, with what stays, and how many tokens
     each has room for: `spare`, or a few less. Takes the `states` out of their list as it goes, so that one layer at a
     time is held twice.
