@@ -11,19 +11,8 @@ from quality import stats
 from quality.prompts import TASKS
 from quality.render import share_cell, table
 
-COLUMNS = ["policy", "budget", "held %", "at the end %", *TASKS, "right", "of full"]
-COLUMNS += ["digits", "answer NLL", "less full's"]
-    "policy",
-    "budget",
-    "held %",
-    "at the end %",
-    *TASKS,
-    "right",
-    "of full's",
-    "digits",
-    "answer NLL",
-    "to full",
-]
+COLUMNS = ["policy", "budget", "held %", "at the end %", *TASKS, "right", "of full", "digits", "answer NLL"]
+COLUMNS += ["less full's"]
 
 
 def entries(cell: dict[str, Any], *tasks: str) -> list[dict[str, Any]]:
