@@ -1,6 +1,6 @@
 """Answers to questions that come after the compression, where the prompt was read again: docs/quality-replay.md.
 
-    python -P examples/quality/replay.py [--policies kvzip,kvzip_plus,retold] [--budgets 0.1,0.2] [--trials 16]
+    python -P examples/quality/replay.py [--policies kvzip,retold,kvzip_plus] [--budgets 0.1,0.2] [--trials 16]
                                          [--context 1024] [--seed 1] [--rows 4] [--round 8] [--render]
 
 Trials go round by round over all cells, so that a run that is stopped has as many of each; finished ones are kept in
@@ -41,14 +41,14 @@ ROOT = HERE.parent.parent
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--policies", type=listed, default=["kvzip", "kvzip_plus", "retold"])
+    parser.add_argument("--policies", type=listed, default=["kvzip", "retold", "kvzip_plus"])
     parser.add_argument("--budgets", type=lambda text: [float(part) for part in listed(text)], default=[0.1, 0.2])
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--trials", type=int, default=16)
     parser.add_argument("--rows", type=int, default=4, help="prompts in one batch")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--round", type=int, default=8, help="trials of a cell before the next cell's turn")
-    parser.add_argument("--render", action="store_true", help="measure nothing: write the docs from the newest results")
+    parser.add_argument("--render", action="store_true", help="measure nothing: write what is finished")
     return parser.parse_args()
 
 
@@ -95,16 +95,16 @@ def measured(lab: Lab, cells: list[Cell], args: argparse.Namespace, folder: Path
 
 
 def collected(cells: list[Cell], folder: Path) -> list[dict[str, Any]]:
-    """Finished trials by cell: as many of each as the cell with the fewest has."""
-    parts: dict[Cell, list[dict[str, Any]]] = {cell: [] for cell in cells}
-    stamps: dict[Cell, str] = {}
-    for cell, trials in parts.items():
-        for path in sorted(folder.glob(f"{cell.name}-*.json"), key=lambda one: int(one.stem.rsplit("-", 1)[1])):
-            part = json.loads(path.read_text())
-            trials += part["trials"]
-            stamps[cell] = part["commit"]
-    least = min(map(len, parts.values()))
-    return [{**asdict(cell), "commit": stamps[cell], "trials": trials[:least]} for cell, trials in parts.items()]
+    """Finished trials of the cells that have any: as many of each as the one with the fewest has."""
+    out = []
+    for cell in cells:
+        paths = sorted(folder.glob(f"{cell.name}-*.json"), key=lambda one: int(one.stem.rsplit("-", 1)[1]))
+        parts = [json.loads(path.read_text()) for path in paths]
+        if parts:
+            trials = [trial for part in parts for trial in part["trials"]]
+            out.append({**asdict(cell), "commit": parts[-1]["commit"], "trials": trials})
+    least = min((len(cell["trials"]) for cell in out), default=0)
+    return [{**cell, "trials": cell["trials"][:least]} for cell in out]
 
 
 def main() -> None:
@@ -112,18 +112,18 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     cells, results = grid(args), HERE / "results" / "replay"
+    folder = smollm2.cache_folder().parent / "quality-replay" / f"s{args.seed}-r{args.rows}-{args.round}"
+    folder.mkdir(parents=True, exist_ok=True)
     if not args.render:
-        folder = smollm2.cache_folder().parent / "quality-replay" / f"s{args.seed}-r{args.rows}-{args.round}"
-        folder.mkdir(parents=True, exist_ok=True)
         lab = Lab(*smollm2.load(), Settings(args.trials, seed=args.seed))
         for said in measured(lab, cells, args, folder):
             print(said, flush=True)
-        facts = machine.describe()
-        command = shlex.join(["python", "-P", "examples/quality/replay.py", *sys.argv[1:]])
-        found = {"date": date.today().isoformat(), "command": command, "machine": facts, "seed": args.seed}
-        found["cells"] = collected(cells, folder)
+    found = {"date": date.today().isoformat(), "machine": machine.describe(), "seed": args.seed}
+    found["command"] = shlex.join(["python", "-P", "examples/quality/replay.py", *sys.argv[1:]])
+    found["cells"] = collected(cells, folder)
+    if found["cells"]:
         results.mkdir(exist_ok=True)
-        path = results / f"{found['date']}-{machine.slug(facts)}.json"
+        path = results / f"{found['date']}-{machine.slug(found['machine'])}.json"
         path.write_text(json.dumps(found, indent=1) + "\n")
     print(f"wrote {replay_page.write(max(results.glob('*.json')), ROOT / 'docs')}")
 
