@@ -31,7 +31,7 @@ class Replay(Record):
             hidden states (KVzip+).
         summed: the score is the geometric mean of the largest probability and of the most that a query head gives a key
             in all.
-        shortest: a call that goes on from others and brings fewer tokens is not replayed: they rank as generated ones do.
+        shortest: a row's tokens that go on from others, and are fewer, are not replayed: they rank as generated ones.
     """
 
     replay: int = 0

@@ -19,6 +19,8 @@ HEADS, KV_HEADS, SLOTS = 4, 2, 24
 EVEN = {"extends": "kvzip", "allocate": {"layers": "uniform"}}
 FLAT_HEADS = {"extends": "kvzip", "allocate": {"layers": "uniform", "heads": "flat", "safeguard": 0.0}}
 
+QUESTIONS = {"extends": "retold", "name": "mine", "options": {"shortest": 16}}
+
 
 def bounded(policy: Any, chunk: int = 2000, shortest: int = 1) -> dict[str, Any]:
     """The policy with a budget at every token, of turns too, and with chunks that these small models can read."""
@@ -114,10 +116,14 @@ def test_questions_stay(case: str) -> None:
 
 
 @pytest.mark.usefixtures("one_trace")
-@pytest.mark.parametrize("policy", ["kvzip", pytest.param(EVEN, marks=pytest.mark.wide)])
+@pytest.mark.parametrize(
+    "policy",
+    [bounded("kvzip", 40), QUESTIONS, pytest.param(bounded(EVEN, 40), marks=pytest.mark.wide)],
+    ids=["always", "one row's question", "even"],
+)
 def test_rows_alone(policy: Any) -> None:
-    """Rows of unequal length, and a second turn that is padded too."""
-    model, lengths, policy = tiny.one_llama(HEADS, KV_HEADS), [70, 33], bounded(policy, 40)
+    """Rows of unequal length, and a second turn that is padded too: a question in one row, long in the other."""
+    model, lengths = tiny.one_llama(HEADS, KV_HEADS), [70, 33]
     chat, (ids, mask) = Chat(model, policy), tiny.left_padded(lengths)
     more, there = tiny.left_padded([5, 33], seed=9)
     step = tiny.tokens(2, 1, seed=3)

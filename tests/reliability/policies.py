@@ -42,8 +42,8 @@ def _model(layers: int) -> Any:
 
 
 def model_of(name: str) -> Any:
-    """The model for a policy: of one layer, or of two where layers share or differ. With so many words that none comes twice in a
-    conversation: keys of the same word have the same length.
+    """The model for a policy: of one layer, or of two where layers share or differ. With so many words that none comes
+    twice in a conversation: keys of the same word have the same length.
     """
     policy = policy_of(name)[0]
     return _model(1 if policy.allocate.layers == "uniform" and not policy.layers else 2)
@@ -69,6 +69,8 @@ def _shorter(policy: Policy) -> dict[str, Any]:
     spec["protect"] = protect
     if isinstance(policy.observe.queries, int) and policy.observe.queries > WINDOW:
         spec["observe"] = {"queries": WINDOW}
+    if policy.replays:
+        spec["options"] = {**policy.options, "shortest": WINDOW}
     if policy.store.k != "dense" or policy.store.v != "dense":
         spec["store"] = {"residual": min(policy.store.residual, 4), "sinks": min(policy.store.sinks, 2)}
     return spec

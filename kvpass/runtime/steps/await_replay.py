@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from kvpass.kernels.rank.replay import Replay
 from kvpass.kernels.rule import Rule
-from kvpass.kernels.timing import Timing
-from kvpass.runtime.replaying import check_played, replaying
+from kvpass.runtime.replaying import check_played, replaying, staying, untold
 from kvpass.runtime.step import CallFacts, Moment, Step
 from kvpass.runtime.steps.share_slots import share_out
+from kvpass.runtime.store import SlotStore
 from kvpass.terms import Phase
 
 
@@ -39,8 +39,11 @@ class AwaitReplay(Step):
     def run(self, call: CallFacts) -> None:
         if replaying() is not None:
             return
-        short = [store for store in call.stores if store.tokens and call.new < store.rule[Replay].shortest]
+        short: list[SlotStore] = []
         for store in call.stores:
-            store.unplayed = 0 if store in short else call.new
+            store.unplayed = call.new
+            if bool(untold(store, store.tokens).all()):
+                store.unplayed = 0
+                short.append(store)
         if short:
-            share_out(short, short[0].tokens + call.new, drop=short[0].rule[Timing].when == "always")
+            share_out(short, short[0].tokens + call.new, staying(short[0], short[0].tokens))
