@@ -28,17 +28,23 @@ from kvpass.kernels.slots.state import State
 from torch import Tensor
 
 
-def shared_out(states: list[State], rules: list[Rule], spare: int) -> Iterator[tuple[State, int]]:
+def shared_out(
+    states: list[State], rules: list[Rule], spare: int, whole: Tensor | None = None
+) -> Iterator[tuple[State, int]]:
     """The states of all layers, one after the other, with what stays, and how many tokens
     each has room for: `spare`, or a few less. Takes the `states` out of their list as it goes, so that one layer at a
     time is held twice.
 
-    Each state is as a call of several tokens leaves it: as many slots for each head, all candidates in use.
+    Each state is as a call of several tokens leaves it: as many slots for each head, all candidates in use. whole:
+    bool [B], rows of which all of them stay; None: no row.
     """
     scores = [state_scores(state, rule) for state, rule in zip(states, rules, strict=True)]
     of_all = [_of_all_ranks(score, rule) for score, rule in zip(scores, rules, strict=True)]
     even = [_even(state, score, rule) for state, score, rule in zip(states, of_all, rules, strict=True)]
     counts = _COUNTS[rules[0][ShareOut].share](of_all, even, states, rules)
+    if whole is not None:
+        held = [(score > -INF).sum(-1) for score in of_all]
+        counts = [torch.where(whole[:, None], *pair) for pair in zip(held, counts, strict=True)]
     extras = _extras(counts, even, rules[0])
     for score, count, extra, rule in zip(scores, counts, extras, rules, strict=True):
         yield _dropped(states.pop(0), score, own_part(count, rule), own_part(extra, rule), spare, rule)

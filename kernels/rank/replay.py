@@ -29,10 +29,15 @@ class Replay(Record):
         replay: tokens that one call repeats; 0: nothing is replayed.
         normed: probabilities are multiplied by ||v W_O||_2 of their query head, and divided by ||x||_2 of the query's
             hidden states (KVzip+).
+        summed: the score is the geometric mean of the largest probability and of the most that a query head gives a key
+            in all.
+        shortest: a row's tokens that go on from others, and are fewer, are not replayed: they rank as generated ones.
     """
 
     replay: int = 0
     normed: bool = False
+    summed: bool = False
+    shortest: int = 1
 
     def work(self, rule: Rule) -> Iterator[str]:
         """The whole model again, and the scores' own softmax."""
@@ -64,6 +69,7 @@ def replay_scores(
     hidden: Tensor | None = None,
 ) -> Tensor:
     """The largest probability that any query of a call, in any head of the group, gives each key that it repeats.
+    Under a rule that is `summed`: sqrt(that * the largest sum over the call's queries of any head of the group).
 
     Of a softmax over the first `Protected.sinks` tokens of the row, the repeated ones, and the call's own up to the
     query; other keys are taken to be away. Arguments as for prefill_attend; valid bool [B, S], from there; stats
@@ -87,6 +93,7 @@ def replay_scores(
     norms = _norms(_taken(v, index), wo) if plan[Replay].normed and wo is not None else None
     inputs = None if hidden is None or norms is None else torch.linalg.vector_norm(hidden.float(), dim=-1)
     best, step = torch.zeros(index.shape, device=k.device), max(1, TILE // max(1, len(q) * q.shape[1] * index.shape[2]))
+    total = torch.zeros(*index.shape[:2], q.shape[1] // k.shape[1], index.shape[2], device=k.device)
     for start in range(0, q.shape[2], step):
         rows = slice(start, min(start + step, q.shape[2]))
         shown = Shown(Sees.parse(sees), q.shape[2], position, tokens, None, mask, bias)
@@ -98,6 +105,8 @@ def replay_scores(
         if norms is not None and inputs is not None:
             probs = probs * norms[:, :, :, None] / inputs[:, None, None, rows, None].clamp(min=1e-30)
         best = torch.maximum(best, probs.amax((2, 3)))
+        total += probs.sum(3)
+    best = (best * total.amax(2)).sqrt() if plan[Replay].summed else best
     heard = keys.read & chunk.gather(-1, index)
     return out.scatter_(-1, index, torch.where(heard, best, UNHEARD))
 

@@ -135,7 +135,7 @@ def _replay(policy: Spec) -> Replay:
     if not policy.replays:
         return Replay()
     options = {**find_scorer(policy.score).options, **policy.options}
-    return Replay(int(options["chunk"]), bool(options["normed"]))
+    return Replay(int(options["chunk"]), bool(options["normed"]), bool(options["summed"]), int(options["shortest"]))
 
 
 def _merge(policy: Spec) -> Merge:

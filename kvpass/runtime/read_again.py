@@ -10,11 +10,10 @@ import torch
 from kvpass.errors import CacheError
 from kvpass.kernels.rank.replay import Replay
 from kvpass.kernels.slots.cursor import SEEN
-from kvpass.kernels.slots.ragged import padded, used_slots
 from kvpass.runtime.attributes import DEEPEST
 from kvpass.runtime.drafts import entered
 from kvpass.runtime.instruction import Instruction, instruction
-from kvpass.runtime.replaying import Replaying
+from kvpass.runtime.replaying import Replaying, arrived, staying, untold
 from kvpass.runtime.shell import find
 from kvpass.runtime.steps.share_slots import share_out
 from kvpass.runtime.store import SlotStore
@@ -67,17 +66,18 @@ def read_again(waiting: Sequence[SlotStore], host: Any, ids: torch.Tensor, valid
     """
     first, held = waiting[0], _held(host)
     counts = valid.sum(-1, keepdim=True).cpu()
-    pos = padded(first.state.pos, first.state.cursor, used_slots(first.state.cursor), -1)
-    arrived = (pos[:, :1] >= first.tokens - first.unplayed).sum(-1).cpu()
-    if not bool((counts == arrived).all()):
+    before = first.tokens - first.unplayed
+    came = arrived(first, before).cpu()
+    if not bool((counts == came).all()):
         raise CacheError(
             f"{counts.flatten().tolist()} tokens of the rows are said to be no padding, but the cache took "
-            f"{arrived.flatten().tolist()}",
+            f"{came.flatten().tolist()}",
             where=first.name,
             hint="give the ids and the mask of the cache's last call: kvpass.replay(model, cache, ids, mask=mask)",
         )
-    begin = first.state.cursor[:, :1, SEEN].cpu() - counts
-    for probe in probes(ids, valid, first.rule[Replay].replay, instruction()):
+    begin, short = first.state.cursor[:, :1, SEEN].cpu() - counts, untold(first, before)
+    told, whole = valid & ~short.to(valid.device)[:, None], staying(first, before)
+    for probe in probes(ids, told, first.rule[Replay].replay, instruction()):
         block = Replaying.of((probe.repeated + begin).int())
         try:
             with entered(block), torch.no_grad():
@@ -87,7 +87,7 @@ def read_again(waiting: Sequence[SlotStore], host: Any, ids: torch.Tensor, valid
             _put_back(held)
     try:
         with torch.inference_mode(False), torch.no_grad():
-            share_out(waiting, first.tokens)
+            share_out(waiting, first.tokens, whole)
     except BaseException:
         for store in waiting:
             store.spoiled = True

@@ -16,14 +16,16 @@ import kvpass
 from kvpass.errors import CacheError, PolicyError
 
 HEADS, KV_HEADS, SLOTS = 4, 2, 24
-EVEN = {"name": "even", "extends": "kvzip", "allocate": {"layers": "uniform"}}
-FLAT_HEADS = {"name": "heads", "extends": "kvzip", "allocate": {"layers": "uniform", "heads": "flat", "safeguard": 0.0}}
+EVEN = {"extends": "kvzip", "allocate": {"layers": "uniform"}}
+FLAT_HEADS = {"extends": "kvzip", "allocate": {"layers": "uniform", "heads": "flat", "safeguard": 0.0}}
+
+QUESTIONS = {"extends": "retold", "name": "mine", "options": {"shortest": 16}}
 
 
-def chunked(policy: Any, chunk: int) -> dict[str, Any]:
-    """The policy with shorter chunks; these small models get no more than a word."""
+def bounded(policy: Any, chunk: int = 2000, shortest: int = 1) -> dict[str, Any]:
+    """The policy with a budget at every token, of turns too, and with chunks that these small models can read."""
     own = {"extends": policy} if isinstance(policy, str) else policy
-    return {**own, "name": "mine", "options": {**own.get("options", {}), "chunk": chunk}}
+    return {**own, "name": "mine", "when": "always", "options": {"chunk": chunk, "shortest": shortest}}
 
 
 class Chat:
@@ -53,11 +55,16 @@ class Chat:
 
 
 CASES = {
-    "kvzip": ("kvzip", {"share": "model"}),
-    "in chunks": (chunked("kvzip", 30), {"share": "model", "chunk": 30}),
-    "plus": ("kvzip_plus", {"share": "model", "normed": True}),
-    "heads": (FLAT_HEADS, {"share": "heads"}),
-    "even": (chunked(EVEN, 30), {"share": "even", "chunk": 30}),
+    "kvzip": (bounded("kvzip"), {"share": "model"}),
+    "in chunks": (bounded("kvzip", 30), {"share": "model", "chunk": 30}),
+    "plus": (bounded("kvzip_plus"), {"share": "model", "normed": True}),
+    "heads": (bounded(FLAT_HEADS), {"share": "heads"}),
+    "even": (bounded(EVEN, 30), {"share": "even", "chunk": 30}),
+}
+STAYING = {
+    "kvzip": ("kvzip", {"steps_evict": False}),
+    "retold": ("retold", {"steps_evict": False, "summed": True, "recent": 16}),
+    "budget always": (bounded("kvzip", 2000, 64), {}),
 }
 
 
@@ -86,10 +93,37 @@ def test_kept_positions(case: str) -> None:
 
 
 @pytest.mark.usefixtures("one_trace")
-@pytest.mark.parametrize("policy", ["kvzip", pytest.param(EVEN, marks=pytest.mark.wide)])
+@pytest.mark.parametrize("case", STAYING)
+def test_questions_stay(case: str) -> None:
+    """A prompt, a question, its answer, and a longer turn, which is read again as the prompt was."""
+    policy, means = STAYING[case]
+    model = tiny.one_llama(HEADS, KV_HEADS)
+    chat, reader = Chat(model, policy), Reader(model, SLOTS, shortest=64, **means)
+    held = []
+    for ids in [
+        tiny.tokens(1, 70),
+        tiny.tokens(1, 5, 2),
+        tiny.tokens(1, 1, 3),
+        tiny.tokens(1, 66, 4),
+        tiny.tokens(1, 1),
+    ]:
+        got, meant = chat(ids), reader(ids[0].tolist())
+        assert chat.kept() == reader.kept(), ids.shape
+        torch.testing.assert_close(got[0], meant.float(), atol=2e-3, rtol=1e-3)
+        held.append(sum(len(head) for layer in chat.kept() for head in layer) - 2 * KV_HEADS * SLOTS)
+    more = 2 * KV_HEADS
+    assert held == ([0] * 5 if case == "budget always" else [0, 5 * more, 6 * more, 0, more])
+
+
+@pytest.mark.usefixtures("one_trace")
+@pytest.mark.parametrize(
+    "policy",
+    [bounded("kvzip", 40), QUESTIONS, pytest.param(bounded(EVEN, 40), marks=pytest.mark.wide)],
+    ids=["always", "one row's question", "even"],
+)
 def test_rows_alone(policy: Any) -> None:
-    """Rows of unequal length, and a second turn that is padded too."""
-    model, lengths, policy = tiny.one_llama(HEADS, KV_HEADS), [70, 33], chunked(policy, 40)
+    """Rows of unequal length, and a second turn that is padded too: a question in one row, long in the other."""
+    model, lengths = tiny.one_llama(HEADS, KV_HEADS), [70, 33]
     chat, (ids, mask) = Chat(model, policy), tiny.left_padded(lengths)
     more, there = tiny.left_padded([5, 33], seed=9)
     step = tiny.tokens(2, 1, seed=3)
@@ -111,7 +145,7 @@ def test_room_for_all() -> None:
     """Where nothing goes, a replay changes nothing: the logits and the slots are those of no replay, bit for bit."""
     model, ids = tiny.one_llama(HEADS, KV_HEADS), tiny.tokens(2, 40)
     for codes in ({}, {"store": "int4"}):
-        both = [Chat(model, {**chunked("kvzip", 30), **codes}, 512), Chat(model, {"name": "all", **codes}, 1.0)]
+        both = [Chat(model, {**bounded("kvzip", 30), **codes}, 512), Chat(model, {"name": "all", **codes}, 1.0)]
         for tokens in (ids, tiny.tokens(2, 1), tiny.tokens(2, 50, seed=3), tiny.tokens(2, 1)):
             ours, theirs = (chat(tokens) for chat in both)
             torch.testing.assert_close(ours, theirs, atol=0 if codes else 1e-6, rtol=0 if codes else 1e-5)
@@ -124,7 +158,7 @@ def test_room_for_all() -> None:
 @pytest.mark.usefixtures("one_trace")
 def test_bytes() -> None:
     """What is held is the budget, and room to grow, whatever was read again."""
-    chat = Chat(tiny.one_llama(HEADS, KV_HEADS), {**chunked("kvzip", 64), "min_slots": 16}, 0.2)
+    chat = Chat(tiny.one_llama(HEADS, KV_HEADS), {**bounded("kvzip", 64), "min_slots": 16}, 0.2)
     chat(tiny.tokens(2, 200))
     report = kvpass.report(chat.cache).to_dict()
     assert 0.2 <= report["bytes"] / report["dense_bytes"] <= 0.2 * 1.03 + 1 / 200
@@ -185,6 +219,7 @@ def test_refused() -> None:
         ({"score": "window_sum"}, "score"),
         ({"observe": {"replay": "none"}}, "observe.replay"),
         ({"options": {"chunk": 0}}, "options.chunk"),
+        ({"options": {"shortest": 0}}, "options.shortest"),
         ({"allocate": {"layers": "pyramid"}}, "allocate.layers"),
         ({"evicted": "merge"}, "evicted"),
         ({"positions": "reindexed"}, "positions"),

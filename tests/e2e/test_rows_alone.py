@@ -135,7 +135,7 @@ MIXED: dict[str, tuple[dict[str, Any], float | int]] = {
 LEARNED = {name for name in names() if "file" in str(Policy.load(name).options) or name in (
     "q_filters", "kvp", "trim_kv", "kvzap", "dms", "duo_attention", "razor_attention"
 )}  # fmt: skip
-NEEDS_MODEL = {"expected_attention", "compactor", "judge_q", "kvzip", "kvzip_plus"}
+NEEDS_MODEL = {"expected_attention", "compactor", "judge_q", "kvzip", "kvzip_plus", "retold"}
 """They read unrotated queries, marks that end a turn, or the prompt again."""
 KEEPS_ALL = {name for name in names() if Policy.load(name).keeps_all}
 PLAIN = sorted(set(names()) - LEARNED - NEEDS_MODEL - KEEPS_ALL)

@@ -40,6 +40,12 @@ def test_by_hand_normed() -> None:
     torch.testing.assert_close(got[1:3], torch.tensor([0.281867, 0.305148]), atol=1e-6, rtol=0)
 
 
+def test_by_hand_summed() -> None:
+    """Columns [.224515, .563734] and [.610296, .207386]: sqrt(their maximum * their sum)."""
+    got = scores(RULE.replace(summed=True), (1, 3))
+    torch.testing.assert_close(got[1:3], torch.tensor([0.666605, 0.706419]), atol=1e-5, rtol=0)
+
+
 def test_other_keys_are_away() -> None:
     torch.testing.assert_close(scores(RULE, (4, 6), extra=3)[4:6], scores(RULE, (1, 3))[1:3])
 

@@ -32,11 +32,22 @@ class Reader:
     """A conversation of one row: each call returns the logits of its last token, and has evicted."""
 
     def __init__(
-        self, model: Any, slots: int, share: str = "model", chunk: int = 2000, normed: bool = False, sinks: int = 4
+        self,
+        model: Any,
+        slots: int,
+        share: str = "model",
+        chunk: int = 2000,
+        normed: bool = False,
+        sinks: int = 4,
+        summed: bool = False,
+        recent: int = 0,
+        shortest: int = 1,
+        steps_evict: bool = True,
     ) -> None:
         self.model = copy.deepcopy(model).double()
         self.model.set_attn_implementation("reader")
         self.slots, self.share, self.chunk, self.normed, self.sinks = slots, share, chunk, normed, sinks
+        self.summed, self.recent, self.shortest, self.steps_evict = summed, recent, shortest, steps_evict
         self.first: list[int] = []
         self.later: list[int] = []
         self.cache = DynamicCache(config=model.config)
@@ -79,16 +90,19 @@ class Reader:
             READING.pop()
 
     def __call__(self, ids: list[int]) -> torch.Tensor:
-        out = self.run(ids, self.cache)[-1]
+        out, before = self.run(ids, self.cache)[-1], len(self.holds[0][0])
         for layer in range(self.layers):
             for head in range(self.heads):
                 self.holds[layer][head] += [True] * len(ids)
                 self.score[layer][head] += [UNSCORED] * len(ids)
+        if before and len(ids) < max(2, self.shortest) and not self.steps_evict:
+            return out  # whatever is no prompt stays
         if len(ids) == 1:
             self.step()
-        else:
+            return out
+        if not before or len(ids) >= self.shortest:
             self.replay(ids)
-            self.evict()
+        self.evict()
         return out
 
     def step(self) -> None:
@@ -97,7 +111,7 @@ class Reader:
             for head in range(self.heads):
                 holds, score = self.holds[layer][head], self.score[layer][head]
                 while sum(holds) > self.room[layer][head]:
-                    held = [j for j in range(self.sinks, len(holds)) if holds[j]]
+                    held = [j for j in range(self.sinks, len(holds) - self.recent) if holds[j]]
                     holds[min(held, key=lambda j, s=score: (s[j], j if s[j] == UNSCORED else -j))] = False
 
     def replay(self, ids: list[int]) -> None:
@@ -111,10 +125,12 @@ class Reader:
             for layer in range(self.layers):
                 for own in range(self.heads):
                     for j in span:
-                        self.score[layer][own][j] = max(self.heard(layer, own, j, span, end))
+                        heard = self.heard(layer, own, j, span, end)
+                        best, most = max(map(max, heard)), max(map(sum, heard))
+                        self.score[layer][own][j] = (best * most) ** 0.5 if self.summed else best
 
-    def heard(self, layer: int, own: int, j: int, span: range, end: int) -> list[float]:
-        """What each query of the probe, in each head of the group, gives key j."""
+    def heard(self, layer: int, own: int, j: int, span: range, end: int) -> list[list[float]]:
+        """What each head of the group, with each query of the probe, gives key j."""
         found = []
         holds = self.holds[layer][own]
         for head in range(own * self.group, (own + 1) * self.group):
@@ -126,7 +142,7 @@ class Reader:
                 wide = self.values[layer].shape[-1]
                 carried = outward[:, head * wide : (head + 1) * wide] @ self.values[layer][own, j]
                 shares = shares * carried.norm() / self.inputs[layer].norm(dim=-1)
-            found += shares.tolist()
+            found.append(shares.tolist())
         return found
 
     def evict(self) -> None:
@@ -140,10 +156,12 @@ class Reader:
         for group in groups:
             entries = []
             for at, (layer, head) in enumerate(group):
-                for j, held in enumerate(self.holds[layer][head]):
+                holds, score = self.holds[layer][head], self.score[layer][head]
+                for j, held in enumerate(holds):
                     if held:
-                        entries.append((j >= self.sinks, -self.score[layer][head][j], j, at))
-            kept = {(j, at) for _, _, j, at in sorted(entries)[: self.slots * len(group)]}
+                        free = self.sinks <= j < len(holds) - self.recent
+                        entries.append((free, -score[j], -j if score[j] == UNSCORED else j, j, at))
+            kept = {(j, at) for *_, j, at in sorted(entries)[: self.slots * len(group)]}
             for at, (layer, head) in enumerate(group):
                 holds = self.holds[layer][head]
                 for j in range(len(holds)):

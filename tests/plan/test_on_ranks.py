@@ -39,7 +39,7 @@ OVER_HEADS = {
 BY_NUMBER = {"random", "nacl", "cam", "keyformer", "q_filters", "kvp", "kvzap", "trim_kv", "dms"}
 """Those for which it matters which head one is: chance, and weights of their own."""
 
-REPLAYED = {"kvzip", "kvzip_plus"}
+REPLAYED = {"kvzip", "kvzip_plus", "retold"}
 """Those whose prompts are read again, which ranks do not do together yet."""
 
 

@@ -14,13 +14,21 @@ Heads = list[list[list[int]]]
 """[layer][head]: numbers of the row's tokens that it holds, ascending."""
 
 
+def unheard(policy: Policy, row: Row) -> int:
+    """Tokens of a row since its last call that was read again."""
+    since = 0
+    for at, call in enumerate(row.calls):
+        since = 0 if at == 0 or len(call) >= int(policy.options["shortest"]) else since + len(call)
+    return since
+
+
 def check_promises(policy: Policy, budget: Any, held: Heads, plain: Plain, row: Row) -> None:
     seen = len(row.columns)
     if policy.keeps_all or policy.evicted.to:  # also where what would go is held as codes alone
         assert all(head == list(range(seen)) for heads in held for head in heads), "a token is gone"
         return
     size = budget if isinstance(budget, int) else max(policy.min_slots, int(budget * seen))
-    waits = policy.every - 1 if policy.when == "always" else plain.steps
+    waits = policy.every - 1 if policy.when == "always" else unheard(policy, row) if policy.replays else plain.steps
     counts = [[len(head) for head in heads] for heads in held]
     if policy.allocate.layers == "uniform" and policy.allocate.heads in ("uniform", "threshold"):
         assert max(map(max, counts)) <= size + waits, f"{counts} slots, budget {size}"

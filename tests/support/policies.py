@@ -68,16 +68,20 @@ def with_weights(name: str, folder: Path) -> Policy:
     return Policy.load(spec)
 
 
-def allowed(policy: Policy, layers: int, tokens: int, entry: Entry) -> float:
-    """Bytes of keys and values that the rules of all layers allow after so many tokens, of an unmodified cache's."""
+def allowed(policy: Policy, layers: int, tokens: int, steps: int, entry: Entry) -> float:
+    """Bytes of keys and values that the rules of all layers allow after so many tokens, of an unmodified cache's. The
+    last `steps` were generated, and are above the budget where only calls evict.
+    """
     rules = [rule_of(policy, at, layers, entry=entry) for at in range(layers)]
-    return sum(bytes_of_entries(rule, tokens, entry) for rule in rules) / layers / tokens / dense_bytes(entry)
+    above = 0 if policy.when == "always" else steps
+    each = (bytes_of_entries(rule, tokens - above, above, entry) for rule in rules)
+    return sum(each) / layers / tokens / dense_bytes(entry)
 
 
-def bytes_of_entries(rule: Rule, tokens: int, entry: Entry) -> int:
+def bytes_of_entries(rule: Rule, tokens: int, above: int, entry: Entry) -> int:
     """Of one head: keys, values, codes with their scales, whole copies and fits."""
-    copies = within(rule, tokens) if rule.demotes else 0
-    return sum(size for field, size in field_bytes(rule, entry, kept(rule, tokens), copies).items() if field.entries)
+    copies, slots = within(rule, tokens) if rule.demotes else 0, kept(rule, tokens) + above
+    return sum(size for field, size in field_bytes(rule, entry, slots, copies).items() if field.entries)
 
 
 def run(name: str, folder: Path, model: Any, ids: torch.Tensor, new: int) -> dict[str, Any]:
@@ -88,7 +92,8 @@ def run(name: str, folder: Path, model: Any, ids: torch.Tensor, new: int) -> dic
     out = compiled.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, **settings)
     report = kvpass.report(cache_of(out)).to_dict()
     dim = model.config.hidden_size // model.config.num_attention_heads
-    may = allowed(policy, len(report["sites"]), report["tokens"], Entry(dim, dim, model.dtype))
+    steps = report["tokens"] - ids.shape[1]
+    may = allowed(policy, len(report["sites"]), report["tokens"], steps, Entry(dim, dim, model.dtype))
     held = report["bytes"] / report["dense_bytes"]
     bounded = policy.allocate.heads == "threshold"
     good = held <= MORE * may and (bounded or held >= may / MORE)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from kvpass.kernels.rank.replay import Replay
 from kvpass.kernels.rule import Rule
-from kvpass.runtime.replaying import check_played, replaying
+from kvpass.runtime.replaying import check_played, replaying, staying, untold
 from kvpass.runtime.step import CallFacts, Moment, Step
+from kvpass.runtime.steps.share_slots import share_out
+from kvpass.runtime.store import SlotStore
 from kvpass.terms import Phase
 
 
@@ -24,6 +26,10 @@ class CheckReplay(Step):
 
 
 class AwaitReplay(Step):
+    """Tokens of a later call that is too short for a replay rank as generated ones do, and as those may, or may not,
+    make others go.
+    """
+
     name, moment = "await_replay", Moment.AFTER
     about = "all tokens stay until the call's own are replayed; then slots are shared out by what that gave"
 
@@ -31,6 +37,13 @@ class AwaitReplay(Step):
         return rule[Replay].replay > 0 and phase is not Phase.DECODE
 
     def run(self, call: CallFacts) -> None:
-        if replaying() is None:
-            for store in call.stores:
-                store.unplayed = call.new
+        if replaying() is not None:
+            return
+        short: list[SlotStore] = []
+        for store in call.stores:
+            store.unplayed = call.new
+            if bool(untold(store, store.tokens).all()):
+                store.unplayed = 0
+                short.append(store)
+        if short:
+            share_out(short, short[0].tokens + call.new, staying(short[0], short[0].tokens))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from kvpass.kernels.budget import kept
 from kvpass.kernels.rank.replay import Replay
 from kvpass.kernels.rank.share_out import ShareOut
@@ -25,9 +27,9 @@ class ShareSlots(Step):
         share_out(call.stores, call.stores[0].tokens + call.new)
 
 
-def share_out(stores: Sequence[SlotStore], tokens: int) -> None:
+def share_out(stores: Sequence[SlotStore], tokens: int, whole: torch.Tensor | None = None) -> None:
     """Drop what is above the budgets of stores that share slots out, after so many tokens, one store at a time. Layers
-    whose rules share in other ways keep to themselves.
+    whose rules share in other ways keep to themselves. whole: bool [B], rows of which nothing is dropped.
     """
     from kvpass.kernels.after_call.layers import shared_out
 
@@ -37,7 +39,7 @@ def share_out(stores: Sequence[SlotStore], tokens: int) -> None:
     for alike in together.values():
         rules = [store.rule for store in alike]
         spare = spare_slots(kept(rules[0], tokens))
-        states = shared_out([store.state for store in alike], rules, spare)
+        states = shared_out([store.state for store in alike], rules, spare, whole)
         for store, (state, free) in zip(alike, states, strict=True):
             store.state, store.spare = state, free
             store.outside += 1
