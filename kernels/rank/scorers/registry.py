@@ -18,7 +18,10 @@ from kvpass.kernels.rank.criterion import SCORES
 from kvpass.kernels.rank.scorers.seen import READS, Seen
 from torch import Tensor
 
-BUILT_IN = ("geometry", "expected", "lag", "learned", "window", "redundancy", "chance", "needs", "leverage", "replay", "reach")
+BUILT_IN = (
+    *("geometry", "expected", "lag", "learned", "window", "redundancy", "chance", "needs", "leverage", "replay"),
+    "reach",
+)
 """Modules of this package that hold scorers."""
 
 _TABLE: dict[str, Scorer] = {}
