@@ -1,4 +1,4 @@
-"""The policy reach, kvpass' own: heads share by how far they look, and rank their keys by how unlike the others they are."""
+"""The policy reach: heads share by how far they look, and rank their keys by how unlike the others they are."""
 
 from __future__ import annotations
 
