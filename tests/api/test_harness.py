@@ -10,10 +10,15 @@ import torch
 from models.saved import saved
 
 import kvpass
-
-pytest.importorskip("lm_eval", reason="the extra `eval`")
-
 from kvpass.api.harness import register
+
+pytestmark = pytest.mark.wide  # lm-eval has many dependencies, which CI does without
+
+
+@pytest.fixture
+def made() -> Any:
+    """The registered class; says how to install lm-eval, if it is not there."""
+    return register()
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +41,10 @@ def whole(model: Any, context: list[int], continuation: list[int]) -> tuple[floa
     return score, all(int(row.argmax()) == token for row, token in zip(rows, continuation, strict=True))
 
 
+@pytest.mark.usefixtures("made")
 def test_split_scores_are_the_models_own_with_all_slots_and_read_the_compressed_cache_with_few(folder: Path):
     from lm_eval.api.registry import get_model
 
-    register()
     lm = get_model("kvpass")(pretrained=str(folder), policy="full", device="cpu", dtype="float32")
     few = get_model("kvpass")(pretrained=str(folder), policy="snapkv", budget=70, device="cpu", dtype="float32")
     tokens = torch.randint(3, 93, (300,), generator=torch.Generator().manual_seed(3))
@@ -60,7 +65,7 @@ def test_split_scores_are_the_models_own_with_all_slots_and_read_the_compressed_
     assert few._model_generate(ids, max_length=205, stop=[]).tolist() == expected_text.tolist()
 
 
-def test_whole_texts_are_refused_by_name(folder: Path):
-    lm = register()(pretrained=str(folder), policy="snapkv", budget=70, device="cpu", dtype="float32")
+def test_whole_texts_are_refused_by_name(folder: Path, made: Any):
+    lm = made(pretrained=str(folder), policy="snapkv", budget=70, device="cpu", dtype="float32")
     with pytest.raises(kvpass.KVPassError, match="reads no compressed cache"):
         lm.loglikelihood_rolling([])
