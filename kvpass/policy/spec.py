@@ -263,11 +263,14 @@ class Spec:
         return self.budget
 
     def __eq__(self, other: object) -> bool:
-        """As YAML would say it: a budget of 1 (slot) is not a budget of 1.0 (everything)."""
-        return isinstance(other, Spec) and repr(self.to_dict()) == repr(other.to_dict())
+        """As YAML would say it, in any order: a budget of 1 (slot) is not a budget of 1.0 (everything)."""
+        return isinstance(other, Spec) and self._text() == other._text()
 
     def __hash__(self) -> int:
-        return hash(repr(self.to_dict()))
+        return hash(self._text())
+
+    def _text(self) -> str:
+        return json.dumps(self.to_dict(), sort_keys=True)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as a YAML file would say it."""
