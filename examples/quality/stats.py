@@ -6,9 +6,9 @@ import math
 import statistics
 from collections.abc import Sequence
 
+from kvpass.tune.interval import T95
+
 Z = 1.959964
-T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-"""Student's t for 1, 2, ... degrees of freedom; further on 2.0 to 2.12 is close enough to Z * (1 + 1.25 / df)."""
 
 Interval = tuple[float, float, float]
 """Value, lower and upper end."""
@@ -30,6 +30,6 @@ def mean(values: Sequence[float]) -> Interval:
     if len(values) < 2:
         return middle, math.nan, math.nan
     freedom = len(values) - 1
-    t = T[freedom - 1] if freedom <= len(T) else Z * (1 + 1.25 / freedom)
+    t = T95[freedom - 1] if freedom <= len(T95) else Z * (1 + 1.25 / freedom)  # beyond the table close enough
     half = t * statistics.stdev(values) / math.sqrt(len(values))
     return middle, middle - half, middle + half

@@ -58,7 +58,7 @@ def model_class() -> Any:
     except ImportError as error:
         raise KVPassError(f"lm-eval is not installed: {error}", hint='pip install "kvpass[eval]"') from error
 
-    class KVPassLM(huggingface.HFLM):  # type: ignore[misc]
+    class KVPassLM(huggingface.HFLM):  # type: ignore[misc]  # a base of an optional package, which mypy cannot see
         """Generation runs under the policy. A continuation is scored by splitting: the context but for its last token
         is one call and is compressed at its end, then that token and the continuation read the compressed cache.
         """

@@ -108,7 +108,8 @@ def candidate(name: str, data: dict[str, Any], budget: int | float | str) -> Can
 
 
 def _of_bytes(budget: int | float | str) -> int | float | str:
-    amount = share(budget)[0] if share(budget) else budget  # type: ignore[index]
+    found = share(budget)
+    amount = found[0] if found else budget
     return f"{100 * amount:g}% bytes" if isinstance(amount, float) else budget
 
 
