@@ -14,12 +14,17 @@ class Timing(Record):
     Attributes:
         when: `always`; `calls`: of several tokens, never in steps; `first`: in the first such call only.
         every: steps after which what they left above the budget goes at once.
+        shortest: a row's tokens that go on from others, and are fewer, say a question, are as if they had come in
+            steps: no scorer looks at them, nothing is replayed, scores stay.
     """
 
     when: str = "always"
     every: int = 1
+    shortest: int = 1
 
     def check(self) -> None:
+        if self.shortest < 1:
+            raise ValueError(f"Timing: shortest is {self.shortest}: give a number of tokens, 1 or more")
         one_of(self, "when", "always", "calls", "first")
 
     def acts(self, position: int | None) -> bool:

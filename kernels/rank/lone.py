@@ -1,6 +1,7 @@
-"""Rows to which a call of several tokens brings none, or a single one. Pure torch.
+"""Rows to which a call of several tokens brings none, a single one, or few. Pure torch.
 
-Alone they would not have been called, or for one step: the others' tokens must not change what they keep.
+Alone they would not have been called, or for one step: the others' tokens must not change what they keep. Of few tokens
+a rule may say that they are no ground to judge all others anew (`Timing.shortest`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from kvpass.kernels.rank.scorers.registry import find_scorer
 from kvpass.kernels.rank.share_out import ShareOut
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.cursor import EXTRA, FREE, LIVE, SEEN, SHIFT
-from kvpass.kernels.slots.statistics import Statistics
+from kvpass.kernels.slots.statistics import Statistics, stat
+from kvpass.kernels.timing import Timing
 from torch import Tensor
 
 
@@ -53,6 +55,22 @@ def stepped(cursor: Tensor, after: Tensor, rule: Rule) -> Tensor:
     out[..., LIVE] = out[..., FREE] = torch.minimum(live + 1, room)
     out[..., EXTRA], out[..., SHIFT] = cursor[..., EXTRA], cursor[..., SHIFT]
     return out
+
+
+def few(valid: Tensor, cursor: Tensor, rule: Rule) -> Tensor:
+    """Rows that go on, by fewer tokens than a scorer looks at: bool [B, 1]. valid [B, S], cursor before the call."""
+    return (valid.sum(-1, keepdim=True) < rule[Timing].shortest) & (cursor[:, :1, SEEN] > 0)
+
+
+def unjudged(total: Tensor, past: Tensor, where: Tensor, new: int, rows: Tensor, rule: Rule) -> None:
+    """In `few` rows scores stay, and tokens hold what generated ones do. Changes total [N, B, Hkv, L]; past: the same,
+    before the call; where: the places of the keys, of which the last `new` are the call's; rows: bool [B, 1].
+    """
+    if find_scorer(rule[Scoring].scorer).pointwise:
+        return
+    at = stat(rule, SCORED)
+    held = torch.cat([past[at, ..., :-new], later(where[..., -new:])], -1)
+    total[at] = torch.where(rows[..., None], held, total[at])
 
 
 def as_in_steps(total: Tensor, past: Tensor, stats: Tensor, keys: tuple[Tensor, Tensor, Tensor], rule: Rule) -> None:

@@ -31,13 +31,11 @@ class Replay(Record):
             hidden states (KVzip+).
         summed: the score is the geometric mean of the largest probability and of the most that a query head gives a key
             in all.
-        shortest: a row's tokens that go on from others, and are fewer, are not replayed: they rank as generated ones.
     """
 
     replay: int = 0
     normed: bool = False
     summed: bool = False
-    shortest: int = 1
 
     def work(self, rule: Rule) -> Iterator[str]:
         """The whole model again, and the scores' own softmax."""

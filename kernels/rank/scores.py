@@ -14,7 +14,7 @@ from kvpass.kernels.attention.visibility import Sees, shown_before
 from kvpass.kernels.budget import budget
 from kvpass.kernels.rank.allocate import with_preference
 from kvpass.kernels.rank.criterion import DEMOTED, INF, SCORED
-from kvpass.kernels.rank.lone import as_in_steps, check_single, lone, stepped
+from kvpass.kernels.rank.lone import as_in_steps, check_single, few, lone, stepped, unjudged
 from kvpass.kernels.rank.marks import DROP, MARK, marks_of_keys
 from kvpass.kernels.rank.places import NUMBER, PLACE, key_places, new_places, side_by_side
 from kvpass.kernels.rank.ranking import ranked, shared_by_heads, slot_scores
@@ -30,6 +30,7 @@ from kvpass.kernels.slots.cursor import EXTRA, FIRST, FREE, LIVE, SEEN, SHIFT
 from kvpass.kernels.slots.lookup import places_of
 from kvpass.kernels.slots.ragged import Ragged, columns
 from kvpass.kernels.slots.statistics import Statistics, keeps, stat
+from kvpass.kernels.timing import Timing
 from torch import Tensor
 
 
@@ -94,6 +95,8 @@ def score_slots(
             plan,
         )
         after = after if preferred is None else with_preference(after, preferred)
+        if past_stats is not None and plan[Timing].shortest > 1:
+            unjudged(total, past_stats, where, valid.shape[1], few(valid, cursor, plan), plan)
         if beside.replayed is not None:
             held = total[stat(plan, SCORED)]
             held.copy_(torch.where(beside.replayed > UNHEARD, beside.replayed, held))

@@ -77,7 +77,7 @@ def _records(policy: Spec, layer: int, layers: int, entry: Entry) -> Iterator[Re
     yield _share_out(policy)
     yield _replay(policy)
     yield Marks(policy.protect.tokens or policy.fair)
-    yield Timing(policy.when, policy.every)
+    yield Timing(policy.when, policy.every, policy.shortest)
     yield Reindex(policy.positions == "reindexed")
     yield Fair(policy.fair)
     yield _merge(policy)
@@ -135,7 +135,7 @@ def _replay(policy: Spec) -> Replay:
     if not policy.replays:
         return Replay()
     options = {**find_scorer(policy.score).options, **policy.options}
-    return Replay(int(options["chunk"]), bool(options["normed"]), bool(options["summed"]), int(options["shortest"]))
+    return Replay(int(options["chunk"]), bool(options["normed"]), bool(options["summed"]))
 
 
 def _merge(policy: Spec) -> Merge:

@@ -69,5 +69,5 @@ def _unmet(planned: SitePlan) -> Iterator[tuple[bool, str, str]]:
     changing = rule[Reindex].reindex and site.phase is not Phase.DECODE and planned.key_positions is None
     yield changing, "turns keys to new positions, but this model changes its rotary frequencies with the length", fix
     asked, fix = "shares the budget out over layers, but this graph holds one", "set allocate.layers: uniform"
-    over_layers = bool(rule[Pyramid].beta) or rule[ShareOut].share in ("model", "preference")
+    over_layers = bool(rule[Pyramid].beta) or rule[ShareOut].share == "preference"
     yield over_layers and rule[Layer].layers < 2, asked, f"avoid graph breaks between layers, or {fix}"

@@ -10,12 +10,12 @@ from fractions import Fraction
 from math import isfinite
 
 from kvpass.errors import PolicyError
-from kvpass.kernels.attention.observation import STATISTICS
 from kvpass.kernels.codecs.registry import DENSE
 from kvpass.kernels.rank.criterion import SCORES
 from kvpass.kernels.rank.scorers.registry import Scorer, scorers
 from kvpass.policy.check_demoting import demoting
 from kvpass.policy.check_exits import exits
+from kvpass.policy.check_observe import observed, questions
 from kvpass.policy.check_replay import replaying
 from kvpass.policy.check_store import fits, named
 from kvpass.policy.limits import MOST, check_options, no_number, oversized
@@ -34,7 +34,8 @@ def check_policy(p: Spec, where: str) -> None:
     chosen = _scorer(p, where)
     for rules in (
         _numbers(p),
-        _statistics(p, chosen),
+        observed(p, chosen),
+        questions(p, chosen),
         _transforms(p, chosen),
         _sharing(p, chosen),
         _when(p),
@@ -88,33 +89,6 @@ def _numbers(p: Spec) -> Iterator[Broken]:
     yield p.allocate.beta < 2, "allocate.beta", "give 2 or more: the last layer gets about 1 / beta of the even budget"
     safe = p.allocate.safeguard
     yield not 0 <= safe <= 1, "allocate.safeguard", "give a share of the even budget from 0 to 1"
-
-
-def _statistics(p: Spec, chosen: Scorer | None) -> Iterator[Broken]:
-    keep, watched = p.statistic.keep, p.observe.queries != 0
-    for score, needs in (("sum", "sum"), ("mean", "sum"), ("important", "important"), ("last", "last")):
-        fix = f"score {p.score!r} needs statistic.keep to hold {needs!r}"
-        yield p.score == score and needs not in keep, "score", fix
-    for score in ("mean", "important"):
-        fix = f"score {score!r} needs statistic.keep to hold 'count'"
-        yield p.score == score and "count" not in keep, "score", fix
-    deviates = {"sum", "sumsq", "count"} <= set(keep)
-    yield p.scope > 0 and not deviates and chosen is None, "scope", "a scope needs statistic.keep [sum, sumsq, count]"
-    yield bool(keep) and not watched, "observe.queries", "statistics need observed queries: 'all' or a number"
-    order = [s for s in STATISTICS if s in keep]
-    yield list(keep) != order, "statistic.keep", f"name each once, in the order {', '.join(STATISTICS)}"
-    if chosen is None:
-        yield not keep and watched, "statistic.keep", "queries are observed but nothing is kept: add 'sum'"
-        return
-    windowed = isinstance(p.observe.queries, int) and p.observe.queries > 0
-    rows = bool({"rows", "logits"} & set(chosen.reads))
-    yield rows and not windowed, "observe.queries", f"scorer {p.score!r} reads an observation window: give a number"
-    told = "statistics" in chosen.reads
-    yield told and not keep, "statistic.keep", f"scorer {p.score!r} reads statistics: say which, e.g. [sum]"
-    marks = "marks" in chosen.reads
-    fix = f"scorer {p.score!r} reads the caller's marks: set protect.tokens: true"
-    yield marks and not (p.protect.tokens or p.fair), "protect.tokens", fix
-    yield bool(keep) and not told, "statistic.keep", f"scorer {p.score!r} reads no statistics: leave it out"
 
 
 def _transforms(p: Spec, chosen: Scorer | None) -> Iterator[Broken]:

@@ -17,9 +17,8 @@ def replaying(p: Spec) -> Iterator[tuple[bool, str, str]]:
     yield not asked and p.score == SCORE, "observe.replay", "score: replay is what a replay gives: set it to repeat"
     if not asked:
         return
-    for name, some in (("chunk", 2000), ("shortest", 64)):
-        given = p.options.get(name, 1)
-        yield not isinstance(given, int) or given < 1, f"options.{name}", f"give a number of tokens, e.g. {some}"
+    chunk = p.options.get("chunk", 1)
+    yield not isinstance(chunk, int) or chunk < 1, "options.chunk", "give a number of tokens, e.g. 2000"
     kinds = p.allocate.layers in ("uniform", "flat") and p.allocate.heads in ("uniform", "flat")
     fix = "slots are shared out by scores: {}: uniform or flat"
     yield p.allocate.layers not in ("uniform", "flat"), "allocate.layers", fix.format("allocate.layers")

@@ -28,7 +28,6 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "blend": (lambda factor: factor >= 0, "give a number >= 0"),
     "sketch": (lambda size: size >= 1, "give a number of columns, 1 or more"),
     "chunk": (lambda tokens: tokens >= 1, "give a number of tokens, 1 or more"),
-    "shortest": (lambda tokens: tokens >= 1, "give a number of tokens, 1 or more"),
     "gamma": (lambda factor: factor >= 0, "give a number >= 0"),
     "sinks": (lambda tokens: tokens >= 0, "give a number >= 0"),
     "recent": (lambda tokens: tokens >= 0, "give a number >= 0"),

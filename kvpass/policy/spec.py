@@ -203,6 +203,8 @@ class Spec:
             generated tokens all stay until the next (`calls`), or only of the cache's first call, after which it grows
             by every token (`first`).
         every: of generated tokens, so many come before what is above the budget goes, all at once.
+        shortest: a later call that brings a row fewer tokens, say a question, is as if these had been generated: no
+            scorer looks at it and nothing is replayed, scores stay, and with `when: calls` nothing goes.
         scope: RoCo: this fraction of the slots, those with the largest standard deviation, cannot be evicted; 0 = no
             scope.
         layers: what differs in some layers, by number (`0`, `-1` is the last) or range (`0-3`): fields as of a whole
@@ -229,6 +231,7 @@ class Spec:
     weight: Weight | None = None
     when: Literal["always", "calls", "first"] = "always"
     every: int = 1
+    shortest: int = 1
     scope: float = 0.0
     allocate: Allocate = field(default_factory=Allocate)
     protect: Protect = field(default_factory=Protect)

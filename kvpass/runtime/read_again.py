@@ -13,7 +13,8 @@ from kvpass.kernels.slots.cursor import SEEN
 from kvpass.runtime.attributes import DEEPEST
 from kvpass.runtime.drafts import entered
 from kvpass.runtime.instruction import Instruction, instruction
-from kvpass.runtime.replaying import Replaying, arrived, staying, untold
+from kvpass.runtime.questions import arrived, staying, unread
+from kvpass.runtime.replaying import Replaying
 from kvpass.runtime.shell import find
 from kvpass.runtime.steps.share_slots import share_out
 from kvpass.runtime.store import SlotStore
@@ -75,7 +76,7 @@ def read_again(waiting: Sequence[SlotStore], host: Any, ids: torch.Tensor, valid
             where=first.name,
             hint="give the ids and the mask of the cache's last call: kvpass.replay(model, cache, ids, mask=mask)",
         )
-    begin, short = first.state.cursor[:, :1, SEEN].cpu() - counts, untold(first, before)
+    begin, short = first.state.cursor[:, :1, SEEN].cpu() - counts, unread(first, before)
     told, whole = valid & ~short.to(valid.device)[:, None], staying(first, before)
     for probe in probes(ids, told, first.rule[Replay].replay, instruction()):
         block = Replaying.of((probe.repeated + begin).int())

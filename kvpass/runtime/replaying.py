@@ -11,9 +11,7 @@ from kvpass.errors import CacheError
 from kvpass.kernels.rank.replay import Replay
 from kvpass.kernels.rank.share_out import ShareOut
 from kvpass.kernels.slots.cursor import FIRST, FREE, LIVE, SEEN
-from kvpass.kernels.slots.ragged import padded, used_slots
 from kvpass.kernels.slots.state import State
-from kvpass.kernels.timing import Timing
 from kvpass.runtime.branches import Cuts
 from kvpass.runtime.drafts import Block, drafting
 from kvpass.runtime.journal import FACTS
@@ -99,26 +97,6 @@ def replaying() -> Replaying | None:
     """The block that a graph's call belongs to; None if its tokens are no repetition."""
     block = drafting()
     return block if isinstance(block, Replaying) else None
-
-
-def arrived(store: SlotStore, before: int) -> torch.Tensor:
-    """Valid tokens of each row behind the first `before` ones of a cache: int64 [B, 1]. All of these must be there."""
-    pos = padded(store.state.pos, store.state.cursor, used_slots(store.state.cursor), -1)
-    return (pos[:, :1] >= before).sum(-1)
-
-
-def untold(store: SlotStore, before: int) -> torch.Tensor:
-    """Rows whose last call, behind the first `before` tokens of the cache, is not replayed, for it went on from others
-    and is too short: bool [B].
-    """
-    new = arrived(store, before)
-    had = store.state.cursor[:, :1, SEEN] > new
-    return (had & (new < store.rule[Replay].shortest))[:, 0]
-
-
-def staying(store: SlotStore, before: int) -> torch.Tensor | None:
-    """Rows that drop nothing at the end of that call: bool [B]; None where the budget holds at every token."""
-    return None if store.rule[Timing].when == "always" else untold(store, before)
 
 
 def check_played(call: CallFacts) -> None:

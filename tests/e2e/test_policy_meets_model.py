@@ -46,7 +46,7 @@ CASES = {
     "latents fit": (FITS, latents, "fits slots to what it evicts, but this attention keeps", "evicted: drop"),
     "latents' keys": ("knorm", latents, "reads keys, but this attention keeps latents", "h2o or snapkv"),
     "a pyramid of one": ("pyramidkv", ONE, "over layers, but this graph holds one", "layers: uniform"),
-    "one layer to share": ("layer_defensivekv", ONE, "over layers, but this graph holds one", "layers: uniform"),
+    "one layer to share": ("cake", ONE, "over layers, but this graph holds one", "layers: uniform"),
     "nothing rotates": ("streaming_llm_reindexed", GPT2, "turns keys to new positions", "positions: kept"),
     "no queries before": ("compactor", GPT2, "reads queries before their rotation", "keydiff or snapkv"),
 }

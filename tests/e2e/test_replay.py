@@ -19,13 +19,13 @@ HEADS, KV_HEADS, SLOTS = 4, 2, 24
 EVEN = {"extends": "kvzip", "allocate": {"layers": "uniform"}}
 FLAT_HEADS = {"extends": "kvzip", "allocate": {"layers": "uniform", "heads": "flat", "safeguard": 0.0}}
 
-QUESTIONS = {"extends": "retold", "name": "mine", "options": {"shortest": 16}}
+QUESTIONS = {"extends": "retold", "name": "mine", "shortest": 16}
 
 
 def bounded(policy: Any, chunk: int = 2000, shortest: int = 1) -> dict[str, Any]:
     """The policy with a budget at every token, of turns too, and with chunks that these small models can read."""
     own = {"extends": policy} if isinstance(policy, str) else policy
-    return {**own, "name": "mine", "when": "always", "options": {"chunk": chunk, "shortest": shortest}}
+    return {**own, "name": "mine", "when": "always", "shortest": shortest, "options": {"chunk": chunk}}
 
 
 class Chat:
@@ -219,7 +219,7 @@ def test_refused() -> None:
         ({"score": "window_sum"}, "score"),
         ({"observe": {"replay": "none"}}, "observe.replay"),
         ({"options": {"chunk": 0}}, "options.chunk"),
-        ({"options": {"shortest": 0}}, "options.shortest"),
+        ({"shortest": 0}, "shortest"),
         ({"allocate": {"layers": "pyramid"}}, "allocate.layers"),
         ({"evicted": "merge"}, "evicted"),
         ({"positions": "reindexed"}, "positions"),

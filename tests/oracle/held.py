@@ -21,13 +21,17 @@ class Held(Policy):
     pointwise = False
     geometric = False  # keys and values say all: judged again when steps that waited are over
     window = 0
+    shortest = 1  # a later call that brings a row fewer tokens is not judged by
 
     def measure(self, sight: Sight) -> tuple[Array, Array, Array]:
         """(score, float32's error, blurred) of all candidates."""
         raise NotImplementedError
 
     def look(self, memory: Memory, sight: Sight) -> None:
-        if sight.multi or self.pointwise or (self.geometric and sight.due):
+        row = sight.row
+        if row.before and row.seen - row.before < self.shortest:
+            self.leave_out(memory, sight.candidates[sight.candidates >= row.before])
+        elif sight.multi or self.pointwise or (self.geometric and sight.due):
             c = sight.candidates
             memory.held[c], memory.error[c], memory.blurred[c] = self.measure(sight)
             self.leave_out(memory, c[~sight.outside(self.window)])

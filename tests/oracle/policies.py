@@ -236,7 +236,7 @@ POLICIES: dict[str, type[Policy]] = {
     "corm": CORM,
     "simlayerkv": SimLayerKV,
     "fastgen": FastGen,
-    "reach": Reach,
+    "kvpass": Reach,
 }
 EVICTING = ["streaming_llm", "h2o", "tova", "snapkv", "roco"]
 """The first five, which look at probabilities and positions alone."""

@@ -1,4 +1,4 @@
-"""The policy reach: heads share by how far they look, and rank their keys by how unlike the others they are."""
+"""The policy kvpass: heads share by how far they look, and rank their keys by how unlike the others they are."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ class Reach(Window):
     """One ranking over all layers and heads."""
 
     spread = "model"
-    voting = 64
+    voting = shortest = 64
     sinks = 4
     near = 128
+    sharp, heard = 2, 0.5
 
     def protected(self, positions: Array, row: Row, n: int) -> Array:
         return (positions < row.first + self.sinks) | super().protected(positions, row, n)
@@ -27,10 +28,10 @@ class Reach(Window):
         unlike, slack, _ = KeyDiff().measure(sight)
         rows = sight.rows[:, sight.voters(self.voting)][:, :, c]
         far = [j for j, at in enumerate(c) if row.first + self.sinks <= at < row.end - self.near]
-        mean = float(np.mean([rows[:, :, j].max() for j in far])) if far else 1.0
+        mean = float(np.mean([rows[:, :, j].max() for j in far])) ** self.sharp if far else 1.0
         heard = pooled(rows.mean((0, 1)), np.ones(len(c), dtype=bool), "max", 5)
         parts = [between(unlike, slack), between(heard, sight.rounding * heard)]
-        place, least, most = (one + two / 4 for one, two in zip(*parts, strict=True))
+        place, least, most = (one + two * self.heard for one, two in zip(*parts, strict=True))
         order, _, _ = between(-place, np.zeros(len(c)))
         score = mean / (1 + order)
         error = sight.rounding * score

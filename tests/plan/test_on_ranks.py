@@ -31,7 +31,7 @@ PART = Sharded(1, 2, "tp group", frozenset({(8, 4)}))
 OVER_HEADS = {
     *("tova", "elastic_cache", "chunkkv", "windowkv"),  # one ranking
     *("ada_snapkv", "ada_pyramid", "critical_ada", "defensivekv", "duo_attention", "razor_attention"),  # one budget
-    *("layer_defensivekv", "cake", "reach"),  # over layers
+    *("layer_defensivekv", "cake", "kvpass"),  # over layers
     *("compactor", "simlayerkv"),  # one score
     "d2o",  # one bar
 }

@@ -69,8 +69,8 @@ def _shorter(policy: Policy) -> dict[str, Any]:
     spec["protect"] = protect
     if isinstance(policy.observe.queries, int) and policy.observe.queries > WINDOW:
         spec["observe"] = {"queries": WINDOW}
-    if policy.replays:
-        spec["options"] = {**policy.options, "shortest": WINDOW}
+    if policy.shortest > WINDOW:
+        spec["shortest"] = WINDOW
     if policy.store.k != "dense" or policy.store.v != "dense":
         spec["store"] = {"residual": min(policy.store.residual, 4), "sinks": min(policy.store.sinks, 2)}
     return spec

@@ -18,7 +18,7 @@ def unheard(policy: Policy, row: Row) -> int:
     """Tokens of a row since its last call that was read again."""
     since = 0
     for at, call in enumerate(row.calls):
-        since = 0 if at == 0 or len(call) >= int(policy.options["shortest"]) else since + len(call)
+        since = 0 if at == 0 or len(call) >= policy.shortest else since + len(call)
     return since
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 
 @scorer("reach", reads=("rows", "keys"), heads="each")
-def reach(seen: Seen, sinks: int = 4, near: int = 128, heard: float = 0.25, pool: int = 5) -> Tensor:
-    """A head's reach over 1 + the key's rank in it: where one ranking chooses for all heads and layers, each head gets
-    slots in proportion to its reach (kvpass' own, docs/design/0022).
+def reach(seen: Seen, sinks: int = 4, near: int = 128, sharp: float = 2.0, heard: float = 0.5, pool: int = 5) -> Tensor:
+    """A head's reach, to the power `sharp`, over 1 + the key's rank in it: where one ranking chooses for all heads and
+    layers, each head gets slots in proportion to that (kvpass' own, docs/design/0022).
 
     Reach is the mean, over keys that are neither among the `sinks` first nor the `near` last tokens, of the most that a
     query of the window gave the key; 1 for all heads where a row has no such keys. It tells heads that find things from
@@ -29,7 +29,7 @@ def reach(seen: Seen, sinks: int = 4, near: int = 128, heard: float = 0.25, pool
     mean = window_mean(seen.observed, seen).mean(2)
     place = _place(keydiff(seen), seen) + heard * _place(smoothed(mean, pool, "max"), seen)
     order = ranks(torch.where(seen.candidate, -place, -torch.inf))
-    return torch.where(count > 0, most, 1.0) / (1 + order)
+    return torch.where(count > 0, most, 1.0) ** sharp / (1 + order)
 
 
 def _place(score: Tensor, seen: Seen) -> Tensor:

@@ -9,10 +9,9 @@ from torch import Tensor
 
 
 @scorer("replay", reads=("own",))
-def replay(seen: Seen, chunk: int = 2000, normed: bool = False, summed: bool = False, shortest: int = 1) -> Tensor:
+def replay(seen: Seen, chunk: int = 2000, normed: bool = False, summed: bool = False) -> Tensor:
     """The largest probability that a key gets while the model reads the prompt again behind itself, `chunk` tokens at a
     time (KVzip, arXiv 2505.23416; with observe.replay: repeat). `normed`: times ||v W_O||_2, divided by the norm of the
     query's hidden states (KVzip+). `summed`: the geometric mean of that and of all that a query head gives the key.
-    `shortest`: a later call of fewer tokens, say a question, is not read again: its tokens rank as generated ones do.
     """
     return later(seen.pos)

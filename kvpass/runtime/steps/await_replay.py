@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from kvpass.kernels.rank.replay import Replay
 from kvpass.kernels.rule import Rule
-from kvpass.runtime.replaying import check_played, replaying, staying, untold
+from kvpass.runtime.questions import staying, unread
+from kvpass.runtime.replaying import check_played, replaying
 from kvpass.runtime.step import CallFacts, Moment, Step
 from kvpass.runtime.steps.share_slots import share_out
 from kvpass.runtime.store import SlotStore
@@ -42,7 +43,7 @@ class AwaitReplay(Step):
         short: list[SlotStore] = []
         for store in call.stores:
             store.unplayed = call.new
-            if bool(untold(store, store.tokens).all()):
+            if bool(unread(store, store.tokens).all()):
                 store.unplayed = 0
                 short.append(store)
         if short:

@@ -10,6 +10,7 @@ from kvpass.kernels.budget import kept
 from kvpass.kernels.rank.replay import Replay
 from kvpass.kernels.rank.share_out import ShareOut
 from kvpass.kernels.rule import Rule
+from kvpass.runtime.questions import staying
 from kvpass.runtime.room import spare_slots
 from kvpass.runtime.step import CallFacts, Moment, Step
 from kvpass.runtime.store import SlotStore
@@ -24,7 +25,8 @@ class ShareSlots(Step):
         return bool(rule[ShareOut].share) and not rule[Replay].replay and phase is not Phase.DECODE
 
     def run(self, call: CallFacts) -> None:
-        share_out(call.stores, call.stores[0].tokens + call.new)
+        first = call.stores[0]
+        share_out(call.stores, first.tokens + call.new, staying(first, first.tokens))
 
 
 def share_out(stores: Sequence[SlotStore], tokens: int, whole: torch.Tensor | None = None) -> None:
