@@ -20,7 +20,7 @@ M = TypeVar("M", bound=torch.nn.Module)
 
 def compile(
     model: M,
-    policy: str | Policy | dict[str, Any] = "h2o",
+    policy: str | Policy | dict[str, Any] = "kvpass",
     budget: int | float | str | None = None,
     *,
     inner: str = "inductor",

@@ -66,7 +66,7 @@ def model_class() -> Any:
         def __init__(
             self,
             pretrained: Any,
-            policy: str = "h2o",
+            policy: str = "kvpass",
             budget: int | float | str | None = None,
             inner: str = "eager",
             **kwargs: Any,

@@ -16,7 +16,7 @@ from kvpass.policy.policy import Policy
 
 
 def backend(
-    policy: str | Policy | dict[str, Any] = "h2o",
+    policy: str | Policy | dict[str, Any] = "kvpass",
     budget: int | float | str | None = None,
     *,
     inner: str = "inductor",

@@ -132,6 +132,7 @@ class Policy:
     reindexed = False  # True: kept keys are turned to their places among the kept tokens
     when = "always"  # "calls": generated tokens drive nothing out; "first": only the first call evicts
     every = 1  # so many generated tokens come before what is too much goes
+    shortest = 1  # a later call that brings a row fewer tokens is as if these had been generated
     cut = -np.inf  # slots whose score is below it go, whatever the budget
 
     def observe(self, memory: Memory, rows: Array, sees: Array, row: Row, candidates: Array) -> None:

@@ -21,7 +21,6 @@ class Held(Policy):
     pointwise = False
     geometric = False  # keys and values say all: judged again when steps that waited are over
     window = 0
-    shortest = 1  # a later call that brings a row fewer tokens is not judged by
 
     def measure(self, sight: Sight) -> tuple[Array, Array, Array]:
         """(score, float32's error, blurred) of all candidates."""

@@ -258,6 +258,8 @@ class Simulator:
         layers = [self.layers[i] for i in sorted(self.layers) if self.layers[i].waits]
         for b in range(len(layers[0].rows) if layers else 0):
             row = layers[0].rows[b]
+            if self.stays(row):
+                continue
             for layer in layers if self.policy.needs else []:
                 heads = range(len(layer.heads[b]))
                 self.policy.together([h.memory for h in layer.heads[b]], [layer.sights[b, h] for h in heads])
@@ -281,6 +283,10 @@ class Simulator:
                     assert head.choice is not None
                     head.choice.keep = count
                     head.keep(layer.positions(b, head.choice.kept()))
+
+    def stays(self, row: Row) -> bool:
+        """Does nothing of this row go at the end of a call of several tokens?"""
+        return bool(self.policy.when == "calls" and row.before and row.seen - row.before < self.policy.shortest)
 
     def choices(self, layer: Layer, b: int, row: Row, budgets: list[int]) -> list[Choice]:
         """What every head of row b may choose from, `keep` still without a bound."""
@@ -346,6 +352,8 @@ class Simulator:
         """Where all layers share one budget, adopt the counts that float32 may have found."""
         layers = [self.layers[i] for i in sorted(self.layers)]
         for b in range(len(layers[0].heads)):
+            if self.stays(layers[0].rows[b]):
+                continue
             choices = [head.choice for layer in layers for head in layer.heads[b] if head.choice is not None]
             held = [layers[0].numbers(b, np.sort(h[h >= 0])) for tensor in theirs for h in tensor[b].cpu().numpy()]
             if all(np.array_equal(c.kept(), t) for c, t in zip(choices, held, strict=True)):
