@@ -16,12 +16,12 @@ class Reach(Window):
 
     spread = "model"
     voting = shortest = 64
-    sinks = 4
+    sinks, window = 4, 0
     near = 128
     sharp, heard = 2, 0.5
 
     def protected(self, positions: Array, row: Row, n: int) -> Array:
-        return (positions < row.first + self.sinks) | super().protected(positions, row, n)
+        return np.asarray((positions < row.first + self.sinks) | (positions >= row.end - n * 15 // 100))
 
     def measure(self, sight: Sight) -> tuple[Array, Array, Array]:
         c, row = sight.candidates, sight.row
