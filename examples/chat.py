@@ -1,6 +1,6 @@
 """A chat with turns: one evicting cache for the whole conversation, answers printed as they come.
 
-    python -P examples/chat.py [--tiny] [--policy snapkv] [--budget 0.2] [--say "a turn" --say "the next"]
+    python -P examples/chat.py [--tiny] [--policy kvpass] [--budget 0.2] [--say "a turn" --say "the next"]
 
 SmolLM2-135M-Instruct, or with --tiny a small random model. Without --say, turns are read from the terminal until an
 empty line. After each turn: tokens so far, and the bytes that their keys and values hold.
@@ -75,7 +75,7 @@ def turns(said: list[str] | None) -> Iterator[str]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a small random model")
-    parser.add_argument("--policy", default="snapkv", help="a policy's name or a YAML file")
+    parser.add_argument("--policy", default="kvpass", help="a policy's name or a YAML file")
     parser.add_argument("--budget", type=float, default=0.2, help="fraction of the tokens that is kept")
     parser.add_argument("--inner", default="eager", choices=["eager", "aot_eager", "inductor"])
     parser.add_argument("--new-tokens", type=int, default=128, help="longest answer")

@@ -1,6 +1,6 @@
 """`make demo`: SmolLM2 answers a question about a long text, with its full cache and an evicting one.
 
-    python -P examples/demo.py [--policy snapkv] [--budget 0.2] [--inner eager] [--tokens 3000]
+    python -P examples/demo.py [--policy kvpass] [--budget 0.2] [--inner eager] [--tokens 3000]
 
 The full cache is the unmodified Hugging Face model, run eagerly. Each contender has a process of its own
 (demo_worker.py), so that its peak memory is its own.
@@ -29,7 +29,7 @@ DEBUG = HERE.parent / "kvpass_debug" / "demo"
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--policy", default="snapkv", help="a policy's name or a YAML file")
+    parser.add_argument("--policy", default="kvpass", help="a policy's name or a YAML file")
     parser.add_argument("--budget", default="0.2", help="fraction of the tokens that is kept, or slots per KV head")
     parser.add_argument("--inner", default="eager", choices=["eager", "aot_eager", "inductor"])
     parser.add_argument("--tokens", type=int, default=3000, help="length of the prompt")

@@ -1,6 +1,6 @@
 """`transformers.pipeline` over a compiled model: nothing of the pipeline changes, and the cache evicts.
 
-    python -P examples/pipeline.py [--tiny] [--policy snapkv] [--budget 0.2]
+    python -P examples/pipeline.py [--tiny] [--policy kvpass] [--budget 0.2]
 
 SmolLM2-135M-Instruct, or with --tiny a small random model. A pipeline makes a cache of its own for each prompt; given
 one, it fills that, and the caller can look at it.
@@ -35,7 +35,7 @@ def answer(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> tuple[st
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a small random model")
-    parser.add_argument("--policy", default="snapkv", help="a policy's name or a YAML file")
+    parser.add_argument("--policy", default="kvpass", help="a policy's name or a YAML file")
     parser.add_argument("--budget", type=float, default=0.2, help="fraction of the tokens that is kept")
     parser.add_argument("--inner", default="eager", choices=["eager", "aot_eager", "inductor"])
     parser.add_argument("--new-tokens", type=int, default=64)

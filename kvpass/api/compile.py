@@ -41,8 +41,9 @@ def compile(
     Args:
         model: any nn.Module in eval mode. One that was compiled already (`torch.compile(model)`, or by kvpass) is taken
             out of its wrapper.
-        policy: a built-in name (docs/policies.md), a path to a YAML file, a dict or a Policy. The default goes on with
-            text most like the full cache does, for its bytes (docs/quality.md), and asks nothing of a model.
+        policy: a built-in name (docs/policies.md), a path to a YAML file, a dict or a Policy. The default, `kvpass`,
+            reads a prompt once and of such policies finds the most of it again (docs/design/0022); it holds a prompt's
+            dense keys and values until its last layer, `h2o` and `snapkv` one layer's.
         budget: float: fraction of the tokens seen so far that each KV head keeps (never fewer than the policy's
             `min_slots`);
             int: slots per KV head; str: `"20% bytes"` of what an unmodified cache holds, everything counted. Sinks,
