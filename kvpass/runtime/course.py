@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
-if TYPE_CHECKING:
-    from kvpass.runtime.store import SlotStore
+from kvpass.kernels.rule import Rule
+from kvpass.kernels.slots.state import State
 
 MOST = 256
 """Changes that are kept; beyond it neighbours become one."""
 
 Change = tuple[int, int]
 """From a call on that made so many tokens, so many bytes were held."""
+
+
+class Holds(Protocol):
+    """What is read of a store."""
+
+    rule: Rule
+    state: State
+    tokens: int
+
+    @property
+    def bytes(self) -> int: ...
+
+    @property
+    def overhead_bytes(self) -> int: ...
 
 
 class Course(NamedTuple):
@@ -26,7 +40,7 @@ class Course(NamedTuple):
     slots: tuple[int, ...] = ()
     changes: tuple[Change, ...] = ()
 
-    def after(self, stores: Sequence[SlotStore]) -> Course:
+    def after(self, stores: Sequence[Holds]) -> Course:
         """A call is over; what was noted of tokens that were taken back since goes. Slots change in one of about n/40
         calls: in all others this compares one integer a site.
         """
@@ -43,7 +57,7 @@ class Course(NamedTuple):
         return tuple(one for one in self.changes if one[0] < tokens)
 
 
-def held(stores: Iterable[SlotStore]) -> int:
+def held(stores: Iterable[Holds]) -> int:
     """Bytes of all that slots hold: keys and values, positions and statistics."""
     return sum(store.bytes + store.overhead_bytes for store in stores)
 
