@@ -67,13 +67,14 @@ def tables(cells: Cells) -> list[str]:
     lines: list[str] = []
     for modes in [MODES] if whole else [(mode,) for mode in MODES]:
         columns = ["policy", "held %", *(f"{task} {mode}" if whole else task for task in tasks for mode in modes)]
-        columns += [f"all {mode} %" for mode in modes] + [f"gone {mode} %" for mode in modes]
+        told = [mode for mode in modes if any(gone(cell, mode, tasks) for cell in cells)]
+        columns += [f"all {mode} %" for mode in modes] + [f"gone {mode} %" for mode in told]
         with_nll = "agnostic" in modes
         rows = []
         for cell in cells:
             shares = [share_cell(e) if (e := cell["retrieval"][m].get(t)) else "" for t in tasks for m in modes]
             shares += [percent(accuracy(cell, mode, count[mode])) if count[mode] else "" for mode in modes]
-            shares += [gone(cell, mode, tasks) for mode in modes]
+            shares += [gone(cell, mode, tasks) for mode in told]
             nll = [spread(answer_nll(cell, count["agnostic"]), 2) if count["agnostic"] else ""] if with_nll else []
             rows.append([f"`{cell['policy']}`", f"{100 * held(cell):.1f}", *shares, *nll])
         said = "Retrieval, same order:" if whole else f"Retrieval, {modes[0]}, same order:"
