@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import chromium
 import smollm2
 import torch
-from quality.prompts import Prompts, Question
+from quality.prompts import Prompts
+from quality.tasks.trial import Question
 
 import kvpass
 

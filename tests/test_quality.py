@@ -4,36 +4,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from models import tiny
-from quality import pool, render, run, stats, versus
+from models.letters import Letters
+from quality import pool, render, run, shown, stats, versus
 from quality.measure import Lab, batch_rows
-from quality.prompts import MODES, TASKS
+from quality.prompts import MODES
 from quality.reference import Reference
 from quality.store import Cell, Settings, Store
+from quality.tasks.needles import TASKS
 from rich.console import Console
 
 from kvpass.policy.policy import Policy
 
 CONTEXT = 700
 CELLS = [Cell("full", 1.0, CONTEXT), Cell("random", 0.2, CONTEXT)]
-
-
-class Letters:
-    """A tokenizer with one token for each character."""
-
-    def __call__(self, text: str, add_special_tokens: bool) -> Any:
-        return SimpleNamespace(input_ids=[ord(letter) % 96 + 1 for letter in text])
-
-    def decode(self, ids: list[int]) -> str:
-        return "".join(chr(i - 1) for i in ids)
-
-    def apply_chat_template(self, chat: list[dict[str, str]], **_: Any) -> str:
-        return f"<user>{chat[0]['content']}<assistant>"
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +64,7 @@ def test_full_is_the_full_cache(measured: Store) -> None:
 
 def test_eviction_shows(measured: Store) -> None:
     found = cell(measured, "random")
-    assert render.held(found) == pytest.approx(0.2, abs=0.02)
+    assert shown.held(found) == pytest.approx(0.2, abs=0.02)
     assert min(found["text"]["kl"]) > 1e-3
     assert max(found["text"]["mass"]) < 0.6
     assert all(len(found["retrieval"][mode][task]) == 2 for mode in MODES for task in TASKS)

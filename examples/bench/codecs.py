@@ -20,7 +20,7 @@ from kvpass.kernels.codecs.hadamard import rotated
 from kvpass.kernels.codecs.registry import CODECS
 from quality.prompts import Prompts
 from quality.reference import call
-from quality.render import table
+from quality.shown import table
 from transformers import DynamicCache
 
 EDGE, SINKS = 2, 4

@@ -28,7 +28,7 @@ import smollm2
 import torch
 from quality.prompts import Prompts
 from quality.reference import call
-from quality.render import table
+from quality.shown import table
 from transformers import DynamicCache
 from transformers.cache_utils import QuantizedCache
 from transformers.utils import logging as transformers_logging

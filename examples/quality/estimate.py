@@ -10,9 +10,10 @@ import torch
 from transformers import DynamicCache
 
 from quality.measure import Lab
-from quality.prompts import DIGITS, TASKS
+from quality.prompts import MODES
 from quality.reference import call
 from quality.store import Cell, Store
+from quality.tasks import kinds_of
 
 PROBE_TOKENS, PROBE_STEPS = 256, 6
 SLOWER = 1.3  # scoring and selection, over the plain model
@@ -34,11 +35,14 @@ def probe(lab: Lab, rows: int) -> tuple[float, float]:
 
 
 def cell_seconds(lab: Lab, context: int, timing: tuple[float, float]) -> float:
-    """One cell by the probe: prompts (aware ones for each task, agnostic, text), steps, capture."""
+    """One cell by the probe: prompts (aware ones for each task, an agnostic one for each kind, text), steps, capture.
+    """
     token_s, step_s = timing
-    prompts = (len(TASKS) + 2) * lab.settings.trials * context * token_s * SLOWER
-    steps = 2 * lab.settings.steps + 2 * len(TASKS) * (DIGITS + 2)
-    return prompts + steps * step_s + CAPTURE_S
+    kinds = kinds_of(lab.settings.tasks)
+    asked = [question for kind in kinds for question in lab.prompts.trial(context, 0, kind).questions.values()]
+    prompts = (len(asked) + len(kinds) + 1) * lab.settings.trials * context * token_s * SLOWER
+    follow = sum(len(q.steps) + 2 + len(q.gold) + sum(map(len, q.rivals)) for q in asked)
+    return prompts + (2 * lab.settings.steps + len(MODES) * follow) * step_s + CAPTURE_S
 
 
 def estimate(lab: Lab, store: Store, todo: list[Cell], jobs: int = 1) -> tuple[float, str]:

@@ -25,7 +25,7 @@ from bench import machine
 from transformers.utils import logging as transformers_logging
 from workers import wide_console
 
-from quality import render, stats
+from quality import answers, render, shown, stats
 from quality.estimate import estimate, minutes
 from quality.measure import Lab
 from quality.run import commit, listed, run
@@ -82,7 +82,7 @@ def right(cell: dict[str, Any], mode: str) -> str:
 
 def row(cell: dict[str, Any]) -> list[str]:
     text = render.text_row(cell)
-    nll = render.spread(render.answer_nll(cell), 2)
+    nll = shown.spread(answers.answer_nll(cell), 2)
     return [text[0], f"{100 * held(cell):.1f}", *text[2:4], text[5], right(cell, "aware"), right(cell, "agnostic"), nll]
 
 
@@ -96,18 +96,18 @@ def verdict(cells: list[dict[str, Any]]) -> list[str]:
     """The best of each kind, side by side."""
     found = [(what, best(cells, what)) for what in ("eviction alone", "both")]
     rows = [[what, *row(cell)] for what, cell in found if cell is not None]
-    return render.table(["least KL of", *COLUMNS], rows)
+    return shown.table(["least KL of", *COLUMNS], rows)
 
 
 def page(results: dict[str, Any], image: str) -> str:
     lines = ["# Quality by bytes", "", *render.facts(results), "", READ, f"![quality against bytes]({image})", ""]
     cells = results["cells"]
     alone = [cell for cell in cells if cell["budget"] == 1.0]
-    lines += ["## Storage alone", "", *render.table(COLUMNS, map(row, sorted(alone, key=held, reverse=True)))]
+    lines += ["## Storage alone", "", *shown.table(COLUMNS, map(row, sorted(alone, key=held, reverse=True)))]
     for share in sorted({cell["budget"] for cell in cells if cell["budget"] < 1.0}):
         mine = sorted((c for c in cells if c["budget"] == share), key=lambda c: stats.mean(c["text"]["kl"])[0])
         lines += ["", f"## {100 * share:g} % of the bytes", "", *verdict(mine), "", "All, least KL first:", ""]
-        lines += render.table(COLUMNS, map(row, mine))
+        lines += shown.table(COLUMNS, map(row, mine))
     lines += [f"- failed: {name}: {words}" for name, words in results["failed"].items()]
     return "\n".join([*lines, ""])
 
@@ -126,8 +126,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
             mine = [cell for cell in results["cells"] if kind(cell["policy"]) == what]
             x = [100 * held(cell) for cell in mine]
             kl = [max(stats.mean(cell["text"]["kl"])[0], 1e-6) for cell in mine]
-            answers = [50 * sum(render.accuracy(cell, mode) for mode in ("aware", "agnostic")) for cell in mine]
-            y = kl if axis is axes[0] else answers
+            found = [50 * sum(answers.accuracy(cell, mode) for mode in ("aware", "agnostic")) for cell in mine]
+            y = kl if axis is axes[0] else found
             axis.scatter(x, y, label=what)
             for cell, at, value in zip(mine, x, y, strict=True):
                 axis.annotate(cell["policy"], (at, value), fontsize=6, textcoords="offset points", xytext=(4, 2))

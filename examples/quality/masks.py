@@ -30,7 +30,9 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.utils import logging as transformers_logging
 
-from quality.prompts import TASKS, Prompts, Trial
+from quality.prompts import Prompts
+from quality.tasks.needles import TASKS
+from quality.tasks.trial import Trial
 
 SINKS, TAIL, QUESTION = 4, 16, 24
 """Tokens that stay: the first, and the last where a rule says so; and tokens of a question."""

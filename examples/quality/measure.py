@@ -1,4 +1,4 @@
-"""One cell: retrieval with the question inside and after the prompt, and the continuation of plain text.
+"""One cell: answers to questions inside and after the prompt, and the continuation of plain text.
 
 A prompt is one call, and is compressed at its end. What follows, question or not, comes in a second call of several
 tokens and then token by token, so that nothing that is judged has seen the whole prompt.
@@ -14,15 +14,20 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from quality.prompts import MODES, TASKS, Prompts, Trial
+from quality.judge import judged, only, spans_of
+from quality.prompts import MODES, Prompts
 from quality.reference import Reference, call, follow
 from quality.store import Cell, Settings
+from quality.tasks import kinds_of
+from quality.tasks.trial import Kind, Trial
 from quality.versus import spec_of
 
 BATCH_TOKENS = 8192
 """Prompt tokens in one call, at most (one row always fits)."""
 
 Say = Callable[[str], None]
+Entry = dict[str, Any]
+"""Of one answer: `right`, `digits` (its right tokens), `nll`; where it stands in the text, `kept` and `gone`."""
 
 
 def batch_rows(trials: int, context: int) -> int:
@@ -42,9 +47,9 @@ class Lab:
         self.model, self.settings = model, settings
         self.prompts = Prompts(tokenizer, settings.seed)
 
-    def trials(self, context: int) -> list[list[Trial]]:
+    def trials(self, context: int, kind: Kind) -> list[list[Trial]]:
         size = batch_rows(self.settings.trials, context)
-        return chunks([self.prompts.trial(context, i) for i in range(self.settings.trials)], size)
+        return chunks([self.prompts.trial(context, i, kind) for i in range(self.settings.trials)], size)
 
     def plain_chunks(self, context: int) -> list[torch.Tensor]:
         n, steps = self.settings.trials, self.settings.steps
@@ -68,6 +73,17 @@ class Lab:
         report = kvpass.report(cache).to_dict()
         return {key: report[key] for key in ("bytes", "dense_bytes", "overhead_bytes", "tokens")}
 
+    def left_of(self, cache: Any, spans: list[Any]) -> list[Entry | None] | None:
+        """What is left of one span in each row (None: it has none there), as `kvpass.report` says; None if the library
+        does not say which positions it holds.
+        """
+        import kvpass
+
+        if not any(spans):
+            return [None] * len(spans)
+        rows = {row["row"]: row for row in kvpass.report(cache, {"answer": spans}).to_dict()["spans"]}
+        return [rows.get(at) for at in range(len(spans))]
+
     def positions(self, cache: Any) -> list[torch.Tensor] | None:
         """Kept positions `[B, Hkv, n]` of each layer, -1 = none; None if the library does not say."""
         import kvpass
@@ -79,53 +95,47 @@ class Lab:
 
 
 @torch.no_grad()
-def measure(lab: Lab, cell: Cell, reference: Reference, say: Say) -> dict[str, Any]:
-    """Everything about one cell, per trial and per text, as plain data."""
+def measure(
+    lab: Lab, cell: Cell, reference: Reference, say: Say, known: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Everything about one cell, per trial and per text, as plain data; of what is `known`, only the tasks it lacks."""
     model, start = lab.compiled(cell), time.perf_counter()
-    retrieval: dict[str, Any] = {mode: {task: [] for task in TASKS} for mode in MODES}
-    for part in lab.trials(cell.context):
-        for mode in MODES:
-            say(mode)
-            for task, found in answers(lab, model, cell.context, part, mode).items():
-                retrieval[mode][task] += found
-    say("text")  # last: its first decode step would be compiled for one length alone
-    text, held = continuation(lab, model, cell, reference)
-    spent = time.perf_counter() - start
-    return {
-        "held": held,
-        "text": text,
-        "retrieval": retrieval,
-        "seconds": spent,
-        "capture_seconds": lab.capture_seconds(model),
-    }
+    retrieval = {mode: dict(known["retrieval"][mode]) if known else {} for mode in MODES}
+    todo = tuple(task for task in lab.settings.tasks if task not in retrieval["agnostic"])
+    for kind in kinds_of(todo):
+        asked = [task for task in kind.tasks if task in todo]
+        for part in lab.trials(cell.context, kind):
+            for mode in MODES:
+                say(f"{kind.name}, {mode}")
+                for task, found in answers(lab, model, cell.context, part, mode, asked).items():
+                    retrieval[mode].setdefault(task, []).extend(found)
+    found = {"text": known["text"], "held": known["held"]} if known else {}
+    if not known:
+        say("text")  # last: its first decode step would be compiled for one length alone
+        found["text"], found["held"] = continuation(lab, model, cell, reference)
+    spent = time.perf_counter() - start + (known["seconds"] if known else 0.0)
+    return {**found, "retrieval": retrieval, "seconds": spent, "capture_seconds": lab.capture_seconds(model)}
 
 
-def answers(lab: Lab, model: Any, context: int, trials: list[Trial], mode: str) -> dict[str, list[dict[str, Any]]]:
+def answers(
+    lab: Lab, model: Any, context: int, trials: list[Trial], mode: str, tasks: list[str]
+) -> dict[str, list[Entry]]:
     """By task, one entry for each trial. Without the question in it, one compressed prompt serves all tasks."""
     found, shared = {}, None
-    for task in TASKS:
+    for task in tasks:
         if mode == "aware" or shared is None:
             prompts = [lab.prompts.prompt(trial, context, mode, task) for trial in trials]
             shared = lab.cache()
             call(model, torch.tensor(prompts), shared)
         cache = copy.deepcopy(shared) if mode == "agnostic" else shared
+        asked = [trial.questions[task] for trial in trials]
+        for column in zip(*(one.steps for one in asked), strict=True):
+            call(model, torch.tensor(column)[:, None], cache)
+        fed = [[*prompt, *one.steps] for prompt, one in zip(prompts, asked, strict=True)]
+        left = lab.left_of(cache, spans_of(fed, asked))
         second = torch.tensor([lab.prompts.follow_up(trial, mode, task) for trial in trials])
-        gold = torch.tensor([trial.questions[task].gold for trial in trials])
-        found[task] = judged(model, cache, second, gold)
+        found[task] = [{**entry, **only(left, at)} for at, entry in enumerate(judged(model, cache, second, asked))]
     return found
-
-
-def judged(model: Any, cache: Any, second: torch.Tensor, gold: torch.Tensor) -> list[dict[str, Any]]:
-    """Is each gold digit the most likely token, given those before it? Then greedy decoding says the whole number."""
-    logp = call(model, second, cache)[:, None]
-    if gold.shape[1] > 1:
-        logp = torch.cat([logp, follow(model, cache, gold[:, :-1])], dim=1)
-    right = logp.argmax(-1) == gold
-    nll = -logp.gather(-1, gold[..., None])[..., 0].mean(-1)
-    return [
-        {"right": bool(row.all()), "digits": int(row.sum()), "nll": float(value)}
-        for row, value in zip(right, nll, strict=True)
-    ]
 
 
 def continuation(lab: Lab, model: Any, cell: Cell, reference: Reference) -> tuple[dict[str, list[float]], dict]:

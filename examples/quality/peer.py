@@ -83,6 +83,9 @@ class PeerLab(Lab):
         held = sum(t.numel() * t.element_size() for t in tensors)
         return {"bytes": held, "dense_bytes": dense, "overhead_bytes": 0, "tokens": cache.tokens}
 
+    def left_of(self, cache: Any, spans: list[Any]) -> None:
+        return None
+
     def positions(self, cache: Any) -> None:
         return None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from quality import render, stats, versus
+from quality import answers, shown, stats, versus
 
 MARKERS = "osv^D<>pPX*h"
 MASKED = 0.95
@@ -17,13 +17,13 @@ NAMED = 3
 PANELS = (("aware", "right answers, question inside, %"), ("agnostic", "right answers, question after, %"))
 
 
-def points(cells: list[dict[str, Any]], panel: str) -> tuple[list[float], list[float]]:
-    """x: K and V held in percent of dense; y: right answers in percent, or KL."""
-    cells = sorted(cells, key=render.held)
-    held = [100 * render.held(cell) for cell in cells]
+def points(cells: list[dict[str, Any]], panel: str, tasks: list[str]) -> tuple[list[float], list[float]]:
+    """x: K and V held in percent of dense; y: right answers to the tasks that count in percent, or KL."""
+    cells = sorted(cells, key=shown.held)
+    held = [100 * shown.held(cell) for cell in cells]
     if panel == "kl":
         return held, [max(stats.mean(cell["text"]["kl"])[0], 1e-6) for cell in cells]
-    return held, [100 * render.accuracy(cell, panel) for cell in cells]
+    return held, [100 * answers.accuracy(cell, panel, tasks) for cell in cells]
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -54,6 +54,7 @@ def lines(axis: Any, cells: list[dict[str, Any]], names: list[str], panel: str) 
     """A line per policy over its budgets; `full` is a dashed level, except in the KL panel, where it is rounding."""
     import matplotlib
 
+    tasks = [] if panel == "kl" else answers.counted(cells, panel)
     colours = matplotlib.colormaps["tab20"]
     ends: list[tuple[float, float, float, str]] = []
     for index, name in enumerate(names):
@@ -61,16 +62,16 @@ def lines(axis: Any, cells: list[dict[str, Any]], names: list[str], panel: str) 
         if not mine:
             continue
         style = {"color": "black", "linestyle": ":"} if name == "random" else {"color": colours(index % 20)}
-        held, values = points(mine, panel)
+        held, values = points(mine, panel, tasks)
         ends.append((values[-1] if panel == "kl" else -values[-1], held[-1], values[-1], name))
         axis.plot(held, values, marker=MARKERS[index % len(MARKERS)], label=name, **style)
     for rank, (_, x, y, name) in enumerate(sorted(ends)[:NAMED]):
         if y > 0:  # a rate of 0 is nobody's best
             place = (6, 9 * rank - 12 if panel == "kl" else 6 - 9 * rank)
             axis.annotate(name, (x, y), textcoords="offset points", xytext=place, fontsize=8)
-    shared = [100 * render.held(cell) for cell in cells if render.held(cell) < MASKED]
+    shared = [100 * shown.held(cell) for cell in cells if shown.held(cell) < MASKED]
     axis.set_xlim(0, 1.4 * max(shared, default=100))
     full = [cell for cell in cells if cell["policy"] == "full"]
     if full and panel != "kl":
-        axis.axhline(points(full, panel)[1][0], color="gray", linestyle="--", label="full")
+        axis.axhline(points(full, panel, tasks)[1][0], color="gray", linestyle="--", label="full")
     axis.grid(alpha=0.3)

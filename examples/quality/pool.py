@@ -65,7 +65,7 @@ def _work(cell: Cell) -> Outcome:
 
 def _attempt(lab: Lab, store: Store, cell: Cell, say: Say) -> Outcome:
     try:
-        return measure(lab, cell, _reference(store.reference_path(cell.context)), say)
+        return measure(lab, cell, _reference(store.reference_path(cell.context)), say, store.known(cell))
     except Exception as error:  # noted, and the rest goes on
         return f"{type(error).__name__}: {error}"
 

@@ -1,4 +1,4 @@
-"""Prompts of exact length in tokens: real text with needles in it, questions about them, and plain text to go on with.
+"""Prompts of exact length in tokens: real text with a task's needles in it, and plain text to go on with.
 
 The same seed, context and trial give the same text, needles and depths, whatever the policy: results are paired.
 """
@@ -6,15 +6,15 @@ The same seed, context and trial give the same text, needles and depths, whateve
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import smollm2
 
-TASKS = ("passkey", "multi-key", "variable")
+from quality.tasks.needles import KIND
+from quality.tasks.trial import Kind, Trial
+
 MODES = ("aware", "agnostic")
-DIGITS = 5
 WORDS = (
     "river castle garden silver lemon tiger falcon dragon harbor island meadow copper marble forest rocket candle"
     " window bridge tower valley desert ocean planet pepper rabbit eagle wolf horse lion snake pearl amber mountain"
@@ -23,33 +23,24 @@ SENTINEL = "@@"
 TEXT_CHARS = 464_000
 
 
-@dataclass(frozen=True)
-class Question:
-    """One question as tokens: what is asked, the start of the answer that is given, and the digits to be found."""
-
-    asked: list[int]
-    lead: list[int]
-    gold: list[int]
-
-
-@dataclass(frozen=True)
-class Trial:
-    """Needles and questions of one trial; `depths` is where in the text each needle stands, ascending."""
-
-    start: int
-    needles: list[list[int]]
-    depths: list[float]
-    questions: dict[str, Question]
-
-
 class Prompts:
     """Makes prompts with one tokenizer (anything that encodes, decodes and has a chat template)."""
 
     def __init__(self, tokenizer: Any, seed: int) -> None:
         self.tokenizer, self.seed = tokenizer, seed
-        chat = [{"role": "user", "content": SENTINEL}]
-        head, tail = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False).split(SENTINEL)
-        self.head, self.tail = self.encode(head), self.encode(tail)
+        self.head, self.tail = map(self.encode, self._around([]))
+
+    def _around(self, before: list[dict[str, str]]) -> list[str]:
+        """What the chat's template writes in front of a user's words and behind them."""
+        chat = [*before, {"role": "user", "content": SENTINEL}]
+        return self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False).split(SENTINEL)
+
+    def head_with(self, system: str, *turns: tuple[str, str]) -> list[int]:
+        """The chat up to the user's words, with a system prompt, and turns of both before."""
+        before = [{"role": "system", "content": system}]
+        for user, assistant in turns:
+            before += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+        return self.encode(self._around(before)[0])
 
     def encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
@@ -60,39 +51,22 @@ class Prompts:
         size = len(self.encode(" river"))
         return [word for word in WORDS.split() if len(self.encode(" " + word)) == size]
 
-    def trial(self, context: int, index: int) -> Trial:
-        """Passkey, three keys and a chain of variables, in one text: each is a distraction for the others."""
-        rng = random.Random(f"{self.seed}-{context}-{index}")
-        code, value, *numbers = ["".join(str(rng.randrange(1, 10)) for _ in range(DIGITS)) for _ in range(5)]
-        keys = rng.sample(self.words, len(numbers))
-        single = [f"The access code of the vault is {code}. Remember it."]
-        single += [f"The special magic number for {k} is {n}." for k, n in zip(keys, numbers, strict=True)]
-        rng.shuffle(single)
-        chain = [f"The value of x1 is {value}.", "The value of x2 is the value of x1."]
-        chain.append("The value of x3 is the value of x2.")
-        order = [single] * len(single) + [chain] * len(chain)
-        rng.shuffle(order)
-        queues = {id(single): iter(single), id(chain): iter(chain)}
-        needles = [self.encode(f"\n{next(queues[id(queue)])}\n") for queue in order]
-        questions = {
-            "passkey": self._question("What is the access code of the vault?", "The access code of the vault is", code),
-            "multi-key": self._question(
-                f"What is the special magic number for {keys[0]}?",
-                f"The special magic number for {keys[0]} is",
-                numbers[0],
-            ),
-            "variable": self._question("What is the value of x2?", "The value of x2 is", value),
-        }
-        depths = sorted(rng.uniform(0.05, 0.95) for _ in needles)
-        return Trial(rng.randrange(TEXT_CHARS // 2), needles, depths, questions)
+    def trial(self, context: int, index: int, kind: Kind = KIND) -> Trial:
+        """Text and questions of a kind. What the first kind writes has been as it is since there was no other."""
+        own = "" if kind is KIND else f"-{kind.name}"
+        return kind.trial(self, random.Random(f"{self.seed}-{context}-{index}{own}"))
 
-    def _question(self, asked: str, lead: str, gold: str) -> Question:
-        return Question(self.encode(f"\n\n{asked}"), [*self.tail, *self.encode(f"{lead} ")], self.encode(gold))
+    def a_start(self, rng: random.Random) -> int:
+        """Where in the real text something may begin."""
+        return rng.randrange(TEXT_CHARS // 2)
 
     def document(self, trial: Trial, context: int, closing: list[int]) -> list[int]:
         """Exactly `context` tokens: the chat's head, text with the needles in it, `closing`."""
-        room = context - len(self.head) - len(closing) - sum(map(len, trial.needles))
-        body, out, last = self.text(trial.start, room), list(self.head), 0
+        head = self.head if trial.head is None else trial.head
+        room = context - len(head) - len(closing) - sum(map(len, trial.needles))
+        if room < 0:
+            raise ValueError(f"{context} tokens have no room for what is asked about: {-room} more are needed")
+        body, out, last = self.text(trial.start, room), list(head), 0
         for needle, depth in zip(trial.needles, trial.depths, strict=True):
             cut = max(last, self._line_end(body, int(depth * room)))
             out += body[last:cut] + needle
@@ -121,6 +95,11 @@ class Prompts:
         if len(tokens) < length:
             raise ValueError(f"the text has no {length} tokens from character {start} on")
         return tokens
+
+    def prose(self, start: int, length: int) -> list[int]:
+        """The same text in one line: no spaces at ends of lines, which a model would not say again."""
+        words = self.tokenizer.decode(self.text(start, 2 * length)).split()
+        return self.encode(" " + " ".join(words))[:length]
 
     def plain(self, context: int, index: int, extra: int) -> list[int]:
         """`context` + `extra` tokens of text without needles, the chat's head not counted in `extra`."""

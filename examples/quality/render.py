@@ -5,22 +5,27 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from quality import picture, stats, versus
-from quality.prompts import MODES, TASKS
+from quality import answers, picture, stats, versus
+from quality.shown import held, spread, table
+from quality.tasks import TASKS
 
 READ = """How to read it:
 
 - `aware`: the question is the end of the prompt that is compressed. `agnostic`: the prompt is compressed first, the
   question comes in the next call. All that is judged is said after the compression: answers begin in a second call.
-- Retrieval: right answers of {trials} trials, with the 95 % Wilson interval in percent. An answer of five digits is
-  right if each digit is the most likely token after those before it, which is what greedy decoding would say. Passkey:
-  one number in the text. Multi-key: one of three numbers that have names. Variable: x1 is a number, x2 is x1, x3 is x2;
-  asked for x2. All three are in the same text, so each distracts from the others.
-- `answer NLL`: mean negative log-likelihood of the right digits, agnostic, all tasks; finer than right or wrong.
+- Retrieval: right answers of {trials} trials, with the 95 % Wilson interval in percent. An answer is right if each of
+  its tokens is the most likely one after those before it, which is what greedy decoding would say; where a task names
+  other answers, if it is likelier than each of them, a token. The tasks of this page:
+{tasks}
+- `all`: over the tasks that the full cache gets half right at least; a task that it fails tells nothing of a policy,
+  and is named under the table.
+- `gone`: of the answers that stand once in the text, those of which a token is held by no head of any layer
+  (`kvpass.report(cache, spans)`): it cannot be read any more, whatever is asked.
+- `answer NLL`: mean negative log-likelihood of the right tokens, agnostic, tasks as in `all`; finer than right or
+  wrong.
 - Text: {steps} tokens after {trials} real texts, token by token, mean and half of the 95 % t interval over texts. `KL`:
   nats, full cache against policy, along the true text. `same token`: the most likely token is the full cache's, along
   the true text and along the full cache's own greedy text. `perplexity` of the true text. `attention kept`: share of
@@ -38,44 +43,6 @@ READ = """How to read it:
 """
 
 
-def percent(value: float) -> str:
-    return f"{100 * value:.0f}"
-
-
-def share_cell(found: list[dict[str, Any]]) -> str:
-    right = sum(entry["right"] for entry in found)
-    _, low, high = stats.wilson(right, len(found))
-    return f"{right}/{len(found)} [{percent(low)}-{percent(high)}]"
-
-
-def spread(values: list[float], digits: int, scale: float = 1.0) -> str:
-    middle, low, high = stats.mean([scale * value for value in values])
-    return f"{middle:.{digits}f}" if math.isnan(low) else f"{middle:.{digits}f} ± {(high - low) / 2:.{digits}f}"
-
-
-def held(cell: dict[str, Any]) -> float:
-    """K and V held, of the dense cache."""
-    return float(cell["held"]["bytes"] / cell["held"]["dense_bytes"])
-
-
-def accuracy(cell: dict[str, Any], mode: str) -> float:
-    """Right answers over all tasks."""
-    entries = [entry["right"] for task in TASKS for entry in cell["retrieval"][mode][task]]
-    return sum(entries) / len(entries)
-
-
-def answer_nll(cell: dict[str, Any]) -> list[float]:
-    """One value for each trial: the mean over its three questions."""
-    by_trial = zip(*(cell["retrieval"]["agnostic"][task] for task in TASKS), strict=True)
-    return [sum(entry["nll"] for entry in entries) / len(entries) for entries in by_trial]
-
-
-def retrieval_row(cell: dict[str, Any]) -> list[str]:
-    scores = [share_cell(cell["retrieval"][mode][task]) for task in TASKS for mode in MODES]
-    scores += [percent(accuracy(cell, mode)) for mode in MODES]
-    return [f"`{cell['policy']}`", f"{100 * held(cell):.1f}", *scores, spread(answer_nll(cell), 2)]
-
-
 def text_row(cell: dict[str, Any]) -> list[str]:
     text = cell["text"]
     middle, low, high = (math.exp(value) for value in stats.mean(text["nll"]))
@@ -91,15 +58,8 @@ def text_row(cell: dict[str, Any]) -> list[str]:
     ]
 
 
-RETRIEVAL_COLUMNS = ["policy", "held %", *(f"{task} {mode}" for task in TASKS for mode in MODES)]
-RETRIEVAL_COLUMNS += [*(f"all {mode} %" for mode in MODES), "answer NLL"]
 TEXT_COLUMNS = ["policy", "held %", "KL", "same token %, true text", "same token %, own text"]
 TEXT_COLUMNS += ["perplexity", "attention kept %"]
-
-
-def table(columns: list[str], rows: Iterable[list[str]]) -> list[str]:
-    lines = ["| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
-    return lines + ["| " + " | ".join(row) + " |" for row in rows]
 
 
 def sections(results: dict[str, Any]) -> list[str]:
@@ -113,7 +73,7 @@ def sections(results: dict[str, Any]) -> list[str]:
         by_kl = sorted(mine, key=lambda c: stats.mean(c["text"]["kl"])[0])
         lines += ["", f"## {context:,} tokens, budget {100 * budget:g} %", "", "Text, least KL first:", ""]
         lines += table(TEXT_COLUMNS, map(text_row, by_kl))
-        lines += ["", "Retrieval, same order:", "", *table(RETRIEVAL_COLUMNS, map(retrieval_row, by_kl))]
+        lines += answers.tables(by_kl)
         both = [versus.row(*pair) for pair in versus.pairs(mine)]
         if both:
             lines += ["", "### Next to kvpress, in the same bytes", "", versus.ABOUT, ""]
@@ -155,12 +115,17 @@ def facts(results: dict[str, Any]) -> list[str]:
     ]
 
 
+def read(results: dict[str, Any]) -> str:
+    """How to read the page, with a line for each task that was asked."""
+    tasks = [f"  - {task}: {TASKS[task].tasks[task]}" for task in answers.asked(results["cells"]) or TASKS]
+    return READ.format(**{**results["settings"], "tasks": "\n".join(tasks)}).rstrip()
+
+
 def markdown(results: dict[str, Any], title: str, image: str) -> str:
-    settings = results["settings"]
     if not results["cells"]:
         lines = [f"# {title}", "", "**No figures yet**: no cell of `make quality` has been finished and rendered."]
-        return "\n".join([*lines, "", READ.format(**settings).rstrip(), *gaps(results), ""])
-    lines = [f"# {title}", "", *facts(results), "", READ.format(**settings).rstrip(), "", f"![quality]({image})"]
+        return "\n".join([*lines, "", read(results), *gaps(results), ""])
+    lines = [f"# {title}", "", *facts(results), "", read(results), "", f"![quality]({image})"]
     return "\n".join([*lines, *sections(results), *gaps(results), ""])
 
 

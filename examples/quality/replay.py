@@ -29,11 +29,12 @@ from bench import machine
 from transformers.utils import logging as transformers_logging
 
 from quality import replay_page
-from quality.measure import Lab, judged
-from quality.prompts import TASKS
+from quality.judge import judged
+from quality.measure import Lab
 from quality.reference import call
 from quality.run import commit, listed
 from quality.store import Cell, Settings
+from quality.tasks.needles import TASKS
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -69,7 +70,7 @@ def answers(lab: Lab, cell: Cell, model: Any, trials: list[int]) -> list[dict[st
     for task in TASKS:
         own = copy.deepcopy(cache)
         second = torch.tensor([lab.prompts.follow_up(one, "agnostic", task) for one in asked])
-        found[task] = judged(model, own, second, torch.tensor([one.questions[task].gold for one in asked]))
+        found[task] = judged(model, own, second, [one.questions[task] for one in asked])
     both = {"held": held, "end": share(lab, own)}
     return [{"answers": {task: found[task][at] for task in TASKS}, **both} for at in range(len(trials))]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from quality import stats
-from quality.prompts import TASKS
-from quality.render import share_cell, table
+from quality.shown import share_cell, table
+from quality.tasks.needles import TASKS
 
 COLUMNS = ["policy", "budget", "held %", "at the end %", *TASKS, "right", "of full", "digits", "answer NLL"]
 COLUMNS += ["less full's"]

@@ -1,10 +1,11 @@
 """`make quality`: what each policy's eviction costs, on SmolLM2-135M-Instruct and real text.
 
     python -P examples/quality/run.py [--full] [--policies a,b] [--budgets 0.1,0.2] [--contexts 1024] [--trials 4]
-                                      [--jobs 2] [--beside-kvpress] [--fresh] [--render] [--estimate]
+                                      [--tasks all] [--jobs 2] [--beside-kvpress] [--fresh] [--render] [--estimate]
 
 Finished cells are kept in .cache/quality and skipped on a rerun. Writes examples/quality/results/<date>-<machine>.*
-and docs/quality.md. --render only writes those, from the cells there are (or from the newest results).
+and docs/quality.md. --render only writes those, from the cells there are (or from the newest results). Tasks that are
+named later are asked of finished cells too. --check asks what the full cache can do: docs/quality-tasks.md.
 """
 
 from __future__ import annotations
@@ -33,12 +34,13 @@ from kvpass.errors import PolicyError
 from kvpass.policy.files import check_files
 from kvpass.policy.load import names
 from kvpass.policy.policy import Policy
-from quality import render
+from quality import render, tasks_page
 from quality.estimate import estimate, minutes
 from quality.measure import Lab
 from quality.pool import outcomes
 from quality.reference import load_or_measure
 from quality.store import Cell, Settings, Store
+from quality.tasks import DEFAULT, TASKS, named
 from quality.versus import beside_peer
 
 HERE = Path(__file__).resolve().parent
@@ -49,6 +51,13 @@ DEFAULT_CONTEXTS, DEFAULT_BUDGETS, DEFAULT_TRIALS = (1024,), (0.1, 0.2), 4
 
 def listed(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def tasks(text: str) -> tuple[str, ...]:
+    try:
+        return named(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 PROBED = {"judge_q"}
@@ -74,6 +83,10 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budgets", type=lambda text: [float(part) for part in listed(text)])
     parser.add_argument("--contexts", type=lambda text: [int(part) for part in listed(text)])
     parser.add_argument("--trials", type=int, help="retrieval prompts for each task and mode, and texts")
+    parser.add_argument(
+        "--tasks", type=tasks, default=DEFAULT, help=f"names, with commas, or all: {', '.join(TASKS)}; the first three"
+    )
+    parser.add_argument("--check", action="store_true", help="the full cache alone, all tasks: which ones can it do?")
     parser.add_argument("--steps", type=int, default=128, help="tokens of each continuation")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -90,6 +103,8 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     args.trials = args.trials or (TRIALS if args.full else DEFAULT_TRIALS)
     if args.policies and args.beside_kvpress:
         parser.error("--beside-kvpress says by itself which policies")
+    if args.check:
+        args.policies, args.tasks = ["full"], args.tasks if args.tasks != DEFAULT else named("all")
     args.policies = args.policies or measurable()
     unknown = sorted(set(args.policies) - set(names()))
     if unknown:
@@ -175,7 +190,7 @@ def main() -> None:
     args, console = arguments(), wide_console()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    store = Store(Settings(args.trials, args.steps, args.seed))
+    store = Store(Settings(args.trials, args.steps, args.seed, args.tasks))
     command = shlex.join(["python", "-P", "examples/quality/run.py", *sys.argv[1:]])
     if not args.render:
         if args.fresh:
@@ -188,7 +203,8 @@ def main() -> None:
         if args.estimate:
             return
         run(lab, store, cells, console, args.jobs)
-    for path in publish(store, command):
+    paths = tasks_page.publish(store, command, HERE, ROOT / "docs") if args.check else publish(store, command)
+    for path in paths:
         console.print(f"wrote {path}", soft_wrap=True, highlight=False)
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import smollm2
+
+from quality.tasks import DEFAULT
 
 
 @dataclass(frozen=True)
@@ -20,11 +22,13 @@ class Settings:
         trials: retrieval prompts for each task and question mode, and texts to go on with.
         steps: tokens of each continuation.
         seed: of texts, needles and depths.
+        tasks: what is asked. A cell that lacks some of them is finished by those alone.
     """
 
     trials: int
     steps: int = 128
     seed: int = 0
+    tasks: tuple[str, ...] = field(default=DEFAULT, compare=False)
 
     @property
     def key(self) -> str:
@@ -66,8 +70,14 @@ class Store:
         shutil.rmtree(self.folder)
         self.folder.mkdir()
 
+    def known(self, cell: Cell) -> dict[str, Any] | None:
+        """What was measured of a cell so far."""
+        return json.loads(self.path(cell).read_text()) if self.path(cell).exists() else None
+
     def done(self, cell: Cell) -> bool:
-        return self.path(cell).exists()
+        """Whether it is measured, and asked all of these settings' tasks."""
+        known = self.known(cell)
+        return known is not None and {*self.settings.tasks} <= {*known["retrieval"]["agnostic"]}
 
     def save(self, cell: Cell, found: dict[str, Any]) -> None:
         """Written beside and renamed: a broken run leaves no half file."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from quality import stats
-from quality.prompts import MODES, TASKS
+from quality.prompts import MODES
 
 PEER = "kvpress "
 """Before a policy's name: kvpress' own."""
@@ -92,7 +92,8 @@ def row(name: str, ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     kl = [cell["text"]["kl"] for cell in (ours, theirs)]
     out = [f"`{name}`", *(f"{stats.mean(values)[0]:.3f}" for values in kl), _difference(*kl, digits=3)]
     for mode in MODES:
-        nll = [[entry["nll"] for task in TASKS for entry in cell["retrieval"][mode][task]] for cell in (ours, theirs)]
+        tasks = [task for task in ours["retrieval"][mode] if task in theirs["retrieval"][mode]]
+        nll = [[entry["nll"] for task in tasks for entry in cell["retrieval"][mode][task]] for cell in (ours, theirs)]
         out += [f"{stats.mean(nll[0])[0]:.2f}", _difference(*nll, digits=2)]
     return out
 

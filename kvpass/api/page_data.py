@@ -22,6 +22,7 @@ def page_data(cache: Any, texts: Sequence[Sequence[str]] | None, spans: Spans | 
     """JSON of a cache.
 
     Keys:
+        buffers: whether an unmodified cache of it has room for all tokens from the start.
         version, tokens (columns T), rows (sequences B), first (columns in front of each row's first token).
         report: `kvpass.report(cache, spans).to_dict()`; text: the same in words.
         rules: [which layers, sentences] for each kind of rule.
@@ -48,6 +49,7 @@ def page_data(cache: Any, texts: Sequence[Sequence[str]] | None, spans: Spans | 
         "tokens": found.tokens,
         "rows": found.rows,
         "first": found.first.tolist(),
+        "buffers": any(store.length is not None for store in found.stores),
         "report": told.to_dict(),
         "text": str(told),
         "rules": _rules(found),

@@ -14,6 +14,7 @@ from kvpass.api.spans import Spans, span_rows
 from kvpass.errors import CacheError
 from kvpass.kernels.budget import Apart, Budget
 from kvpass.kernels.slots.cursor import SEEN
+from kvpass.runtime.course import held, together
 from kvpass.runtime.recordings import StepCounts
 from kvpass.runtime.shell import attached
 from kvpass.runtime.store import SlotStore
@@ -46,6 +47,9 @@ class Report:
             changed after a call, outside the compiled graph.
             steps: under `mode="reduce-overhead"`, `captures` of CUDA graphs, `replays` of them, `eager` steps beside
             those, and `why` the last of these was; of the graph with the most, where a model has several.
+            course: [tokens, bytes] after calls at which the bytes of slots changed, `overhead_bytes` with them, oldest
+                first and the present last: a call of a prompt in the middle of its work held more. Tokens that were
+                taken back are not in it; what was loaded from a file, or joined of several caches, begins there.
             providers: on a CUDA device, who computed the attention of prompts, by kinds of calls in words: of all
             models of this process.
             spans: for each one that was asked for, in each row: `kept`, the share of its `tokens` that is kept, over
@@ -99,6 +103,7 @@ def report(cache: Any, spans: Spans | None = None) -> Report:
             "why": _why(found.stores),
             "proof": _proof(found.stores, dense_sites - slots - callers),
             "steps": max((store.steps for store in found.stores), key=_made, default=StepCounts())._asdict(),
+            "course": _course(found.stores),
             "providers": _providers(),
             "spans": span_rows(spans, retention(cache)) if spans else [],
         }
@@ -109,6 +114,11 @@ def _providers() -> dict[str, str]:
     """Known once a kernel of a device has run; importing them would import triton."""
     choose = sys.modules.get("kvpass.kernels.prefill_attend.providers.choose")
     return choose.decisions() if choose is not None else {}
+
+
+def _course(stores: Sequence[SlotStore]) -> list[list[int]]:
+    now = (max((store.tokens for store in stores), default=0), held(stores))
+    return [list(one) for one in together([store.course for store in stores if store.course.changes], now)]
 
 
 def _made(steps: StepCounts) -> int:

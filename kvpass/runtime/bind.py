@@ -132,6 +132,8 @@ class Bound:
             for places, shell in zip(binding.returned, shells[-2:], strict=True):
                 for at in places:
                     returned[at] = shell
+        first = call.stores[0]
+        first.course = first.course.after(call.stores)
         noted = current()
         if noted is not None:
             noted.ran(call.stores, shells, [returned[at] for at in self.dense])

@@ -32,6 +32,7 @@ OF_THE_PROCESS = (
     "recorded",
     "journal",
     "cuts",
+    "course",
 )
 """Those that belong to the host's tensors, or to the machine; a spoiled store is not saved. A test asks that each field
 is in one of the three.

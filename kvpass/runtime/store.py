@@ -16,6 +16,7 @@ from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.cursor import LIVE, SEEN
 from kvpass.kernels.slots.moves import evened, with_slots, with_spare
 from kvpass.kernels.slots.state import State
+from kvpass.runtime.course import Course
 from kvpass.runtime.identity import Origin
 from kvpass.runtime.lending import Lending
 from kvpass.runtime.recordings import StepCounts
@@ -70,6 +71,7 @@ class SlotStore(Lending):
         recorded: steps are replayed, so that the state's addresses change as seldom as may be.
         journal: a `Journal` of its last tokens, while they are tentative.
         cuts: when tokens were taken back; None: never.
+        course: how much it and the other sites of its graph held after their calls; on the first of them.
         unplayed: the last so many tokens wait for their replay, and with them all eviction.
     """
 
@@ -101,6 +103,7 @@ class SlotStore(Lending):
     journal: Any = None
     cuts: Cuts | None = None
     unplayed: int = 0
+    course: Course = field(default_factory=Course)
 
     def __post_init__(self) -> None:
         k, v = self.state.k, self.state.v

@@ -21,7 +21,7 @@ import torch
 from matplotlib.image import imread
 from models import tiny
 from oracle.page_reader import PageReader
-from spelling import cache_of
+from spelling import cache_of, with_cache
 
 import kvpass
 
@@ -78,6 +78,28 @@ def test_the_script_shows_what_inspect_finds(tmp_path: Path, row: int) -> None:
     live = [(layer.positions[row] >= 0).sum(-1).tolist() for layer in kvpass.inspect(held).layers]
     assert [cell for cell in cells if re.fullmatch(r"\d+ \d+", cell)] == [" ".join(map(str, some)) for some in live]
     assert len([own for tag, own, _ in page.elements if tag == "rect" and own.get("fill") == "#d93a2b"]) == 1
+
+
+def test_bytes_over_time_are_those_of_the_report(tmp_path: Path) -> None:
+    """The line's corners, read back: tokens across, bytes up, most at 18 and none at 120."""
+    model = kvpass.compile(tiny.llama(), "full", None, inner="eager")
+    ids, mask = tiny.left_padded([T, T])
+    held = None
+    with torch.no_grad():
+        for start in (0, 40, 70):
+            stop = {0: 40, 40: 70, 70: T}[start]
+            more = with_cache(model, held) if held is not None else {}
+            held = cache_of(model(ids[:, start:stop], attention_mask=mask[:, :stop], use_cache=True, **more))
+    told = kvpass.report(held).to_dict()
+    dom = chromium.dom(kvpass.page(held, path=tmp_path / "page.html"))
+    assert "error" not in body(dom)
+    (path,) = [own for tag, own, _ in PageReader(dom).elements if tag == "path" and own.get("class") == "held"]
+    corners = re.findall(r"L([\d.]+) ([\d.]+)H([\d.]+)", path["d"])
+    most = max(told["dense_bytes"], *(size for _, size in told["course"]))
+    read = [(round(float(x) * T / 1000), most * (1 - (float(y) - 18) / 102)) for x, y, _ in corners]
+    assert [tokens for tokens, _ in read] == [tokens for tokens, _ in told["course"]] == [40, 70, T]
+    assert [size for _, size in read] == pytest.approx([size for _, size in told["course"]], abs=most / 1000)
+    assert [end for *_, end in corners] == [start for start, *_ in corners[1:]] + ["1000.0"]
 
 
 HAND = """<script>

