@@ -29,8 +29,9 @@ from transformers.utils import logging as transformers_logging
 
 from quality.masks import Masked, flat
 from quality.measure import compared
-from quality.prompts import TASKS, Prompts
+from quality.prompts import Prompts
 from quality.run import listed
+from quality.tasks.needles import TASKS
 
 QUERIES, NEAR, BLOCK, STEPS = 64, 128, 256, 64
 """Of the window; tokens that are not far; queries whose probabilities are held at once; tokens of text."""
