@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from kvpass.kernels.rule import Rule
-from kvpass.kernels.slots.cursor import LIVE
+from kvpass.kernels.slots.cursor import FREE, LIVE, SHIFT
+from kvpass.kernels.slots.ragged import is_ragged
 from kvpass.kernels.slots.state import State
 from spelling import cache_of, with_cache
 from torch import Tensor
@@ -53,10 +54,10 @@ class Call:
         return bool((live != live.flatten()[0]).any())
 
     def ready(self) -> None:
-        """Makes room for one more token where all slots are in use, which only happens where nothing is evicted: forgets
-        those that `run` brought.
+        """Makes room for one more token where all slots are in use, as happens where nothing is evicted: forgets those
+        that `run` brought.
         """
-        if bool((self.state.cursor[..., LIVE] >= self.state.slots).any()):
+        if not is_ragged(self.state.cursor) and bool((self.state.cursor[..., LIVE] >= self.state.slots).any()):
             self.given["position"], cursor = self.begin
             self.state.cursor.copy_(cursor)
 
@@ -111,12 +112,12 @@ def calls_of_a_step(model: Any, policy: Any, budget: Any, ids: Tensor) -> list[C
     """Of the third step behind a prompt, one a layer. ids [B, T], of which the last three columns are the steps'."""
     compiled = kvpass.compile(model, policy, budget, inner="eager")
     cache: Any = None
-    calls: Sequence[Call] = []
+    found: list[Call] = []
     for tokens in (ids[:, :-3], *ids[:, -3:].split(1, dim=1)):
         with noted() as calls:
             out = compiled(input_ids=tokens, **with_cache(compiled, cache), use_cache=True, logits_to_keep=1)
-        cache = cache_of(out)
-    return list(calls)
+        cache, found = cache_of(out), calls
+    return found
 
 
 def expected(call: Call) -> Tensor:
@@ -131,11 +132,15 @@ def expected(call: Call) -> Tensor:
     if [field.name for field in state.fields if field.name == "bias"]:
         raise ValueError("not a plain call: slots with a bias")
     q, k_new, v_new = (given[name].double() for name in ("q", "k_new", "v_new"))
-    used = state.pos >= 0
-    k = torch.cat([state.k.double().masked_fill(~used[..., None], 0.0), k_new], 2)
-    v = torch.cat([state.v.double().masked_fill(~used[..., None], 0.0), v_new], 2)
-    seen = torch.cat([used, torch.ones_like(used[..., :1])], 2)
-    rows, heads, _, dim = k_new.shape
-    logits = q.view(rows, heads, -1, dim) @ k.transpose(2, 3) * given["scale"]
-    weights = logits.masked_fill(~seen[:, :, None], float("-inf")).softmax(-1)
-    return (weights @ v).view(rows, q.shape[1], 1, v.shape[3])
+    rows, heads = k_new.shape[:2]
+    group, out = q.shape[1] // heads, q.new_empty(rows, q.shape[1], 1, v_new.shape[3])
+    k, v = (entries.flatten(0, 2).double() for entries in (state.k, state.v))
+    for row in range(rows):
+        for head in range(heads):
+            cursor = state.cursor[row, head].tolist()
+            begin = (row * heads + head) * state.slots + (cursor[SHIFT] if is_ragged(state.cursor) else 0)
+            used = [begin + slot for slot in range(cursor[LIVE] + 1) if slot != cursor[FREE]]
+            for one in range(head * group, (head + 1) * group):
+                logits = torch.cat([k[used], k_new[row, head]]) @ q[row, one, 0] * given["scale"]
+                out[row, one, 0] = logits.softmax(0) @ torch.cat([v[used], v_new[row, head]])
+    return out

@@ -24,8 +24,9 @@ def written(path: Path, data: dict[str, Any]) -> None:
 
 def main(job: dict[str, Any], out: Path) -> None:
     import torch
-    from bench.suite import module_of
     from transformers.utils import logging
+
+    from bench.suite import module_of
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""NVIDIA's kvpress at work, for bench/benchmarks/decode.py: runs in an environment of its own (tests/kvpress/README.md).
+"""NVIDIA's kvpress at work, for bench/benchmarks/decode.py: in an environment of its own (tests/kvpress/README.md).
 
 Its presses compress a prompt while it is read; the heads of AdaKV keep all entries and hide some. DecodingPress also
 drops entries each 128 steps. Positions go on behind the whole prompt, as in kvpress' own pipeline.
@@ -18,8 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import kvpress
 import smollm2
 import torch
-from bench.contenders import divergence, prompt
 from transformers import DynamicCache
+
+from bench.contenders import divergence, prompt
 
 WINDOW = 32
 """Queries that SnapKV observes: those of kvpass' preset."""

@@ -12,8 +12,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from llama_cpp import Llama
 from pydoc_data.topics import topics
+
+from llama_cpp import Llama
 
 
 def gguf() -> str:
