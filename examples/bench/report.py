@@ -15,7 +15,7 @@ from bench import picture
 from bench.suite import Aim, Grid, module_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-PAGE = ROOT / "docs" / "performance.md"
+PAGE, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
 BEGIN, END = "<!-- made by make bench -->", "<!-- end -->"
 AIM_COLUMNS = ("figure", "here", "aim", "verdict")
 
@@ -115,11 +115,33 @@ def write(results: dict[str, Any], folder: Path, name: str, whole: bool) -> list
 
 
 def write_page(results: dict[str, Any], drawing: Path) -> None:
-    """The figures between the marks of docs/performance.md."""
-    text = PAGE.read_text()
-    before, rest = text.split(BEGIN, 1)
-    after = rest.split(END, 1)[1]
+    """The figures between the marks of docs/performance.md and of README.md."""
+    link = drawing.resolve().relative_to(ROOT) if drawing.resolve().is_relative_to(ROOT) else drawing
     shown = [line for grid in grids(results)[::-1] for line in lines_of(grid, "###")]  # the aims first
-    link = f"../{drawing.resolve().relative_to(ROOT)}" if drawing.resolve().is_relative_to(ROOT) else drawing
-    made = "\n".join([BEGIN, told(results), "", f"![roofline and scaling]({link})", *shown, "", END])
-    PAGE.write_text(before + made + after)
+    _between(PAGE, [told(results), "", f"![roofline and scaling](../{link})", *shown])
+    _between(README, [told(results), *short(results)])
+
+
+def _between(page: Path, lines: list[str]) -> None:
+    before, rest = page.read_text().split(BEGIN, 1)
+    page.write_text("\n".join([before + BEGIN, *lines, END + rest.split(END, 1)[1]]))
+
+
+def short(results: dict[str, Any]) -> list[str]:
+    """The decode steps in one table: of each kind of cache the fastest, and what bytes allow beside it."""
+    decode = module_of("decode")
+    lines = ["", "| context x batch | | step | what bytes allow | KV held |", "| --- | --- | --- | --- | --- |"]
+    for result in next(iter(results["benchmarks"].get("decode", {}).values()), {}).values():
+        everybody = result["contenders"]
+        kinds: dict[str | None, tuple[str, Any]] = {}
+        for name, one in everybody.items():
+            kind = name if "peer" in one else one["spec"]["policy"]
+            if kind not in kinds or decode.middle(one) < decode.middle(kinds[kind][1]):
+                kinds[kind] = name, one
+        title = f"{result['context']:,} x {result['batch']}"
+        title += "" if result["dtype"] == "float32" else f", {result['dtype']}"
+        for name, one in kinds.values():
+            least = f"{1e3 * decode.bound(one, result):.1f} ms" if one["kv_bytes"] else ""
+            held = f"{one['kv_bytes'] / 1e6:.0f} MB" if one["kv_bytes"] else ""
+            lines.append(f"| {title} | {name} | {1e3 * decode.middle(one):.1f} ms | {least} | {held} |")
+    return [*lines, ""]

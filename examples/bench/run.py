@@ -45,6 +45,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--llama", default="", help="python of an environment with llama-cpp-python")
     parser.add_argument("--device", default="", help="cpu or cuda; both where both are")
     parser.add_argument("--quick", action="store_true", help="small shapes, few rounds: does it run at all?")
+    parser.add_argument("--long", action="store_true", help="also bfloat16, more policies, more inner compilers")
     parser.add_argument("--fresh", action="store_true", help="measure anew what is kept of this commit")
     parser.add_argument("--list", action="store_true", help="what there is, and how long it takes")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for the results")
@@ -124,7 +125,7 @@ def main() -> None:
     results: dict[str, Any] = {"benchmarks": {}}
     with progress(console) as shown:
         for device in devices(args.device):
-            options = Options(args.quick, device, args.kvpress, args.llama, args.rounds, args.contenders)
+            options = Options(args.quick, args.long, device, args.kvpress, args.llama, args.rounds, args.contenders)
             for name in names:
                 jobs = [{"benchmark": name, "device": device, **job} for job in module_of(name).jobs(options)]
                 done = {job["name"]: measured(job, args.fresh, shown) for job in json.loads(json.dumps(jobs))}

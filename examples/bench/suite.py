@@ -28,6 +28,7 @@ BENCHMARKS = (
     "op_bandwidth",
     "op_bytes",
     "decode",
+    "where",
     "prefill",
     "first_token",
     "growth",
@@ -46,6 +47,7 @@ class Options:
 
     Attributes:
         quick: small shapes and few rounds: does it run at all?
+        long: also what tells less, or takes long.
         device: `cpu` or `cuda`.
         kvpress: the interpreter of an environment with kvpress 0.5.5; "" without.
         llama: likewise with llama-cpp-python.
@@ -54,6 +56,7 @@ class Options:
     """
 
     quick: bool = False
+    long: bool = False
     device: str = "cpu"
     kvpress: str = ""
     llama: str = ""

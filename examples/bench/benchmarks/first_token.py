@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench.suite import Aim, Grid, Job, Options, Results, Save
 
-MINUTES = 7
+MINUTES = 5
 PROMPT, TOKENS = 512, 8
 CONTENDERS = (
     ("HF, no compiler", None, "eager"),
@@ -34,7 +34,7 @@ CONTENDERS = (
 def jobs(options: Options) -> list[Job]:
     if options.device != "cpu":
         return []
-    some = (CONTENDERS[0], CONTENDERS[2]) if options.quick else CONTENDERS
+    some = (CONTENDERS[0], CONTENDERS[2]) if options.quick else CONTENDERS if options.long else CONTENDERS[:4]
     named = [one for one in some if options.only in one[0]]
     return [{"name": name, "policy": policy, "under": under, "tiny": options.quick} for name, policy, under in named]
 

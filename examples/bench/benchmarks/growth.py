@@ -21,7 +21,7 @@ from bench.contenders import prompt
 from bench.suite import Aim, Grid, Job, Options, Results, Save
 from bench.timing import quartiles, timed, turned, without_gc
 
-MINUTES = 4
+MINUTES = 2
 SLOTS, LENGTHS, CHUNK = 1024, (1024, 2048, 4096, 8192, 16384, 32768), 1024
 FULL_UP_TO = 16384
 WARM_UP = 4
@@ -30,10 +30,17 @@ POLICIES = ("h2o", "streaming_llm")
 
 def jobs(options: Options) -> list[Job]:
     if options.quick:
-        sizes = {"slots": 64, "lengths": [128, 256, 512], "chunk": 128, "layers": 3}
+        sizes = {"slots": 64, "lengths": [128, 256, 512], "chunk": 128, "layers": 2}
     else:
         sizes = {"slots": SLOTS, "lengths": list(LENGTHS), "chunk": CHUNK, "layers": None}
-    return [{"name": "lengths", **sizes, "policies": list(POLICIES), "rounds": options.rounds_or(20)}]
+    return [
+        {
+            "name": "lengths",
+            **sizes,
+            "policies": list(POLICIES if options.long else POLICIES[:1]),
+            "rounds": options.rounds_or(20),
+        }
+    ]
 
 
 class Going:

@@ -28,7 +28,7 @@ from kvpass.policy.load import names
 from kvpass.policy.policy import Policy
 
 MINUTES = 4
-QUICK = ("full", "h2o", "snapkv", "ada_snapkv", "kivi", "h2o_int8")
+QUICK = ("full", "ada_snapkv", "h2o_int8")
 
 
 def jobs(options: Options) -> list[Job]:

@@ -19,7 +19,7 @@ CASES = (("h2o", "eager"), ("ada_snapkv", "eager"), ("h2o", "inductor"))
 
 
 def jobs(options: Options) -> list[Job]:
-    cases = CASES[:1] if options.quick else CASES
+    cases = CASES[:1] if options.quick else CASES if options.long else CASES[:2]
     return [
         {"name": f"{policy}, {inner}", "policy": policy, "inner": inner, "steps": 200 if options.quick else 2000}
         for policy, inner in cases

@@ -17,7 +17,7 @@ from workers import say
 from bench.deep_models import LAYERS, MODELS
 from bench.suite import Aim, Grid, Job, Options, Results, Save
 
-MINUTES = 2
+MINUTES = 1
 STAGES = ("scan", "plan", "lower")
 
 

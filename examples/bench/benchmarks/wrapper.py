@@ -25,7 +25,7 @@ from kvpass.pipeline.frozen import Checked
 from kvpass.pipeline.stitch import Stitched
 from kvpass.runtime.bind import Bound
 
-MINUTES = 3
+MINUTES = 2
 CONTEXT, WARM_UP = 512, 5
 SPECS = (
     hf("dynamic", "eager"),
@@ -34,7 +34,8 @@ SPECS = (
 
 
 def jobs(options: Options) -> list[Job]:
-    specs = [spec for spec in SPECS if options.only in spec.name and not (options.quick and spec.under == "frozen")]
+    some = SPECS if options.long else SPECS[:-1]
+    specs = [spec for spec in some if options.only in spec.name and not (options.quick and spec.under == "frozen")]
     sizes = {"context": 128, "layers": 6} if options.quick else {"context": CONTEXT, "layers": None}
     return [{"name": "batch 1", **sizes, "rounds": options.rounds_or(40), "specs": [one.to_dict() for one in specs]}]
 
