@@ -1,4 +1,4 @@
-"""The benchmark suite: what it counts, how it judges, what it keeps. Running it is wide: `--quick` of each benchmark."""
+"""The benchmark suite: what it counts, how it judges, what it keeps. To run it is wide: `--quick` of each."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from bench import report, run
+from bench.counted import Counting, Touched
+from bench.op_calls import calls_of_a_step, expected
+from bench.suite import BENCHMARKS, Aim, Options, module_of
 from models import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-
-from bench import report, run  # noqa: E402
-from bench.counted import Counting, Touched  # noqa: E402
-from bench.op_calls import calls_of_a_step, expected  # noqa: E402
-from bench.suite import BENCHMARKS, Aim, Options, module_of  # noqa: E402
 
 
 def test_every_file_is_registered() -> None:
