@@ -30,6 +30,8 @@ help:
 demo: $(STAMP)
 	@$(BIN)/python -P examples/demo.py $(ARGS)
 
+# Speed and memory, checked, with PASS or the distance to each aim: docs/performance.md. 40 minutes or so on two cores; goes
+# on where it was stopped. ARGS="--only decode,op", ARGS="--kvpress PYTHON", ARGS=--list, ARGS=--quick, ARGS=--long.
 bench: $(STAMP)
 	@$(BIN)/python -P examples/bench/run.py $(ARGS)
 

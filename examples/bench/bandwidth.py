@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import torch
+
+from bench.timing import timed
 
 GIB = 2**30
 
@@ -19,13 +20,8 @@ def last_level_cache() -> int:
     return max(sizes)
 
 
-def read_bandwidth(repeats: int = 5) -> float:
+def read_bandwidth(device: str = "cpu", repeats: int = 5) -> float:
     """Bytes per second: the best of several reads of twice the last-level cache (1 to 3 GiB)."""
-    buffer = torch.ones(min(max(GIB, 2 * last_level_cache()), 3 * GIB) // 4)
-    best = float("inf")
-    for read in (lambda: buffer.sum(), lambda: torch.dot(buffer, buffer)):
-        for _ in range(repeats):
-            start = time.perf_counter()
-            read()
-            best = min(best, time.perf_counter() - start)
-    return buffer.nbytes / best
+    buffer = torch.ones(min(max(GIB, 2 * last_level_cache()), 3 * GIB) // 4, device=device)
+    reads = (lambda: buffer.sum(), lambda: torch.dot(buffer, buffer))
+    return buffer.nbytes / min(timed(read, device) for read in reads for _ in range(repeats))

@@ -13,7 +13,6 @@ import argparse
 import gc
 import json
 import statistics
-import subprocess
 import sys
 import time
 from itertools import accumulate
@@ -22,34 +21,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench.side import Side
+
 WARM_UP = 4
 """Decode steps; by then the first decode (static lengths) and the general one are compiled."""
-
-
-class Side:
-    """One checkout at work in a process of its own."""
-
-    def __init__(self, python: str, job: dict[str, Any]) -> None:
-        command = [python, "-P", __file__, "--work", json.dumps(job)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.version = self.answer()["kvpass"]
-
-    def answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.process.args[0]} failed (exit {self.process.wait()}; its words are above)")
-        answered: dict[str, Any] = json.loads(line)
-        return answered
-
-    def ask(self, what: str) -> Any:
-        assert self.process.stdin is not None
-        self.process.stdin.write(what + "\n")
-        self.process.stdin.flush()
-        return self.answer()["said"]
-
-    def close(self) -> None:
-        self.process.communicate("")
 
 
 def work(job: dict[str, Any]) -> None:
@@ -58,14 +33,14 @@ def work(job: dict[str, Any]) -> None:
     import torch
 
     import kvpass
-    from bench.case import prompt, timed
-    from bench.contenders import Contender, Spec
+    from bench.contenders import Contender, Spec, prompt
+    from bench.timing import timed
 
     with torch.no_grad():
         model, tokenizer = smollm2.load(layers=job["layers"])
         ids = prompt(tokenizer, job["context"], job["batch"])
         contender = Contender(Spec("", "eager", job["policy"], job["budget"]), model, job["context"] + 100)
-        print(json.dumps({"kvpass": str(Path(kvpass.__file__).parent)}), flush=True)
+        print(json.dumps({"ready": str(Path(kvpass.__file__).parent)}), flush=True)
         asked = {
             "prefill": lambda: timed(lambda: contender.prefill(ids)),
             "peak": lambda: peak_of_a_prefill(contender, ids, job["padding"]),
@@ -148,7 +123,8 @@ def main() -> None:
         for policy in args.policies.split(","):
             job = {"context": context, "batch": batch, "policy": policy, "budget": 1.0 if policy == "full" else 0.2}
             job |= {"padding": args.padding, "layers": args.layers}
-            sides = [Side(python, job) for python in (sys.executable, args.other)]
+            work_on = ["-P", __file__, "--work", json.dumps(job)]
+            sides = [Side([python, *work_on]) for python in (sys.executable, args.other)]
             found = compared(sides, args.prefills, args.rounds)
             prefill, step = found["prefill"], found["step"]
             low, _, high = step["quartiles"]
@@ -161,7 +137,7 @@ def main() -> None:
             )
             for side in sides:
                 side.close()
-    print(f"\nthis: {sides[0].version}; other: {sides[1].version}; {time.time() - start:.0f} s")
+    print(f"\nthis: {sides[0].ready}; other: {sides[1].ready}; {time.time() - start:.0f} s")
 
 
 if __name__ == "__main__":

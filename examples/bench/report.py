@@ -1,233 +1,147 @@
-"""From raw times to the table, the asked-for ratios, the files. Every figure is computed from one run."""
+"""From the results of a run to what is shown: tables, aims, files, the figures in docs/performance.md."""
 
 from __future__ import annotations
 
 import json
-import statistics
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-COLUMNS = (
-    "contender",
-    "decode ms (IQR)",
-    "bound ms",
-    "of bound",
-    "prefill s",
-    "KV MB",
-    "read MB/step",
-    "compile s",
-    "tokens as HF",
-)
-DECODE_CASE = "2048x8"  # the one that issue 2 asks a decode ratio of
-GRAPH_STAGES = ("scan", "plan", "lower")
+from bench import picture
+from bench.suite import Aim, Grid, module_of
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PAGE, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
+BEGIN, END = "<!-- made by make bench -->", "<!-- end -->"
+AIM_COLUMNS = ("figure", "here", "aim", "verdict")
 
 
-def quartiles(values: list[float]) -> tuple[float, float, float]:
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, middle, high
+def parts(results: dict[str, Any]) -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
+    """(name, device, module, its results) of each benchmark that was measured."""
+    for name, by_device in results["benchmarks"].items():
+        for device, found in by_device.items():
+            yield name, device, module_of(name), found
 
 
-def finish(results: dict[str, Any]) -> None:
-    """Adds the derived figures: medians, bounds, ratios."""
-    for case in results["cases"]:
-        for found in case["contenders"].values():
-            derive(found, case)
-    results["asked"] = asked(results)
-
-
-def derive(found: dict[str, Any], case: dict[str, Any]) -> None:
-    low, middle, high = quartiles(found["step_s"])
-    timed = found.get("prefill_s", [])
-    moved = case["weight_bytes"] + found["kv_bytes"]
-    found |= {
-        "decode_ms": 1e3 * middle,
-        "decode_iqr_ms": 1e3 * (high - low),
-        "prefill_median_s": statistics.median(timed or [found["prefill_net_s"]]),
-        "prefill_calls": len(timed),
-        "moved_bytes": moved,
-        "bound_ms": 1e3 * moved / case["read_bandwidth"],
-    }
-
-
-def rivals(case: dict[str, Any], inner: str) -> list[dict[str, Any]]:
-    """Hugging Face's contenders with this inner compiler."""
-    return [
-        found
-        for found in case["contenders"].values()
-        if found["spec"]["policy"] is None and found["spec"]["inner"] == inner
-    ]
-
-
-def policies(case: dict[str, Any], policy: str) -> list[dict[str, Any]]:
-    return [found for found in case["contenders"].values() if found["spec"]["policy"] == policy]
-
-
-def line(what: str, value: float, target: float | None, *, least: bool, unit: str = "x") -> dict[str, Any]:
-    """A figure beside its target; without one it only shows the trend."""
-    ok = None if target is None else value >= target if least else value <= target
-    return {"what": what, "value": value, "target": target, "least": least, "unit": unit, "ok": ok}
-
-
-def decode_lines(case: dict[str, Any]) -> list[dict[str, Any]]:
+def grids(results: dict[str, Any]) -> list[Grid]:
+    """All tables, the aims last."""
     out = []
-    for found in [*policies(case, "h2o"), *policies(case, "ada_snapkv")]:
-        inner, policy = found["spec"]["inner"], found["spec"]["policy"]
-        against = [rival["decode_ms"] for rival in rivals(case, inner)]
-        if against:
-            what = f"{case['name']}: decode, {policy} 20 % against the fastest full HF cache, inner {inner}"
-            target = 1.8 if case["name"] == DECODE_CASE and policy == "h2o" else None
-            out.append(line(what, min(against) / found["decode_ms"], target, least=True))
-    return out
+    for _, device, module, found in parts(results):
+        for grid in module.grids(found):
+            title = grid.title if device == "cpu" else f"{grid.title}, on {device}"
+            out.append(Grid(title, grid.columns, grid.rows, grid.note))
+    return [*out, Grid("Aims", AIM_COLUMNS, [cells(aim) for aim in aims(results)])]
 
 
-def prefill_lines(case: dict[str, Any]) -> list[dict[str, Any]]:
-    out = []
-    for policy, target in (("knorm", None), ("snapkv", 1.1), ("h2o", 1.6)):
-        for found in policies(case, policy):
-            inner = found["spec"]["inner"]
-            against = [rival["prefill_median_s"] for rival in rivals(case, inner)]
-            if against:
-                what = f"{case['name']}: prefill, {policy} against the fastest of HF, inner {inner}"
-                out.append(line(what, found["prefill_median_s"] / min(against), target, least=False))
-    return out
-
-
-def stage_lines(case: dict[str, Any]) -> list[dict[str, Any]]:
-    """Scan, plan and lower as a share of Dynamo's capture time: the worst contender of the case."""
-    shares = []
-    for found in case["contenders"].values():
-        if found["timings_s"]:
-            spent = sum(found["timings_s"].get(stage, 0.0) for stage in GRAPH_STAGES)
-            shares.append(spent / found["capture_s"])
-    what = f"{case['name']}: scan + plan + lower, of capture"
-    return [line(what, 100 * max(shares), 5, least=False, unit=" %")] if shares else []
-
-
-def asked(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """What issue 2 asks for, and what this run gave."""
-    out = [line("import kvpass, beyond torch", 1e3 * results["import_s"], 100, least=False, unit=" ms")]
-    for case in results["cases"]:
-        out += decode_lines(case) + prefill_lines(case) + stage_lines(case)
-    return out
-
-
-def cells(name: str, found: dict[str, Any]) -> list[str]:
-    mark = "" if found["prefill_calls"] else " *"
+def aims(results: dict[str, Any]) -> list[Aim]:
+    """Figures beside what is aimed at; what a GPU gives is shown, the aims are a CPU's."""
     return [
-        name,
-        f"{found['decode_ms']:.1f} ({found['decode_iqr_ms']:.1f})",
-        f"{found['bound_ms']:.1f}",
-        f"{found['decode_ms'] / found['bound_ms']:.1f}x",
-        f"{found['prefill_median_s']:.2f}{mark}",
-        f"{found['kv_bytes'] / 1e6:.1f}",
-        f"{found['moved_bytes'] / 1e6:.0f}",
-        f"{found['compile_s']:.0f}",
-        f"{found['same_tokens']:.0%}",
+        aim if device == "cpu" else replace(aim, what=f"{aim.what}, on {device}", aim=None)
+        for _, device, module, found in parts(results)
+        for aim in module.aims(found)
     ]
 
 
-def asked_cells(entry: dict[str, Any]) -> list[str]:
-    value = f"{entry['value']:.2f}{entry['unit']}"
-    if entry["target"] is None:
-        return [entry["what"], value, "-", "-"]
-    sign = ">=" if entry["least"] else "<="
-    return [entry["what"], value, f"{sign} {entry['target']:g}{entry['unit']}", "yes" if entry["ok"] else "NO"]
-
-
-ASKED_COLUMNS = ("figure", "here", "asked", "reached")
-
-
-def title(case: dict[str, Any]) -> str:
-    return f"{case['context']:,} tokens x batch {case['batch']}, float32, {case['rounds']} rounds"
-
-
-def grids(results: dict[str, Any]) -> list[tuple[str, tuple[str, ...], list[list[str]]]]:
-    """(title, columns, rows) of every table."""
-    out = [
-        (title(case), COLUMNS, [cells(name, found) for name, found in case["contenders"].items()])
-        for case in results["cases"]
-    ]
-    return [*out, ("Asked for", ASKED_COLUMNS, [asked_cells(entry) for entry in results["asked"]])]
+def cells(aim: Aim) -> list[str]:
+    value = f"{aim.value:.0%}" if aim.unit == "" and 0 < aim.value < 1 else f"{aim.value:.3g}{aim.unit}"
+    sign = ">=" if aim.least else "<="
+    asked = "-" if aim.aim is None else f"{sign} {aim.aim:g}{aim.unit}"
+    return [aim.what, value, asked, aim.verdict]
 
 
 def show(results: dict[str, Any], console: Console) -> None:
-    for heading, columns, rows in grids(results):
-        shown = Table(title=heading)
-        for index, column in enumerate(columns):
+    for grid in grids(results):
+        shown = Table(title=grid.title, caption=grid.note or None)
+        for index, column in enumerate(grid.columns):
             shown.add_column(column, justify="left" if index == 0 else "right")
-        for row in rows:
+        for row in grid.rows:
             shown.add_row(*row)
         console.print(shown)
+    asked = [aim for aim in aims(results) if aim.aim is not None]
+    console.print(f"{sum(bool(aim.reached) for aim in asked)} of {len(asked)} aims reached", highlight=False)
 
 
-def notes(results: dict[str, Any]) -> list[str]:
-    bandwidths = ", ".join(f"{case['read_bandwidth'] / 1e9:.1f}" for case in results["cases"])
-    peaks = ", ".join(f"{case['peak_bytes'] / 1e9:.1f}" for case in results["cases"])
-    late = [
-        name
-        for case in results["cases"]
-        for name, found in case["contenders"].items()
-        if found["compiled_while_timing"]
+def lines_of(grid: Grid, level: str = "##") -> list[str]:
+    """A table as Markdown."""
+    lines = [
+        "",
+        f"{level} {grid.title}",
+        "",
+        "| " + " | ".join(grid.columns) + " |",
+        "| --- " * len(grid.columns) + "|",
     ]
-    return [
-        "decode: median of one step, interquartile range in brackets; contenders take turns.",
-        f"bound: weights and live KV read once, at the read bandwidth measured before ({bandwidths} GB/s).",
-        "prefill: median of the timed calls after the first; * the first call, less its compile time.",
-        "KV MB: keys and values held after the last step (HF static: its whole length).",
-        "tokens as HF: greedy tokens equal to the first contender's; a full cache should give 100 %.",
-        f"peak memory of each case's process, with all its contenders: {peaks} GB.",
-        *([f"something was compiled while decoding was timed: {sorted(set(late))}"] if late else []),
-    ]
+    lines += ["| " + " | ".join(row) + " |" for row in grid.rows]
+    return [*lines, *(["", grid.note] if grid.note else [])]
+
+
+def told(results: dict[str, Any]) -> str:
+    """What was measured, where and by which command; a sentence."""
+    facts, seconds = results["machine"], sum(done["took_s"] for *_, found in parts(results) for done in found.values())
+    return (
+        f"`{results['command']}`, {results['date']}, commit {results['commit'] or 'unknown'}, {seconds / 60:.0f} min "
+        f"of measuring: {facts['cpu']} ({facts['capability']}), {facts['threads']} threads, torch {facts['torch']}, "
+        f"transformers {facts['transformers']}, Python {facts['python']}."
+    )
 
 
 def markdown(results: dict[str, Any]) -> str:
-    took = f"`{results['command']}`, {results['took_s'] / 60:.0f} minutes"
-    lines = [f"# kvpass benchmark, {results['date']}", "", took, ""]
-    lines += [f"- {key}: {value}" for key, value in results["machine"].items()]
-    for heading, columns, rows in grids(results):
-        lines += ["", f"## {heading}", "", "| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
-        lines += ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([*lines, "", *(f"- {note}" for note in notes(results)), ""])
+    head = [f"# kvpass benchmarks, {results['date']}", "", told(results)]
+    others = sorted({one["peer"] for one in contenders(results) if "peer" in one})
+    head += ["", f"In environments of their own: {'; '.join(others)}."] if others else []
+    return "\n".join([*head, *(line for grid in grids(results) for line in lines_of(grid)), ""])
 
 
-def picture(results: dict[str, Any], path: Path) -> None:
-    """Decode, prefill and KV bytes as bars, a row of panels per case; a black tick is the bound."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    panels = (
-        ("decode_ms", "decode step, ms"),
-        ("prefill_median_s", "prefill, s"),
-        ("kv_bytes", "KV held, MB"),
-    )
-    count = len(results["cases"])
-    figure, axes = plt.subplots(count, 3, figsize=(15, 0.8 + 3.2 * count), squeeze=False, layout="constrained")
-    for row, case in zip(axes, results["cases"], strict=True):
-        names, found = list(case["contenders"]), list(case["contenders"].values())
-        colours = ["tab:gray" if f["spec"]["policy"] is None else "tab:blue" for f in found]
-        for axis, (key, label) in zip(row, panels, strict=True):
-            scale = 1e-6 if key == "kv_bytes" else 1
-            bars = axis.barh(names, [f[key] * scale for f in found], color=colours)
-            axis.bar_label(bars, fmt="%.3g", padding=2, fontsize=8)
-            axis.set(title=f"{case['name']}: {label}", yticks=range(len(names)))
-            axis.set_yticklabels(names if key == "decode_ms" else [""] * len(names))
-            axis.invert_yaxis()
-            axis.margins(x=0.15)
-        row[0].plot([f["bound_ms"] for f in found], range(len(names)), "k|", markersize=14, markeredgewidth=2)
-    facts = results["machine"]
-    figure.suptitle(f"{facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}, {results['date']}")
-    figure.savefig(path, dpi=110)
+def contenders(results: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for done in results["benchmarks"].get("decode", {}).values():
+        for result in done.values():
+            yield from result["contenders"].values()
 
 
-def write(results: dict[str, Any], folder: Path, name: str) -> list[Path]:
+def write(results: dict[str, Any], folder: Path, name: str, whole: bool) -> list[Path]:
+    """The files of a run; `whole`: all benchmarks in earnest, so that docs/performance.md shows its figures too."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.{end}" for end in ("md", "json", "png")]
     paths[0].write_text(markdown(results))
-    paths[1].write_text(json.dumps(results, indent=1) + "\n")
-    picture(results, paths[2])
-    return paths
+    paths[1].write_text(json.dumps({**results, "aims": [aim.to_dict() for aim in aims(results)]}, indent=1) + "\n")
+    drawn = picture.draw(results, paths[2])
+    if whole:
+        write_page(results, paths[2])
+        paths.append(PAGE)
+    return paths if drawn else [path for path in paths if path.suffix != ".png"]
+
+
+def write_page(results: dict[str, Any], drawing: Path) -> None:
+    """The figures between the marks of docs/performance.md and of README.md."""
+    link = drawing.resolve().relative_to(ROOT) if drawing.resolve().is_relative_to(ROOT) else drawing
+    shown = [line for grid in grids(results)[::-1] for line in lines_of(grid, "###")]  # the aims first
+    _between(PAGE, [told(results), "", f"![roofline and scaling](../{link})", *shown])
+    _between(README, [told(results), *short(results)])
+
+
+def _between(page: Path, lines: list[str]) -> None:
+    before, rest = page.read_text().split(BEGIN, 1)
+    page.write_text("\n".join([before + BEGIN, *lines, END + rest.split(END, 1)[1]]))
+
+
+def short(results: dict[str, Any]) -> list[str]:
+    """The decode steps in one table: of each kind of cache the fastest, and what bytes allow beside it."""
+    decode = module_of("decode")
+    lines = ["", "| context x batch | | step | what bytes allow | KV held |", "| --- | --- | --- | --- | --- |"]
+    for result in next(iter(results["benchmarks"].get("decode", {}).values()), {}).values():
+        everybody = result["contenders"]
+        kinds: dict[str | None, tuple[str, Any]] = {}
+        for name, one in everybody.items():
+            kind = name if "peer" in one else one["spec"]["policy"]
+            if kind not in kinds or decode.middle(one) < decode.middle(kinds[kind][1]):
+                kinds[kind] = name, one
+        title = f"{result['context']:,} x {result['batch']}"
+        title += "" if result["dtype"] == "float32" else f", {result['dtype']}"
+        for name, one in kinds.values():
+            least = f"{1e3 * decode.bound(one, result):.1f} ms" if one["kv_bytes"] else ""
+            held = f"{one['kv_bytes'] / 1e6:.0f} MB" if one["kv_bytes"] else ""
+            lines.append(f"| {title} | {name} | {1e3 * decode.middle(one):.1f} ms | {least} | {held} |")
+    return [*lines, ""]

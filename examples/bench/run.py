@@ -1,16 +1,20 @@
-"""`make bench`: SmolLM2 decoded by Hugging Face's caches and by kvpass', contenders interleaved.
+"""`make bench`: the suite. One command measures, checks and prints all tables, and PASS or the distance for each aim.
 
-    python -P examples/bench/run.py [--cases 1024x1,4096x1,2048x8] [--rounds 30] [--only eager] [--quick] [--scan]
-    python -P examples/bench/run.py --first-token [--quick]
+    python -P examples/bench/run.py [--only decode,op] [--kvpress /tmp/kvpress/bin/python] [--quick] [--list]
 
-Writes a table (Markdown), the figures (JSON) and a picture (PNG) to examples/bench/results/<date>-<machine>.*
+Each benchmark is a file in benchmarks/, each of its jobs a process of its own. What is measured is kept in
+.cache/bench: a run that was stopped goes on where it was, and a later run of the same commit measures what is missing
+(--fresh: all).
+Where a GPU is, each benchmark is measured there too. Writes a table (Markdown), the figures (JSON) and a picture (PNG)
+to examples/bench/results/<date>-<machine>.*, and the figures of docs/performance.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import shlex
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,86 +25,123 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from workers import progress, run_worker, wide_console
+import torch
+from workers import progress, wide_console
 
-from bench import first_token, machine, report, scan
-from bench.contenders import SPECS
+from bench import machine, report
+from bench.suite import BENCHMARKS, Job, Options, module_of
 
 HERE = Path(__file__).resolve().parent
-
-# Prefill of a large batch takes most of a minute per contender, so it is timed once, and with inductor
-# only in the call that compiles (less its compile time, which Dynamo tells).
-FEW_PREFILLS_FROM = 8192  # tokens in a batch
-IMPORT = """
-import time, torch
-start = time.perf_counter()
-import kvpass
-for name in kvpass.__all__:
-    getattr(kvpass, name)  # the public names are resolved on first use: count that too
-print(time.perf_counter() - start)
-"""
+ROOT = HERE.parent.parent
+PARTS = ROOT / ".cache" / "bench"
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default="1024x1,4096x1,2048x8", help="context x batch, with commas")
-    parser.add_argument("--rounds", type=int, default=30, help="timed decode steps of each contender")
-    parser.add_argument("--only", default="", help="only contenders whose name has this in it")
-    parser.add_argument("--quick", action="store_true", help="one small case, few rounds: does it run at all?")
-    parser.add_argument("--scan", action="store_true", help="only: how long the scan of 100 layers takes")
-    parser.add_argument("--first-token", action="store_true", help="only: seconds to the first token, cold and warm")
+    parser.add_argument("--only", default="", help="benchmarks whose names begin so, with commas")
+    parser.add_argument("--contenders", default="", help="only contenders whose name has this in it")
+    parser.add_argument("--rounds", type=int, default=0, help="timed rounds; 0: each benchmark's own")
+    parser.add_argument("--kvpress", default="", help="python of an environment with kvpress (tests/kvpress/README.md)")
+    parser.add_argument("--llama", default="", help="python of an environment with llama-cpp-python")
+    parser.add_argument("--device", default="", help="cpu or cuda; both where both are")
+    parser.add_argument("--quick", action="store_true", help="small shapes, few rounds: does it run at all?")
+    parser.add_argument("--long", action="store_true", help="also bfloat16, more policies, more inner compilers")
+    parser.add_argument("--fresh", action="store_true", help="measure anew what is kept of this commit")
+    parser.add_argument("--list", action="store_true", help="what there is, and how long it takes")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for the results")
-    args = parser.parse_args()
-    if args.quick:
-        args.cases, args.rounds = "512x1", 8
-    return args
+    return parser.parse_args()
 
 
-def job_of(case: str, args: argparse.Namespace) -> dict[str, Any]:
-    context, batch = (int(part) for part in case.split("x"))
-    few = context * batch >= FEW_PREFILLS_FROM or args.quick
-    return {
-        "name": case,
-        "context": context,
-        "batch": batch,
-        "rounds": args.rounds,
-        "prefills": 1 if few else 2,
-        "inductor_prefills": 0 if few else 2,
-        "contenders": [spec.to_dict() for spec in SPECS if args.only in spec.name],
-    }
+def chosen(only: str) -> list[str]:
+    """Names of benchmarks, in order. SystemExit for a beginning that none has."""
+    wanted = [name for name in only.split(",") if name]
+    unknown = [name for name in wanted if not any(one.startswith(name) for one in BENCHMARKS)]
+    if unknown:
+        raise SystemExit(f"no benchmark begins with {unknown[0]!r}: there are {', '.join(BENCHMARKS)}")
+    return [name for name in BENCHMARKS if not wanted or any(name.startswith(one) for one in wanted)]
 
 
-def import_seconds(repeats: int = 5) -> float:
-    """What `import kvpass` costs in a new process that has imported torch: the median."""
-    command = [sys.executable, "-P", "-c", IMPORT]
-    outs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(repeats)]
-    return statistics.median(float(out.stdout) for out in outs)
+def commit() -> str:
+    """The commit that is checked out; "" outside of git."""
+    done = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def kept_at(job: Job) -> Path:
+    """Where a job's result is kept: another job, or another commit, has another place."""
+    digest = hashlib.sha256(json.dumps([job, commit()], sort_keys=True).encode()).hexdigest()[:12]
+    name = "".join(c if c.isalnum() else "-" for c in f"{job['benchmark']}-{job['name']}-{job['device']}")
+    return PARTS / f"{name}-{digest}.json"
+
+
+def measured(job: Job, fresh: bool, shown: Any) -> dict[str, Any]:
+    """A job's result: kept, or measured in a process of its own. SystemExit, with its words, if that fails."""
+    path = kept_at(job)
+    if fresh:
+        path.unlink(missing_ok=True)
+    title = f"{job['benchmark']}, {job['name']}, {job['device']}"
+    task = shown.add_task(title, total=None, doing="kept" if path.exists() else "starting")
+    if not path.exists():
+        PARTS.mkdir(parents=True, exist_ok=True)
+        _work(job, path, title, task, shown)
+    shown.update(task, doing="done", total=1, completed=1)
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def _work(job: Job, path: Path, title: str, task: Any, shown: Any) -> None:
+    command = [sys.executable, "-P", str(HERE / "worker.py"), json.dumps(job), str(path)]
+    with tempfile.TemporaryFile("w+") as errors:
+        worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT)
+        last = "starting"
+        for line in worker.stdout or ():
+            last = line.strip() or last
+            shown.update(task, doing=last)
+            if not shown.console.is_terminal:  # a log: the spinner cannot be seen, so print the lines
+                shown.console.print(f"{title}: {last}", highlight=False)
+        if worker.wait() != 0:
+            errors.seek(0)
+            shown.stop()
+            print(errors.read(), file=sys.stderr)
+            raise SystemExit(f"'{title}' failed at: {last} (exit {worker.returncode}; its words are above)")
+
+
+def devices(asked: str) -> list[str]:
+    """Where to measure. SystemExit for a GPU that is not there."""
+    gpu = torch.cuda.is_available()
+    if asked.startswith("cuda") and not gpu:
+        raise SystemExit("no GPU: torch.cuda.is_available() is False")
+    return [asked] if asked else ["cpu", *(["cuda"] if gpu else [])]
 
 
 def main() -> None:
     args, started, console = arguments(), time.perf_counter(), wide_console()
-    if args.scan:
-        scan.main(args.out)
+    names = chosen(args.only)
+    if args.list:
+        for name in names:
+            module = module_of(name)
+            console.print(f"{name} ({module.MINUTES} min): {(module.__doc__ or '').splitlines()[0]}", highlight=False)
         return
-    if args.first_token:
-        first_token.main(args.out, args.quick)
-        return
-    with tempfile.TemporaryDirectory(prefix="kvpass-bench-") as scratch, progress(console) as shown:
-        importing = import_seconds()
-        jobs = [job_of(case, args) for case in args.cases.split(",")]
-        cases = [run_worker(HERE / "case.py", job, Path(scratch), shown) for job in jobs]
-    results = {
+    results: dict[str, Any] = {"benchmarks": {}}
+    with progress(console) as shown:
+        for device in devices(args.device):
+            options = Options(args.quick, args.long, device, args.kvpress, args.llama, args.rounds, args.contenders)
+            for name in names:
+                jobs = [{"benchmark": name, "device": device, **job} for job in module_of(name).jobs(options)]
+                done = {job["name"]: measured(job, args.fresh, shown) for job in json.loads(json.dumps(jobs))}
+                if done:
+                    results["benchmarks"].setdefault(name, {})[device] = done
+    results |= {
         "date": date.today().isoformat(),
         "command": shlex.join(["python", "-P", "examples/bench/run.py", *sys.argv[1:]]),
+        "commit": commit(),
         "machine": machine.describe(),
-        "import_s": importing,
-        "cases": cases,
+        "quick": args.quick,
         "took_s": time.perf_counter() - started,
     }
-    report.finish(results)
     report.show(results, console)
     name = f"{results['date']}-{machine.slug(results['machine'])}" + ("-quick" if args.quick else "")
-    for path in report.write(results, args.out, name):
+    for path in report.write(results, args.out, name, whole=names == list(BENCHMARKS) and not args.quick):
         console.print(f"wrote {path}", soft_wrap=True, highlight=False)
 
 

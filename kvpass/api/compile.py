@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,7 +24,7 @@ def compile(
     policy: str | Policy | dict[str, Any] = "kvpass",
     budget: int | float | str | None = None,
     *,
-    inner: str = "inductor",
+    inner: str | Mapping[str, Any] = "inductor",
     debug: bool | str | PathLike[str] | None = None,
     strict: bool = True,
     verify: bool = False,
@@ -48,7 +49,8 @@ def compile(
             `min_slots`);
             int: slots per KV head; str: `"20% bytes"` of what an unmodified cache holds, everything counted. Sinks,
             recent and observation windows count inside it.
-        inner: `inductor`, `aot_eager` or `eager`.
+        inner: `inductor`, `aot_eager` or `eager`; or a mapping of a `name` and options, which Inductor alone takes:
+            `{"name": "inductor", "freezing": True}` (docs/inner.md).
         debug: True or a folder: write the stages of every graph there (docs/debugging.md); None: the variable
             KVPASS_DEBUG decides.
         strict: raise if a site with a KV cache cannot be rewritten; else it stays dense and is reported.

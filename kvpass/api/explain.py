@@ -34,20 +34,23 @@ class Explanation:
         calls: for each graph `prefill` (the call that was given; `call` if it was a step itself) or `step` (the one
             after it).
         no_step: why no step was traced; "" if one was.
+        inner: the inner compiler with its options, of a model that kvpass has compiled; else "".
     """
 
     tables: tuple[SiteTable, ...]
     plans: tuple[Plan, ...] = ()
     calls: tuple[str, ...] = ()
     no_step: str = ""
+    inner: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: `graphs`, each with `sites` and `declined`, `plans`, `calls` and `no_step`."""
+        """Plain data: `graphs`, each with `sites` and `declined`, `plans`, `calls`, `no_step` and `inner`."""
         return {
             "graphs": [t.to_dict() for t in self.tables],
             "plans": [p.to_dict() for p in self.plans],
             "calls": list(self.calls),
             "no_step": self.no_step,
+            "inner": self.inner,
         }
 
     def __str__(self) -> str:
@@ -61,6 +64,7 @@ class Explanation:
                 lines.append(str(self.plans[number - 1]))
             last = call
         lines += [f"step: not traced, {self.no_step}"] if self.no_step else []
+        lines += [f"inner compiler: {self.inner}"] if self.inner else []
         return "\n".join(lines)
 
 
@@ -91,7 +95,7 @@ def explain(
         KVPassError: torch traced nothing, with its reason.
     """
     from kvpass.model.dynamo import isolated, limits
-    from kvpass.model.facade import uncompiled
+    from kvpass.model.facade import Facade, uncompiled
     from kvpass.patterns import DEFAULT
     from kvpass.plan.plan import plan
     from kvpass.runtime.sharded import sharded
@@ -111,7 +115,8 @@ def explain(
         no_step = _take_step(model, look, args, kwargs, output, step)
     part = sharded(uncompiled(model))
     plans = tuple(plan(chosen, t, part) for t in seen.tables) if chosen is not None else ()
-    return Explanation(tuple(seen.tables), plans, tuple(seen.calls), no_step)
+    inner = str(model.kvpass.inner) if issubclass(type(model), Facade) else ""
+    return Explanation(tuple(seen.tables), plans, tuple(seen.calls), no_step, inner)
 
 
 class _Seen:

@@ -199,6 +199,7 @@ def _entry(run: Run, number: int, record: Any, lowered: Any) -> Entry:
     table = record.table
     phase = table.sites[0].phase.value if lowered is not None else "declined" if table.declined else "untouched"
     facts = {"sites": str(len(table.sites)), "declined": str(len(table.declined))}
+    facts |= {"inner": record.inner} if record.inner else {}
     if record.plan is not None:
         facts |= {
             "fingerprint": record.plan.fingerprint,

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvpass.errors import ModelError, PolicyError, TrainingError
-from kvpass.pipeline.inner import INNER
 
 if TYPE_CHECKING:
     from kvpass.patterns import PatternSet
@@ -97,7 +96,7 @@ def check_program(program: Any) -> None:
 
 
 def check_options(**given: Any) -> None:
-    """Options that are no policy: `inner`, `mode`, `debug`, and those that are True or False.
+    """Options that are no policy: `mode`, `debug`, and those that are True or False.
 
     Raises:
         PolicyError: naming the option, what was given, and what is valid.
@@ -114,7 +113,7 @@ def check_options(**given: Any) -> None:
 
 MODES = ("default", "reduce-overhead")
 
-_WORDS = {"inner": ("inner compiler", INNER), "mode": ("mode", MODES)}
+_WORDS = {"mode": ("mode", MODES)}
 """Options that are one of a few words: what they are called, and the words."""
 
 

@@ -19,11 +19,13 @@ from kvpass.pipeline.arguments import check_options
 from kvpass.pipeline.conditions import MARK, decided_from_now_on
 from kvpass.pipeline.graphs import GraphRecord, Graphs, capture_seconds
 from kvpass.pipeline.inner import compile_inner
+from kvpass.pipeline.inner_options import EAGER, Inner
 from kvpass.pipeline.recorded import recorded
 from kvpass.pipeline.refusal import Refusal, kept, or_as_it_is, refuse_training, stage, strict_error
 from kvpass.policy.policy import Policy
 from kvpass.runtime.active import current
 from kvpass.runtime.breaks import told
+from kvpass.terms import Phase
 
 if TYPE_CHECKING:
     from kvpass.lowering.lower import Lowered
@@ -43,7 +45,7 @@ class Backend:
 
     Attributes:
         policy: checked, with its budget.
-        inner: `inductor`, `aot_eager` or `eager`: who compiles the rewritten graph.
+        inner: who compiles the rewritten graph, and with which options.
         strict: a declined site is an error; else it stays dense, correct and reported.
         debug: folder for the debug report, or None.
         verify: check each site at full budget against the unmodified subgraph on the first real inputs.
@@ -55,7 +57,7 @@ class Backend:
     """
 
     policy: Policy
-    inner: str = "inductor"
+    inner: Inner = field(default_factory=Inner)
     strict: bool = True
     debug: str | None = None
     verify: bool = False
@@ -106,7 +108,7 @@ class Backend:
         with stage("scan"):
             gm = plain(gm)
             table = scan(gm, self.patterns or DEFAULT)
-        record = GraphRecord(table, seconds={"scan": time.perf_counter() - start})
+        record = GraphRecord(table, inner=str(self.inner), seconds={"scan": time.perf_counter() - start})
         self.graphs.append(record)
         log.info("graph %d: %s", len(self.graphs), table)
         call = current()
@@ -117,9 +119,9 @@ class Backend:
             written: list[tuple[int, int, str]] = []
             if self.strict and call is not None:
                 written = check_parted(gm.graph, example_inputs, self.patterns or DEFAULT, call)
-            chosen = self.inner if call is None or call.whole else "eager"  # an encoder or a head, called alone
+            chosen = self.inner if call is None or call.whole else EAGER  # an encoder or a head, called alone
             with stages(self.debug, len(self.graphs), gm, record, None), record.timed("inner"):
-                inner = compile_inner(chosen, gm, example_inputs)
+                inner = compile_inner(chosen, gm, example_inputs, real=example_inputs)
             left = self._origin(table) if table.declined else None
             return Untouched(inner, data_inputs(gm.graph), dense_by_choice(gm.graph, table.declined), left, written)
         refuse_training(table)
@@ -131,8 +133,8 @@ class Backend:
         from kvpass.runtime.untouched import Untouched
         from kvpass.sites.table import SiteTable
 
-        self.graphs[before:] = [GraphRecord(SiteTable())]
-        inner = compile_inner(self.inner, gm, example_inputs)
+        self.graphs[before:] = [GraphRecord(SiteTable(), inner=str(self.inner))]
+        inner = compile_inner(self.inner, gm, example_inputs, real=example_inputs)
         return Untouched(inner, data_inputs(gm.graph), (), self._origin(SiteTable()))
 
     def _rewrite(self, gm: fx.GraphModule, example_inputs: list[Any], record: GraphRecord) -> Callable[..., Any]:
@@ -176,12 +178,12 @@ class Backend:
         from kvpass.graph.dataflow import data_inputs
         from kvpass.runtime.untouched import Untouched
 
-        inner = self.inner if first else "eager"
+        inner = self.inner if first else EAGER
         if not dense:
             return self._bound(gm, example_inputs, record, *whole, inner)
         left = [one.site for at, one in enumerate(whole[0].sites) if at not in dense]
         if not left:
-            run = compile_inner(inner, gm, example_inputs)
+            run = compile_inner(inner, gm, example_inputs, real=example_inputs)
             return Untouched(run, data_inputs(gm.graph), (), self._origin(record.table))
         # layers are counted as in the graph of the prompt, which did not rewrite the others either
         sites = tuple(replace(site, layer=layer) for layer, site in enumerate(left))
@@ -195,7 +197,7 @@ class Backend:
         record: GraphRecord,
         planned: Plan,
         lowered: Lowered,
-        chosen: str,
+        chosen: Inner,
     ) -> Callable[..., Any]:
         from kvpass.debug import stages
         from kvpass.graph.dataflow import data_inputs
@@ -213,10 +215,11 @@ class Backend:
                 check_masks(gm, planned, lowered.bindings, example_inputs)
             title = record.title(len(self.graphs))
             about = lowered, planned, record, chosen, title
-            captured = "" if self.mode == "default" else recorded(*about, self.recordings, self.verify)
+            captured = "" if self.mode == "default" else recorded(*about, self.recordings, self.verify, example_inputs)
             if isinstance(captured, str):
+                begins = lowered.bindings[0].phase is Phase.PREFILL
                 with record.timed("inner"):
-                    inner = compile_inner(chosen, lowered.gm, inputs, title)
+                    inner = compile_inner(chosen, lowered.gm, inputs, title, example_inputs, begins)
             else:
                 inner = captured.otherwise
         if self.verify:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
@@ -11,6 +12,7 @@ from kvpass.errors import KVPassError, PolicyError
 from kvpass.pipeline.arguments import check_options, checked_patterns
 from kvpass.pipeline.compose import Backend
 from kvpass.pipeline.conditions import MARK
+from kvpass.pipeline.inner_options import checked_inner
 from kvpass.pipeline.refusal import Refusal
 from kvpass.policy.policy import Policy
 
@@ -19,7 +21,7 @@ def backend(
     policy: str | Policy | dict[str, Any] = "kvpass",
     budget: int | float | str | None = None,
     *,
-    inner: str = "inductor",
+    inner: str | Mapping[str, Any] = "inductor",
     strict: bool = True,
     debug: bool | str | PathLike[str] | None = None,
     verify: bool = False,
@@ -34,9 +36,9 @@ def backend(
     """
     from kvpass.debug import debug_folder
 
-    check_options(inner=inner, strict=strict, debug=debug, verify=verify, mode=mode)
+    check_options(strict=strict, debug=debug, verify=verify, mode=mode)
     patterns, checked = checked_patterns(patterns), Policy.load(policy).with_budget(budget)
-    return Backend(checked, inner, strict, debug_folder(debug), verify, patterns, mode)
+    return Backend(checked, checked_inner(inner), strict, debug_folder(debug), verify, patterns, mode)
 
 
 _FROM_OPTIONS: dict[str, Backend] = {}

@@ -26,12 +26,14 @@ class GraphRecord:
         plan: what replaced each site; None if the graph was left as it is, or refused.
         frame: number of the frame that Dynamo compiled, counted over the process from 0; graphs of one call with graph
             breaks have frames of their own.
+        inner: the inner compiler with its options, as text.
         seconds: spent, by stage: `scan`, `plan`, `lower`, `verify`, `inner` (the inner compiler).
     """
 
     table: SiteTable
     plan: Plan | None = None
     frame: int = field(default_factory=lambda: _frames_compiled())
+    inner: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager

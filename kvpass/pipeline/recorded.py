@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from kvpass.graph.calls import example
 from kvpass.pipeline.inner import compile_inner
@@ -12,6 +13,7 @@ from kvpass.terms import Phase
 if TYPE_CHECKING:
     from kvpass.lowering.lower import Lowered
     from kvpass.pipeline.graphs import GraphRecord
+    from kvpass.pipeline.inner_options import Inner
     from kvpass.plan.plan import Plan
     from kvpass.runtime.captured import Captured
     from kvpass.runtime.recordings import Recordings
@@ -23,16 +25,18 @@ def recorded(
     lowered: Lowered,
     planned: Plan,
     record: GraphRecord,
-    inner: str,
+    inner: Inner,
     title: str,
     recordings: list[Recordings],
     looked_into: bool,
+    real: Sequence[Any] = (),
 ) -> Captured | str:
     """The graph in that form; or why its steps are launched, "" for no step.
 
     Args:
         recordings: those of the backend, none before its first graph of this kind.
         looked_into: `verify=True`.
+        real: inputs of the call that the graph was captured in.
     """
     from kvpass.lowering.static import static
     from kvpass.runtime.captured import Captured
@@ -55,7 +59,7 @@ def recorded(
         return found
     inputs = [example(n) for n in found.gm.graph.nodes if n.op == "placeholder"]
     with record.timed("inner"):
-        run = compile_inner(inner, found.gm, inputs, title)
+        run = compile_inner(inner, found.gm, inputs, title, real)
     if not recordings:
         recordings.append(Recordings(DEVICES[kind]))
     return Captured(run, lowered.gm.forward, found.feeds, recordings[0])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_modu
 
 from kvpass.graph.calls import example
 from kvpass.graph.dataflow import flat_outputs
+from kvpass.pipeline.frozen import with_constants
 from kvpass.pipeline.region_form import Form, is_constant
 from kvpass.pipeline.regions import Region
 
@@ -18,18 +20,33 @@ Compile = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 
 
 class Stitched:
-    """Runs the regions of a graph one after the other. Takes the graph's inputs, returns its outputs as a list."""
+    """Runs the regions of a graph one after the other. Takes the graph's inputs, returns its outputs as a list.
 
-    def __init__(self, gm: fx.GraphModule, regions: Sequence[Region], compile: Compile) -> None:
+    Args:
+        weights: inputs that are constants of the code: each region that reads some has code of its own. (Its
+            kernels are compiled once all the same: Inductor keeps them by their source.)
+    """
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        regions: Sequence[Region],
+        compile: Compile,
+        weights: Mapping[fx.Node, torch.Tensor] = MappingProxyType({}),
+    ) -> None:
         nodes = list(gm.graph.nodes)
         self._slots: dict[fx.Node, int] = {}
         for node in nodes:
             if node.op == "placeholder":
                 self._slots[node] = len(self._slots)
         self._inputs = len(self._slots)
-        calls = _compiled(gm, regions, compile)
+        calls = _compiled(gm, regions, compile, weights)
         outputs = flat_outputs(nodes[-1])
-        steps = [(call, self._places(r.form.inputs), self._places(r.form.outputs)) for r, call in calls]
+        given = [[node for node in r.form.inputs if node not in weights] for r, _ in calls]
+        steps = [
+            (call, self._places(inputs), self._places(r.form.outputs))
+            for inputs, (r, call) in zip(given, calls, strict=True)
+        ]
         self._outputs = [self._result(value) for value in outputs]
         self._steps = self._with_ends(steps)
         self._others = len(self._slots) - self._inputs
@@ -65,16 +82,21 @@ class Stitched:
 
 
 def _compiled(
-    gm: fx.GraphModule, regions: Sequence[Region], compile: Compile
+    gm: fx.GraphModule, regions: Sequence[Region], compile: Compile, weights: Mapping[fx.Node, torch.Tensor]
 ) -> list[tuple[Region, Callable[..., Any]]]:
     """Each region with its code: that of the first one of its kind, if all that was taken for granted of sizes when
     that was compiled holds for this one too.
     """
     calls: list[tuple[Region, Callable[..., Any]]] = []
     for region in regions:
+        own = {at: weights[node] for at, node in enumerate(region.form.inputs) if node in weights}
         like = (call for other, call in calls if other.kind == region.kind and _may_stand_in(other.form, region.form))
-        call = next(like, None)
-        calls.append((region, call or compile(part := _function(gm, region.form), _examples(part))))
+        call = next(like, None) if not own else None
+        if call is None:
+            part = _function(gm, region.form)
+            part = with_constants(part, own) if own else part
+            call = compile(part, _examples(part))
+        calls.append((region, call))
     return calls
 
 

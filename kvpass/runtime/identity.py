@@ -53,7 +53,7 @@ class Identity:
 
     def __init__(self, parameters: dict[str, torch.Tensor]) -> None:
         self.objects = {name: ref(tensor) for name, tensor in parameters.items()}
-        self.digests = dict(zip(parameters, _digests(list(parameters.values())), strict=True))
+        self.digests = dict(zip(parameters, digests(list(parameters.values())), strict=True))
         self.agreed: Identity | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Identity:
@@ -110,7 +110,7 @@ class Identity:
         """Digests of parameters as they are; as they were, where the objects are gone or were never known."""
         found = {name: _alive(self.objects.get(name)) for name in names}
         alive = {name: tensor for name, tensor in found.items() if tensor is not None}
-        return {name: self.digests[name] for name in names} | dict(zip(alive, _digests([*alive.values()]), strict=True))
+        return {name: self.digests[name] for name in names} | dict(zip(alive, digests([*alive.values()]), strict=True))
 
     def _shares(self, name: str, other: Identity) -> bool:
         mine, theirs = _alive(self.objects.get(name)), _alive(other.objects.get(name))
@@ -151,7 +151,7 @@ class Weights:
 def by_content(parameters: Sequence[torch.Tensor]) -> dict[Any, deque[torch.Tensor]]:
     """Parameters by their digests, in order."""
     found: dict[Any, deque[torch.Tensor]] = {}
-    for digest, tensor in zip(_digests(parameters), parameters, strict=True):
+    for digest, tensor in zip(digests(parameters), parameters, strict=True):
         found.setdefault(digest, deque()).append(tensor)
     return found
 
@@ -160,7 +160,7 @@ def _alive(reference: Any) -> Any:
     return reference() if reference is not None else None
 
 
-def _digests(tensors: Sequence[torch.Tensor]) -> list[tuple[Any, ...]]:
+def digests(tensors: Sequence[torch.Tensor]) -> list[tuple[Any, ...]]:
     """Shape, dtype and a few entries of each tensor; one synchronisation for each device."""
     with torch.inference_mode(False), torch.no_grad():
         samples = [_sample(tensor) for tensor in tensors]

@@ -165,7 +165,7 @@ def test_the_same_graph_reaches_the_inner_compiler(forward, monkeypatch):
     args, _ = CASES[forward]
     given: list[Any] = []
     monkeypatch.setattr(
-        "kvpass.pipeline.compose.compile_inner", lambda name, gm, inputs: given.append(gm) or gm.forward
+        "kvpass.pipeline.compose.compile_inner", lambda inner, gm, inputs, real: given.append(gm) or gm.forward
     )
     gm = capture(make(forward), *args)
     nodes = list(gm.graph.nodes)

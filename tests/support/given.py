@@ -60,6 +60,7 @@ GIVEN = {
     "docs/cache.md": model_and_inputs,
     "docs/debugging.md": model_and_inputs,
     "docs/export.md": export,
+    "docs/inner.md": model_and_inputs,
     "docs/patterns.md": model_and_inputs,
     "docs/policies.md": policies,
     "docs/policy-files.md": policy_files,

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 import smollm2
 import torch
-from kvpass.kernels.rank.scorers.registry import find_scorer, scorers
+from bench.own_weights import weights, with_weights
 from rich.progress import track
 from spelling import cache_of
 from transformers.utils import logging as transformers_logging
@@ -37,35 +37,6 @@ from kvpass.policy.policy import Policy
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET, ROWS, MORE = 0.2, 4, 1.03
 """MORE: slots are allocated up to 2.5 % ahead (docs/design/0001), and whole ones."""
-
-
-def weights(folder: Path, config: Any) -> Path:
-    """A file with random tensors of every name and shape that docs/policy-files.md gives."""
-    g = torch.Generator().manual_seed(0)
-    layers, heads, size = config.num_hidden_layers, config.num_key_value_heads, config.hidden_size
-    dim, wide = size // config.num_attention_heads, 16
-    shapes = {
-        "q_filters": {"filters": (heads, dim)},
-        "kvp": {"w1": (heads, wide, 2 * dim + 1), "b1": (heads, wide), "w2": (heads, wide), "b2": (heads,)},
-        "gate": {"w1": (wide, size), "b1": (wide,), "w2": (heads, wide), "c": (heads,)},
-        "surrogate": {"weight": (heads, size), "bias": (heads,)},
-        "heads": {"heads": (heads,)},
-    }
-    for name, tensors in shapes.items():
-        made = {key: torch.randn(layers, *shape, generator=g).abs() * 0.1 for key, shape in tensors.items()}
-        torch.save(made, folder / f"{name}.pt")
-    return folder
-
-
-def with_weights(name: str, folder: Path) -> Policy:
-    """The policy, with a file where it needs one."""
-    policy = Policy.load(name)
-    spec: dict[str, Any] = {"name": name, "extends": name}
-    if policy.score in scorers() and "file" in find_scorer(policy.score).options:
-        spec["options"] = {"file": str(folder / f"{policy.score}.pt")}
-    if policy.allocate.heads == "table":
-        spec["allocate"] = {"file": str(folder / "heads.pt")}
-    return Policy.load(spec)
 
 
 def allowed(policy: Policy, layers: int, tokens: int, steps: int, entry: Entry) -> float:

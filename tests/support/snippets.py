@@ -150,9 +150,10 @@ def given_for(page: str) -> dict[str, Any]:
 def without_inductor() -> None:
     """Whatever a snippet names as its inner compiler, the rewritten graph runs node by node: minutes less."""
     from kvpass.pipeline import compose
+    from kvpass.pipeline.inner_options import EAGER
 
     real: Any = compose.compile_inner
-    compose.compile_inner = lambda name, *rest, **more: real("eager", *rest, **more)
+    compose.compile_inner = lambda name, *rest, **more: real(EAGER, *rest, **more)
 
 
 def as_a_user() -> None:

@@ -1,0 +1,1 @@
+"""One file per benchmark; what one is: bench/suite.py."""
