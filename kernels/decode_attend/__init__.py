@@ -67,7 +67,7 @@ def decode_attend(
             )
     _check_dtypes(q, held)
     softmax = softmax_of("decode_attend", q, scale, sinks, softcap, memory_k, memory_v)
-    if at is not None and implementation("decode_attend", q.device) == "reference":
+    if at is not None and implementation("decode_attend", q.device) != "triton":
         position, at = int(at), None
     token = Token(q, k_new, v_new, arrive)
     call = Call.of_step(mask, position, softmax, plan, latent, sees, tokens, bounds, at)
