@@ -18,7 +18,7 @@ OPS = ("prefill_attend", "decode_attend", "select_slots", "compact_slots")
 """The ops that have both implementations; join_slots and score_slots are pure torch everywhere."""
 
 NATIVE = ("decode_attend",)
-"""Those that CPUs have in C++ too."""
+"""Ops that CPUs have in C++ too, for what that knows; what it does not is the reference's, and `kernel` gives that."""
 
 IMPLEMENTATIONS = ("reference", "native", "triton")
 
@@ -26,7 +26,7 @@ _forced: ContextVar[str | None] = ContextVar("kvpass_implementation", default=No
 _loaded: dict[tuple[str, str], tuple[Callable[..., Any], Callable[..., bool]]] = {}
 
 
-FALLBACK = {("decode_attend", "triton"): "device"}
+FALLBACK = {"decode_attend": "device"}
 """What runs on a GPU where triton cannot: torch code that reads nothing back, in a file of its own. Else the
 reference.
 """
@@ -40,8 +40,7 @@ def use(name: str) -> Iterator[None]:
     """Force one implementation of the ops for the calls inside the block.
 
     Args:
-        name: `reference` (plain torch, any device), `native` (C++, for ops on CPUs that have it and what it supports)
-            or `triton` (CUDA and ROCm).
+        name: `reference` (plain torch, any device), `native` (C++, on CPUs) or `triton` (CUDA and ROCm).
 
     Raises:
         ValueError: an unknown name. When an op runs: `triton` on CPU tensors, which is never replaced.
@@ -87,9 +86,10 @@ def kernel(op: str, device: torch.device, *facts: Any) -> Callable[..., Any]:
     unless triton is forced.
     """
     chosen = implementation(op, device)
+    chosen = "reference" if chosen == "native" else chosen
     found, supports = _loaded.get((op, chosen)) or _load(op, chosen)
-    if _forced.get() in (None, "native") and not supports(*facts):
-        other = FALLBACK.get((op, chosen), "reference")
+    if _forced.get() is None and not supports(*facts):
+        other = FALLBACK.get(op, "reference")
         found, _ = _loaded.get((op, other)) or _load(op, other)
     return found
 

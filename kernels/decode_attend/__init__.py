@@ -1,7 +1,7 @@
 """decode_attend: one token through attention and cache in one op.
 
-The reference is the meaning; on CUDA and ROCm triton runs where it `supports` the rule, and `device` elsewhere: neither
-reads anything back.
+The reference is the meaning. On CPUs C++ of our own runs what it knows (`native`), on CUDA and ROCm triton where it
+`supports` the rule, and `device` elsewhere: neither reads anything back.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from collections.abc import Sequence
 
 import torch
 from kvpass.kernels.attention.memory import softmax_of
+from kvpass.kernels.attention.softmax import Softmax
 from kvpass.kernels.choose import implementation, kernel
 from kvpass.kernels.decode_attend.call import Call, Token
+from kvpass.kernels.decode_attend.native import decode_attend_native
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.state import State
 from torch import Tensor
@@ -54,6 +56,14 @@ def decode_attend(
 
     Returns out [B, Hq, 1, Dv] = softmax(q k^T scale + mask) v. Raises ValueError on shapes or dtypes that do not fit.
     """
+    native = implementation("decode_attend", q.device) == "native"
+    alone = mask is None and at is None and memory_k is None and not latent
+    if native and alone and (tokens is None or bounds is not None):
+        step = decode_attend_native(
+            q, k_new, v_new, state, position, rule, Softmax(scale, sinks, softcap), arrive, sees, tokens, bounds
+        )
+        if step is not None:
+            return step
     plan = Rule.parse(rule)
     held = State.of(state, plan)
     batch, heads, _, dim = held.k.shape

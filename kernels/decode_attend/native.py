@@ -1,21 +1,22 @@
 """decode_attend on CPUs in one pass of C++ (`kvpass.kernels.native`): append, attention, statistics and the victim.
 
-What it does not know it leaves alone, and the reference runs: whole rules (`supports`), or single steps: padding, a
-cache without room.
+What it does not know it leaves alone, and the reference runs: whole rules (`_understood`), or single steps: masks,
+padding, a cache without room, tensors that do not fit. Called once per layer and token, so it counts Python's calls.
 """
 
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from collections.abc import Sequence
+from ctypes import Structure, addressof, c_char_p, c_float, c_int32, c_void_p
+from struct import Struct
 from typing import Any
 
 import torch
 from kvpass.kernels.attention.observation import EVEN, Observation, emitted
 from kvpass.kernels.attention.softmax import Softmax
 from kvpass.kernels.budget import Apart, Budget, budget
-from kvpass.kernels.decode_attend.call import Call, Token
-from kvpass.kernels.decode_attend.reference import decode_attend_reference
+from kvpass.kernels.attention.visibility import Sees
 from kvpass.kernels.decode_attend.step import step_facts
 from kvpass.kernels.decode_attend.victim import evict_one
 from kvpass.kernels.native.library import function
@@ -36,6 +37,7 @@ from kvpass.kernels.slots.ragged import Ragged, columns
 from kvpass.kernels.slots.state import FIELDS, State, fields_of
 from kvpass.kernels.slots.statistics import Statistics, stat
 from kvpass.kernels.timing import Timing
+from torch import Tensor
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -57,33 +59,133 @@ class Words(Structure):
     _fields_ = (
         *((name, c_int32) for name in (
             "sum", "sumsq", "count", "important", "last", "statistics", "observes", "replaces", "mean", "ragged",
-            "evicts", "picks", "by", "row", "per", "weight", "mark", "number", "decay", "scored", "sinks", "recent",
+            "picks", "by", "row", "per", "weight", "mark", "number", "decay", "scored", "sinks", "recent",
             "recent_num", "recent_den", "slots", "num", "den", "floor",
         )),
         *((name, c_float) for name in ("weight_floor", "even", "factor", "softcap", "unscored", "keep")),
     )  # fmt: skip
 
 
-class Arguments(Structure):
-    """`struct Call` of step.h."""
+ARGUMENTS = Struct("13P14q")
+"""`struct Call` of step.h."""
 
-    _fields_ = (
-        *((name, c_void_p) for name in (
-            "q", "k_new", "v_new", "k", "v", "pos", "cursor", "stats", "out", "arrive", "sinks", "tokens", "bounds",
-        )),
-        *((name, c_int64) for name in (
-            "q_row", "q_head", "k_row", "k_head", "v_row", "v_head", "batch", "heads", "places", "position", "low",
-            "columns", "bound_rows", "size", "threads",
-        )),
+MANY = 4096
+"""Lanes that are kept: one for each rule, shape and capacity."""
+
+_lanes: dict[Any, Lane | None] = {}
+
+
+class Lane:
+    """What is known of steps under one rule in one shape before a token comes.
+
+    Args:
+        step: the C++.
+        words: what it reads of the rule.
+    """
+
+    def __init__(self, step: Any, rule: Rule, words: Words, sees: Sees, heads: int, state: State) -> None:
+        self.step, self.rule, self.words, self.sees = step, rule, words, sees
+        self.at, self.picks = addressof(words), bool(words.picks)
+        (self.batch, self.heads, self.places, _), wide = state.k.shape, state.v.shape[3]
+        self.out = self.batch, heads, 1, wide
+        self.arrivals = len(state.stats), self.batch, self.heads
+
+    def size(self, cursor: Tensor) -> int:
+        """The budget where it is no formula that the C++ knows, -1 where it is. Of the first row: with others that
+        have seen more or less tokens the C++ declines.
+        """
+        if self.words.den:
+            return -1
+        seen = c_int32.from_address(cursor.data_ptr() + 4 * SEEN).value
+        return int(budget(self.rule, seen + 1))
+
+
+def decode_attend_native(
+    q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], position: int, rule: str, softmax: Softmax,
+    arrive: Tensor | None, sees: str, tokens: Tensor | None, bounds: Tensor | None,
+) -> Tensor | None:  # fmt: skip
+    """See `kvpass.kernels.decode_attend.decode_attend`. None: this is not for it, and nothing has changed."""
+    shapes = tuple([(x.shape, x.dtype) for x in state])
+    key = rule, sees, softmax.factor, softmax.softcap, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, shapes
+    try:
+        lane = _lanes[key]
+    except KeyError:
+        lane = _lanes[key] = _lane(q, k, v, state, rule, softmax, sees)
+        if len(_lanes) > MANY:
+            _lanes.clear()
+    if lane is None or not all([x.is_contiguous() for x in state]):
+        return None
+    s_q, s_k, s_v = q.stride(), k.stride(), v.stride()
+    if not s_q[3] == s_k[3] == s_v[3] == 1:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        s_q, s_k, s_v = q.stride(), k.stride(), v.stride()
+    keys, values, pos, stats, cursor = state
+    width, low, sinks = 0, lane.sees.lowest(position), softmax.sinks
+    if tokens is not None:
+        if bounds is None or tokens.shape[1] <= position or {len(tokens), len(bounds)} - {1, lane.batch}:
+            return None
+        tokens = tokens.expand(lane.batch, -1).contiguous()
+        bounds, width = bounds.expand(lane.batch, -1).int().contiguous(), tokens.shape[1]
+    if sinks is not None:
+        if tuple(sinks.shape) != lane.out[1:2]:
+            return None
+        sinks = sinks.float().contiguous()
+    if arrive is not None:
+        if tuple(arrive.shape) != lane.arrivals or arrive.dtype != torch.float32:
+            return None
+        arrive = arrive.contiguous()
+    facts = None
+    if not lane.picks:
+        facts = step_facts(cursor.view(-1, cursor.shape[2]).tolist(), State(state), position, lane.rule)
+    out = torch.empty(lane.out, dtype=torch.float32)
+    given = ARGUMENTS.pack(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), keys.data_ptr(), values.data_ptr(), pos.data_ptr(),
+        cursor.data_ptr(), stats.data_ptr(), out.data_ptr(), _at(arrive), _at(sinks), _at(tokens), _at(bounds),
+        s_q[0], s_q[1], s_k[0], s_k[1], s_v[0], s_v[1], lane.batch, lane.heads, lane.places, position, low, width,
+        lane.size(cursor), torch.get_num_threads(),
     )  # fmt: skip
+    if lane.step(lane.at, given):
+        return None
+    if facts is not None:
+        evict_one(State(state), facts, lane.rule)
+    return out if q.dtype == torch.float32 else out.to(q.dtype)
 
 
-def supports(token: Token, state: State, call: Call) -> bool:
-    """Keys and values as they are and apart, on a CPU with a compiler; all but tokens and windows in no mask."""
-    dtype, k, group = token.q.dtype, token.k.shape[3], token.q.shape[1] // token.k.shape[1]
-    plain = call.mask is None and not call.latent and call.softmax.beside is None and dtype in KINDS
-    plain = plain and max(k, token.v.shape[3]) <= WIDEST and group <= MOST and token.q.device.type == "cpu"
-    return plain and _understood(call.rule.of_steps) and _step(group, k, token.v.shape[3], dtype) is not None
+def _at(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _lane(
+    q: Tensor, k: Tensor, v: Tensor, state: Sequence[Tensor], text: str, softmax: Softmax, sees: str
+) -> Lane | None:
+    """What is known of such steps; None where the C++ is not for them."""
+    rule = Rule.parse(text).of_steps
+    if softmax.softcap < 0 or not _understood(rule) or len(state) != len(FIELDS) or not _fit(q, k, v, State(state), rule):
+        return None
+    step = function(
+        "step", GROUP=q.shape[1] // k.shape[1], DIM=k.shape[3], WIDE=v.shape[3], KIND=KINDS[q.dtype]
+    )
+    if step is None:
+        return None
+    step.argtypes, step.restype = [c_void_p, c_char_p], ctypes.c_int
+    return Lane(step, rule, _said(rule, softmax), Sees.parse(sees), q.shape[1], State(state))
+
+
+def _fit(q: Tensor, k: Tensor, v: Tensor, held: State, rule: Rule) -> bool:
+    """Whether tensors are as they must be: what they are not, the reference says."""
+    batch, heads, slots = held.pos.shape
+    dim, wide = k.shape[3], v.shape[3]
+    sizes = {"B": batch, "H": heads, "C": slots, "D": dim, "V": wide}
+    sizes |= {"N": len(rule[Statistics].stats), "X": columns(rule)}
+    dtypes = {"k": q.dtype, "v": q.dtype, "pos": torch.int32, "stats": torch.float32, "cursor": torch.int32}
+    for field in FIELDS:
+        tensor = held[field.name]
+        if list(tensor.shape) != [sizes[letter] for letter in field.dims] or tensor.dtype != dtypes[field.name]:
+            return False
+    one = (batch, heads, 1)
+    new = tuple(k.shape[:3]) == one and tuple(v.shape[:3]) == one and k.dtype == v.dtype == q.dtype
+    asked = q.dim() == 4 and q.shape[0] == batch and q.shape[1] % heads == 0 and tuple(q.shape[2:]) == (1, dim)
+    return new and asked and q.dtype in KINDS and max(dim, wide) <= WIDEST and 0 < q.shape[1] // heads <= MOST
 
 
 def _understood(rule: Rule) -> bool:
@@ -102,58 +204,6 @@ def _picks(rule: Rule) -> bool:
     return rule.only(*PICKED) and alone
 
 
-def _step(group: int, dim: int, wide: int, dtype: torch.dtype) -> Any:
-    found = function("step", GROUP=group, DIM=dim, WIDE=wide, KIND=KINDS[dtype])
-    if found is not None and found.argtypes is None:
-        found.argtypes, found.restype = [POINTER(Words), POINTER(Arguments)], ctypes.c_int
-    return found
-
-
-def decode_attend_native(token: Token, state: State, call: Call) -> torch.Tensor:
-    """See `kvpass.kernels.decode_attend.decode_attend`."""
-    rule = call.rule.of_steps
-    q, k, v, arrive = token
-    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    (batch, heads, places, dim), wide, group = state.k.shape, v.shape[3], q.shape[1] // k.shape[1]
-    words = _words(rule, call.softmax)
-    facts = None
-    if not words.picks:
-        facts = step_facts(state.cursor.view(-1, columns(rule)).tolist(), state, call.position, rule)
-    out = torch.empty(batch, q.shape[1], 1, wide)
-    tokens, bounds, sinks = call.tokens, call.bounds, call.softmax.sinks
-    tokens = tokens if tokens is None else tokens.contiguous()
-    sinks = sinks if sinks is None else sinks.float().contiguous()
-    bounds = bounds if bounds is None else bounds.int().contiguous()
-    arrive = arrive if arrive is None else arrive.contiguous()
-    size = -1 if words.den else int(budget(rule, int(state.cursor[0, 0, SEEN]) + 1))
-    given = Arguments(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), state.k.data_ptr(), state.v.data_ptr(), state.pos.data_ptr(),
-        state.cursor.data_ptr(), state.stats.data_ptr(), out.data_ptr(), _at(arrive), _at(sinks), _at(tokens),
-        _at(bounds), q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), batch, heads,
-        places, call.position, call.low, 0 if tokens is None else tokens.shape[1],
-        1 if bounds is None else bounds.shape[0], size, torch.get_num_threads(),
-    )  # fmt: skip
-    if _step(group, dim, wide, q.dtype)(words, given):
-        return decode_attend_reference(token, state, call)
-    if facts is not None:
-        evict_one(state, facts, rule)
-    return out if q.dtype == torch.float32 else out.to(q.dtype)
-
-
-def _at(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _words(rule: Rule, softmax: Softmax) -> Words:
-    """The rule as C++ reads it. `den` 0: the budget is not by a formula that it knows."""
-    known = rule.derived.setdefault(_words, {})
-    key = softmax.factor, softmax.softcap
-    if key not in known:
-        known[key] = _said(rule, softmax)
-    found: Words = known[key]
-    return found
-
-
 def _said(rule: Rule, softmax: Softmax) -> Words:
     watch, by, kept = rule[Observation], rule[Ranking].score, rule[Protected]
     observes = watch.decode != "none" and bool(emitted(rule))
@@ -165,7 +215,7 @@ def _said(rule: Rule, softmax: Softmax) -> Words:
     size = rule[Budget]
     return Words(
         **rows, statistics=len(rule[Statistics].stats), observes=observes, replaces=watch.decode == "replace",
-        mean=watch.group == "mean", ragged=rule[Ragged].ragged, evicts=rule.drops, picks=_picks(rule), by=how, row=row,
+        mean=watch.group == "mean", ragged=rule[Ragged].ragged, picks=_picks(rule), by=how, row=row,
         per=stat(rule, "count") if how == 2 else -1, weight=stat(rule, WEIGHT),
         mark=stat(rule, MARK) if rule[Marks].marked else -1, number=stat(rule, NUMBER), decay=rule[Scoring].decay and how == 1,
         scored=stat(rule, SCORED) >= 0, sinks=kept.sinks, recent=kept.recent, recent_num=kept.recent_num,

@@ -4,42 +4,46 @@
 
 namespace {
 
-// The probabilities, in the place of weights; the output.
-void join(const Call& c, const Head& h, const Part* own, int64_t which, bool keeps) {
+// The output of a head; in each part, what its weights are to be multiplied by to be probabilities, as `top`.
+void join(const Call& c, const Head& h, Part* parts, int64_t which) {
   for (int g = 0; g < GROUP; g++) {
     const int64_t query = (which % c.heads) * GROUP + g;
     const float sink = c.sinks ? c.sinks[query] : -INF;
     float top = sink;
-    for (int64_t p = 0; p < h.pieces; p++) if (own[p].total[g] > 0) top = std::max(top, own[p].top[g]);
+    for (int64_t p = 0; p < h.pieces; p++)
+      if (parts[p].total[g] > 0) top = std::max(top, parts[p].top[g]);
     float total = sink > -INF ? std::exp(sink - top) : 0.0f;
-    float* out = c.out + (h.row * c.heads * GROUP + query) * WIDE;
-    float mixed[VALUE * LANES] = {};
+    Floats mixed[VALUE] = {};
     for (int64_t p = 0; p < h.pieces; p++) {
-      const float share = own[p].total[g] > 0 ? std::exp(own[p].top[g] - top) : 0.0f;
-      total += own[p].total[g] * share;
-      for (int d = 0; d < VALUE * LANES; d++) mixed[d] += own[p].mixed[g][d] * share;
+      const float share = parts[p].total[g] > 0 ? std::exp(parts[p].top[g] - top) : 0.0f;
+      parts[p].top[g] = share;
+      total += parts[p].total[g] * share;
+      for (int b = 0; b < VALUE; b++) mixed[b] += floats(parts[p].mixed[g] + b * LANES) * share;
     }
     const float one = total > 0 ? 1.0f / total : 0.0f;
-    for (int d = 0; d < WIDE; d++) out[d] = mixed[d] * one;
-    if (!keeps) continue;
-    for (int64_t p = 0; p < h.pieces; p++) {
-      const float share = own[p].total[g] > 0 ? std::exp(own[p].top[g] - top) * one : 0.0f;
-      float* w = h.weights + g * h.padded + p * PIECE;
-      const int64_t n = std::min<int64_t>(PIECE, h.padded - p * PIECE);
-      for (int64_t j = 0; j < n; j++) w[j] *= share;
-    }
+    for (int64_t p = 0; p < h.pieces; p++) parts[p].top[g] *= one;
+    float all[VALUE * LANES];
+    for (int b = 0; b < VALUE; b++) put(all + b * LANES, mixed[b] * one);
+    std::memcpy(c.out + (h.row * c.heads * GROUP + query) * WIDE, all, WIDE * sizeof(float));
   }
 }
 
-// The row that a KV head observes, in the place of its first query head's; statistics.
+// The row of probabilities that a KV head observes, in the place of its first query head's weights.
+void reduce(const Rule& rule, const Head& h, const Part* parts) {
+  for (int64_t p = 0; p < h.pieces; p++)
+    for (int64_t j = p * PIECE; j < std::min(h.padded, (p + 1) * PIECE); j += LANES) {
+      Floats row = floats(h.weights + j) * parts[p].top[0];
+      for (int g = 1; g < GROUP; g++) {
+        const Floats other = floats(h.weights + g * h.padded + j) * parts[p].top[g];
+        row = rule.mean ? row + other : other > row ? other : row;
+      }
+      put(h.weights + j, rule.mean ? row * (1.0f / GROUP) : row);
+    }
+}
+
+// Statistics, of the row that `reduce` left.
 void observe(const Rule& rule, const Call& c, const Head& h, int64_t number) {
-  float* row = h.weights;
-  for (int g = 1; g < GROUP; g++) {
-    const float* other = h.weights + g * h.padded;
-    if (rule.mean) for (int64_t j = 0; j < h.used; j++) row[j] += other[j];
-    else for (int64_t j = 0; j < h.used; j++) row[j] = std::max(row[j], other[j]);
-  }
-  if (rule.mean && GROUP > 1) for (int64_t j = 0; j < h.used; j++) row[j] *= 1.0f / GROUP;
+  const float* row = h.weights;
   const int64_t plane = c.batch * c.heads * c.places;
   const int32_t* pos = c.pos + h.place;
   auto table = [&](int at) {
@@ -88,31 +92,37 @@ int64_t victim(const Rule& rule, const Call& c, const Head& h, int64_t number) {
   if (numbers)
     for (int64_t j = 0; j < used; j++) {
       const int32_t at = (int32_t)numbers[j];
-      score[j] = at < first || at > last ? INF : score[j];
+      score[j] = (at < first) | (at > last) ? INF : score[j];
     }
-  else for (int64_t j = 0; j < used; j++) score[j] = pos[j] < first || pos[j] > last ? INF : score[j];
+  else for (int64_t j = 0; j < used; j++) score[j] = (pos[j] < first) | (pos[j] > last) ? INF : score[j];
   if (mark) for (int64_t j = 0; j < used; j++) score[j] = mark[j] >= rule.keep ? INF : score[j];
+  std::fill(score + used, score + h.padded, INF);
+  Floats lowest = floats(score);
+  for (int64_t j = LANES; j < h.padded; j += LANES) {
+    const Floats x = floats(score + j);
+    lowest = x < lowest ? x : lowest;
+  }
   float least = INF;
-#pragma omp simd reduction(min : least)
-  for (int64_t j = 0; j < used; j++) least = std::min(least, score[j]);
-  int32_t newest = -1;
-#pragma omp simd reduction(max : newest)
-  for (int64_t j = 0; j < used; j++) newest = std::max(newest, score[j] == least ? pos[j] : -1);
-  int64_t found = used - 1;
-  for (int64_t j = 0; j < used; j++) if (pos[j] == newest) { found = j; break; }
+  for (int s = 0; s < LANES; s++) least = lowest[s] < least ? lowest[s] : least;
+  int32_t newest = -1, found = 0;
+  for (int32_t j = 0; j < used; j++) newest = std::max(newest, score[j] == least ? pos[j] : -1);
+  for (int32_t j = 0; j < used; j++) found = std::max(found, pos[j] == newest ? j : 0);
   return found;
 }
 
-void finish(const Rule& rule, const Call& c, const Head& h, const Part* parts, int64_t which) {
+void finish(const Rule& rule, const Call& c, const Head& h, Part* parts, int64_t which) {
   const bool observes = rule.observes;
   int32_t* cursor = c.cursor + which * (rule.ragged ? 6 : 4);
   const int64_t number = cursor[SEEN];
-  join(c, h, parts + h.first_piece, which, observes);
-  if (observes) observe(rule, c, h, number);
+  join(c, h, parts + h.first_piece, which);
+  if (observes) {
+    reduce(rule, h, parts + h.first_piece);
+    observe(rule, c, h, number);
+  }
   if (!rule.picks) return;
   cursor[SEEN]++;
   cursor[FIRST] = (int32_t)h.first;
-  if (rule.evicts && h.used > h.size) {
+  if (h.used > h.size) {
     const int64_t slot = victim(rule, c, h, number);
     cursor[FREE] = (int32_t)slot;
     c.pos[h.place + slot] = -1;

@@ -28,15 +28,16 @@ bool unusual(const Rule& rule, const Call& c) {
     h.first = cursor[FIRST] < 0 ? c.position : cursor[FIRST];
     h.size = budget(rule, cursor[SEEN] + 1, c.size) + (rule.ragged ? cursor[EXTRA] : 0);
     if (!rule.ragged && cursor[LIVE] >= c.places) return true;
+    if (c.size >= 0 && cursor[SEEN] != c.cursor[SEEN]) return true;  // the budget is that of the first row
     int64_t first = 0, end = c.position + 1, before = c.position, tokens = 1;
     if (c.bounds) {
-      const int32_t* own = c.bounds + (c.bound_rows > 1 ? h.row : 0) * 4;
+      const int32_t* own = c.bounds + h.row * 4;
       first = own[0], end = own[1], before = own[2], tokens = own[3];
     }
     if (end != c.position + 1 || tokens <= 0 || std::min(before, c.position - c.low) > cursor[SEEN]) return true;
     const bool apart = before == 0 || first > h.first || before != c.position - first;
     h.hides = h.first < c.position && (c.low > h.first || apart);
-    if (rule.picks && rule.evicts && rule.number < 0 && c.position - h.first != cursor[SEEN]) return true;
+    if (rule.picks && rule.number < 0 && c.position - h.first != cursor[SEEN]) return true;
     h.first_piece = pieces;
     h.pieces = (h.used + PIECE - 1) / PIECE;
     h.padded = (h.used + LANES - 1) / LANES * LANES;

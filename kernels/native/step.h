@@ -11,7 +11,7 @@ extern "C" {
 struct Rule {
   int32_t sum, sumsq, count, important, last;     // rows of statistics that a step adds to, -1: not kept
   int32_t statistics, observes, replaces, mean;
-  int32_t ragged, evicts, picks;
+  int32_t ragged, picks;
   int32_t by, row, per, weight, mark, number, decay, scored;  // by: 0 position, 1 a statistic, 2 a share of counts, 3 last
   int32_t sinks, recent, recent_num, recent_den;
   int32_t slots, num, den, floor;
@@ -27,7 +27,7 @@ struct Call {
   const bool *tokens;
   const int32_t *bounds;
   int64_t q_row, q_head, k_row, k_head, v_row, v_head;
-  int64_t batch, heads, places, position, low, columns, bound_rows, size, threads;
+  int64_t batch, heads, places, position, low, columns, size, threads;
 };
 }
 
@@ -54,7 +54,7 @@ inline int64_t budget(const Rule& rule, int64_t seen, int64_t size) {
 
 inline bool seen(const Call& c, const Head& h, int32_t pos) {
   if (pos < c.low) return false;
-  return !c.tokens || c.tokens[(c.bound_rows > 1 ? h.row : 0) * c.columns + pos];
+  return !c.tokens || c.tokens[h.row * c.columns + pos];
 }
 
 }  // namespace
