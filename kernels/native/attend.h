@@ -4,16 +4,22 @@
 
 namespace {
 
-// Ask memory for entries that are read soon: keys while values are read, and the other way round. May be past the end.
+// Ask memory for entries that are read soon: keys while values are read, and the other way round.
 inline void fetch(const Entry* at, int entries) {
   for (int b = 0; b < entries * (int)sizeof(Entry); b += 64) __builtin_prefetch((const char*)at + b);
 }
 
-void piece(const Rule& rule, const Call& c, const Head& h, const float* queries, int64_t at, Part& part) {
+// ahead: the keys of the piece that comes next.
+void piece(const Rule& rule, const Call& c, const Head& h, const float* queries, int64_t at, Part& part,
+           const Entry* ahead) {
   const int64_t begin = at * PIECE, end = std::min(begin + PIECE, h.used), n = end - begin;
   const Entry* keys = (const Entry*)c.k + (h.place + begin) * DIM;
   const Entry* values = (const Entry*)c.v + (h.place + begin) * WIDE;
   float* weights = h.weights + begin;
+  constexpr bool HELD = GROUP * KEY <= 16;  // in registers
+  Floats asked[HELD ? GROUP * KEY : 1];
+  if (HELD)
+    for (int i = 0; i < GROUP * KEY; i++) asked[i] = floats(queries + i * LANES);
   for (int64_t j = 0; j < n; j += LANES) {
     Floats tile[GROUP][LANES];
     const int count = std::min<int64_t>(LANES, n - j);
@@ -27,8 +33,9 @@ void piece(const Rule& rule, const Call& c, const Head& h, const float* queries,
       Floats x[KEY];
       for (int b = 0; b < KEY; b++) x[b] = block<DIM>(row, b);
       for (int g = 0; g < GROUP; g++) {
-        Floats dot = x[0] * floats(queries + g * KEY * LANES);
-        for (int b = 1; b < KEY; b++) dot += x[b] * floats(queries + (g * KEY + b) * LANES);
+        Floats dot = x[0] * (HELD ? asked[g * KEY] : floats(queries + g * KEY * LANES));
+        for (int b = 1; b < KEY; b++)
+          dot += x[b] * (HELD ? asked[g * KEY + b] : floats(queries + (g * KEY + b) * LANES));
         tile[g][s] = dot;
       }
     }
@@ -73,7 +80,7 @@ void piece(const Rule& rule, const Call& c, const Head& h, const float* queries,
     if (some == AT_ONCE)
       for (int64_t j = 0; j < n; j++) {
         const Entry* row = values + j * WIDE;
-        if (!first) fetch(keys + (j + PIECE) * DIM, DIM);
+        if (!first) fetch(ahead + j * DIM, DIM);
         Floats x[VALUE];
         for (int b = 0; b < VALUE; b++) x[b] = block<WIDE>(row, b);
         for (int g = 0; g < AT_ONCE; g++)

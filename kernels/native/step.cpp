@@ -90,19 +90,24 @@ extern "C" int step(const Rule* rule, const Call* call) {
 #endif
     alignas(64) float queries[GROUP * KEY * LANES] = {};
     int64_t of = -1;
-    for (int64_t p = pieces * me / team; p < pieces * (me + 1) / team; p++) {
-      const int64_t i = owner[p];
-      if (of != i) {
-        of = i;
+    const int64_t begin = pieces * me / team, end = pieces * (me + 1) / team;
+    for (int64_t p = begin; p < end; p++) {
+      const Head& h = all[owner[p]];
+      if (of != owner[p]) {
+        of = owner[p];
         for (int g = 0; g < GROUP; g++) {
-          const Entry* q = (const Entry*)c.q + (i / c.heads) * c.q_row + ((i % c.heads) * GROUP + g) * c.q_head;
+          const Entry* q = (const Entry*)c.q + h.row * c.q_row + ((of % c.heads) * GROUP + g) * c.q_head;
           for (int b = 0; b < KEY; b++) put(queries + (g * KEY + b) * LANES, block<DIM>(q, b) * r.factor);
         }
       }
-      piece(r, c, all[i], queries, p - all[i].first_piece, own[p]);
+      const int64_t at = p - h.first_piece, next = std::min(p + 1, pieces - 1);
+      const Head& then = all[owner[next]];
+      piece(r, c, h, queries, at, own[p], (const Entry*)c.k + (then.place + (next - then.first_piece) * PIECE) * DIM);
+      if (at + 1 == h.pieces && h.first_piece >= begin) finish(r, c, h, own, of);
     }
 #pragma omp barrier
-    for (int64_t i = count * me / team; i < count * (me + 1) / team; i++) finish(r, c, all[i], own, i);
+    for (int64_t i = begin < end ? owner[begin] : count; i < count && all[i].first_piece < end; i++)
+      if (all[i].first_piece >= begin && all[i].first_piece + all[i].pieces > end) finish(r, c, all[i], own, i);
   }
   return 0;
 }
