@@ -56,14 +56,12 @@ def decode_attend(
 
     Returns out [B, Hq, 1, Dv] = softmax(q k^T scale + mask) v. Raises ValueError on shapes or dtypes that do not fit.
     """
-    native = implementation("decode_attend", q.device) == "native"
-    alone = mask is None and at is None and memory_k is None and not latent
-    if native and alone and (tokens is None or bounds is not None):
-        step = decode_attend_native(
-            q, k_new, v_new, state, position, rule, Softmax(scale, sinks, softcap), arrive, sees, tokens, bounds
-        )
-        if step is not None:
-            return step
+    native = implementation("decode_attend", q.device) == "native" and at is None and memory_k is None and not latent
+    if native and mask is None and (tokens is None or bounds is not None):
+        softmax, native = Softmax(scale, sinks, softcap), False
+        done = decode_attend_native(q, k_new, v_new, state, position, rule, softmax, arrive, sees, tokens, bounds)
+        if done is not None:
+            return done
     plan = Rule.parse(rule)
     held = State.of(state, plan)
     batch, heads, _, dim = held.k.shape
@@ -81,6 +79,11 @@ def decode_attend(
         position, at = int(at), None
     token = Token(q, k_new, v_new, arrive)
     call = Call.of_step(mask, position, softmax, plan, latent, sees, tokens, bounds, at)
+    shown = call.columns() if native else None
+    if shown is not None:
+        done = decode_attend_native(q, k_new, v_new, state, position, rule, softmax, arrive, *shown)
+        if done is not None:
+            return done
     out: Tensor = kernel("decode_attend", q.device, token, held, call)(token, held, call)
     return out
 
