@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from kvpass.kernels.attention.observation import EVEN, Observation, emitted
 from kvpass.kernels.attention.softmax import Softmax
-from kvpass.kernels.budget import Apart, Budget, budget
 from kvpass.kernels.attention.visibility import Sees
+from kvpass.kernels.budget import Apart, Budget, budget
 from kvpass.kernels.decode_attend.step import step_facts
 from kvpass.kernels.decode_attend.victim import evict_one
 from kvpass.kernels.native.library import function
@@ -31,7 +31,7 @@ from kvpass.kernels.rank.scored import UNSCORED, Sample, Scoring
 from kvpass.kernels.rank.share_out import ShareOut
 from kvpass.kernels.rank.smooth import Fair, Granule, Pool
 from kvpass.kernels.rank.weights import WEIGHT, Weight
-from kvpass.kernels.rule import Rule
+from kvpass.kernels.rule import Record, Rule
 from kvpass.kernels.slots.cursor import SEEN
 from kvpass.kernels.slots.ragged import Ragged, columns
 from kvpass.kernels.slots.state import FIELDS, State, fields_of
@@ -113,7 +113,7 @@ def decode_attend_native(
         lane = _lanes[key] = _lane(q, k, v, state, rule, softmax, sees)
         if len(_lanes) > MANY:
             _lanes.clear()
-    if lane is None or not all([x.is_contiguous() for x in state]):
+    if lane is None or not all(x.is_contiguous() for x in state):
         return None
     s_q, s_k, s_v = q.stride(), k.stride(), v.stride()
     if not s_q[3] == s_k[3] == s_v[3] == 1:
@@ -160,11 +160,10 @@ def _lane(
 ) -> Lane | None:
     """What is known of such steps; None where the C++ is not for them."""
     rule = Rule.parse(text).of_steps
-    if softmax.softcap < 0 or not _understood(rule) or len(state) != len(FIELDS) or not _fit(q, k, v, State(state), rule):
+    known = softmax.softcap >= 0 and _understood(rule) and len(state) == len(FIELDS)
+    if not known or not _fit(q, k, v, State(state), rule):
         return None
-    step = function(
-        "step", GROUP=q.shape[1] // k.shape[1], DIM=k.shape[3], WIDE=v.shape[3], KIND=KINDS[q.dtype]
-    )
+    step = function("step", GROUP=q.shape[1] // k.shape[1], DIM=k.shape[3], WIDE=v.shape[3], KIND=KINDS[q.dtype])
     if step is None:
         return None
     step.argtypes, step.restype = [c_void_p, c_char_p], ctypes.c_int
@@ -211,15 +210,15 @@ def _said(rule: Rule, softmax: Softmax) -> Words:
             for name in ("sum", "sumsq", "count", "important", "last")}  # fmt: skip
     how = {"position": 0, "mean": 2, "important": 2, "last": 3}.get(by, 1)
     row = {"position": -1, "mean": stat(rule, "sum")}.get(by, stat(rule, by))
-    formula = type(rule[Budget]) is Budget and not any(type(x).resized is not type(rule[Budget]).resized for x in rule)
+    formula = all(type(one).resized is Record.resized for one in rule)
     size = rule[Budget]
     return Words(
         **rows, statistics=len(rule[Statistics].stats), observes=observes, replaces=watch.decode == "replace",
         mean=watch.group == "mean", ragged=rule[Ragged].ragged, picks=_picks(rule), by=how, row=row,
         per=stat(rule, "count") if how == 2 else -1, weight=stat(rule, WEIGHT),
-        mark=stat(rule, MARK) if rule[Marks].marked else -1, number=stat(rule, NUMBER), decay=rule[Scoring].decay and how == 1,
-        scored=stat(rule, SCORED) >= 0, sinks=kept.sinks, recent=kept.recent, recent_num=kept.recent_num,
-        recent_den=kept.recent_den, slots=size.slots, num=size.num, den=size.den if formula else 0, floor=size.floor,
-        weight_floor=rule[Weight].weight_floor, even=EVEN, factor=softmax.factor, softcap=softmax.softcap,
-        unscored=UNSCORED, keep=KEEP,
+        mark=stat(rule, MARK) if rule[Marks].marked else -1, number=stat(rule, NUMBER),
+        decay=rule[Scoring].decay and how == 1, scored=stat(rule, SCORED) >= 0, sinks=kept.sinks, recent=kept.recent,
+        recent_num=kept.recent_num, recent_den=kept.recent_den, slots=size.slots, num=size.num,
+        den=size.den if formula else 0, floor=size.floor, weight_floor=rule[Weight].weight_floor, even=EVEN,
+        factor=softmax.factor, softcap=softmax.softcap, unscored=UNSCORED, keep=KEEP,
     )  # fmt: skip

@@ -19,14 +19,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).resolve().parent
 
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fPIC", "-shared", "-fopenmp")
-"""No -ffast-math: infinities and the order of comparisons matter. OpenMP is the one that torch brings."""
+"""No -ffast-math: infinities and the order of comparisons matter. OpenMP is the one that torch has loaded already: both
+have one name, `libgomp.so.1`.
+"""
 
 SECONDS = 120
 """A compiler that takes longer is given up."""
@@ -41,8 +41,14 @@ def function(name: str, **words: int) -> Any:
     try:
         return getattr(ctypes.CDLL(str(_library(name, tuple(sorted(words.items()))))), name)
     except (OSError, subprocess.SubprocessError) as error:
-        logger.warning("kvpass runs %s by torch's operations, two to four times slower: %s", name, _told(error))
+        _say(name, _told(error))
         return None
+
+
+@lru_cache(maxsize=16)
+def _say(name: str, why: str) -> None:
+    """Once for each reason."""
+    logger.warning("kvpass runs %s by torch's operations, two to four times slower: %s", name, why)
 
 
 def _told(error: Exception) -> str:
@@ -64,7 +70,7 @@ def _library(name: str, words: tuple[tuple[str, int], ...]) -> Path:
     handle, scratch = tempfile.mkstemp(suffix=".so", dir=path.parent)
     os.close(handle)
     macros = [f"-D{word}={value}" for word, value in words]
-    command = [_compiler(), *FLAGS, *macros, f"-L{Path(torch.__file__).parent / 'lib'}", "-o", scratch]
+    command = [_compiler(), *FLAGS, *macros, "-o", scratch]
     try:
         source = str(FOLDER / f"{name}.cpp")
         subprocess.run([*command, source], capture_output=True, check=True, timeout=SECONDS)
