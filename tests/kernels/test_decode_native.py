@@ -117,6 +117,7 @@ def test_tensors_that_do_not_fit_change_nothing() -> None:
     with pytest.raises(ValueError, match="do not fit"):
         decode_attend(q[..., :8], k, v, None, state.tensors(), 60, SCALE, H2O.encode())
     full = random_state(torch.tensor([[19]]), 20, 16, H2O, seen=60)
+    full.cursor[..., LIVE] = 20
     before = full.clone()
     with pytest.raises(ValueError, match="no room"):
         decode_attend(q, k, v, None, full.tensors(), 60, SCALE, H2O.encode())
