@@ -1,4 +1,4 @@
-"""Which implementation runs an op: "reference" (pure torch, any device) or "triton" (CUDA and ROCm).
+"""Which implementation runs an op: "reference" (pure torch, any device), "native" (CPU) or "triton" (CUDA and ROCm).
 
 Owns the choice and the lazy import; knows no op's arguments. Triton is imported here and only when it is chosen.
 """
@@ -17,7 +17,10 @@ import torch
 OPS = ("prefill_attend", "decode_attend", "select_slots", "compact_slots")
 """The ops that have both implementations; join_slots and score_slots are pure torch everywhere."""
 
-IMPLEMENTATIONS = ("reference", "triton")
+NATIVE = ("decode_attend",)
+"""Ops that CPUs have in C++ too, for what that knows; what it does not is the reference's, and `kernel` gives that."""
+
+IMPLEMENTATIONS = ("reference", "native", "triton")
 
 _forced: ContextVar[str | None] = ContextVar("kvpass_implementation", default=None)
 _loaded: dict[tuple[str, str], tuple[Callable[..., Any], Callable[..., bool]]] = {}
@@ -37,7 +40,7 @@ def use(name: str) -> Iterator[None]:
     """Force one implementation of the ops for the calls inside the block.
 
     Args:
-        name: `reference` (plain torch, any device) or `triton` (CUDA and ROCm).
+        name: `reference` (plain torch, any device), `native` (C++, on CPUs) or `triton` (CUDA and ROCm).
 
     Raises:
         ValueError: an unknown name. When an op runs: `triton` on CPU tensors, which is never replaced.
@@ -59,13 +62,16 @@ def force(what: str, name: str, known: Sequence[str], choice: ContextVar[str | N
 
 
 def implementation(op: str, device: torch.device) -> str:
-    """Name of the implementation that runs `op` on `device`: the forced one, else triton on CUDA, else reference.
+    """Name of the implementation that runs `op` on `device`: the forced one, else triton on CUDA, else native where
+    the op has it, else reference.
 
     Raises ValueError if triton is forced for tensors it cannot read.
     """
     forced = _forced.get()
-    if forced is None:
-        return "triton" if device.type == "cuda" else "reference"
+    if forced is None or forced == "native":
+        if device.type == "cuda":
+            return "triton"
+        return "native" if op in NATIVE and device.type == "cpu" else "reference"
     if forced == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
             f"kvpass::{op}: the triton kernel was asked for explicitly, but the tensors are on {device.type}; "
@@ -80,6 +86,7 @@ def kernel(op: str, device: torch.device, *facts: Any) -> Callable[..., Any]:
     unless triton is forced.
     """
     chosen = implementation(op, device)
+    chosen = "reference" if chosen == "native" else chosen
     found, supports = _loaded.get((op, chosen)) or _load(op, chosen)
     if _forced.get() is None and not supports(*facts):
         other = FALLBACK.get(op, "reference")

@@ -1,7 +1,7 @@
 """decode_attend: one token through attention and cache in one op.
 
-The reference is the meaning; on CUDA and ROCm triton runs where it `supports` the rule, and `device` elsewhere: neither
-reads anything back.
+The reference is the meaning. On CPUs C++ of our own runs what it knows (`native`), on CUDA and ROCm triton where it
+`supports` the rule, and `device` elsewhere: neither reads anything back.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from collections.abc import Sequence
 
 import torch
 from kvpass.kernels.attention.memory import softmax_of
+from kvpass.kernels.attention.softmax import Softmax
 from kvpass.kernels.choose import implementation, kernel
 from kvpass.kernels.decode_attend.call import Call, Token
+from kvpass.kernels.decode_attend.native import decode_attend_native
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.state import State
 from torch import Tensor
@@ -54,6 +56,12 @@ def decode_attend(
 
     Returns out [B, Hq, 1, Dv] = softmax(q k^T scale + mask) v. Raises ValueError on shapes or dtypes that do not fit.
     """
+    native = implementation("decode_attend", q.device) == "native" and at is None and memory_k is None and not latent
+    if native and mask is None and (tokens is None or bounds is not None):
+        softmax, native = Softmax(scale, sinks, softcap), False
+        done = decode_attend_native(q, k_new, v_new, state, position, rule, softmax, arrive, sees, tokens, bounds)
+        if done is not None:
+            return done
     plan = Rule.parse(rule)
     held = State.of(state, plan)
     batch, heads, _, dim = held.k.shape
@@ -67,10 +75,15 @@ def decode_attend(
             )
     _check_dtypes(q, held)
     softmax = softmax_of("decode_attend", q, scale, sinks, softcap, memory_k, memory_v)
-    if at is not None and implementation("decode_attend", q.device) == "reference":
+    if at is not None and implementation("decode_attend", q.device) != "triton":
         position, at = int(at), None
     token = Token(q, k_new, v_new, arrive)
     call = Call.of_step(mask, position, softmax, plan, latent, sees, tokens, bounds, at)
+    shown = call.columns() if native else None
+    if shown is not None:
+        done = decode_attend_native(q, k_new, v_new, state, position, rule, softmax, arrive, *shown)
+        if done is not None:
+            return done
     out: Tensor = kernel("decode_attend", q.device, token, held, call)(token, held, call)
     return out
 

@@ -82,6 +82,17 @@ class Call(NamedTuple):
         """The first position that the query sees."""
         return self.sees.lowest(self.position)
 
+    def columns(self) -> tuple[str, Tensor | None, Tensor | None] | None:
+        """What the query sees without a mask: words, tokens and their bounds. None: a mask says more, of heads or by
+        numbers, or is a column for all.
+        """
+        if self.mask is None:
+            return self.sees.encode(), self.tokens, self.bounds
+        if self.mask.dtype != torch.bool or self.mask.shape[1] != 1 or self.mask.shape[3] <= self.position:
+            return None
+        tokens = self.mask[:, 0, 0]
+        return "", tokens, token_bounds(tokens, self.position, 1)
+
     def of(self, b: int) -> Call:
         """That of one sequence."""
         cut = [x if x is None or x.shape[0] == 1 else x[b : b + 1] for x in (self.mask, self.tokens, self.bounds)]

@@ -56,6 +56,7 @@ class Call(Ledger):
         kept: tensors in the model's attributes before the call, of those attributes that calls change.
         buffered: stores of earlier calls that buffers of the caller's stand for, as they were left.
         spoke: shells that were given, or that the model itself held.
+        own: ids of what is no dense cache, or one by choice, once the call is over.
     """
 
     given: list[Found] = field(default_factory=list)
@@ -63,6 +64,7 @@ class Call(Ledger):
     buffered: list[tuple[SlotStore, int]] = field(default_factory=list)
     spoke: list[torch.Tensor] = field(default_factory=list)
     shells: list[tuple[Path, torch.Tensor, SlotStore]] = field(default_factory=list)
+    own: set[int] = field(default_factory=set)
 
     def begin(self, args: Any, kwargs: Any, kept: list[Found]) -> None:
         """Take stock of the arguments; shells among them become plain tensors."""
@@ -99,6 +101,7 @@ class Call(Ledger):
         after = [*tensors((args, kwargs), seen=seen), *tensors(result, seen=seen)]
         self._check_shells(after)
         if self.owner.backend.strict:
+            self.own = {id(one) for one in (*self.made, *self.dense)}
             grown = [one for one in after if self._grew(one)] + [one for one in kept if self._grew_inside(one)]
             if grown:
                 raise self._dense(grown)
@@ -153,7 +156,7 @@ class Call(Ledger):
         t = one.tensor
         if t.dim() < 3 or not t.is_floating_point() or not t.numel():
             return False
-        if any(t is other for other in (*self.made, *self.dense)) or find(t) is not None:
+        if id(t) in self.own or find(t) is not None:
             return False
         return not any(old.tensor is t for old in before)
 
