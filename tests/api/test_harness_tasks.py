@@ -75,9 +75,9 @@ def test_rulers_own_tasks_are_answered_by_the_compressed_cache(folder: Path, rul
     differ = 0
     for task in RULER:
         (sample,) = ruler["samples"][task]
-        prompt, settings = sample["arguments"]["gen_args_0"]["arg_0"], sample["arguments"]["gen_args_0"]["arg_1"]
+        ((prompt, settings),) = sample["arguments"]
         ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
-        assert TOKENS / 2 < ids.shape[1] <= TOKENS
+        assert TOKENS / 4 < ids.shape[1] <= TOKENS  # the words that are listed come in tens
         new, options = settings["max_gen_toks"], {"do_sample": False, "pad_token_id": 0}
         few, full = (model.generate(ids, max_new_tokens=new, **options)[0] for model in (compiled, bare))
         ((text,),) = sample["resps"]
