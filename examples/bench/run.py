@@ -12,6 +12,7 @@ to examples/bench/results/<date>-<machine>.*, and the figures of docs/performanc
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import shlex
@@ -61,10 +62,20 @@ def chosen(only: str) -> list[str]:
     return [name for name in BENCHMARKS if not wanted or any(name.startswith(one) for one in wanted)]
 
 
+CODE = ("kvpass", "kernels", "patterns", "examples", ":!examples/bench/results")
+"""What a result depends on, beside the job."""
+
+
+@functools.cache
 def commit() -> str:
-    """The commit that is checked out; "" outside of git."""
-    done = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip()
+    """The commit that is checked out, `+` and a digest of what was changed since; "" outside of git."""
+
+    def git(*words: str) -> bytes:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True).stdout
+
+    changed = git("diff", "HEAD", "--", *CODE)
+    head = git("rev-parse", "--short=12", "HEAD").decode().strip()
+    return head + (f"+{hashlib.sha256(changed).hexdigest()[:8]}" if changed else "")
 
 
 def kept_at(job: Job) -> Path:

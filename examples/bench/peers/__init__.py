@@ -12,15 +12,17 @@ from bench.side import Side
 from bench.suite import Job, Options
 
 HERE = Path(__file__).resolve().parent
-PRESSES = ("snapkv", "ada_snapkv", "decoding_knorm")
+PRESSES = ("none", "snapkv", "ada_snapkv", "decoding_knorm")
+"""`none` is a control: the full cache in that environment, in a process of its own."""
 
 
 def peers(options: Options) -> list[dict[str, Any]]:
     """Those whose environments a run was given. Each is `name`, `script`, `python` and what the script reads."""
     found = []
     if options.kvpress:
-        for press in PRESSES[:1] if options.quick else PRESSES:
-            one = {"name": f"kvpress {press} 20 %", "script": "kvpress_side.py", "python": options.kvpress}
+        for press in PRESSES[:2] if options.quick else PRESSES:
+            name = "HF dynamic, kvpress' environment" if press == "none" else f"kvpress {press} 20 %"
+            one = {"name": name, "script": "kvpress_side.py", "python": options.kvpress}
             found.append({**one, "press": press, "budget": 0.2})
     if options.llama:
         found.append({"name": "llama.cpp, Q4_1", "script": "llama_side.py", "python": options.llama, "most_rows": 1})

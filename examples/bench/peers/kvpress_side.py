@@ -1,7 +1,8 @@
 """NVIDIA's kvpress at work, for bench/benchmarks/decode.py: in an environment of its own (tests/kvpress/README.md).
 
-Its presses compress a prompt while it is read; the heads of AdaKV keep all entries and hide some. DecodingPress also
-drops entries each 128 steps. Positions go on behind the whole prompt, as in kvpress' own pipeline.
+`none` is Hugging Face's full cache there: what the environment and a process of its own make out. The presses compress
+a prompt while it is read; the heads of AdaKV keep all entries and hide some. DecodingPress also drops entries each 128
+steps. Positions go on behind the whole prompt, as in kvpress' own pipeline.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Pressed:
             "snapkv": (snapkv, None),
             "ada_snapkv": (kvpress.AdaKVPress(snapkv), None),
             "decoding_knorm": (knorm, decoding),
+            "none": (contextlib.nullcontext, None),
         }[job["press"]]
         self.open = contextlib.ExitStack()
 
