@@ -70,6 +70,7 @@ ARROWS = {
     "kernels.rank": {"kernels.slots", "kernels.attention", *RULES},
     "kernels.exits": {"kernels.slots", "kernels.attention", "kernels.rank", *RULES},
     "kernels.triton_shared": {"kernels.attention"},
+    "kernels.native": set(),
     "kernels.select_slots": {"kernels.rule", "kernels.choose", "kernels.slots", "kernels.triton_shared"},
     "kernels.compact_slots": {"kernels.rule", "kernels.choose", "kernels.slots", "kernels.triton_shared"},
     "kernels.prefill_attend": {"kernels.rule", "kernels.choose", "kernels.attention", "kernels.triton_shared"},
@@ -81,6 +82,7 @@ ARROWS = {
         "kernels.slots",
         "kernels.rank",
         "kernels.triton_shared",
+        "kernels.native",
         *RULES,
     },
     "kernels.after_call": {
@@ -102,7 +104,12 @@ ARROWS = {
 LOADERS = {"kvpass/tune/loading.py"}
 """Of commands that are given a model by its name: the library itself knows no model library."""
 
-ENVIRONMENT_READERS = {"kvpass/debug", "kernels/choose.py", "kernels/triton_shared/triton_launch.py"}
+ENVIRONMENT_READERS = {
+    "kvpass/debug",
+    "kernels/choose.py",
+    "kernels/triton_shared/triton_launch.py",
+    "kernels/native/library.py",  # the compiler's and Inductor's own
+}
 
 
 def name_of(file: Path) -> str:

@@ -114,7 +114,7 @@ def test_the_wheel_has_every_file_of_the_rooms_and_no_other(wheel: Path):
     wanted = set()
     for room, package in ROOMS.items():
         for file in (ROOT / room).rglob("*"):
-            if file.suffix in {".py", ".yaml", ".json", ".html", ".typed"}:
+            if file.suffix in {".py", ".yaml", ".json", ".html", ".typed", ".cpp", ".h"}:
                 wanted.add(f"{package.replace('.', '/')}/{file.relative_to(ROOT / room).as_posix()}")
     assert names == wanted
 
