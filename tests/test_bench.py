@@ -147,6 +147,52 @@ def test_a_gpus_rows_stand_beside() -> None:
     assert [aim.aim for aim in report.aims(both) if aim.what.endswith("on cuda")] == [None] * 3
 
 
+def decoded() -> dict[str, Any]:
+    """Of a decode case, with figures that were made up: weights of 100 MB, 10 GB/s."""
+
+    def one(ms: float, megabytes: int, policy: str | None, kl: float = 0.0) -> dict[str, Any]:
+        spec = {"policy": policy, "budget": 0.2 if policy == "h2o" else 1.0, "inner": "eager"}
+        times = {"step_s": [ms / 1e3] * 3, "kv_bytes": megabytes * 10**6, "compile_s": 1.0}
+        return {"spec": spec, "kl": kl, "kl_to_full": kl, **times}
+
+    found = {
+        "HF dynamic, eager": one(40, 100, None),
+        "HF static, eager": one(30, 100, None),
+        "kvpass full, eager": one(24, 100, "full"),
+        "kvpass h2o 20 %, eager": one(15, 20, "h2o"),
+        "kvpass h2o 20 %, frozen": one(12, 20, "h2o", kl=0.1),
+    }
+    facts = {"context": 2048, "batch": 8, "dtype": "float32", "rounds": 3, "compiled_while_timing": 0}
+    speeds = {"read_bandwidth": 1e10, "weight_bytes": 10**8, "full_bytes": 10**8}
+    return {"name": "2048x8", **facts, **speeds, "contenders": found, "took_s": 1.0}
+
+
+def test_aims_of_decoding_compare_the_best_of_each_side() -> None:
+    found = {aim.what.split(": ")[1][:40]: aim for aim in module_of("decode").aims({"2048x8": decoded()})}
+    fastest, allowed, wrong = found.values()
+    assert fastest.value == pytest.approx(30 / 12)
+    assert fastest.verdict == "1.40x away"
+    assert allowed.value == pytest.approx((24 / 12) / (200 / 120))  # what 200 MB against 120 MB allow
+    assert allowed.verdict == "PASS"
+    assert wrong.value == 1
+
+
+def test_a_whole_run_writes_the_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PAGE", "README"):
+        page = tmp_path / f"{name}.md"
+        page.write_text(getattr(report, name).read_text())
+        monkeypatch.setattr(report, name, page)
+    run = results()
+    run["benchmarks"]["decode"] = {"cpu": {"2048x8": decoded()}}
+    for _ in range(2):
+        report.write(run, tmp_path, "x", whole=True)
+    page, readme = (getattr(report, name).read_text() for name in ("PAGE", "README"))
+    assert page.count("### Aims") == page.count(report.BEGIN) == readme.count(report.BEGIN) == 1
+    assert "| 2,048 x 8 | kvpass h2o 20 %, frozen | 12.0 ms | 12.0 ms | 20 MB |" in readme
+    assert "| 2,048 x 8 | HF static, eager | 30.0 ms | 20.0 ms | 100 MB |" in readme
+    assert "HF dynamic, eager" not in readme.split(report.BEGIN)[1].split(report.END)[0]
+
+
 @pytest.mark.parametrize("page", [report.PAGE, report.README])
 def test_pages_have_the_marks(page: Path) -> None:
     text = page.read_text()
