@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import smollm2
 import torch
 from models import tiny
 from models.letters import Letters
@@ -21,35 +22,48 @@ from quality.store import Cell, Settings, Store
 from quality.tasks import DEFAULT, KINDS, TASKS, kinds_of, named
 from quality.tasks.trial import Kind, Question
 from rich.console import Console
-from transformers import DynamicCache
+from transformers import AutoTokenizer, DynamicCache
 
 CONTEXT = 900
 SHORT = ("hard-needle", "keep-secret", "many-steps")
 
 
-@pytest.fixture(scope="module")
-def prompts() -> Prompts:
-    return Prompts(Letters(), 0)
+def tokenizer(kind: str) -> Any:
+    if kind == "letters":
+        return Letters()
+    if not (smollm2.cache_folder() / "config.json").exists():
+        smollm2.convert(smollm2.gguf_path(), smollm2.cache_folder())
+    return AutoTokenizer.from_pretrained(smollm2.cache_folder(), local_files_only=True)
+
+
+TOKENIZERS = ["letters", pytest.param("smollm2", marks=pytest.mark.model)]
+
+
+@pytest.fixture(scope="module", params=TOKENIZERS)
+def prompts(request: pytest.FixtureRequest) -> Prompts:
+    return Prompts(tokenizer(request.param), 0)
 
 
 FIRST = {
-    (0, 700): "0929c9e974140d6d6165e0c871b071d4604ab5d7d846325f61f2b9befebbad9b",
-    (1, 900): "9d13a043f3b804901a47b06cd8a56749e7b5d6d9b98f1a0cad2eaef0cdd2c873",
+    ("letters", 0, 700): "0929c9e974140d6d6165e0c871b071d4604ab5d7d846325f61f2b9befebbad9b",
+    ("letters", 1, 900): "9d13a043f3b804901a47b06cd8a56749e7b5d6d9b98f1a0cad2eaef0cdd2c873",
+    ("smollm2", 1, 1024): "45ff7bdcec4d36c308e7b22a41cb7ce529eb160e0409ac219572abfb35b86980",
 }
-"""By seed and context, of all that was said to the model before there were other tasks than the first three."""
+"""By tokenizer, seed and context, all that was said to the model before there were other tasks than the first three."""
 
 
-@pytest.mark.parametrize(("seed", "context"), FIRST)
-def test_the_first_three_tasks_are_what_they_were(seed: int, context: int) -> None:
+@pytest.mark.parametrize("told", [pytest.param(k, marks=[pytest.mark.model] * (k[0] != "letters")) for k in FIRST])
+def test_the_first_three_tasks_are_what_they_were(told: tuple[str, int, int]) -> None:
     """So that finished cells stay comparable."""
-    made, said = Prompts(Letters(), seed), []
+    kind, seed, context = told
+    made, said = Prompts(tokenizer(kind), seed), []
     for index in range(2):
         trial = made.trial(context, index)
         for mode in MODES:
             for task in DEFAULT:
                 gold = trial.questions[task].gold
                 said.append([made.prompt(trial, context, mode, task), made.follow_up(trial, mode, task), gold])
-    assert hashlib.sha256(json.dumps(said).encode()).hexdigest() == FIRST[seed, context]
+    assert hashlib.sha256(json.dumps(said).encode()).hexdigest() == FIRST[told]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)

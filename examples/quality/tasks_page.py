@@ -56,8 +56,10 @@ def row(cell: dict[str, Any], task: str) -> list[str]:
 
 
 def publish(store: Store, command: str, folder: Path, docs: Path) -> list[Path]:
-    """From the finished cells of `full`: their JSON and the page."""
+    """From the finished cells of `full`: their JSON and the page; nothing, if there are none."""
     cells = [cell for cell in store.cells() if cell["policy"] == "full"]
+    if not cells:
+        return []
     path = folder / "results" / "tasks" / f"{date.today().isoformat()}-{machine.slug(machine.describe())}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"command": command, "machine": machine.describe(), "cells": cells}, indent=1) + "\n")

@@ -14,7 +14,8 @@ def trial(writer: Writer, rng: random.Random) -> Trial:
     values = [number(rng) for _ in keys]
     rows = "".join(f"{key}: {value}\n" for key, value in zip(keys, values, strict=True))
     at = rng.randrange(ROWS)
-    asked = question(writer, f"What is the value of {keys[at]} in the table?", f"{keys[at]}: ", values[at])
+    said = f"the value of {keys[at]} in the table"
+    asked = question(writer, f"What is {said}?", f"T{said[1:]} is ", values[at])
     table = writer.encode(f"\nA table of values:\n{rows}\n")
     return Trial(writer.a_start(rng), [table], [rng.uniform(0.05, 0.95)], {"lookup": asked})
 
