@@ -43,13 +43,20 @@ class Trial:
 
 
 class Prompts:
-    """Makes prompts with one tokenizer (anything that encodes, decodes and has a chat template)."""
+    """Makes prompts with one tokenizer (anything that encodes, decodes and may have a chat template)."""
 
     def __init__(self, tokenizer: Any, seed: int) -> None:
         self.tokenizer, self.seed = tokenizer, seed
-        chat = [{"role": "user", "content": SENTINEL}]
-        head, tail = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False).split(SENTINEL)
+        head, tail = self._around()
         self.head, self.tail = self.encode(head), self.encode(tail)
+
+    def _around(self) -> list[str]:
+        """What stands before and after a user's words; of a model that is no assistant, its first token and a line."""
+        if self.tokenizer.chat_template is None:
+            return [self.tokenizer.bos_token, "\n"]
+        chat = [{"role": "user", "content": SENTINEL}]
+        whole: str = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        return whole.split(SENTINEL)
 
     def encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
