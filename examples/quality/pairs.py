@@ -28,7 +28,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import models
+import checkpoints
 import smollm2
 import torch
 from bench import machine
@@ -52,7 +52,7 @@ STEPS, APART = 256, 7
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kvpress", help="the interpreter of kvpress' environment; without it, kvpass' rows alone")
-    parser.add_argument("--model", choices=models.LOAD, default="smollm2")
+    parser.add_argument("--model", choices=checkpoints.LOAD, default="smollm2")
     parser.add_argument("--kinds", type=listed, default=list(KINDS))
     parser.add_argument("--budgets", type=lambda text: [float(part) for part in listed(text)], default=[0.2])
     parser.add_argument("--context", type=int, default=1024)
@@ -146,7 +146,7 @@ def measured(lab: Lab, args: argparse.Namespace, kind: str, begin: int) -> Itera
 
 def laboratory(args: argparse.Namespace) -> Lab:
     make = Lab if args.side == "kvpass" else importlib.import_module("quality.peer").PeerLab
-    lab: Lab = make(*models.load(args.model), Settings(args.trials, seed=args.seed))
+    lab: Lab = make(*checkpoints.load(args.model), Settings(args.trials, seed=args.seed))
     return lab
 
 
@@ -168,7 +168,7 @@ def run(args: argparse.Namespace) -> None:
 def publish(args: argparse.Namespace) -> Path:
     """Everything that is finished of these settings, and the page of all models."""
     found = {"date": date.today().isoformat(), "machine": machine.describe(), "seed": args.seed, "model": args.model}
-    found["title"], found["command"] = models.TITLES[args.model], shlex.join(["pairs.py", *sys.argv[1:]])
+    found["title"], found["command"] = checkpoints.TITLES[args.model], shlex.join(["pairs.py", *sys.argv[1:]])
     for kind in KINDS:
         cells = [cell for side in ("kvpass", "kvpress") for cell in grid(args, kind, side)]
         found[kind] = collected(cells, folder_of(args, kind))

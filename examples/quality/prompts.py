@@ -52,7 +52,7 @@ class Prompts:
 
     def _around(self) -> list[str]:
         """What stands before and after a user's words; of a model that is no assistant, its first token and a line."""
-        if self.tokenizer.chat_template is None:
+        if getattr(self.tokenizer, "chat_template", SENTINEL) is None:
             return [self.tokenizer.bos_token, "\n"]
         chat = [{"role": "user", "content": SENTINEL}]
         whole: str = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)

@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import models
+import checkpoints
 import smollm2
 import torch
 from bench import machine
@@ -43,7 +43,7 @@ ROOT = HERE.parent.parent
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=models.LOAD, default="smollm2")
+    parser.add_argument("--model", choices=checkpoints.LOAD, default="smollm2")
     parser.add_argument("--policies", type=listed, default=["kvzip", "retold", "kvzip_plus"])
     parser.add_argument("--budgets", type=lambda text: [float(part) for part in listed(text)], default=[0.1, 0.2])
     parser.add_argument("--context", type=int, default=1024)
@@ -119,11 +119,11 @@ def main() -> None:
     folder = smollm2.cache_folder().parent / "quality-replay" / own / f"s{args.seed}-r{args.rows}-{args.round}"
     folder.mkdir(parents=True, exist_ok=True)
     if not args.render:
-        lab = Lab(*models.load(args.model), Settings(args.trials, seed=args.seed))
+        lab = Lab(*checkpoints.load(args.model), Settings(args.trials, seed=args.seed))
         for said in measured(lab, cells, args, folder):
             print(said, flush=True)
     found = {"date": date.today().isoformat(), "machine": machine.describe(), "seed": args.seed}
-    found["title"], found["model"] = models.TITLES[args.model], own
+    found["title"], found["model"] = checkpoints.TITLES[args.model], own
     found["command"] = shlex.join(["python", "-P", "examples/quality/replay.py", *sys.argv[1:]])
     found["cells"] = collected(cells, folder)
     if found["cells"]:
