@@ -94,8 +94,10 @@ def test_the_best_press_is_one_of_one_pass() -> None:
         *(row(f"kvpress {one}", [at, at]) for one, at in (("kvzip", 0.1), ("knorm", 2.0))),
     ]
     cells += [row("kvpress snapkv", [1.0, 1.2]), row("kvpress keydiff", [0.1, 0.1], budget=0.1)]
-    ((ours, beside),) = pairs_page.pairs("prompt", cells)
+    ((ours, beside),) = pairs_page.pairs("smollm2", "prompt", cells)
     assert (ours["policy"], beside["policy"]) == ("reach", "kvpress snapkv")
+    ((_, beside),) = pairs_page.pairs("gemma", "prompt", [row("retold", [0.5, 0.7]), *cells[2:]])
+    assert beside["policy"] == "kvpress snapkv"
 
 
 def test_the_page_and_kvpress_metrics(tmp_path: Path) -> None:

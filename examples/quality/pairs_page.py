@@ -34,12 +34,12 @@ def best(cells: list[Row], budget: float) -> Row | None:
     return min(own, key=lambda c: stats.mean(nlls(c))[0], default=None)
 
 
-def pairs(kind: str, cells: list[Row]) -> Iterator[tuple[Row, Row]]:
-    """(kvpass' cell, kvpress' cell) of each pair of which both are measured."""
+def pairs(model: str, kind: str, cells: list[Row]) -> Iterator[tuple[Row, Row]]:
+    """(kvpass' cell, kvpress' cell) of each pair of which both are measured; for a press that refuses, the best other."""
     by_name = {(c["policy"], c["budget"]): c for c in cells}
     for budget in sorted({c["budget"] for c in cells if c["policy"] != "full"}, reverse=True):
         for name, other in PAIRS[kind].items():
-            ours = by_name.get((name, budget))
+            ours, other = by_name.get((name, budget)), BEST if refused(model, other) else other
             theirs = best(cells, budget) if other == BEST else by_name.get((other, budget))
             if ours and theirs:
                 yield ours, theirs
@@ -93,7 +93,7 @@ def section(found: dict[str, Any]) -> list[str]:
     lines += [f"{word}." for word in sorted({refused(found["model"], PEER + name) for name in REPLAYS} - {""})]
     for kind in KINDS:
         cells = found[kind]
-        rows = list(pairs(kind, cells))
+        rows = list(pairs(found["model"], kind, cells))
         if not rows:
             continue
         lines += ["", f"### {found['title']}, {HEADS[kind]}", "", ceiling(kind, cells), ""]

@@ -87,11 +87,12 @@ class Pressed:
             cache.tokens = ids.shape[1]
             with self.press(self.model):
                 return self.model(ids, **given)
-        for part in ids.split(1 if self.slides else ids.shape[1], dim=1):
-            positions = torch.arange(cache.tokens, cache.tokens + part.shape[1]).expand(len(ids), -1)
-            cache.tokens += part.shape[1]
-            out = self.model(part, position_ids=positions, **given)
-        return out
+        positions = torch.arange(start, start + ids.shape[1]).expand(len(ids), -1)
+        cache.tokens += ids.shape[1]
+        ahead = ids.shape[1] - 1 if self.slides else 0
+        for at in range(ahead):  # what only fills the cache needs no words' probabilities
+            self.model.model(ids[:, at : at + 1], position_ids=positions[:, at : at + 1], past_key_values=cache)
+        return self.model(ids[:, ahead:], position_ids=positions[:, ahead:], **given)
 
 
 def for_full_layers(press: Any, model: Any) -> Any:
