@@ -16,19 +16,22 @@ REPLAYS = ("kvzip", "kvzip_plus")
 UNPAIRED = ("ada_expected", "knorm")
 """Presses that are measured as candidates for BEST, and have no twin among the measured."""
 
+OWN = ("kvpass", "reach")
+"""kvpass' own policy of one pass, under its name and an earlier one."""
+
 PROMPT = {
     "kvzip" + LIKE_PEER: PEER + "kvzip",
     "kvzip": PEER + "kvzip",
     "retold": PEER + "kvzip",
     **{name + LIKE_PEER: PEER + name for name in ("snapkv", "ada_snapkv", "critical_ada", "chunkkv")},
     **{name + FIRST_CALL: PEER + name for name in ("expected_attention", "keydiff")},
-    "reach": BEST,
+    **dict.fromkeys(OWN, BEST),
     "kvzip_plus" + LIKE_PEER: PEER + "kvzip_plus",
 }
 STEPS = {
     **{name: PEER + name for name in ("snapkv", "keydiff")},
     "h2o": BEST,
-    "reach": BEST,
+    **dict.fromkeys(OWN, BEST),
 }
 PAIRS = {"prompt": PROMPT, "steps": STEPS}
 

@@ -34,6 +34,7 @@ import torch
 from bench import machine
 from transformers.utils import logging as transformers_logging
 
+from kvpass.policy.load import names
 from quality import pairs_page
 from quality.measure import Lab, judged
 from quality.pairing import KINDS, PAIRS, REPLAYS, refused, theirs
@@ -74,10 +75,12 @@ def folder_of(args: argparse.Namespace, kind: str) -> Path:
 
 def grid(args: argparse.Namespace, kind: str, side: str) -> list[Cell]:
     """One side's rows, the full cache first."""
-    names = list(PAIRS[kind]) if side == "kvpass" else [one for one in theirs(kind) if not refused(args.model, one)]
-    names = [one for one in names if args.only is None or preset(one.removeprefix(PEER)) in args.only]
+    rows = [one for one in theirs(kind) if not refused(args.model, one)]
+    if side == "kvpass":
+        rows = [one for one in PAIRS[kind] if preset(one) in names()]
+    rows = [one for one in rows if args.only is None or preset(one.removeprefix(PEER)) in args.only]
     cells = [Cell("full", 1.0, args.context)] if side == "kvpass" else []
-    return cells + [Cell(name, budget, args.context) for budget in args.budgets for name in names]
+    return cells + [Cell(one, budget, args.context) for budget in args.budgets for one in rows]
 
 
 def asking(lab: Lab, cell: Cell) -> AbstractContextManager[Any]:

@@ -35,7 +35,7 @@ def best(cells: list[Row], budget: float) -> Row | None:
 
 
 def pairs(model: str, kind: str, cells: list[Row]) -> Iterator[tuple[Row, Row]]:
-    """(kvpass' cell, kvpress' cell) of each pair of which both are measured; for a press that refuses, the best other."""
+    """(kvpass' cell, kvpress' cell) of each measured pair; for a press that refuses the model, the best other."""
     by_name = {(c["policy"], c["budget"]): c for c in cells}
     for budget in sorted({c["budget"] for c in cells if c["policy"] != "full"}, reverse=True):
         for name, other in PAIRS[kind].items():
