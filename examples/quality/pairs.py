@@ -122,16 +122,21 @@ def stepwise(lab: Lab, cell: Cell, trials: list[int]) -> list[dict[str, Any]]:
 
 
 def prompted(lab: Lab, cell: Cell, trials: list[int]) -> list[dict[str, Any]]:
-    """kvpress takes one prompt at a time."""
-    model, rows = lab.compiled(cell), 1 if cell.policy.startswith(PEER) else len(trials)
+    """Of each trial: its answers, and what was held."""
+    model = lab.compiled(cell)
     with asking(lab, cell):
-        parts = [answers(lab, cell, model, trials[at : at + rows]) for at in range(0, len(trials), rows)]
-    return [one for part in parts for one in part]
+        return answers(lab, cell, model, trials)
 
 
-def measured(lab: Lab, args: argparse.Namespace, kind: str, begin: int) -> Iterator[str]:
-    """One side's rows of a round, whatever is not on disk."""
-    measure, trials = stepwise if kind == "steps" else prompted, [*range(begin, min(begin + args.round, args.trials))]
+def parts(args: argparse.Namespace, kind: str, begin: int) -> list[list[int]]:
+    """Trials of a round that are measured together: kvpress takes one prompt at a time."""
+    trials = [*range(begin, min(begin + args.round, args.trials))]
+    return [[one] for one in trials] if args.side == "kvpress" and kind == "prompt" else [trials]
+
+
+def measured(lab: Lab, args: argparse.Namespace, kind: str, trials: list[int]) -> Iterator[str]:
+    """One side's rows, whatever is not on disk."""
+    measure, begin = stepwise if kind == "steps" else prompted, trials[0]
     for cell in grid(args, kind, args.side):
         path = folder_of(args, kind) / f"{cell.name}-{begin}.json"
         if path.exists():
@@ -156,12 +161,13 @@ def laboratory(args: argparse.Namespace) -> Lab:
 def run(args: argparse.Namespace) -> None:
     lab = laboratory(args)
     if args.begin is not None:
-        for said in measured(lab, args, args.kinds[0], args.begin):
-            print(said, flush=True)
+        for trials in parts(args, args.kinds[0], args.begin):
+            for said in measured(lab, args, args.kinds[0], trials):
+                print(said, flush=True)
         return
     for begin in range(0, args.trials, args.round):
         for kind in args.kinds:
-            for said in measured(lab, args, kind, begin):
+            for said in measured(lab, args, kind, *parts(args, kind, begin)):
                 print(said, flush=True)
             if args.kvpress:
                 own = ["--side", "kvpress", "--kinds", kind, "--begin", str(begin)]

@@ -13,6 +13,7 @@ What its head-wise presses drop is masked: `held` is what the cache's tensors ho
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -68,6 +69,39 @@ INTERVAL = 32
 """Steps between two compressions; SnapKV's window has to be shorter."""
 
 
+class Prefills:
+    """The last plain prefill, run once. What a press does at the end of each layer changes no later layer, so its own hook
+    can be called afterwards, on a copy of the cache.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.known = model, dict[Any, Any]()
+
+    def __call__(self, press: Any, ids: torch.Tensor, given: dict[str, Any]) -> Any:
+        key, own = tuple(ids.flatten().tolist()), given_cache(given)
+        if key not in self.known:
+            self.known = {key: self._run(ids, given, own)}
+        out, cache, calls = self.known[key]
+        own.layers = copy.deepcopy(cache.layers)
+        with press(self.model):
+            for module, kwargs in calls:
+                module.masked_key_indices = None
+                press.forward_hook(module, (), {**kwargs, "past_key_values": own}, (None, None))
+        return out
+
+    def _run(self, ids: torch.Tensor, given: dict[str, Any], cache: Any) -> tuple[Any, Any, list[Any]]:
+        calls: list[Any] = []
+        attentions = [layer.self_attn for layer in self.model.model.layers]
+        hooks = [
+            one.register_forward_hook(lambda m, _, k, out: calls.append((m, k)), with_kwargs=True) for one in attentions
+        ]
+        try:
+            return self.model(ids, **given), copy.deepcopy(cache), calls
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
 class Pressed:
     """The model as the harness calls it: the first call of a cache is compressed, later ones say their positions,
     which the length of a compressed cache no longer does. With no press, whatever is around the calls compresses.
@@ -76,8 +110,8 @@ class Pressed:
     layers': tokens of a later call then come one by one, and need none.
     """
 
-    def __init__(self, model: Any, press: Any) -> None:
-        self.model, self.press = model, press or (lambda model: nullcontext())
+    def __init__(self, model: Any, press: Any, prefills: Prefills | None = None) -> None:
+        self.model, self.press, self.prefills = model, press or (lambda model: nullcontext()), prefills
         self.slides = "sliding_attention" in (getattr(model.config, "layer_types", None) or ())
 
     def __call__(self, ids: torch.Tensor, **given: Any) -> Any:
@@ -85,6 +119,8 @@ class Pressed:
         start = getattr(cache, "tokens", 0)
         if start == 0:
             cache.tokens = ids.shape[1]
+            if self.prefills is not None:
+                return self.prefills(self.press, ids, given)
             with self.press(self.model):
                 return self.model(ids, **given)
         positions = torch.arange(start, start + ids.shape[1]).expand(len(ids), -1)
@@ -106,9 +142,14 @@ def for_full_layers(press: Any, model: Any) -> Any:
 
 
 class PeerLab(Lab):
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.prefills = Prefills(self.model)
+
     def compiled(self, cell: Cell) -> Any:
         make = {**PRESSES, **MORE}[cell.policy.removeprefix(PEER)]
-        return Pressed(self.model, for_full_layers(make(1 - cell.budget), self.model))
+        press = for_full_layers(make(1 - cell.budget), self.model)
+        return Pressed(self.model, press, None if isinstance(press, kvpress.KVzipPress) else self.prefills)
 
     @contextmanager
     def decoding(self, cell: Cell, slots: int, prompt: int) -> Iterator[Any]:
