@@ -13,7 +13,7 @@ BEST = PEER + "best"
 REPLAYS = ("kvzip", "kvzip_plus")
 """Presses that read the prompt again."""
 
-UNPAIRED = ("ada_expected", "knorm")
+UNPAIRED = ("knorm",)
 """Presses that are measured as candidates for BEST, and have no twin among the measured."""
 
 OWN = ("kvpass", "reach")
@@ -23,7 +23,7 @@ PROMPT = {
     "kvzip" + LIKE_PEER: PEER + "kvzip",
     "kvzip": PEER + "kvzip",
     "retold": PEER + "kvzip",
-    **{name + LIKE_PEER: PEER + name for name in ("snapkv", "ada_snapkv", "critical_ada", "chunkkv")},
+    **{name + LIKE_PEER: PEER + name for name in ("snapkv", "ada_snapkv", "critical_ada", "chunkkv", "ada_expected")},
     **{name + FIRST_CALL: PEER + name for name in ("expected_attention", "keydiff")},
     **dict.fromkeys(OWN, BEST),
     "kvzip_plus" + LIKE_PEER: PEER + "kvzip_plus",
@@ -39,7 +39,7 @@ PAIRS = {"prompt": PROMPT, "steps": STEPS}
 def theirs(kind: str) -> list[str]:
     """kvpress' rows, each once."""
     found = dict.fromkeys(name for name in PAIRS[kind].values() if name != BEST)
-    return [*found, *(PEER + name for name in UNPAIRED if kind == "prompt" or name == "knorm")]
+    return [*found, *(PEER + name for name in UNPAIRED)]
 
 
 def refused(model: str, policy: str) -> str:

@@ -37,7 +37,7 @@ from transformers.utils import logging as transformers_logging
 from kvpass.policy.load import names
 from quality import pairs_page
 from quality.measure import Lab, judged
-from quality.pairing import KINDS, PAIRS, REPLAYS, refused, theirs
+from quality.pairing import KINDS, OWN, PAIRS, REPLAYS, refused, theirs
 from quality.prompts import TASKS
 from quality.reference import call
 from quality.replay import answers, collected
@@ -77,7 +77,7 @@ def grid(args: argparse.Namespace, kind: str, side: str) -> list[Cell]:
     """One side's rows, the full cache first."""
     rows = [one for one in theirs(kind) if not refused(args.model, one)]
     if side == "kvpass":
-        rows = [one for one in PAIRS[kind] if preset(one) in names()]
+        rows = [one for one in PAIRS[kind] if one not in OWN or one in names()]
     rows = [one for one in rows if args.only is None or preset(one.removeprefix(PEER)) in args.only]
     cells = [Cell("full", 1.0, args.context)] if side == "kvpass" else []
     return cells + [Cell(one, budget, args.context) for budget in args.budgets for one in rows]

@@ -70,7 +70,7 @@ INTERVAL = 32
 
 
 class Prefills:
-    """The last plain prefill, run once. What a press does at the end of each layer changes no later layer, so its own hook
+    """The last plain prefill, run once. What a press does behind a layer changes no later layer, so its own hook
     can be called afterwards, on a copy of the cache.
     """
 

@@ -24,7 +24,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 """Where kvpress' numbers are others than the presets'."""
 
-UNEVEN: dict[str, dict[str, Any]] = {"ada_snapkv": SNAPKV, "critical_ada": SNAPKV, "kvzip": {}, "kvzip_plus": {}}
+UNEVEN: dict[str, dict[str, Any]] = {
+    **{"ada_snapkv": SNAPKV, "critical_ada": SNAPKV, "kvzip": {}, "kvzip_plus": {}},
+    "ada_expected": {
+        "extends": "expected_attention",
+        "weight": {"by": "l2", "floor": 0.01},
+        "allocate": {"heads": "flat", "safeguard": 0.2},
+    },
+}
 """The same, where heads get different numbers of slots: later calls of several tokens lay these out anew."""
 
 BOTH = ("snapkv", "tova", "knorm", "keydiff", "expected_attention", "streaming_llm", "lagkv", "chunkkv", "criticalkv")
