@@ -25,7 +25,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 """Where kvpress' numbers are others than the presets'."""
 
 UNEVEN: dict[str, dict[str, Any]] = {
-    **{"ada_snapkv": SNAPKV, "critical_ada": SNAPKV, "kvzip": {}, "kvzip_plus": {}},
+    "ada_snapkv": SNAPKV,
+    "critical_ada": SNAPKV,
+    "kvzip": {},
+    "kvzip_plus": {},
     "ada_expected": {
         "extends": "expected_attention",
         "weight": {"by": "l2", "floor": 0.01},
