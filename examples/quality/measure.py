@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -66,12 +67,24 @@ class Lab:
     def capture_seconds(self, model: Any) -> float:
         return float(model.kvpass.timings["capture"])
 
+    @contextmanager
+    def decoding(self, cell: Cell, slots: int, prompt: int) -> Iterator[Any]:
+        """The model, holding so many slots a head, on average, while tokens come one by one after a prompt."""
+        import kvpass
+
+        torch._dynamo.reset()
+        keep = 1.0 if cell.policy == "full" else slots
+        yield kvpass.compile(self.model, spec_of(cell.policy), keep, inner="eager")
+
     def held(self, cache: Any) -> dict[str, Any]:
-        """What a cache holds, and what a dense one would, in bytes."""
+        """What a cache holds, and what a dense one would, in bytes; layers that slide over a window not counted."""
         import kvpass
 
         report = kvpass.report(cache).to_dict()
-        return {key: report[key] for key in ("bytes", "dense_bytes", "overhead_bytes", "tokens")}
+        dense = sum(site["dense_bytes"] for site in report["sites"])
+        return {"bytes": report["slot_bytes"], "dense_bytes": dense} | {
+            key: report[key] for key in ("overhead_bytes", "tokens")
+        }
 
     def left_of(self, cache: Any, spans: list[Any]) -> list[Entry | None] | None:
         """What is left of one span in each row (None: it has none there), as `kvpass.report` says; None if the library

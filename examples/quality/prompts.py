@@ -24,16 +24,22 @@ TEXT_CHARS = 464_000
 
 
 class Prompts:
-    """Makes prompts with one tokenizer (anything that encodes, decodes and has a chat template)."""
+    """Makes prompts with one tokenizer (anything that encodes, decodes and may have a chat template)."""
 
     def __init__(self, tokenizer: Any, seed: int) -> None:
         self.tokenizer, self.seed = tokenizer, seed
         self.head, self.tail = map(self.encode, self._around([]))
 
     def _around(self, before: list[dict[str, str]]) -> list[str]:
-        """What the chat's template writes in front of a user's words and behind them."""
+        """What the chat's template writes in front of a user's words and behind them; of a model that is no assistant,
+        its first token and a line.
+        """
+        if getattr(self.tokenizer, "chat_template", SENTINEL) is None:
+            said = "".join(f"{one['content']}\n" for one in before)
+            return [f"{self.tokenizer.bos_token}{said}", "\n"]
         chat = [*before, {"role": "user", "content": SENTINEL}]
-        return self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False).split(SENTINEL)
+        whole: str = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        return whole.split(SENTINEL)
 
     def head_with(self, system: str, *turns: tuple[str, str]) -> list[int]:
         """The chat up to the user's words, with a system prompt, and turns of both before."""

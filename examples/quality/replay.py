@@ -1,11 +1,12 @@
 """Answers to questions that come after the compression, where the prompt was read again: docs/quality-replay.md.
 
     python -P examples/quality/replay.py [--policies kvzip,retold,kvzip_plus] [--budgets 0.1,0.2] [--trials 16]
-                                         [--context 1024] [--seed 1] [--rows 4] [--round 8] [--render]
+                                         [--context 1024] [--seed 1] [--rows 4] [--round 8] [--model gemma] [--render]
 
 Trials go round by round over all cells, so that a run that is stopped has as many of each; finished ones are kept in
-.cache/quality-replay. Writes examples/quality/results/replay/<date>-<machine>.json and docs/quality-replay.md. Seed 1:
-the settings of `retold` were chosen on texts of seed 0.
+.cache/quality-replay. Writes examples/quality/results/replay/<date>-<machine>.json and docs/quality-replay.md; of
+another model, results/replay/<model>/.. and docs/quality-replay-<model>.md. Seed 1: the settings of `retold` were
+chosen on texts of seed 0.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import checkpoints
 import smollm2
 import torch
 from bench import machine
@@ -42,6 +44,7 @@ ROOT = HERE.parent.parent
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=checkpoints.LOAD, default="smollm2")
     parser.add_argument("--policies", type=listed, default=["kvzip", "retold", "kvzip_plus"])
     parser.add_argument("--budgets", type=lambda text: [float(part) for part in listed(text)], default=[0.1, 0.2])
     parser.add_argument("--context", type=int, default=1024)
@@ -112,18 +115,20 @@ def main() -> None:
     args = arguments()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    cells, results = grid(args), HERE / "results" / "replay"
-    folder = smollm2.cache_folder().parent / "quality-replay" / f"s{args.seed}-r{args.rows}-{args.round}"
+    own = "" if args.model == "smollm2" else args.model
+    cells, results = grid(args), HERE / "results" / "replay" / own
+    folder = smollm2.cache_folder().parent / "quality-replay" / own / f"s{args.seed}-r{args.rows}-{args.round}"
     folder.mkdir(parents=True, exist_ok=True)
     if not args.render:
-        lab = Lab(*smollm2.load(), Settings(args.trials, seed=args.seed))
+        lab = Lab(*checkpoints.load(args.model), Settings(args.trials, seed=args.seed))
         for said in measured(lab, cells, args, folder):
             print(said, flush=True)
     found = {"date": date.today().isoformat(), "machine": machine.describe(), "seed": args.seed}
+    found["title"], found["model"] = checkpoints.TITLES[args.model], own
     found["command"] = shlex.join(["python", "-P", "examples/quality/replay.py", *sys.argv[1:]])
     found["cells"] = collected(cells, folder)
     if found["cells"]:
-        results.mkdir(exist_ok=True)
+        results.mkdir(parents=True, exist_ok=True)
         path = results / f"{found['date']}-{machine.slug(found['machine'])}.json"
         path.write_text(json.dumps(found, indent=1) + "\n")
     print(f"wrote {replay_page.write(max(results.glob('*.json')), ROOT / 'docs')}")

@@ -24,6 +24,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 """Where kvpress' numbers are others than the presets'."""
 
+UNEVEN: dict[str, dict[str, Any]] = {
+    "ada_snapkv": SNAPKV,
+    "critical_ada": SNAPKV,
+    "kvzip": {},
+    "kvzip_plus": {},
+    "ada_expected": {
+        "extends": "expected_attention",
+        "weight": {"by": "l2", "floor": 0.01},
+        "allocate": {"heads": "flat", "safeguard": 0.2},
+    },
+}
+"""The same, where heads get different numbers of slots: later calls of several tokens lay these out anew."""
+
 BOTH = ("snapkv", "tova", "knorm", "keydiff", "expected_attention", "streaming_llm", "lagkv", "chunkkv", "criticalkv")
 BOTH += ("pyramidkv", "random")
 """Policies that both have, and that give all heads the same number of slots: kvpress only masks where heads differ."""
@@ -70,8 +83,9 @@ def spec_of(name: str) -> str | dict[str, Any]:
         keys, _, values = held_as(name).partition(":")
         unit = "tokens" if policy == "full" else "bytes"
         return {"name": name, "extends": policy, "store": {"k": keys, "v": values or keys}, "unit": unit}
-    settings = SETTINGS[policy] if name.endswith(LIKE_PEER) else {}
-    return {"name": name, "extends": policy, "when": "first", **settings}
+    settings = {**SETTINGS, **UNEVEN}[policy] if name.endswith(LIKE_PEER) else {}
+    when = "calls" if policy in UNEVEN else "first"
+    return {"name": name, "extends": policy, "when": when, **settings}
 
 
 def is_own(name: str) -> bool:
