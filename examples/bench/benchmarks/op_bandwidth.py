@@ -19,7 +19,7 @@ from bench.op_calls import Call, calls_of_a_step, expected
 from bench.suite import Aim, Grid, Job, Options, Results, Save
 from bench.timing import quartiles, timed, turned, without_gc
 
-MINUTES = 2
+MINUTES = 3
 LAYERS, LIVE = 6, 150e6
 """LIVE: bytes of keys and values that a round should read."""
 POLICIES = ("full", "streaming_llm", "knorm", "h2o", "snapkv", "ada_snapkv")
@@ -28,9 +28,9 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 
 
 def jobs(options: Options) -> list[Job]:
-    cases = [("2048x8", "float32"), ("2048x8", "bfloat16")]
-    if options.long:
-        cases.append(("4096x1", "float32"))
+    cases = [("2048x8", "float32")]
+    if options.long:  # a prompt in bfloat16 takes minutes on a CPU without instructions for it
+        cases += [("4096x1", "float32"), ("2048x8", "bfloat16")]
     if options.quick:
         cases = [("512x2", "float32")]
     found = []
