@@ -55,13 +55,24 @@ def layered(score: Tensor, slots: float, tail: int) -> Tensor:
 
 
 def reach(sharp: float, heard: float, shared: Callable[..., Tensor] = flat) -> Callable[[Seen, float], Tensor]:
-    """The policy kvpass: what a head finds far back, over the rank of its key."""
+    """What a head finds far back, over the rank of its key: the sum of two."""
 
     def rule(seen: Seen, slots: float) -> Tensor:
         most = seen["most"][..., 4:-NEAR].mean(-1, keepdim=True)
         unlike, pooled = seen["unlike"], max_pool1d(seen["window"], 5, 1, 2)
         order = place(-(place(unlike) + heard * place(pooled)))
         return shared(most**sharp / (1 + order), slots, int(0.15 * slots))
+
+    return rule
+
+
+def turns(sharp: float, heard: float) -> Callable[[Seen, float], Tensor]:
+    """The policy kvpass: the better of both ranks instead of their sum, so that two lists take turns."""
+
+    def rule(seen: Seen, slots: float) -> Tensor:
+        most = seen["most"][..., 4:-NEAR].mean(-1, keepdim=True)
+        order = place(-torch.minimum(place(seen["unlike"]), (place(seen["window"]) + 0.5) / heard))
+        return flat(most**sharp / (1 + order), slots, int(0.15 * slots))
 
     return rule
 
@@ -78,6 +89,9 @@ RULES: dict[str, Callable[[Seen, float], Tensor]] = {
     "reach ^ 2, all": reach(2, 1),
     "reach ^ 3, half": reach(3, 0.5),
     "reach ^ 2, half, within each layer": reach(2, 0.5, layered),
+    "reach ^ 2, lists by turns": turns(2, 0.5),
+    "reach ^ 2, lists by turns, a quarter heard": turns(2, 0.25),
+    "reach ^ 1.5, lists by turns": turns(1.5, 0.5),
 }
 
 

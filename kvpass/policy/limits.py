@@ -33,6 +33,9 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "recent": (lambda tokens: tokens >= 0, "give a number >= 0"),
     "skip": (lambda tokens: tokens >= 0, "give a number >= 0"),
     "future": (lambda tokens: tokens >= 1, "give a number of tokens, 1 or more"),
+    "near": (lambda tokens: tokens >= 0, "give a number of tokens, 0 or more"),
+    "sharp": (lambda power: power >= 0, "give a power, 0 or more"),
+    "heard": (lambda share: share >= 0, "give a number >= 0"),
     "block": (lambda tokens: tokens >= 2, "give a number of tokens, 2 or more"),
 }
 """Options of kvpass' own scorers, by name: what is allowed, and the fix."""

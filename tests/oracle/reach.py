@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 from oracle.base import Row, Sight
 from oracle.held import KeyDiff
-from oracle.smooth import pooled
 from oracle.windowed import Window
 
 Array = np.ndarray
@@ -29,9 +28,9 @@ class Reach(Window):
         rows = sight.rows[:, sight.voters(self.voting)][:, :, c]
         far = [j for j, at in enumerate(c) if row.first + self.sinks <= at < row.end - self.near]
         mean = float(np.mean([rows[:, :, j].max() for j in far])) ** self.sharp if far else 1.0
-        heard = pooled(rows.mean((0, 1)), np.ones(len(c), dtype=bool), "max", 5)
+        heard = rows.mean((0, 1))
         parts = [between(unlike, slack), between(heard, sight.rounding * heard)]
-        place, least, most = (one + two * self.heard for one, two in zip(*parts, strict=True))
+        place, least, most = (np.minimum(one, (two + 0.5) / self.heard) for one, two in zip(*parts, strict=True))
         order, _, _ = between(-place, np.zeros(len(c)))
         score = mean / (1 + order)
         error = sight.rounding * score
