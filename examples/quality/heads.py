@@ -61,7 +61,7 @@ def reach(sharp: float, heard: float, shared: Callable[..., Tensor] = flat) -> C
         most = seen["most"][..., 4:-NEAR].mean(-1, keepdim=True)
         unlike, pooled = seen["unlike"], max_pool1d(seen["window"], 5, 1, 2)
         order = place(-(place(unlike) + heard * place(pooled)))
-        return shared(most**sharp / (1 + order), slots, int(0.15 * slots))
+        return shared(most**sharp / (1 + order), slots, int(0.1 * slots))
 
     return rule
 
@@ -72,7 +72,7 @@ def turns(sharp: float, heard: float) -> Callable[[Seen, float], Tensor]:
     def rule(seen: Seen, slots: float) -> Tensor:
         most = seen["most"][..., 4:-NEAR].mean(-1, keepdim=True)
         order = place(-torch.minimum(place(seen["unlike"]), (place(seen["window"]) + 0.5) / heard))
-        return flat(most**sharp / (1 + order), slots, int(0.15 * slots))
+        return flat(most**sharp / (1 + order), slots, int(0.1 * slots))
 
     return rule
 
@@ -80,8 +80,8 @@ def turns(sharp: float, heard: float) -> Callable[[Seen, float], Tensor]:
 RULES: dict[str, Callable[[Seen, float], Tensor]] = {
     "h2o: all queries' sums, half of the newest, heads alike": lambda s, n: alone(s["sum"], n, int(n / 2)),
     "snapkv: the window's sums, heads alike": lambda s, n: alone(max_pool1d(s["window"], 7, 1, 3), n, 32),
-    "keydiff, heads alike": lambda s, n: alone(s["unlike"], n, int(0.15 * n)),
-    "the most that a query 64 later gave, one ranking": lambda s, n: flat(s["later"], n, int(0.15 * n)),
+    "keydiff, heads alike": lambda s, n: alone(s["unlike"], n, int(0.1 * n)),
+    "the most that a query 64 later gave, one ranking": lambda s, n: flat(s["later"], n, int(0.1 * n)),
     "reach, a quarter of the window's rank": reach(1, 0.25),
     "reach ^ 1.5, a quarter": reach(1.5, 0.25),
     "reach ^ 2, a quarter": reach(2, 0.25),

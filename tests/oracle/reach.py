@@ -20,7 +20,7 @@ class Reach(Window):
     sharp, heard = 2, 0.5
 
     def protected(self, positions: Array, row: Row, n: int) -> Array:
-        return np.asarray((positions < row.first + self.sinks) | (positions >= row.end - n * 15 // 100))
+        return np.asarray((positions < row.first + self.sinks) | (positions >= row.end - n * 10 // 100))
 
     def measure(self, sight: Sight) -> tuple[Array, Array, Array]:
         c, row = sight.candidates, sight.row
