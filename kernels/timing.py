@@ -23,8 +23,6 @@ class Timing(Record):
     shortest: int = 1
 
     def check(self) -> None:
-        if self.shortest < 1:
-            raise ValueError(f"Timing: shortest is {self.shortest}: give a number of tokens, 1 or more")
         one_of(self, "when", "always", "calls", "first")
 
     def acts(self, position: int | None) -> bool:

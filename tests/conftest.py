@@ -89,6 +89,15 @@ def one_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvpass.model.compilation.isolated", traced.isolated)
 
 
+@pytest.fixture
+def in_torch() -> Iterator[None]:
+    """Ops run by torch's operations: where one form of them is compared with another bit for bit, or broken."""
+    from kvpass.kernels.choose import use
+
+    with use("reference"):
+        yield
+
+
 def forget_guards() -> None:
     """Torch keeps the guards of every graph for as long as what they looked at lives, and that is modules, types and
     code: 5,000 objects for a small model. Thousands of tests later each garbage collection takes seconds.

@@ -81,7 +81,7 @@ def test_a_pipeline_evicts() -> None:
     ("command", "last"),
     [
         (["chat.py", "--tiny", "--new-tokens", "8", "--say", SAID[0], "--say", SAID[1]], " bytes of K and V, "),
-        (["pipeline.py", "--tiny", "--new-tokens", "8"], "policy snapkv, budget 0.2"),
+        (["pipeline.py", "--tiny", "--new-tokens", "8"], "policy kvpass, budget 0.2"),
     ],
 )
 def test_the_example_runs_and_warns_of_nothing(command: list[str], last: str) -> None:

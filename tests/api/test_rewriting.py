@@ -18,6 +18,8 @@ from kvpass.lowering.pure import decompositions
 from kvpass.runtime import step as seam
 from kvpass.runtime import steps
 
+pytestmark = pytest.mark.usefixtures("in_torch")
+
 STATE = [f"kvpass_{layer}_{name}" for layer in (0, 1) for name in ("k", "v", "pos", "stats", "cursor")]
 
 

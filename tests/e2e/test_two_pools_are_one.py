@@ -15,7 +15,7 @@ import kvpass
 TWO = {"k": "float16", "v": "float16", "rotate": "none", "residual": 8, "sinks": 3}
 
 
-@pytest.mark.usefixtures("one_trace")
+@pytest.mark.usefixtures("one_trace", "in_torch")
 @pytest.mark.parametrize("policy", ["h2o", "ada_snapkv", "roco"])
 def test_whole_copies_beside_exact_codes(policy: str) -> None:
     model = tiny.llama(layers=2).half()

@@ -27,6 +27,8 @@ from kvpass.lowering import static as module
 from kvpass.lowering.static import Static
 from kvpass.lowering.written import memory_of, written_by
 
+pytestmark = pytest.mark.usefixtures("in_torch")
+
 __all__ = ["stand_in"]
 
 FAMILIES: dict[str, PretrainedConfig] = {

@@ -15,6 +15,8 @@ import kvpass
 from kvpass.errors import VerificationError
 from kvpass.proof import check_sites
 
+pytestmark = pytest.mark.usefixtures("in_torch")
+
 
 class Layer(nn.Module):
     """Attention with a cat cache; `form` picks the tensor layout and the spelling of the repeated KV heads."""

@@ -22,6 +22,8 @@ from kvpass.runtime.captured import GIVE_UP, LEAST_WIDTH, width_of
 from kvpass.runtime.shell import find
 from kvpass.runtime.store import LEAST_ROOM
 
+pytestmark = pytest.mark.usefixtures("in_torch")
+
 __all__ = ["stand_in"]
 
 shared = pytest.mark.usefixtures("one_trace")

@@ -70,8 +70,8 @@ def test_a_search_says_what_it_judged_by_and_what_it_found(search: Search):
     assert "loss: text alone" in search.out  # a random model copies nothing from its full cache either
     assert "On the held-out text:" in search.out
     assert "snapkv: loss" in search.err
-    assert {row["name"] for row in search.rows.values()} == {"h2o", "snapkv"}
-    assert all(len(row["held_out"]) == 2 for row in search.rows.values() if row["name"] == "h2o")
+    assert {row["name"] for row in search.rows.values()} == {"kvpass", "snapkv"}
+    assert all(len(row["held_out"]) == 2 for row in search.rows.values() if row["name"] == "kvpass")
     best = min((row for row in search.rows.values() if row["held_out"]), key=lambda row: mean(row["held_out"], "text"))
     written = yaml.safe_load((search.folder / "best.yaml").read_text())
     assert written == {"name": "best", "extends": best["name"], "budget": 0.5}
