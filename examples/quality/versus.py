@@ -33,6 +33,7 @@ UNEVEN: dict[str, dict[str, Any]] = {
         "extends": "expected_attention",
         "weight": {"by": "l2", "floor": 0.01},
         "allocate": {"heads": "flat", "safeguard": 0.2},
+        "shortest": 64,
     },
 }
 """The same, where heads get different numbers of slots: later calls of several tokens lay these out anew."""
