@@ -33,7 +33,8 @@ UNEVEN: dict[str, dict[str, Any]] = {
         "extends": "expected_attention",
         "weight": {"by": "l2", "floor": 0.01},
         "allocate": {"heads": "flat", "safeguard": 0.2},
-        "shortest": 64,
+        "shortest": 64,  # judged once, as kvpress does; the budget holds for the answers too, which it does not there
+        "when": "always",
     },
 }
 """The same, where heads get different numbers of slots: later calls of several tokens lay these out anew."""
