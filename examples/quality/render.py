@@ -16,12 +16,12 @@ MORE = """
 ## Which tokens stay
 ![h2o beside kvzip: layers and heads against positions](retention.png)
 
-A passkey in 1,024 tokens at 20 %, layers and heads against positions ([what it shows](debugging.md); any cache of yours:
-`kvpass.page(cache, tokens)`).
+A passkey in 1,024 tokens at 20 %, layers and heads against positions ([what it shows](debugging.md)); any cache of
+yours: `kvpass.page(cache, tokens)`.
 
-Other pages: the default policy on texts of its own ([design/0022](design/0022-heads-by-reach.md)), prompts that are read
-twice ([quality-replay.md](quality-replay.md)), beside kvpress on two models ([quality-kvpress.md](quality-kvpress.md)),
-quality by bytes ([quality-bytes.md](quality-bytes.md)).
+Other pages: the default policy on texts of its own ([design/0022](design/0022-heads-by-reach.md)), prompts that are
+read twice ([quality-replay.md](quality-replay.md)), beside kvpress on two models
+([quality-kvpress.md](quality-kvpress.md)), quality by bytes ([quality-bytes.md](quality-bytes.md)).
 """
 
 READ = """How to read it:
