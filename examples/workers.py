@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 
 def say(line: str) -> None:
@@ -33,20 +34,24 @@ def run_worker(script: Path, job: dict[str, Any], folder: Path, shown: Progress)
     A worker that fails ends this process too, after its error output.
     """
     task = shown.add_task(job["name"], total=None, doing="starting")
-    command = [sys.executable, "-P", str(script), json.dumps(job), str(folder)]
-    with (folder / "stderr.txt").open("w+") as errors:
-        worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+    watched([sys.executable, "-P", str(script), json.dumps(job), str(folder)], job["name"], shown, task)
+    shown.update(task, doing="done", total=1, completed=1)
+    result: dict[str, Any] = json.loads((folder / f"{job['name']}.json").read_text())
+    return result
+
+
+def watched(command: list[str], title: str, shown: Progress, task: TaskID, folder: Path | None = None) -> None:
+    """Runs a worker and shows what it says. One that fails ends this process too, after its error output."""
+    with tempfile.TemporaryFile("w+") as errors:
+        worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=folder)
         last = "starting"
         for line in worker.stdout or ():
             last = line.strip() or last
             shown.update(task, doing=last)
             if not shown.console.is_terminal:  # a log: the spinner cannot be seen, so print the lines
-                shown.console.print(f"{job['name']}: {last}", highlight=False)
+                shown.console.print(f"{title}: {last}", highlight=False)
         if worker.wait() != 0:
             errors.seek(0)
             shown.stop()
             print(errors.read(), file=sys.stderr)
-            raise SystemExit(f"'{job['name']}' failed at: {last} (exit {worker.returncode}; its words are above)")
-    shown.update(task, doing="done", total=1, completed=1)
-    result: dict[str, Any] = json.loads((folder / f"{job['name']}.json").read_text())
-    return result
+            raise SystemExit(f"'{title}' failed at: {last} (exit {worker.returncode}; its words are above)")

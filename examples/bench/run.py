@@ -18,7 +18,6 @@ import json
 import shlex
 import subprocess
 import sys
-import tempfile
 import time
 from datetime import date
 from pathlib import Path
@@ -27,7 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from workers import progress, wide_console
+from workers import progress, watched, wide_console
 
 from bench import machine, report
 from bench.suite import BENCHMARKS, Job, Options, module_of
@@ -102,19 +101,7 @@ def measured(job: Job, fresh: bool, shown: Any) -> dict[str, Any]:
 
 def _work(job: Job, path: Path, title: str, task: Any, shown: Any) -> None:
     command = [sys.executable, "-P", str(HERE / "worker.py"), json.dumps(job), str(path)]
-    with tempfile.TemporaryFile("w+") as errors:
-        worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT)
-        last = "starting"
-        for line in worker.stdout or ():
-            last = line.strip() or last
-            shown.update(task, doing=last)
-            if not shown.console.is_terminal:  # a log: the spinner cannot be seen, so print the lines
-                shown.console.print(f"{title}: {last}", highlight=False)
-        if worker.wait() != 0:
-            errors.seek(0)
-            shown.stop()
-            print(errors.read(), file=sys.stderr)
-            raise SystemExit(f"'{title}' failed at: {last} (exit {worker.returncode}; its words are above)")
+    watched(command, title, shown, task, ROOT)
 
 
 def devices(asked: str) -> list[str]:
