@@ -82,7 +82,7 @@ def tracing(spec: Spec) -> AbstractContextManager[Any]:
     if spec.policy is None and spec.options:
         from torch._inductor import config
 
-        return config.patch(spec.options)  # type: ignore[no-any-return]
+        return config.patch(spec.options)  # type: ignore[no-any-return]  # torch does not say what patch returns
     return contextlib.nullcontext()
 
 
