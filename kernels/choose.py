@@ -17,7 +17,7 @@ import torch
 OPS = ("prefill_attend", "decode_attend", "select_slots", "compact_slots")
 """The ops that have both implementations; join_slots and score_slots are pure torch everywhere."""
 
-NATIVE = ("decode_attend",)
+NATIVE = ("prefill_attend", "decode_attend")
 """Ops that CPUs have in C++ too, for what that knows; what it does not is the reference's, and `kernel` gives that."""
 
 IMPLEMENTATIONS = ("reference", "native", "triton")

@@ -73,7 +73,13 @@ ARROWS = {
     "kernels.native": set(),
     "kernels.select_slots": {"kernels.rule", "kernels.choose", "kernels.slots", "kernels.triton_shared"},
     "kernels.compact_slots": {"kernels.rule", "kernels.choose", "kernels.slots", "kernels.triton_shared"},
-    "kernels.prefill_attend": {"kernels.rule", "kernels.choose", "kernels.attention", "kernels.triton_shared"},
+    "kernels.prefill_attend": {
+        "kernels.rule",
+        "kernels.choose",
+        "kernels.attention",
+        "kernels.triton_shared",
+        "kernels.native",
+    },
     "kernels.decode_attend": {
         "kernels.choose",
         "kernels.attention",

@@ -19,7 +19,7 @@ from kvpass.kernels.attention.visibility import Sees
 from kvpass.kernels.budget import Apart, Budget, budget
 from kvpass.kernels.decode_attend.step import step_facts
 from kvpass.kernels.decode_attend.victim import evict_one
-from kvpass.kernels.native.library import function
+from kvpass.kernels.native.library import KINDS, function
 from kvpass.kernels.rank.allocate import Heads
 from kvpass.kernels.rank.criterion import SCORED, Ranking
 from kvpass.kernels.rank.layer import Layer
@@ -38,8 +38,6 @@ from kvpass.kernels.slots.state import FIELDS, State, fields_of
 from kvpass.kernels.slots.statistics import Statistics, stat
 from kvpass.kernels.timing import Timing
 from torch import Tensor
-
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 WIDEST, MOST = 512, 16
 """Entries of a head, and query heads per KV head, that the C++ is compiled for."""

@@ -19,6 +19,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).resolve().parent
@@ -27,6 +29,9 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fPIC", "-sha
 """No -ffast-math: infinities and the order of comparisons matter. OpenMP is the one that torch has loaded already: both
 have one name, `libgomp.so.1`.
 """
+
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""The macro KIND, by the dtype of keys and values."""
 
 SECONDS = 120
 """A compiler that takes longer is given up."""

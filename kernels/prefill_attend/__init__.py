@@ -1,6 +1,6 @@
 """prefill_attend: attention of many queries, and what each key got of it.
 
-The reference is the meaning; triton runs on CUDA and ROCm.
+The reference is the meaning. On CPUs C++ of our own runs what it knows (`native`); triton runs on CUDA and ROCm.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import torch
 from kvpass.kernels.attention.masks import visible
 from kvpass.kernels.attention.memory import softmax_of
 from kvpass.kernels.attention.visibility import Sees, Shown, said_in_words, token_bounds
-from kvpass.kernels.choose import kernel
+from kvpass.kernels.choose import implementation, kernel
+from kvpass.kernels.prefill_attend.native import prefill_attend_native
 from kvpass.kernels.prefill_attend.reference import prefill_attend_reference
 from kvpass.kernels.rule import Rule
 from torch import Tensor
@@ -61,8 +62,10 @@ def prefill_attend(
         shown = said_in_words(shown, pos is None)
     elif tokens is not None and bounds is None:
         shown = shown._replace(bounds=token_bounds(tokens, position, q.shape[2]))
-    run = kernel("prefill_attend", q.device, q, rule, bias)
-    out, stats, valid = run(q, k, v, pos, shown, softmax, Rule.parse(rule))
+    run, said = kernel("prefill_attend", q.device, q, rule, bias), Rule.parse(rule)
+    native = implementation("prefill_attend", q.device) == "native"
+    done = prefill_attend_native(q, k, v, pos, shown, softmax, said) if native else None
+    out, stats, valid = done or run(q, k, v, pos, shown, softmax, said)
     alone = sinks is None and softmax.beside is None
     if pos is None and alone and (shown.mask is not None or run is prefill_attend_reference):
         out = _blind_rows_averaged(out, v, shown)

@@ -42,7 +42,7 @@ def prefill_attend_reference(
     batch = len(q)
     shown = shown if shown.mask is None else shown._replace(mask=simplified(shown.mask))
     pieces, valid = _cut(q, k, pos, shown), shown.arrived(batch, q.device)
-    watched = _watched(valid, rule)
+    watched = watched_rows(valid, rule)
     stats = q.new_zeros(len(emitted(rule)), batch, *k.shape[1:3], dtype=torch.float32)
     out = None if len(pieces) == 1 else _unseen(q, v, softmax)
     for piece in pieces:
@@ -67,7 +67,7 @@ def _unseen(q: Tensor, v: Tensor, softmax: Softmax) -> Tensor:
     return q.new_zeros(*q.shape[:3], v.shape[3])
 
 
-def _watched(valid: Tensor, plan: Rule) -> Tensor | None:
+def watched_rows(valid: Tensor, plan: Rule) -> Tensor | None:
     """Query rows that the rule observes, the last valid ones, bool [B, S]; None if it observes nothing."""
     if not emitted(plan) or plan[Observation].queries == 0:
         return None
