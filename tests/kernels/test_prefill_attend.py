@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from kvpass.kernels import choose
 from kvpass.kernels.attention.observation import Observation
 from kvpass.kernels.prefill_attend import prefill_attend, reference
 from kvpass.kernels.rule import Rule
@@ -9,6 +10,15 @@ from kvpass.kernels.slots.statistics import Statistics
 from kvpass.kernels.testing import assert_close, causal_mask, qkv
 
 INF = float("inf")
+
+
+@pytest.fixture(autouse=True, params=["native", "reference"])
+def implementation(request):
+    """CPUs have two; the C++ leaves to the reference what it does not know."""
+    with choose.use(request.param):
+        yield request.param
+
+
 SUM = Rule(stats=("sum",), queries=-1)
 ALL = Rule(stats=("sum", "sumsq", "count"), queries=-1)
 WINDOW = Rule(stats=("sum", "count"), queries=7)
@@ -321,6 +331,7 @@ def test_refuses(change, word):
 
 
 @pytest.mark.parametrize("name", ["none", "left", "right", "noise", "alibi", "nothing", "one column"])
+@pytest.mark.usefixtures("in_torch")
 def test_plain_attention_of_other_devices(name, monkeypatch):
     """The reference on devices without torch's CPU flash kernel, here run on CPU."""
     monkeypatch.setattr(reference, "_flash_attend", reference._plain_attend)

@@ -45,7 +45,7 @@ from kvpass.kernels.slots.statistics import Statistics
 from kvpass.kernels.testing import assert_close, bits, empty_state, qkv, random_state
 from kvpass.kernels.triton_shared.triton_launch import Target
 from models.states import arriving, builtin, same, state_under
-from naive_attention import naive_decode
+from oracle.naive_attention import naive_decode
 from torch import Tensor
 
 

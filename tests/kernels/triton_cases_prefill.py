@@ -37,7 +37,7 @@ from kvpass.kernels.select_slots.reference import select_slots_reference
 from kvpass.kernels.slots.cursor import LIVE
 from kvpass.kernels.slots.statistics import Statistics
 from kvpass.kernels.testing import assert_close, bits, causal_mask, qkv, random_state
-from naive_attention import naive_prefill, naive_select
+from oracle.naive_attention import naive_prefill, naive_select
 from torch import Tensor
 
 
