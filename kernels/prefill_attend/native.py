@@ -6,7 +6,6 @@ mask that is no words, biases of slots, memory keys) is left to the reference.
 
 from __future__ import annotations
 
-import ctypes
 from ctypes import Structure, addressof, c_char_p, c_float, c_int32, c_void_p
 from functools import lru_cache
 from struct import Struct
@@ -45,7 +44,7 @@ def prefill_attend_native(
     """See `kvpass.kernels.prefill_attend.prefill_attend`. None: this is not for it."""
     if shown.mask is not None or shown.bias is not None or softmax.beside is not None or q.dtype not in KINDS:
         return None
-    run = function("prefill", KIND=KINDS[q.dtype])
+    run = None if q.dtype == torch.bfloat16 and _multiplies_tiles() else function("prefill", KIND=KINDS[q.dtype])
     if run is None:
         return None
     run.argtypes, run.restype = [c_void_p, c_char_p], None
@@ -63,8 +62,7 @@ def prefill_attend_native(
     out = torch.empty(batch, queries, heads, wide, dtype=torch.float32)
     stats = torch.zeros(len(emitted(rule)), batch, kv_heads, keys, dtype=torch.float32)
     given = ARGUMENTS.pack(
-        *(x.data_ptr() for x in (q, k, v, place, low, high)), *(0 if x is None else x.data_ptr() for x in (watched, sinks)),
-        out.data_ptr(), stats.data_ptr(), *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_steps(place),
+        *(0 if x is None else x.data_ptr() for x in (q, k, v, place, low, high, watched, sinks, out, stats)), *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_steps(place),
         batch, kv_heads, heads // kv_heads, queries, keys, dim, wide, shown.position, torch.get_num_threads(),
     )  # fmt: skip
     run(addressof(words), given)
@@ -85,6 +83,12 @@ def _steps(place: Tensor) -> tuple[int, int]:
     """From one sequence, and from one head, to the next."""
     batch, heads, keys = place.shape
     return keys * heads if batch > 1 else 0, keys if heads > 1 else 0
+
+
+@lru_cache(maxsize=1)
+def _multiplies_tiles() -> bool:
+    """Whether this CPU has AMX, by which torch's own attention of bfloat16 should be faster; not measured."""
+    return bool(torch.cpu._is_amx_tile_supported())
 
 
 @lru_cache(maxsize=8)
