@@ -61,8 +61,9 @@ def prefill_attend_native(
     )  # fmt: skip
     out = torch.empty(batch, queries, heads, wide, dtype=torch.float32)
     stats = torch.zeros(len(emitted(rule)), batch, kv_heads, keys, dtype=torch.float32)
+    at = [0 if x is None else x.data_ptr() for x in (q, k, v, place, low, high, watched, sinks, out, stats)]
     given = ARGUMENTS.pack(
-        *(0 if x is None else x.data_ptr() for x in (q, k, v, place, low, high, watched, sinks, out, stats)), *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_steps(place),
+        *at, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_steps(place),
         batch, kv_heads, heads // kv_heads, queries, keys, dim, wide, shown.position, torch.get_num_threads(),
     )  # fmt: skip
     run(addressof(words), given)
