@@ -15,10 +15,13 @@ from transformers import StaticCache
 
 FROZEN = {"freezing": True}
 """Options of Inductor under which weights are constants, laid out for the machine's kernels."""
+TUNED = {**FROZEN, "max_autotune": True}
+"""The same, and products with weights by Inductor's own C++ where that is faster on this machine than MKL."""
 INNERS: dict[str, tuple[str, dict[str, Any]]] = {
     "eager": ("eager", {}),
     "inductor": ("inductor", {}),
     "frozen": ("inductor", FROZEN),
+    "tuned": ("inductor", TUNED),
 }
 """What every contender may run under, by the word in its name."""
 

@@ -33,6 +33,7 @@ inline Floats load(const Entry* at) {
   return numbers(x);
 }
 inline Floats load_some(const Entry* at, int n) {
+  if (n == LANES) return load(at);
   Entry some[LANES] = {};
   std::memcpy(some, at, n * sizeof(Entry));
   return load(some);

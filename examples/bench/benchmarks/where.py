@@ -26,7 +26,7 @@ SPECS = (
     ours("full", "eager"),
     ours("h2o", "eager"),
     ours("ada_snapkv", "eager"),
-    ours("h2o", "frozen"),
+    ours("h2o", "tuned"),
 )
 KINDS = {
     "weights": ("mm", "addmm", "linear", "_linear_pointwise", "_mkl_linear", "mkldnn_linear", "bmm", "baddbmm"),
@@ -40,7 +40,7 @@ def jobs(options: Options) -> list[Job]:
     if options.device != "cpu":
         return []
     cases = [(128, 1)] if options.quick else [(4096, 1), (1024, 8)] if options.long else [(1024, 8)]
-    specs = [spec for spec in SPECS if options.only in spec.name and not (options.quick and spec.under == "frozen")]
+    specs = [spec for spec in SPECS if options.only in spec.name and not (options.quick and spec.options)]
     layers = 3 if options.quick else None
     return [
         {"name": f"{c}x{b}", "context": c, "batch": b, "layers": layers, "specs": [one.to_dict() for one in specs]}
