@@ -76,7 +76,7 @@ def test_presets_generate(name: str) -> None:
         for ours, theirs in zip(fits_of(cache_of(out)), fits_of(cache_of(alone)), strict=True):
             assert [*ours] == [*theirs] != []
             for fit, other in ours.items():
-                torch.testing.assert_close(other[row], theirs[fit][0], rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(other[row], theirs[fit][0], rtol=5e-4, atol=5e-4)
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -44,6 +44,7 @@ def test_what_the_op_is_told_to_emit(policy: str) -> None:
     ("policy", "rows", "window_ops", "arrivals"),
     [("knorm", 0, 0, 1), ("snapkv", 32, 0, 0), ("h2o", TOKENS, 0, 0), ("cake", 0, 1, 1)],
 )
+@pytest.mark.usefixtures("in_torch")
 def test_what_is_computed(
     policy: str, rows: int, window_ops: int, arrivals: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -140,7 +140,7 @@ def test_rows_alone(policy: Any) -> None:
         assert chat.kept(row) == alone.kept(), row
 
 
-@pytest.mark.usefixtures("one_trace")
+@pytest.mark.usefixtures("one_trace", "in_torch")
 def test_room_for_all() -> None:
     """Where nothing goes, a replay changes nothing: the logits and the slots are those of no replay, bit for bit."""
     model, ids = tiny.one_llama(HEADS, KV_HEADS), tiny.tokens(2, 40)
