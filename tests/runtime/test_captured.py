@@ -189,7 +189,7 @@ def test_two_models_and_two_threads(stand_in: StandIn) -> None:
     def run(m: int, p: int) -> None:
         found[m, p] = steps(models[m], prompts[p], 12)[0]
 
-    threads = [threading.Thread(target=copy_context().run, args=(run, *key)) for key in wanted]  # ops in torch there too
+    threads = [threading.Thread(target=copy_context().run, args=(run, *key)) for key in wanted]
     [one.start() for one in threads]
     [one.join() for one in threads]
     assert all(equal(wanted[key], found[key]) for key in wanted)
