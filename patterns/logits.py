@@ -72,10 +72,9 @@ def read_logits(node: fx.Node, softmax: fx.Node) -> Logits:
         Miss: something on the way changes the logits in a form that is not known.
     """
     found = Logits()
-    order = {n: at for at, n in enumerate(node.graph.nodes)}
     current, reader = node, softmax
     for _ in range(LIMIT):
-        for change in _changes(current, order[reader], order):
+        for change in _changes(current, reader):
             found.nodes.append(change)
             _step(found, change)
         found.nodes.append(current)
@@ -86,10 +85,10 @@ def read_logits(node: fx.Node, softmax: fx.Node) -> Logits:
     raise Miss(Reason.UNSUPPORTED_ATTENTION, current, "too many operations between product and softmax")
 
 
-def _changes(node: fx.Node, before: int, order: dict[fx.Node, int]) -> list[fx.Node]:
+def _changes(node: fx.Node, reader: fx.Node) -> list[fx.Node]:
     """Operations that change a value in place before it is read, and whose own result nobody reads; last first."""
-    found = [n for n in node.users if changes(n) and operand(n) is node and not n.users and order[n] < before]
-    return sorted(found, key=order.__getitem__, reverse=True)
+    found = [n for n in node.users if changes(n) and operand(n) is node and not n.users and n < reader]
+    return sorted(found, reverse=True)
 
 
 def _finish(found: Logits, product: Product) -> Logits:

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import torch
 from torch import fx
+from torch.amp import autocast_mode
 
-from kvpass.graph.calls import argument, call_name, example
+from kvpass.graph.calls import argument, example
+
+_ENTER, _EXIT = autocast_mode._enter_autocast, autocast_mode._exit_autocast
+
+
+def _marks(node: fx.Node) -> list[fx.Node]:
+    """Where an autocast of the model begins or ends above a node, in order; graphs know their nodes by target."""
+    found = [n for target in (_ENTER, _EXIT) for n in node.graph.find_nodes(op="call_function", target=target)]
+    return sorted(n for n in found if n < node)
 
 
 def autocast_of(node: fx.Node) -> str | None:
@@ -17,12 +26,10 @@ def autocast_of(node: fx.Node) -> str | None:
     device = value.device.type if isinstance(value, torch.Tensor) else "cpu"
     ambient = (torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
     stack: list[tuple[fx.Node | None, torch.dtype | None, bool]] = [(None, *ambient)]
-    for current in node.graph.nodes:
-        if current is node:
-            break
-        if call_name(current) == "_enter_autocast" and argument(current, 0, "device_type") == device:
+    for current in _marks(node):
+        if current.target is _ENTER and argument(current, 0, "device_type") == device:
             stack.append((current, argument(current, 1, "dtype"), argument(current, 2, "enabled", True)))
-        elif call_name(current) == "_exit_autocast":
+        elif current.target is _EXIT:
             stack = [entry for entry in stack if entry[0] is not current.args[0]]
     begun, dtype, enabled = stack[-1]
     if not enabled:

@@ -59,7 +59,7 @@ def constant(value: Any) -> Any:
 def factor_of(node: fx.Node) -> float | None:
     """The number that a node multiplies one tensor by; None if it does something else."""
     name = call_name(node)
-    if name not in PRODUCTS | QUOTIENTS or len(node.args) < 2 or node.kwargs.get("rounding_mode") is not None:
+    if (name not in PRODUCTS and name not in QUOTIENTS) or len(node.args) < 2 or node.kwargs.get("rounding_mode") is not None:
         return None
     left, right = number(node.args[0]), number(node.args[1])
     if name in QUOTIENTS:

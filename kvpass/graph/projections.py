@@ -18,10 +18,11 @@ def foreign(q: fx.Node, k: fx.Node) -> bool:
     """True if q and k are projections of different inputs, looking back over two projections (MLA has two), and over
     what else is done to those inputs (each may have a norm of its own).
     """
-    ours, theirs = _projected(q), _projected(k)
+    ours, theirs = set(_inputs(q)), set(_inputs(k))
     if not ours or not theirs or ours & theirs:
         return False
-    return not _streams(ours) & _streams(theirs)
+    ours, theirs = (found.union(*map(_inputs, found)) for found in (ours, theirs))  # long: up the whole residual stream
+    return not ours & theirs and not _streams(ours) & _streams(theirs)
 
 
 def block_input(value: fx.Node) -> fx.Node | None:
@@ -41,15 +42,6 @@ def _streams(values: set[fx.Node]) -> set[fx.Node]:
         fresh = [n for n in current.all_input_nodes if n not in found and len(shape_of(n)) >= 3]
         found.update(fresh)
         queue += fresh
-    return found
-
-
-def _projected(node: fx.Node, levels: int = 2) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    for upper in _inputs(node):
-        found.add(upper)
-        if levels > 1:
-            found |= _projected(upper, levels - 1)
     return found
 
 

@@ -73,20 +73,21 @@ def _is_fixed(item: Any) -> bool:
 
 def is_view(node: fx.Node) -> bool:
     """True for calls that only rearrange or repeat one tensor: same dtype, and `getitem` only of everything."""
-    if call_name(node) not in VIEWS or not isinstance(operand(node), fx.Node):
+    name, above = call_name(node), operand(node)
+    if name not in VIEWS or not isinstance(above, fx.Node):
         return False
-    before, after = example(operand(node)), example(node)
+    before, after = example(above), example(node)
     if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
         return False
     if before.dtype != after.dtype and not widens(before.dtype, after.dtype):
         return False
-    if call_name(node) == "reshape" and any(isinstance(a, torch.dtype) for a in (*node.args, *node.kwargs.values())):
+    if name == "reshape" and any(isinstance(a, torch.dtype) for a in (*node.args, *node.kwargs.values())):
         return False  # the same bits as other numbers
-    if call_name(node) == "getattr":
+    if name == "getattr":
         return node.args[1] in ("mT", "T") and (node.args[1] == "mT" or before.dim() == 2)
-    if call_name(node) == "slice":
+    if name == "slice":
         return all(same(a, b) for a, b in zip(before.shape, after.shape, strict=True))
-    return call_name(node) != "getitem" or _full_slices(node.args[1])
+    return name != "getitem" or _full_slices(node.args[1])
 
 
 def widens(before: torch.dtype, after: torch.dtype) -> bool:
