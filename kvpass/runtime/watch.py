@@ -8,7 +8,7 @@ objects, attributes.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,13 +29,17 @@ _NO_CACHES = frozenset({"logits", "hidden_states", "attentions", "last_hidden_st
 """Fields of a result that are no caches, however long they are."""
 
 _LEAVES = (str, bytes, int, float, type, type(None), torch.dtype, torch.device, torch.nn.Module)
-"""Nothing in them is a cache. Half of what a walk meets: asked before it goes on."""
+"""Nothing in them is a cache."""
+
+_PLAIN = frozenset({str, bytes, int, float, bool, type(None), torch.dtype, torch.device})
+"""Half of what a walk meets: asked for by kind before anything else."""
+
+_TENSORS = frozenset({torch.Tensor, Shell})
 
 Path = tuple[Any, ...]
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """A tensor on the way from a call's arguments or result."""
 
     path: Path
@@ -68,7 +72,8 @@ class Call(Ledger):
 
     def begin(self, args: Any, kwargs: Any, kept: list[Found]) -> None:
         """Take stock of the arguments; shells among them become plain tensors."""
-        self.given, self.kept = tensors((args, kwargs)), kept
+        with torch._C.DisableTorchFunctionSubclass():  # shells tell their sizes at once
+            self.given, self.kept = tensors((args, kwargs)), kept
         shells = [one for one in self.given if type(one.tensor) is Shell]
         hosted = [t for t in (ref() for ref in self.hosted) if t is not None]
         self.spoke = [t for t in (*(one.tensor for one in shells), *hosted) if type(t) is Shell]
@@ -128,10 +133,11 @@ class Call(Ledger):
                 "begin again from an empty cache",
             )
         continued = {id(store) for store in self.opened}
-        now = {one.path: one.tensor for one in after}
-        for path, _, store in self.shells:
+        others = [(path, store) for path, _, store in self.shells if id(store) not in continued]
+        now = {one.path: one.tensor for one in after} if others else {}
+        for path, store in others:
             left = now.get(path)
-            if id(store) not in continued and left is not None and find(left) is None:
+            if left is not None and find(left) is None:
                 raise ShellDataError(
                     f"a part of the model ran uncompiled and read the compressed cache of {store.name} as data",
                     where=Found(path, left).name,
@@ -140,7 +146,7 @@ class Call(Ledger):
 
     def _grew(self, one: Found) -> bool:
         """Is this a cache that is longer than before, or was not there?"""
-        if _NO_CACHES & set(one.path[:2]) or not self._may_be_dense(one, self.given):
+        if not self._may_be_dense(one, self.given) or not _NO_CACHES.isdisjoint(one.path[:2]):
             return False
         return one.pair or any(_longer(old.tensor, one.tensor) for old in self.given)
 
@@ -154,9 +160,7 @@ class Call(Ledger):
 
     def _may_be_dense(self, one: Found, before: list[Found]) -> bool:
         t = one.tensor
-        if t.dim() < 3 or not t.is_floating_point() or not t.numel():
-            return False
-        if id(t) in self.own or find(t) is not None:
+        if id(t) in self.own or t.dim() < 3 or not t.is_floating_point() or not t.numel() or find(t) is not None:
             return False
         return not any(old.tensor is t for old in before)
 
@@ -208,7 +212,7 @@ def tensors(value: Any, path: Path = (), seen: set[int] | None = None) -> list[F
 def _collect(value: Any, path: Path, seen: set[int], found: list[Found]) -> None:
     """`tensors`, of which each call of a compiled model makes two: no generators, and leaves are not entered."""
     if isinstance(value, torch.Tensor):
-        if not isinstance(value, torch.nn.Parameter):
+        if type(value) in _TENSORS or not isinstance(value, torch.nn.Parameter):
             found.append(Found(path, value))
         return
     if len(path) > DEEPEST or isinstance(value, _LEAVES) or id(value) in seen:
@@ -218,13 +222,17 @@ def _collect(value: Any, path: Path, seen: set[int], found: list[Found]) -> None
         parts: dict[Any, Any] = dict(enumerate(value))
     else:
         parts = value if isinstance(value, dict) else attributes(value)
-    keys, values = parts.get("keys"), parts.get("values")
-    paired = (
-        isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor) and keys.shape[:-1] == values.shape[:-1]
-    )
-    paired = paired and not parts.get("is_sliding", getattr(value, "is_sliding", False))
+    pair = ("keys", "values") if "keys" in parts and _are_pair(value, parts) else ()
     for key, part in parts.items():
-        if paired and key in ("keys", "values"):
-            found.append(Found((*path, key), part, pair=True))
-        elif not isinstance(part, _LEAVES):
+        if type(part) in _TENSORS or key in pair:
+            found.append(Found((*path, key), part, key in pair))
+        elif type(part) not in _PLAIN:
             _collect(part, (*path, key), seen, found)
+
+
+def _are_pair(value: Any, parts: dict[Any, Any]) -> bool:
+    """Whether the `keys` and `values` of an object or a dict are those of a cache that grows."""
+    keys, values = parts["keys"], parts.get("values")
+    if not isinstance(keys, torch.Tensor) or not isinstance(values, torch.Tensor):
+        return False
+    return keys.shape[:-1] == values.shape[:-1] and not parts.get("is_sliding", getattr(value, "is_sliding", False))
