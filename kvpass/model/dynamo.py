@@ -104,7 +104,7 @@ class _Settings:
             try:
                 yield
             finally:
-                _exchanged(config, before)
+                _set(config, before)
             return
         with self.lock:
             self.calls += 1
@@ -116,7 +116,7 @@ class _Settings:
             with self.lock:
                 self.calls -= 1
                 if not self.calls:
-                    _exchanged(config, self.before)
+                    _set(config, self.before)
 
 
 _SETTINGS = _Settings()
@@ -124,10 +124,20 @@ _SETTINGS = _Settings()
 
 def _exchanged(config: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     """Set what a torch has of these, and give what it was. (The config's own patch() takes ten times as long.)"""
-    before = {name: getattr(config, name) for name in values if hasattr(config, name)}
-    for name in before:
-        setattr(config, name, values[name])
+    before = {name: getattr(config, name) for name in values if _knows(config, name)}
+    _set(config, {name: values[name] for name in before})
     return before
+
+
+def _set(config: Any, values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        setattr(config, name, value)
+
+
+@functools.cache
+def _knows(config: Any, name: str) -> bool:
+    """Whether this torch has a setting."""
+    return hasattr(config, name)
 
 
 @functools.cache
@@ -137,7 +147,7 @@ def _are_of_threads(config: Any) -> bool:
     try:
         return bool(contextvars.Context().run(getattr, config, "recompile_limit") != -1)
     finally:
-        _exchanged(config, before)
+        _set(config, before)
 
 
 def _too_many() -> RecompileError:

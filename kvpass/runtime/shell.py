@@ -217,10 +217,10 @@ def follow(tensor: torch.Tensor) -> None:
 
 def _newest(store: SlotStore, past: tuple[torch.Tensor, ...]) -> bool:
     """Whether a past is the very shells that the last call left, of what the store is now: the usual case."""
-    return all(
-        seen is not None and seen[0]() is tensor and seen[1] == store.tokens
-        for seen, tensor in zip(store.shown, past, strict=False)
-    )
+    for seen, tensor in zip(store.shown, past, strict=False):
+        if seen is None or seen[0]() is not tensor or seen[1] != store.tokens:
+            return False
+    return True
 
 
 def sizes_of(store: SlotStore, half: int, layout: Layout) -> list[int]:
@@ -228,7 +228,7 @@ def sizes_of(store: SlotStore, half: int, layout: Layout) -> list[int]:
     batch, heads, _, dim = (store.state.k, store.state.v)[half].shape
     heads, dim = (heads, dim) if store.host is None else store.host[half]
     sizes = {"B": batch, "H": heads, "T": store.tokens if store.length is None else store.length, "D": dim}
-    return [sizes[axis] if isinstance(axis, str) else axis for axis in layout.axes]
+    return [sizes.get(axis, axis) for axis in layout.axes]
 
 
 def _check_left_alone(store: SlotStore, tensors: Sequence[torch.Tensor], where: str, first: int = 0) -> None:

@@ -182,7 +182,8 @@ class SlotStore(Lending):
         if not self.rule[ShareOut].share:
             rule = self.rule.of_steps if step else self.rule.of_call(self.tokens)
             used = kept(rule, tokens) if rule is self.rule else self.used + new
-            self.state = with_room(self.state, used, self._spare(used))
+            if self.slots <= used:
+                self.state = with_room(self.state, used, self._spare(used))
             if rule.demotes:
                 whole = within(rule, tokens)
                 self.state = with_room_beside(self.state, whole, self._spare(whole))
