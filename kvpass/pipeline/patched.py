@@ -52,5 +52,7 @@ class Patch:
             original = getattr(holder, self.path[-1])
         except (ImportError, AttributeError):
             return
-        self.holder, self.original, self.wrapper = holder, original, self.wrap(original)
+        if original is not self.original:
+            self.original, self.wrapper = original, self.wrap(original)
+        self.holder = holder
         setattr(holder, self.path[-1], self.wrapper)
