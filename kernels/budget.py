@@ -30,7 +30,9 @@ class Budget(Record):
         """Slots after `seen` valid tokens: an int, or int64 of the shape of an int tensor."""
         if not isinstance(seen, Tensor):
             return self.slots or max(seen * self.num // self.den, self.floor)
-        return torch.full_like(seen.long(), self.slots) if self.slots else larger(part(seen, self.num, self.den), self.floor)
+        if self.slots:
+            return torch.full_like(seen.long(), self.slots)
+        return larger(part(seen, self.num, self.den), self.floor)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """Hooks that come to a model's modules: looked for once a call, instead of in each empty dictionary by a guard.
 
-A module has six dictionaries for its hooks, and Dynamo, asked to see hooks that come, guards each that is empty: a third
-of all its guards for a model, far apart in memory. One look over those of forward hooks says as much: the two that say
-which hooks take keyword arguments are empty with them, and hooks of backward passes are none of a graph without
-gradients. It comes right before the guards of the call's own frame; all frames behind it keep theirs, as do modules that
-the model holds beside its own, and calls of models that have hooks.
+A module has six dictionaries for its hooks, and Dynamo, asked to see hooks that come, guards each that is empty: a
+third of all its guards for a model, far apart in memory. One look over those of forward hooks says as much: the two
+that say which hooks take keyword arguments are empty with them, and hooks of backward passes are none of a graph
+without gradients. It comes right before the guards of the call's own frame; all frames behind it keep theirs, as do
+modules that the model holds beside its own, and calls of models that have hooks.
 """
 
 from __future__ import annotations
@@ -76,8 +76,9 @@ def guards_of_hooks() -> Patch:
 
 def _unless_looked_for(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def EMPTY_NN_MODULE_HOOKS_DICT(self: Any, guard: Any) -> Any:  # noqa: N802  # Dynamo knows guards by this name
-        known = _LOOKED_FOR.get(getattr(self, "f_code", None))  # type: ignore[call-overload]  # None is no code
+    def EMPTY_NN_MODULE_HOOKS_DICT(self: Any, guard: Any) -> Any:  # Dynamo knows guards by this name
+        code: Any = getattr(self, "f_code", None)
+        known = _LOOKED_FOR.get(code) if code is not None else None
         hooks = known() if known is not None else None
         return None if hooks is not None and self.get(guard) in hooks else original(self, guard)
 

@@ -232,7 +232,7 @@ def sizes_of(store: SlotStore, half: int, layout: Layout) -> list[int]:
     batch, heads, _, dim = (store.state.k, store.state.v)[half].shape
     heads, dim = (heads, dim) if store.host is None else store.host[half]
     sizes = {"B": batch, "H": heads, "T": store.tokens if store.length is None else store.length, "D": dim}
-    return [sizes.get(axis, axis) for axis in layout.axes]
+    return [sizes[axis] if isinstance(axis, str) else axis for axis in layout.axes]
 
 
 def _check_left_alone(store: SlotStore, tensors: Sequence[torch.Tensor], where: str, first: int = 0) -> None:

@@ -148,7 +148,7 @@ class SlotStore(Lending):
 
     def _is_new(self) -> None:
         """No call has left anything of it with the host yet."""
-        self.versions, self.shown, self.held, self.sizes = ([None, None] for _ in range(4))
+        self.versions, self.shown, self.held, self.sizes = [None, None], [None, None], [None, None], [None, None]
         self._register()
 
     def _register(self) -> None:

@@ -243,7 +243,7 @@ class _Walk:
         self.seen: set[int] = set()
 
     def into(self, value: Any, path: Path) -> None:
-        kind = _kind(type(value))
+        kind = _kind(type(value))  # type: ignore[arg-type]  # mypy takes no class for hashable
         if kind == "tensor":
             self._meet(Found(path, value))
         elif kind != "leaf":
@@ -258,7 +258,7 @@ class _Walk:
         else:
             parts = value if kind == "dict" else attributes(value)
         for key, part in parts.items():
-            kind = _kind(type(part))
+            kind = _kind(type(part))  # type: ignore[arg-type]  # as above
             if kind == "tensor":
                 if id(part) in self.own:
                     self.reached.add(id(part))
@@ -275,7 +275,7 @@ class _Walk:
 
 
 @lru_cache(maxsize=1024)
-def _kind(cls: type) -> str:
+def _kind(cls: Any) -> str:
     """What objects of a class are on the way: `leaf`, `tensor`, `list`, `dict` or `object`."""
     if issubclass(cls, torch.Tensor):
         return "tensor"

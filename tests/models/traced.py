@@ -71,7 +71,7 @@ _SHARED: weakref.WeakKeyDictionary[torch.nn.Module, Any] = weakref.WeakKeyDictio
 
 
 def isolated(backend: Backend, hooks: Any = None) -> Callable[..., Any]:
-    """In the place of `kvpass.model.dynamo.isolated`: traces of a module are shared. hooks: guarded here all the same."""
+    """In the place of `kvpass.model.dynamo.isolated`: traces of a module are shared. hooks: guarded all the same."""
     running = Running(backend)
 
     def call(function: Any, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
