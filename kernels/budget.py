@@ -28,11 +28,11 @@ class Budget(Record):
 
     def of(self, seen: Any) -> Any:
         """Slots after `seen` valid tokens: an int, or int64 of the shape of an int tensor."""
-        if isinstance(seen, Tensor):
-            seen = seen.long()
-            if self.slots:
-                return torch.full_like(seen, self.slots)
-        return self.slots or larger(part(seen, self.num, self.den), self.floor)
+        if not isinstance(seen, Tensor):
+            return self.slots or max(seen * self.num // self.den, self.floor)
+        if self.slots:
+            return torch.full_like(seen.long(), self.slots)
+        return larger(part(seen, self.num, self.den), self.floor)
 
 
 @dataclass(frozen=True)

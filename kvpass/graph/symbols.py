@@ -19,6 +19,7 @@ class SizeReader:
 
     def __init__(self, inputs: Sequence[fx.Node]) -> None:
         self.known: dict[Any, tuple[int, int | None]] = {}
+        self.read_by: dict[Any, Callable[[Sequence[Any]], int]] = {}
         for at, node in enumerate(inputs):
             value = example(node)
             if isinstance(value, torch.SymInt):
@@ -29,7 +30,15 @@ class SizeReader:
                         self.known.setdefault(size.node.expr, (at, dim))
 
     def read(self, size: Any) -> Callable[[Sequence[Any]], int]:
-        """A function from the graph's inputs to the value of `size` in that call."""
+        """A function from the graph's inputs to the value of `size` in that call: one for all sites, each of which asks
+        it in each call.
+        """
+        key = size if isinstance(size, int) else size.node.expr
+        if key not in self.read_by:
+            self.read_by[key] = self._reader(size)
+        return self.read_by[key]
+
+    def _reader(self, size: Any) -> Callable[[Sequence[Any]], int]:
         if isinstance(size, int):
             return lambda args: size
         expr = size.node.expr

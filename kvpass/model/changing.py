@@ -21,7 +21,7 @@ from kvpass.runtime.active import current
 @contextmanager
 def changing_is_dynamic() -> Iterator[None]:
     """While calls of compiled models run."""
-    with _NUMBERS.put(), _TENSORS.put():
+    with _NUMBERS, _TENSORS:
         yield
 
 

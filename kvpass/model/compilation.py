@@ -13,6 +13,7 @@ import torch
 from kvpass.errors import CacheError, NothingRewritten
 from kvpass.model.dynamo import isolated, limits
 from kvpass.model.facade import Facade, facade_of
+from kvpass.model.hooks import Hooks
 from kvpass.model.one_by_one import one_by_one
 from kvpass.model.turns import Turns
 from kvpass.pipeline.compose import Backend
@@ -33,14 +34,16 @@ class Compilation:
         model: the module that was compiled; shared with whoever has it.
         root: its facade: what `kvpass.compile` returns.
         replays: the policy waits for calls' tokens to be fed again.
+        compiled: runs calls of it, `without_hooks` those of a model that has none.
         state: attributes that calls change, where the compiled model has values of its own.
-        stores: those that its calls continued or began, while they live.
+        stores: those that buffers of the caller's stand for, of its calls, while they live.
     """
 
     def __init__(self, model: torch.nn.Module, backend: Backend) -> None:
         self.model, self.backend = model, backend
         self.state, self.turns = HostState(model), Turns(model)
-        self.compiled = isolated(backend)
+        self.hooks = Hooks(model)
+        self.compiled, self.without_hooks = isolated(backend), isolated(backend, self.hooks)
         self.replays = any(one.replays for one in (backend.policy, *variants(backend.policy).values()))
         self._facades: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self._hosted: list[weakref.ref[torch.Tensor]] = []
@@ -118,13 +121,13 @@ class Compilation:
         call.begin(args, kwargs, list(self._kept()) if strict else [])
         try:
             with limits():
-                result = self.compiled(*function, *args, **kwargs)
+                compiled = self.compiled if self.hooks.any() else self.without_hooks
+                result = compiled(*function, *args, **kwargs)
             after = call.compare(args, kwargs, result, list(self._kept(new=not call.graphs)) if strict else [])
         finally:
             call.end()
-        reachable = {id(one.tensor) for one in after}
-        self._hosted = [weakref.ref(t) for t in call.made if id(t) not in reachable]
-        if not self._said and (call.whole or any(one.pair for one in after)):
+        self._hosted = [weakref.ref(t) for t in call.made if id(t) not in call.reached]
+        if not self._said and (call.whole or call.reached or any(one.pair for one in after)):
             self._said = True
             self._say_if_idle(told(call.breaks))
         return result

@@ -21,6 +21,7 @@ import torch
 
 from kvpass.errors import RecompileError
 from kvpass.model.changing import changing_is_dynamic
+from kvpass.model.hooks import Hooks, guards_of_hooks, looked_for
 from kvpass.pipeline.conditions import MARK, decided
 from kvpass.pipeline.progress import tracing
 
@@ -43,13 +44,16 @@ def _entry(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return function(*args, **kwargs)
 
 
-def isolated(backend: Callable[..., Any]) -> Callable[..., Any]:
+def isolated(backend: Callable[..., Any], hooks: Hooks | None = None) -> Callable[..., Any]:
     """`call(function, *args, **kwargs)`, compiled by `backend`, that shares no graph and no limit with anybody.
 
-    Graphs die with the result, and with the backend, which the caller keeps. Run it inside `limits()`.
+    Graphs die with the result, and with the backend, which the caller keeps. Run it inside `limits()`; if it is given
+    `hooks`, right after they were found to be none.
     """
     code = _entry.__code__.replace(co_name=f"kvpass_call_{next(_NUMBERS)}")
     own = types.FunctionType(code, _entry.__globals__)
+    if hooks is not None:
+        looked_for(own, hooks)
     known = inspect.signature(torch.compile).parameters  # torch before 2.13 cannot isolate frames behind graph breaks
     more: dict[str, Any] = {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
     compile: Any = torch.compile
@@ -82,7 +86,7 @@ def limits() -> Iterator[None]:
     import torch._dynamo
 
     try:
-        with _SETTINGS.put(torch._dynamo.config), tracing(), decided(), changing_is_dynamic():
+        with _SETTINGS.put(torch._dynamo.config), tracing(), decided(), changing_is_dynamic(), guards_of_hooks():
             yield
     except torch._dynamo.exc.FailOnRecompileLimitHit as error:
         raise _too_many() from error
@@ -104,7 +108,7 @@ class _Settings:
             try:
                 yield
             finally:
-                _exchanged(config, before)
+                _set(config, before)
             return
         with self.lock:
             self.calls += 1
@@ -116,7 +120,7 @@ class _Settings:
             with self.lock:
                 self.calls -= 1
                 if not self.calls:
-                    _exchanged(config, self.before)
+                    _set(config, self.before)
 
 
 _SETTINGS = _Settings()
@@ -124,10 +128,20 @@ _SETTINGS = _Settings()
 
 def _exchanged(config: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     """Set what a torch has of these, and give what it was. (The config's own patch() takes ten times as long.)"""
-    before = {name: getattr(config, name) for name in values if hasattr(config, name)}
-    for name in before:
-        setattr(config, name, values[name])
+    before = {name: getattr(config, name) for name in values if _knows(config, name)}
+    _set(config, {name: values[name] for name in before})
     return before
+
+
+def _set(config: Any, values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        setattr(config, name, value)
+
+
+@functools.cache
+def _knows(config: Any, name: str) -> bool:
+    """Whether this torch has a setting."""
+    return hasattr(config, name)
 
 
 @functools.cache
@@ -137,7 +151,7 @@ def _are_of_threads(config: Any) -> bool:
     try:
         return bool(contextvars.Context().run(getattr, config, "recompile_limit") != -1)
     finally:
-        _exchanged(config, before)
+        _set(config, before)
 
 
 def _too_many() -> RecompileError:

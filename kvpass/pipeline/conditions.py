@@ -28,7 +28,7 @@ _NUMBERS = ("dropout_p",)
 
 def decided() -> AbstractContextManager[None]:
     """While calls of compiled models run."""
-    return _PATCH.put()
+    return _PATCH
 
 
 _kept: list[None] = []

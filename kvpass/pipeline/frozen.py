@@ -8,6 +8,7 @@ ones that were frozen.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -79,8 +80,9 @@ class Checked:
     """
 
     def __init__(self, call: Callable[..., Any], weights: Mapping[int, torch.Tensor], begins: bool) -> None:
-        self.call, self.weights = call, [*weights.values()]
-        self.seen = [(at, tensor, _version(tensor), tensor.data_ptr()) for at, tensor in weights.items()]
+        self.call, self.weights, self.places = call, [*weights.values()], [*weights]
+        self.counted = [tensor for tensor in self.weights if not tensor.is_inference()]  # torch counts writes to them
+        self.ids, self.state = [*map(id, self.weights)], self._state()
         self.digests = digests(self.weights) if begins else None
 
     def __call__(self, *args: Any) -> Any:
@@ -88,17 +90,18 @@ class Checked:
         Raises:
             ModelError: a weight is another one, or was changed.
         """
-        for at, tensor, version, address in self.seen:
-            given = args[at]
-            if given is not tensor or _version(given) != version or given.data_ptr() != address:
-                raise _changed()
+        if [id(args[at]) for at in self.places] != self.ids or self._state() != self.state:
+            raise _changed()
         if self.digests is not None and digests(self.weights) != self.digests:
             raise _changed()
         return self.call(*args)
 
+    def _state(self) -> list[int]:
+        """Where each weight lies, and how often it was written to; without a line of Python for each."""
+        return [*map(torch.Tensor.data_ptr, self.weights), *map(_written, self.counted)]
 
-def _version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+
+_written = attrgetter("_version")
 
 
 def _changed() -> ModelError:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import importlib
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 _LOCK = threading.Lock()
 
 
 class Patch:
-    """One function, by module and dotted name; a torch that has none by that name stays as it is.
+    """One function, by module and dotted name; a torch that has none by that name stays as it is. Wrapped inside of a
+    `with` block of it.
 
     wrap: makes the wrapper of the original, which gives what that gives wherever nothing of kvpass is compiled.
     """
@@ -38,13 +38,11 @@ class Patch:
                     setattr(self.holder, self.path[-1], self.original)
                 self.holder = None
 
-    @contextmanager
-    def put(self) -> Iterator[None]:
+    def __enter__(self) -> None:
         self.begin()
-        try:
-            yield
-        finally:
-            self.end()
+
+    def __exit__(self, *error: object) -> None:
+        self.end()
 
     def _put(self) -> None:
         try:
@@ -54,5 +52,7 @@ class Patch:
             original = getattr(holder, self.path[-1])
         except (ImportError, AttributeError):
             return
-        self.holder, self.original, self.wrapper = holder, original, self.wrap(original)
+        if original is not self.original:
+            self.original, self.wrapper = original, self.wrap(original)
+        self.holder = holder
         setattr(holder, self.path[-1], self.wrapper)

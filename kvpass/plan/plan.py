@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvpass.graph.calls import example
+from kvpass.kernels.rule import Rule
 from kvpass.plan.byte_budget import Entry
 from kvpass.plan.on_ranks import heads_elsewhere, on_ranks
 from kvpass.plan.rule import rule_of
@@ -94,9 +95,11 @@ def plan(policy: Spec, table: SiteTable, part: Sharded | None = None) -> Plan:
         PolicyError: the policy asks what a site, or a part of a model, cannot give.
     """
     sites = tuple(table)
+    same: dict[Rule, Rule] = {}  # equal rules are one object: each call of the graph asks those of all sites
     rules = [
         on_ranks(policy, rule_of(policy, at, len(sites), _entry(site)), site, part) for at, site in enumerate(sites)
     ]
+    rules = [same.setdefault(rule, rule) for rule in rules]
     ruled = tuple(zip(sites, rules, strict=True))
     planned = tuple(SitePlan(site, rule) for site, rule in ruled)
     for one in planned:

@@ -58,7 +58,7 @@ class Bound:
         self.watched = tuple(at for at in watched if not any(at in (b.past or ()) for b in bindings))
         cached = {at for b in bindings for half in b.returned for at in half}
         self.kept = [at for at in range(outputs) if at not in cached]
-        self.outputs = outputs
+        self.outputs, self.buffered = outputs, any(b.start is not None for b in bindings)
         self.captured, self.eager = captured, eager
         first, count = self.bindings[0].where, len(self.bindings)
         self.where = first if count == 1 else f"one of {count} sites, of which the first is {first}"
@@ -88,7 +88,7 @@ class Bound:
         Raises:
             StaleCacheError: several sites were given the same one.
         """
-        positions = written_at(self.bindings, call.args)
+        positions = written_at(self.bindings, call.args) if self.buffered else [0] * len(self.bindings)
         origin = self._origin_of(call.args)
         recorded, drafts = self.captured is not None, drafting()
         pairs = zip(self.bindings, positions, strict=True)
@@ -114,7 +114,10 @@ class Bound:
 
     def _run(self, call: CallFacts, shared: Sequence[Any]) -> Any:
         """The compiled call."""
-        given = [*call.args, *(t for store in call.stores for t in store.state.tensors()), *shared]
+        given = [*call.args]
+        for store in call.stores:
+            given += store.state.tensors()
+        given += shared
         if self.eager:
             call.stores[0].steps = call.stores[0].steps.launched(self.eager)
         return self.inner(*given) if self.captured is None else self.captured(call, given)

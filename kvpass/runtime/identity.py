@@ -84,10 +84,6 @@ class Identity:
             alike.rotate(-1)  # parameters of equal content come in the model's order
         return own
 
-    def holds(self, parameters: dict[str, torch.Tensor]) -> bool:
-        """Whether these are the very objects."""
-        return all(self.objects[name]() is tensor for name, tensor in parameters.items())
-
     def same(self, other: Identity) -> bool:
         """Whether a call with `other`'s parameters goes on with the model of this one."""
         if other is self or other.agreed is self:
@@ -127,7 +123,7 @@ class Weights:
     def __init__(self, names: Sequence[str] = ()) -> None:
         self.names = tuple(names)
         self.places: list[int] | None = None
-        self.known: dict[int, Identity] = {}
+        self.known: dict[int, tuple[Objects, Identity]] = {}
 
     def of(self, args: Sequence[Any], fresh: bool) -> Identity | None:
         """Whose parameters a call was given; None if none reach the graph.
@@ -138,14 +134,26 @@ class Weights:
             self.places = [at for at, _ in enumerate(self.names) if isinstance(args[at], torch.nn.Parameter)]
         if not self.places:
             return None
-        first = id(args[self.places[0]])  # layers behind graph breaks may share a graph
-        parameters = {self.names[at]: args[at] for at in self.places}
-        known = self.known.get(first)
-        if known is None or fresh or not known.holds(parameters):
+        given = [args[at] for at in self.places]
+        known = self.known.get(id(given[0]))  # layers behind graph breaks may share a graph
+        if known is None or fresh or not known[0].are(given):
             if len(self.known) >= MOST_LAYERS:  # weights that are brought in anew for each call
                 self.known.clear()
-            known = self.known[first] = Identity(parameters)
-        return known
+            names = (self.names[at] for at in self.places)
+            known = self.known[id(given[0])] = Objects(given), Identity(dict(zip(names, given, strict=True)))
+        return known[1]
+
+
+class Objects:
+    """Which objects a call was given: known by their ids, which no others have while all of them live."""
+
+    def __init__(self, given: Sequence[Any]) -> None:
+        self.gone: list[Any] = []
+        self.ids, self.alive = [*map(id, given)], [ref(one, self.gone.append) for one in given]
+
+    def are(self, given: Sequence[Any]) -> bool:
+        """Whether these are the very objects, in order."""
+        return not self.gone and [*map(id, given)] == self.ids
 
 
 def by_content(parameters: Sequence[torch.Tensor]) -> dict[Any, deque[torch.Tensor]]:

@@ -25,13 +25,17 @@ from kvpass.terms import Layout
 
 def make(store: SlotStore, half: int) -> torch.Tensor:
     """The shell of a store's keys (half 0) or values (half 1), `[B, Hkv, T, D]` in the host's axis order."""
-    sizes = sizes_of(store, half, store.layouts[half])
+    layout, known = store.layouts[half], store.sizes[half]
+    if known is None or known[0] is not layout:
+        known = store.sizes[half] = layout, sizes_of(store, half, layout)
+    sizes = known[1]
     if store.length is None:
-        shell = store.bases[half].expand(sizes)
+        sizes[layout.token_axis] = store.tokens
+        shell = store.bases[half].expand(*sizes)
+        # it changes from step to step: unmarked, Dynamo compiles a step of this one length first
+        torch._dynamo.maybe_mark_dynamic(shell, layout.token_axis)
     else:  # later calls write into it, which even a fake of it allows only where no step is 0
         shell = store.base_of(half, sum(sizes) - len(sizes) + 1).as_strided(sizes, [1] * len(sizes))
-    if store.length is None:  # it changes from step to step: unmarked, Dynamo compiles a step of this one length first
-        torch._dynamo.maybe_mark_dynamic(shell, store.layouts[half].token_axis)
     setattr(shell, SHELL, (store, half))
     if store.cuts is not None:
         setattr(shell, MADE, store.cuts.count)
@@ -217,10 +221,10 @@ def follow(tensor: torch.Tensor) -> None:
 
 def _newest(store: SlotStore, past: tuple[torch.Tensor, ...]) -> bool:
     """Whether a past is the very shells that the last call left, of what the store is now: the usual case."""
-    return all(
-        seen is not None and seen[0]() is tensor and seen[1] == store.tokens
-        for seen, tensor in zip(store.shown, past, strict=False)
-    )
+    for seen, tensor in zip(store.shown, past, strict=False):
+        if seen is None or seen[0]() is not tensor or seen[1] != store.tokens:
+            return False
+    return True
 
 
 def sizes_of(store: SlotStore, half: int, layout: Layout) -> list[int]:

@@ -55,6 +55,7 @@ class SlotStore(Lending):
         versions: of the host's tensors for K and V, as the last call left them; None if torch does not count them, or
             if this is a copy.
         shown: shells of K and V that the last call left, and of how many tokens; None likewise.
+        sizes: of the shells of K and V in one layout of the host's, with the length of the last one.
         held: tensors whose memory the caller's buffers of K and V lie in.
         spoiled: a call failed halfway, and may or may not have changed the state.
         used: slots in use, at most; of heads with budgets of their own on average. Not where layers `ShareOut`.
@@ -88,6 +89,7 @@ class SlotStore(Lending):
     versions: list[int | None] = field(init=False)
     shown: list[tuple[ref[torch.Tensor], int] | None] = field(init=False)
     held: list[ref[torch.Tensor] | None] = field(init=False)
+    sizes: list[tuple[Layout, list[int]] | None] = field(init=False)
     spoiled: bool = False
     used: int = 0
     waiting: int = 0
@@ -109,15 +111,13 @@ class SlotStore(Lending):
         k, v = self.state.k, self.state.v
         with torch.inference_mode(False):
             self.bases = (k.new_full((1,), float("nan")), v.new_full((1,), float("nan")))
-        self.versions, self.shown, self.held = [None, None], [None, None], [None, None]
-        self._register()
+        self._is_new()
 
     def __setstate__(self, fields: dict[str, Any]) -> None:
         """A store that was unpickled is found by its own storages."""
         self.__dict__.update(fields)
-        self.versions, self.shown, self.held = [None, None], [None, None], [None, None]
         self.picked, self.lent, self.journal = [], None, None
-        self._register()
+        self._is_new()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SlotStore:
         """A store of its own with normal tensors, also under `torch.inference_mode()`: later calls change them in
@@ -145,6 +145,11 @@ class SlotStore(Lending):
             self.bases = (wide, self.bases[1]) if half == 0 else (self.bases[0], wide)
             self._register()
         return self.bases[half]
+
+    def _is_new(self) -> None:
+        """No call has left anything of it with the host yet."""
+        self.versions, self.shown, self.held, self.sizes = [None, None], [None, None], [None, None], [None, None]
+        self._register()
 
     def _register(self) -> None:
         _BY_STORAGE.update((_storage_key(base), self) for base in self.bases)
@@ -182,7 +187,8 @@ class SlotStore(Lending):
         if not self.rule[ShareOut].share:
             rule = self.rule.of_steps if step else self.rule.of_call(self.tokens)
             used = kept(rule, tokens) if rule is self.rule else self.used + new
-            self.state = with_room(self.state, used, self._spare(used))
+            if self.slots <= used:
+                self.state = with_room(self.state, used, self._spare(used))
             if rule.demotes:
                 whole = within(rule, tokens)
                 self.state = with_room_beside(self.state, whole, self._spare(whole))

@@ -7,8 +7,10 @@ objects, attributes.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,18 +31,28 @@ _NO_CACHES = frozenset({"logits", "hidden_states", "attentions", "last_hidden_st
 """Fields of a result that are no caches, however long they are."""
 
 _LEAVES = (str, bytes, int, float, type, type(None), torch.dtype, torch.device, torch.nn.Module)
-"""Nothing in them is a cache. Half of what a walk meets: asked before it goes on."""
+"""Nothing in them is a cache."""
+
+_PLAIN, _PAIR = (torch.Tensor, Shell), ("keys", "values")
 
 Path = tuple[Any, ...]
 
 
-@dataclass(frozen=True)
-class Found:
-    """A tensor on the way from a call's arguments or result."""
+class Found(NamedTuple):
+    """A tensor on the way from a call's arguments or result.
+
+    Attributes:
+        holder: the object or the container that it is in.
+    """
 
     path: Path
     tensor: torch.Tensor
-    pair: bool = False
+    holder: Any = None
+
+    @property
+    def pair(self) -> bool:
+        """Whether it is of the `keys` and `values` of a cache that grows."""
+        return bool(self.path) and self.path[-1] in _PAIR and _holds_pair(self.holder)
 
     @property
     def name(self) -> str:
@@ -56,25 +68,28 @@ class Call(Ledger):
         kept: tensors in the model's attributes before the call, of those attributes that calls change.
         buffered: stores of earlier calls that buffers of the caller's stand for, as they were left.
         spoke: shells that were given, or that the model itself held.
-        own: ids of what is no dense cache, or one by choice, once the call is over.
+        own: ids of what is no dense cache, or one by choice, once the call is over; `reached`: of those of them that
+            the caller can reach then.
     """
 
     given: list[Found] = field(default_factory=list)
     kept: list[Found] = field(default_factory=list)
     buffered: list[tuple[SlotStore, int]] = field(default_factory=list)
     spoke: list[torch.Tensor] = field(default_factory=list)
-    shells: list[tuple[Path, torch.Tensor, SlotStore]] = field(default_factory=list)
+    shells: list[tuple[Path, SlotStore]] = field(default_factory=list)
     own: set[int] = field(default_factory=set)
+    reached: set[int] = field(default_factory=set)
 
     def begin(self, args: Any, kwargs: Any, kept: list[Found]) -> None:
         """Take stock of the arguments; shells among them become plain tensors."""
-        self.given, self.kept = tensors((args, kwargs)), kept
+        with torch._C.DisableTorchFunctionSubclass():  # shells tell their sizes at once
+            self.given, self.kept = tensors((args, kwargs)), kept
         shells = [one for one in self.given if type(one.tensor) is Shell]
         hosted = [t for t in (ref() for ref in self.hosted) if t is not None]
-        self.spoke = [t for t in (*(one.tensor for one in shells), *hosted) if type(t) is Shell]
-        unveil([one.tensor for one in shells] + hosted)
         self.made += [one.tensor for one in shells] + hosted
-        self.shells = [(one.path, one.tensor, store) for one in shells if (store := find(one.tensor)) is not None]
+        self.spoke = [t for t in self.made if type(t) is Shell]
+        unveil(self.spoke)
+        self.shells = [(one.path, store) for one in shells if (store := find(one.tensor)) is not None]
         self.breaks = len(breaks())
         halves = [(store, half) for store in self.owner.stores for half in (0, 1) if store.held[half] is not None]
         self.buffered = [(store, half) for store, half in halves if written(store, half) is None]
@@ -83,12 +98,13 @@ class Call(Ledger):
     def end(self) -> None:
         """Make shells speak again."""
         ACTIVE.calls.remove(self)
-        self.owner.stores.update(self.opened)
-        veil([*self.spoke, *(t for t in self.made if is_shell(t))])
+        self.owner.stores.update(store for store in self.opened if store.held != [None, None])
+        veil(self.spoke)
+        veil([t for t in self.made if type(t) is torch.Tensor and is_shell(t)])
 
     def compare(self, args: Any, kwargs: Any, result: Any, kept: list[Found]) -> list[Found]:
-        """Compare what the call left with what its graphs noted. Returns what it left, beside `kept`: what is in the
-        model's attributes now.
+        """Compare what the call left with what its graphs noted. Returns what it left that is not `own`. kept: what is
+        in the model's attributes now.
 
         Raises:
             RecompileError: Dynamo ran no graph, and a compressed cache was given.
@@ -96,12 +112,11 @@ class Call(Ledger):
             DeclinedError: strict, and a cache grew that is not kvpass' own.
         """
         self._check_buffers()
-        # a cache that was given and returned is looked through once, by the name under which it was given
-        seen: set[int] = set()
-        after = [*tensors((args, kwargs), seen=seen), *tensors(result, seen=seen)]
-        self._check_shells(after)
+        self.own = {*map(id, self.made), *map(id, self.dense)}
+        walk = _walk(args, kwargs, result, self.own)
+        self.reached, after = walk.reached, walk.found
+        self._check_shells(args, kwargs, result)
         if self.owner.backend.strict:
-            self.own = {id(one) for one in (*self.made, *self.dense)}
             grown = [one for one in after if self._grew(one)] + [one for one in kept if self._grew_inside(one)]
             if grown:
                 raise self._dense(grown)
@@ -119,19 +134,20 @@ class Call(Ledger):
                 hint=f"{MEND}; begin again at position 0",
             )
 
-    def _check_shells(self, after: list[Found]) -> None:
+    def _check_shells(self, args: Any, kwargs: Any, result: Any) -> None:
         if self.shells and not self.graphs:
             raise RecompileError(
                 "Dynamo ran the model uncompiled, and it read a compressed cache as data: what it gave is worthless",
-                where=f"a call with a cache of {self.shells[0][2].name}",
+                where=f"a call with a cache of {self.shells[0][1].name}",
                 hint="look for torch._dynamo.disable, torch.compiler.set_stance or a skipped file around the model; "
                 "begin again from an empty cache",
             )
         continued = {id(store) for store in self.opened}
-        now = {one.path: one.tensor for one in after}
-        for path, _, store in self.shells:
+        others = [(path, store) for path, store in self.shells if id(store) not in continued]
+        now = {one.path: one.tensor for one in _walk(args, kwargs, result).found} if others else {}
+        for path, store in others:
             left = now.get(path)
-            if id(store) not in continued and left is not None and find(left) is None:
+            if left is not None and find(left) is None:
                 raise ShellDataError(
                     f"a part of the model ran uncompiled and read the compressed cache of {store.name} as data",
                     where=Found(path, left).name,
@@ -140,7 +156,7 @@ class Call(Ledger):
 
     def _grew(self, one: Found) -> bool:
         """Is this a cache that is longer than before, or was not there?"""
-        if _NO_CACHES & set(one.path[:2]) or not self._may_be_dense(one, self.given):
+        if not self._may_be_dense(one, self.given) or not _NO_CACHES.isdisjoint(one.path[:2]):
             return False
         return one.pair or any(_longer(old.tensor, one.tensor) for old in self.given)
 
@@ -154,9 +170,7 @@ class Call(Ledger):
 
     def _may_be_dense(self, one: Found, before: list[Found]) -> bool:
         t = one.tensor
-        if t.dim() < 3 or not t.is_floating_point() or not t.numel():
-            return False
-        if id(t) in self.own or find(t) is not None:
+        if id(t) in self.own or t.dim() < 3 or not t.is_floating_point() or not t.numel() or find(t) is not None:
             return False
         return not any(old.tensor is t for old in before)
 
@@ -198,33 +212,83 @@ def _equal(old: torch.Tensor, part: torch.Tensor) -> bool:
         return bool(((old == part) | (old.isnan() & part.isnan())).all())
 
 
-def tensors(value: Any, path: Path = (), seen: set[int] | None = None) -> list[Found]:
+def tensors(value: Any, path: Path = ()) -> list[Found]:
     """Tensors in arguments or results: in containers and objects, but not in modules."""
-    found: list[Found] = []
-    _collect(value, path, set() if seen is None else seen, found)
-    return found
+    walk = _Walk()
+    walk.into(value, path)
+    return walk.found
 
 
-def _collect(value: Any, path: Path, seen: set[int], found: list[Found]) -> None:
-    """`tensors`, of which each call of a compiled model makes two: no generators, and leaves are not entered."""
-    if isinstance(value, torch.Tensor):
-        if not isinstance(value, torch.nn.Parameter):
-            found.append(Found(path, value))
-        return
-    if len(path) > DEEPEST or isinstance(value, _LEAVES) or id(value) in seen:
-        return
-    seen.add(id(value))
-    if isinstance(value, (list, tuple)):
-        parts: dict[Any, Any] = dict(enumerate(value))
-    else:
-        parts = value if isinstance(value, dict) else attributes(value)
+def _walk(args: Any, kwargs: Any, result: Any, own: Collection[int] = ()) -> _Walk:
+    """Through what a call was given, and gave. A cache that is in both is looked through once, by the name under which
+    it was given.
+    """
+    walk = _Walk(own)
+    walk.into((args, kwargs), ())
+    walk.into(result, ())
+    return walk
+
+
+class _Walk:
+    """A way through containers and objects. Each call of a compiled model goes two: what is in them is asked for by
+    class, and of what is known already only the id is noted.
+
+    Attributes:
+        found: tensors, but those of `own`.
+        reached: ids of those of `own`.
+    """
+
+    def __init__(self, own: Collection[int] = ()) -> None:
+        self.own, self.found, self.reached = own, list[Found](), set[int]()
+        self.seen: set[int] = set()
+
+    def into(self, value: Any, path: Path) -> None:
+        kind = _kind(type(value))  # type: ignore[arg-type]  # mypy takes no class for hashable
+        if kind == "tensor":
+            self._meet(Found(path, value))
+        elif kind != "leaf":
+            self._through(value, kind, path)
+
+    def _through(self, value: Any, kind: str, path: Path) -> None:
+        if len(path) > DEEPEST or id(value) in self.seen:
+            return
+        self.seen.add(id(value))
+        if kind == "list":
+            parts: dict[Any, Any] = dict(enumerate(value))
+        else:
+            parts = value if kind == "dict" else attributes(value)
+        for key, part in parts.items():
+            kind = _kind(type(part))  # type: ignore[arg-type]  # as above
+            if kind == "tensor":
+                if id(part) in self.own:
+                    self.reached.add(id(part))
+                else:
+                    self._meet(Found((*path, key), part, value))
+            elif kind != "leaf":
+                self._through(part, kind, (*path, key))
+
+    def _meet(self, one: Found) -> None:
+        if id(one.tensor) in self.own:
+            self.reached.add(id(one.tensor))
+        elif type(one.tensor) in _PLAIN or not isinstance(one.tensor, torch.nn.Parameter) or one.pair:
+            self.found.append(one)
+
+
+@lru_cache(maxsize=1024)
+def _kind(cls: Any) -> str:
+    """What objects of a class are on the way: `leaf`, `tensor`, `list`, `dict` or `object`."""
+    if issubclass(cls, torch.Tensor):
+        return "tensor"
+    if issubclass(cls, _LEAVES):
+        return "leaf"
+    if issubclass(cls, (list, tuple)):
+        return "list"
+    return "dict" if issubclass(cls, dict) else "object"
+
+
+def _holds_pair(value: Any) -> bool:
+    parts = value if isinstance(value, dict) else attributes(value)
     keys, values = parts.get("keys"), parts.get("values")
-    paired = (
-        isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor) and keys.shape[:-1] == values.shape[:-1]
-    )
-    paired = paired and not parts.get("is_sliding", getattr(value, "is_sliding", False))
-    for key, part in parts.items():
-        if paired and key in ("keys", "values"):
-            found.append(Found((*path, key), part, pair=True))
-        elif not isinstance(part, _LEAVES):
-            _collect(part, (*path, key), seen, found)
+    if not isinstance(keys, torch.Tensor) or not isinstance(values, torch.Tensor):
+        return False
+    return keys.shape[:-1] == values.shape[:-1] and not parts.get("is_sliding", getattr(value, "is_sliding", False))

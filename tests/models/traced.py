@@ -70,8 +70,8 @@ _NUMBERS = itertools.count()
 _SHARED: weakref.WeakKeyDictionary[torch.nn.Module, Any] = weakref.WeakKeyDictionary()
 
 
-def isolated(backend: Backend) -> Callable[..., Any]:
-    """In the place of `kvpass.model.dynamo.isolated`: traces of a module are shared."""
+def isolated(backend: Backend, hooks: Any = None) -> Callable[..., Any]:
+    """In the place of `kvpass.model.dynamo.isolated`: traces of a module are shared. hooks: guarded all the same."""
     running = Running(backend)
 
     def call(function: Any, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -76,6 +76,7 @@ def watched(clock: Clock) -> Iterator[None]:
     def opened(self: Compilation, *given: Any) -> None:
         open_(self, *given)
         self.compiled = clock.around("dynamo", self.compiled)
+        self.without_hooks = clock.around("dynamo", self.without_hooks)
 
     def cut(self: Stitched, *given: Any) -> None:
         stitched(self, *given)
