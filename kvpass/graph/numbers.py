@@ -12,6 +12,7 @@ from kvpass.graph.shapes import shape_of
 
 PRODUCTS = frozenset({"mul", "multiply", "imul", "mul_"})
 QUOTIENTS = frozenset({"truediv", "div", "divide", "true_divide", "div_", "itruediv"})
+_FACTORS = PRODUCTS | QUOTIENTS
 NO_WEIGHT = -1e4
 """A logit this low, or lower, hides its key: probability 0 in float32 beside any key that is seen. Not yet padding to
 the ops: their threshold is lower in every dtype, float16 too.
@@ -59,7 +60,7 @@ def constant(value: Any) -> Any:
 def factor_of(node: fx.Node) -> float | None:
     """The number that a node multiplies one tensor by; None if it does something else."""
     name = call_name(node)
-    if (name not in PRODUCTS and name not in QUOTIENTS) or len(node.args) < 2 or node.kwargs.get("rounding_mode") is not None:
+    if name not in _FACTORS or len(node.args) < 2 or node.kwargs.get("rounding_mode") is not None:
         return None
     left, right = number(node.args[0]), number(node.args[1])
     if name in QUOTIENTS:
