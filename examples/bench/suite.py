@@ -1,6 +1,6 @@
 """What a benchmark is: jobs, a measurement for each in a process of its own, and what its figures say.
 
-A benchmark is one file in benchmarks/ (README.md there), with
+A benchmark is one file in benchmarks/, with
 
     MINUTES                 about how long it takes on two cores
     jobs(options)           its jobs; each is measured, kept and taken up again by itself

@@ -98,6 +98,11 @@ def grids(found: Results) -> list[Grid]:
     return grids
 
 
+def middle(found: dict[str, Any]) -> float:
+    """Median seconds of a prompt."""
+    return quartiles(found["prefill_s"])[1]
+
+
 def against_hf(one: dict[str, Any], result: dict[str, Any]) -> float | None:
     under = Spec(**one["spec"]).under
     theirs = result["contenders"].get(hf("dynamic", under).name)
