@@ -189,7 +189,7 @@ def test_a_whole_run_writes_the_pages(tmp_path: Path, monkeypatch: pytest.Monkey
     page, readme = (getattr(report, name).read_text() for name in ("PAGE", "README"))
     assert page.count("### Aims") == page.count(report.BEGIN) == readme.count(report.BEGIN) == 1
     assert "| 2,048 x 8, a step | kvpass h2o 20 %, frozen | 12.0 ms | 12.0 ms | 20 MB |" in readme
-    assert "| 2,048 x 8 | HF static, eager | 30.0 ms | 20.0 ms | 100 MB |" in readme
+    assert "| 2,048 x 8, a step | HF static, eager | 30.0 ms | 20.0 ms | 100 MB |" in readme
     assert "HF dynamic, eager" not in readme.split(report.BEGIN)[1].split(report.END)[0]
 
 
