@@ -28,6 +28,8 @@ from kvpass.policy.load import names
 from kvpass.policy.policy import Policy
 
 MINUTES = 4
+TRIES = 4
+"""Of which the one that touched most counts: a kernel that reclaims memory takes marks away meanwhile."""
 QUICK = ("full", "ada_snapkv", "h2o_int8")
 
 
@@ -63,18 +65,22 @@ def one_policy(name: str, folder: Path, model: Any, ids: Any) -> dict[str, Any]:
         return {"left_out": "its step calls no decode_attend"}
     total = {"least": 0, "counted": 0, "operations": 0, "touched": 0, "state": 0}
     for call in calls:
-        counting = Counting()
+        counting, given = Counting(), call.again().given
         with counting:
-            decode_attend(**call.again().given)
-        held = Touched(call.given["state"])
-        given = {**call.given, "state": held.tensors}
-        touched = held.bytes(lambda g=given: decode_attend(**g))
+            decode_attend(**given)
+        total["touched"] += max(touched_by(call) for _ in range(TRIES))
         total["least"] += least(call)
         total["counted"] += counting.bytes
         total["operations"] += counting.calls
-        total["touched"] += touched or 0
         total["state"] += sum(tensor.nbytes for tensor in call.given["state"])
     return {**total, "ragged": any(call.ragged for call in calls)}
+
+
+def touched_by(call: Call) -> int:
+    """Bytes of the state's pages that the call touches; 0 where the kernel does not tell."""
+    held = Touched(call.given["state"])
+    given = {**call.again().given, "state": held.tensors}
+    return held.bytes(lambda: decode_attend(**given)) or 0
 
 
 def least(call: Call) -> int:
