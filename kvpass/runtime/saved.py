@@ -25,6 +25,7 @@ OF_THE_PROCESS = (
     "versions",
     "shown",
     "held",
+    "sizes",
     "spoiled",
     "picked",
     "lent",

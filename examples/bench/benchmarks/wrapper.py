@@ -3,6 +3,8 @@
 A step is a call of the compiled model. Of its time, `code` is spent in what the inner compiler made, piece by piece;
 `wrapper` between that and where Dynamo hands over, and around Dynamo: opening stores, positions, shells, what is
 watched. `Dynamo` is the rest: guards, and the host's own Python around a graph, which Hugging Face's caches have too.
+Parts of the wrapper: `watch`, the walks over what a call is given and leaves; `hooks`, the look at the modules; `open`
+and `leave`, stores and their shells.
 """
 
 from __future__ import annotations
@@ -21,9 +23,11 @@ from bench.contenders import Contender, Spec, hf, ours, prompt
 from bench.suite import Aim, Grid, Job, Options, Results, Save
 from bench.timing import quartiles, timed, turned, without_gc
 from kvpass.model.compilation import Compilation
+from kvpass.model.hooks import Hooks
 from kvpass.pipeline.frozen import Checked
 from kvpass.pipeline.stitch import Stitched
 from kvpass.runtime.bind import Bound
+from kvpass.runtime.watch import Call
 
 MINUTES = 2
 CONTEXT, WARM_UP = 512, 5
@@ -31,6 +35,10 @@ SPECS = (
     hf("dynamic", "eager"),
     *(ours(policy, under) for under in ("eager", "frozen") for policy in ("h2o", "ada_snapkv")),
 )
+
+
+INSIDE = "watch", "hooks", "open", "leave"
+"""Parts of the wrapper."""
 
 
 def jobs(options: Options) -> list[Job]:
@@ -44,7 +52,7 @@ class Clock:
     """Seconds in calls of functions, by what they are; calls inside of calls of the same kind count once."""
 
     def __init__(self) -> None:
-        self.seconds = {"call": 0.0, "dynamo": 0.0, "bound": 0.0, "code": 0.0}
+        self.seconds = dict.fromkeys(("call", "dynamo", "bound", "code", *INSIDE), 0.0)
         self.depth = dict.fromkeys(self.seconds, 0)
 
     def around(self, kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -95,6 +103,10 @@ def watched(clock: Clock) -> Iterator[None]:
             (Stitched, "__init__", cut),
             (Bound, "__init__", made),
             (Bound, "__call__", clock.around("bound", Bound.__call__)),
+            *((Call, name, clock.around("watch", getattr(Call, name))) for name in ("begin", "compare", "end")),
+            (Hooks, "any", clock.around("hooks", Hooks.any)),
+            (Bound, "_opened", clock.around("open", Bound._opened)),
+            (Bound, "_returned", clock.around("leave", Bound._returned)),
         ):
             stack.enter_context(patch.object(kind, name, new))
         yield
@@ -136,6 +148,7 @@ def parts(one: dict[str, Any]) -> dict[str, float] | None:
             "code": part["code"],
             "wrapper": part["bound"] - part["code"] + part["call"] - part["dynamo"],
             "Dynamo": part["dynamo"] - part["bound"],
+            **{name: part[name] for name in INSIDE},
         }
         for part in one["parts"]
     ]
@@ -152,12 +165,12 @@ def share(one: dict[str, Any]) -> float:
 def grids(found: Results) -> list[Grid]:
     grids = []
     for result in found.values():
-        rows = []
+        rows, kinds = [], ("code", "Dynamo", "wrapper", *INSIDE)
         for name, one in result["found"].items():
             middle, split = quartiles(one["step_s"])[1], parts(one)
-            cells = [f"{1e3 * split[part]:.2f}" for part in ("code", "Dynamo", "wrapper")] if split else ["", "", ""]
+            cells = [f"{1e3 * split[part]:.2f}" if split else "" for part in kinds]
             rows.append([name, f"{1e3 * middle:.1f}", *cells, f"{share(one):.1%}" if split else ""])
-        columns = ("contender", "step, ms", "code, ms", "Dynamo, ms", "wrapper, ms", "wrapper of the step")
+        columns = ("contender", "step, ms", *(f"{kind}, ms" for kind in kinds), "wrapper of the step")
         title = f"Python around a step: {result['layers']} layers, {result['context']:,} tokens, batch 1"
         grids.append(Grid(title, columns, rows))
     return grids
