@@ -57,6 +57,7 @@ def test_evicts_like_a_growing_cache_and_holds_less(inner: str) -> None:
     assert report["bytes"] <= 0.3 * held
 
 
+@pytest.mark.usefixtures("in_torch")
 def test_a_reset_cache_begins_anew() -> None:
     model = tiny.llama(6, 2)
     compiled = kvpass.compile(model, "h2o", 24, inner="eager")
