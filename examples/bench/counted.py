@@ -9,6 +9,7 @@ whatever reads, once, and only tensors that were moved to its memory.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from collections.abc import Callable
 from pathlib import Path
@@ -77,10 +78,21 @@ class Touched:
         """Of the pages that an action touches; None where the kernel does not tell."""
         try:
             Path("/proc/self/clear_refs").write_text("1")
+            self._forget_addresses()
             action()
             return self._referenced()
         except OSError:
             return None
+
+    def _forget_addresses(self) -> None:
+        """A core marks a page when it looks its address up, not while it remembers it: what is forbidden is forgotten.
+
+        Raises OSError if the kernel will not.
+        """
+        libc = ctypes.CDLL(None, use_errno=True)
+        for allowed in (0, mmap.PROT_READ | mmap.PROT_WRITE):
+            if libc.mprotect(ctypes.c_void_p(self.start), ctypes.c_size_t(len(self.memory)), allowed):
+                raise OSError(ctypes.get_errno(), "mprotect")
 
     def _referenced(self) -> int:
         begins, found = f"{self.start:x}-", False

@@ -249,10 +249,12 @@ extern "C" void prefill(const Watch* watch, const Prompt* prompt) {
   const Watch& w = *watch;
   const Prompt& c = *prompt;
   Head head;
-  head.tiles = (c.keys + TILE - 1) / TILE;
+  head.tiles = std::max<int64_t>(1, (c.keys + TILE - 1) / TILE);
   head.width = (c.wide + LANES - 1) / LANES * LANES;
-  const int64_t plane = head.tiles * TILE, tall = std::max<int64_t>(1, TALL / c.group);
-  const int64_t blocks = (c.queries + tall - 1) / tall, chunks = std::min(blocks, CHUNKS);
+  const int64_t plane = head.tiles * TILE;
+  const int64_t tall = std::max<int64_t>(1, std::min(TALL, LOGITS / plane) / c.group);
+  const int64_t blocks = (c.queries + tall - 1) / tall, most = SUMS / (plane * std::max(1, w.statistics));
+  const int64_t chunks = std::min({blocks, CHUNKS, std::max<int64_t>(1, most)});
   head.keys.reset(new float[plane * c.dim]), head.values.reset(new float[plane * head.width]);
   head.sums.reset(new float[chunks * w.statistics * plane]);
   head.place.resize(plane), head.first.resize(head.tiles), head.last.resize(head.tiles), head.least.resize(head.tiles);

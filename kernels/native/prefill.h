@@ -37,8 +37,9 @@ constexpr int VECTORS = 4;
 #else
 constexpr int VECTORS = 1;
 #endif
-constexpr int TALL = 48;  // rows that share what is read of keys and values
+constexpr int64_t TALL = 48;  // rows that share what is read of keys and values
 constexpr int64_t CHUNKS = 64;  // parts of a head's queries, each with its own sums: the same whoever adds them up
+constexpr int64_t LOGITS = 1 << 22, SUMS = 1 << 24;  // floats at most, of a thread and of all chunks: for long prompts
 
 // sums[r] += a[r, i] * b[i] for i < n; b has N vectors.
 template <int N, int ROW, int NEXT>

@@ -155,6 +155,26 @@ def test_the_same_with_more_threads() -> None:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
+def test_no_tokens() -> None:
+    q, k, v = qkv(1, 2, 1, 0, 16)
+    out, stats, valid = native(q, k, v, None, Shown(Sees.parse("causal"), 0), Softmax(0.4), ALL)
+    assert (out.shape, stats.shape, valid.shape) == ((1, 2, 0, 16), (3, 1, 1, 0), (1, 0))
+
+
+def test_long_prompts_in_smaller_blocks() -> None:
+    """Far more keys than a block of whole height may have: few rows at a time, and few chunks."""
+    keys, g = 600_000, torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(1, 1, n, 4, generator=g) for n in (40, keys, keys))
+    pos = torch.arange(keys, dtype=torch.int32)[None, None]
+    shown = Shown(Sees.parse("causal"), 40, keys - 40)
+    out, stats, _ = native(q, k, v, pos, shown, Softmax(0.5), Rule(stats=("sum",), queries=-1))
+    logits = q[0, 0].double() @ k[0, 0].double().T * 0.5
+    logits.masked_fill_(torch.arange(keys) > torch.arange(keys - 40, keys)[:, None], -float("inf"))
+    probs = logits.softmax(-1)
+    assert_close(out[0, 0], probs @ v[0, 0].double())
+    assert_close(stats[0, 0, 0], probs.sum(0), stats=True)
+
+
 def test_what_is_left_to_the_reference() -> None:
     q, k, v = qkv(1, 2, 1, 8, 16)
     shown = Shown(Sees.parse("causal"), 8)

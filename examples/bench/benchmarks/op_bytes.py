@@ -28,7 +28,7 @@ from kvpass.policy.load import names
 from kvpass.policy.policy import Policy
 
 MINUTES = 4
-TRIES = 4
+TRIES = 2
 """Of which the one that touched most counts: a kernel that reclaims memory takes marks away meanwhile."""
 QUICK = ("full", "ada_snapkv", "h2o_int8")
 
