@@ -29,12 +29,17 @@ def weights(folder: Path, config: Any) -> Path:
     return folder
 
 
+def with_files(name: str, folder: Path) -> dict[str, Any]:
+    """The spec of a built-in policy, with a file where it needs one."""
+    found = Policy.load(name)
+    spec: dict[str, Any] = {"name": name, "extends": name}
+    if found.score in scorers() and "file" in find_scorer(found.score).options:
+        spec["options"] = {"file": str(folder / f"{found.score}.pt")}
+    if found.allocate.heads == "table":
+        spec["allocate"] = {"file": str(folder / "heads.pt")}
+    return spec
+
+
 def with_weights(name: str, folder: Path) -> Policy:
     """The policy, with a file where it needs one."""
-    policy = Policy.load(name)
-    spec: dict[str, Any] = {"name": name, "extends": name}
-    if policy.score in scorers() and "file" in find_scorer(policy.score).options:
-        spec["options"] = {"file": str(folder / f"{policy.score}.pt")}
-    if policy.allocate.heads == "table":
-        spec["allocate"] = {"file": str(folder / "heads.pt")}
-    return Policy.load(spec)
+    return Policy.load(with_files(name, folder))

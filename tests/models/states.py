@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any
 
 import torch
+from bench.own_weights import with_files
 from kvpass.kernels.budget import budget
 from kvpass.kernels.codecs.entries import fit
 from kvpass.kernels.codecs.storage import WHOLE_AT, Storage, coded, fit_fields
@@ -16,7 +16,6 @@ from kvpass.kernels.rank.places import NUMBER, PLACE, Protected
 from kvpass.kernels.rank.ranking import recent_of
 from kvpass.kernels.rank.rings import RING
 from kvpass.kernels.rank.scored import later
-from kvpass.kernels.rank.scorers.registry import find_scorer, scorers
 from kvpass.kernels.rank.weights import WEIGHT
 from kvpass.kernels.rule import Rule
 from kvpass.kernels.slots.cursor import EXTRA, SHIFT
@@ -48,17 +47,6 @@ def weights(layers: int = LAYERS, hidden: int = 32) -> Path:
         made = {key: torch.rand(layers, *shape, generator=g) for key, shape in tensors.items()}
         torch.save(made, folder / f"{name}.pt")
     return folder
-
-
-def with_files(name: str, folder: Path) -> dict[str, Any]:
-    """The spec of a built-in policy, with a file where it needs one."""
-    found = Policy.load(name)
-    spec: dict[str, Any] = {"name": name, "extends": name}
-    if found.score in scorers() and "file" in find_scorer(found.score).options:
-        spec["options"] = {"file": str(folder / f"{found.score}.pt")}
-    if found.allocate.heads == "table":
-        spec["allocate"] = {"file": str(folder / "heads.pt")}
-    return spec
 
 
 def policy(name: str) -> Policy:

@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import torch
+from bench.own_weights import with_files
 from models import states, tiny
 from spelling import with_cache
 from transformers import DynamicCache
@@ -56,7 +57,7 @@ def policy_of(name: str) -> tuple[Policy, Any]:
         spec, budget = OTHERS[name]
         spec = {"name": "mine", "min_slots": 8, **_shorter(Policy.load(spec["extends"])), **spec}
         return Policy.load(spec), budget
-    spec, found = states.with_files(name, states.weights(1, 64)), Policy.load(name)
+    spec, found = with_files(name, states.weights(1, 64)), Policy.load(name)
     return Policy.load({**spec, "min_slots": 8, **_shorter(found)}), None if found.keeps_all else BUDGET
 
 
